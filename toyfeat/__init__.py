@@ -1,0 +1,72 @@
+"""Features of the model: activations and gradients, analysed together, in JAX.
+
+Everything that is public is here.  ``toyfeat.tap`` and ``toyfeat.moments`` are
+the functions; import from the modules of the same name with ``from toyfeat.tap
+import ...``.
+"""
+
+from toyfeat.decompose import decode, encode, explanation, gradient_pca, pca
+from toyfeat.evaluate import (
+    match_features,
+    output_preserved,
+    principal_angles,
+    r_squared,
+    random_coverage,
+    variance_explained,
+)
+from toyfeat.moments import moments
+from toyfeat.tap import (
+    check_no_mixing,
+    check_taps,
+    from_function,
+    from_linen,
+    from_nnx,
+    from_split,
+    readouts,
+    site_shapes,
+    tap,
+)
+from toyfeat.types import (
+    Accumulator,
+    Basis,
+    Diagnostics,
+    Match,
+    Moments,
+    Probed,
+    Taps,
+    Truth,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accumulator",
+    "Basis",
+    "Diagnostics",
+    "Match",
+    "Moments",
+    "Probed",
+    "Taps",
+    "Truth",
+    "check_no_mixing",
+    "check_taps",
+    "decode",
+    "encode",
+    "explanation",
+    "from_function",
+    "from_linen",
+    "from_nnx",
+    "from_split",
+    "gradient_pca",
+    "match_features",
+    "moments",
+    "output_preserved",
+    "pca",
+    "principal_angles",
+    "r_squared",
+    "random_coverage",
+    "readouts",
+    "site_shapes",
+    "tap",
+    "variance_explained",
+]

@@ -1,0 +1,21 @@
+"""Activations and activation gradients, at any site of any JAX model."""
+
+from toyfeat.tap import readouts
+from toyfeat.tap.checks import check_no_mixing, check_taps
+from toyfeat.tap.functions import from_function, from_split
+from toyfeat.tap.linen import from_linen
+from toyfeat.tap.nnx import from_nnx
+from toyfeat.tap.probes import site_shapes
+from toyfeat.tap.taps import tap
+
+__all__ = [
+    "check_no_mixing",
+    "check_taps",
+    "from_function",
+    "from_linen",
+    "from_nnx",
+    "from_split",
+    "readouts",
+    "site_shapes",
+    "tap",
+]

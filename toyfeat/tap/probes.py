@@ -1,0 +1,135 @@
+"""Site names, and what a probe does to a value: shared by every adapter."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from toyfeat.types import Array, Inputs, Params, Probe, Probed
+
+
+def indexed(name: str, call: int) -> str:
+    """Name of the ``call``-th value at a site: the first one has no suffix."""
+    return name if call == 0 else f"{name}#{call}"
+
+
+def _leaf_name(name: str, path: tuple[Any, ...]) -> str:
+    return name + "".join(f"[{jax.tree_util.keystr((k,), simple=True)}]" for k in path)
+
+
+def is_float_array(value: Any) -> bool:
+    """Whether a value can carry a gradient."""
+    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)
+
+
+def visit(name: str, value: Any, visit_leaf: Callable[[str, Array], Array], /) -> Any:
+    """Pass every float array of a value through ``visit_leaf(site, leaf)``.
+
+    A plain array keeps the name; the leaves of a tuple or a dict become the
+    sites ``name[0]``, ``name[key]``, ...  Everything else is returned untouched.
+    """
+
+    def at(path: tuple[Any, ...], leaf: Any) -> Any:
+        return (
+            visit_leaf(_leaf_name(name, path), leaf) if is_float_array(leaf) else leaf
+        )
+
+    return jax.tree_util.tree_map_with_path(at, value)
+
+
+def probed_value(site: str, act: Array, probe: Probe | None) -> Array:
+    """Apply one probe to one activation, keeping its shape and dtype.
+
+    Args:
+      site: the name, for error messages.
+      act: any shape.
+      probe: ``None``, an array that broadcasts to ``act``, or a function.
+
+    Raises:
+      ValueError: if the result would not have the shape of ``act``.
+    """
+    if probe is None:
+        return act
+    if callable(probe):
+        out = probe(act)
+        if jnp.shape(out) != act.shape:
+            raise ValueError(
+                f"probe at site {site!r}: the function must keep the shape "
+                f"{act.shape}, it returned {jnp.shape(out)}"
+            )
+        return jnp.asarray(out).astype(act.dtype)
+    probe = jnp.asarray(probe)
+    try:
+        delta = jnp.broadcast_to(probe, act.shape)
+    except ValueError:
+        raise ValueError(
+            f"probe at site {site!r}: an array is added to an activation of shape "
+            f"{act.shape}, got shape {probe.shape}; give that shape or one that "
+            "broadcasts to it, such as the width alone"
+        ) from None
+    return act + delta.astype(act.dtype)
+
+
+def batch_size_of(inputs: Inputs) -> int:
+    """Return the leading axis ``B`` that all leaves of the inputs share.
+
+    Raises:
+      ValueError: if there is no leaf, a leaf without axes, or leaves that differ.
+    """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
+    sizes = {shape[0] for shape in shapes if shape}
+    if len(sizes) != 1 or () in shapes:
+        raise ValueError(
+            "inputs: every leaf needs the same leading batch axis, got the shapes "
+            f"{shapes}; put constants into params"
+        )
+    return sizes.pop()
+
+
+def check_sites(asked: Iterable[str], known: Iterable[str], *, who: str) -> None:
+    """Raise if a site is asked for that the model does not have."""
+    known = list(known)
+    missing = [site for site in asked if site not in known]
+    if missing:
+        raise ValueError(unknown_sites_message(missing, known, who=who))
+
+
+def unknown_sites_message(missing: list[str], known: list[str], *, who: str) -> str:
+    """Name the missing sites, the known ones and the usual reasons."""
+    parts = [m for m in missing if any(k.startswith(m + "[") for k in known)]
+    if parts:
+        reason = f"{parts[0]!r} is a tuple or dict: ask for one of its parts"
+    else:
+        reason = (
+            "the path is misspelt, the module was not called for these inputs, or it "
+            "lies inside a lifted transform (nn.scan, nn.vmap) that does not carry "
+            "the collections 'toyfeat_acts' and 'toyfeat_probes' in variable_axes"
+        )
+    return (
+        f"{who}: no site {', '.join(map(repr, missing))}; the sites are "
+        f"{', '.join(map(repr, known)) or '(none)'}. Likely: {reason}"
+    )
+
+
+def site_shapes(
+    probed: Probed, params: Params, inputs: Inputs
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every site of a model, without running it.
+
+    Args:
+      probed: the model.
+      params: its parameters.
+      inputs: a pytree whose leaves have leading axis ``B``.
+
+    Returns:
+      Site name to ``ShapeDtypeStruct``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import toyfeat as tf
+      >>> probed = tf.from_split(lambda w, x: x @ w, lambda w, a: a.sum(-1))
+      >>> tf.site_shapes(probed, jnp.ones((2, 3)), jnp.ones((5, 2)))["acts"].shape
+      (5, 3)
+    """
+    return jax.eval_shape(lambda p, x: probed(p, x, {})[1], params, inputs)

@@ -1,0 +1,255 @@
+"""Rules of the readouts: outputs of a batch to cotangents at the outputs.
+
+Every rule has the signature ``rule(options, outputs, chunk) -> cotangents``.
+Integer leaves of the outputs carry no gradient; what a rule returns at their
+place is ignored.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from toyfeat.tap.probes import is_float_array
+from toyfeat.types import Array, Outputs
+
+
+class Chunk(NamedTuple):
+    """What a rule sees of the inputs at hand.
+
+    Attributes:
+      labels: pytree with leading axis ``B``, or ``None``.
+      shared: pytree that does not depend on the input, or ``None``.
+      keys: ``[B]``, one random key per input, or ``None``.
+    """
+
+    labels: Any
+    shared: Any
+    keys: Any
+
+
+Rule = Callable[[tuple[Any, ...], Outputs, Chunk], Outputs]
+Select = Callable[[Outputs], Outputs]
+
+
+def _selected(select: Select | None, outputs: Outputs) -> Outputs:
+    return outputs if select is None else select(outputs)
+
+
+def _split(outputs: Outputs) -> tuple[list[Array], Callable[[list[Array]], Outputs]]:
+    """The leaves that can carry a gradient, and how to put them back."""
+    leaves, structure = jax.tree.flatten(outputs)
+
+    def join(floats: list[Array]) -> Outputs:
+        rest = iter(floats)
+        parts = [next(rest) if is_float_array(leaf) else leaf for leaf in leaves]
+        return jax.tree.unflatten(structure, parts)
+
+    return [leaf for leaf in leaves if is_float_array(leaf)], join
+
+
+def _at_outputs(
+    select: Select | None,
+    outputs: Outputs,
+    cotangents: Callable[[list[Array]], list[Array]],
+) -> Outputs:
+    """Cotangents of the selected leaves, pulled back to all outputs."""
+    floats, join = _split(outputs)
+    if select is None:
+        return join(cotangents(floats))
+    picked, pull = jax.vjp(lambda f: _split(select(join(f)))[0], floats)
+    typed = [
+        jnp.asarray(c, y.dtype) for c, y in zip(cotangents(picked), picked, strict=True)
+    ]
+    return join(jax.vmap(lambda c: pull(c)[0])(typed))
+
+
+def _of_sum(terms: Callable[[Outputs], Array], outputs: Outputs) -> Outputs:
+    """``K = 1`` cotangent: the gradient of the sum of all terms."""
+    floats, join = _split(outputs)
+    gradient = jax.grad(lambda f: jnp.sum(_wide(terms(join(f)))))(floats)
+    return join([g[None] for g in gradient])
+
+
+def _wide(x: Array) -> Array:
+    """At least float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def terms(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
+    """The gradient of a user's scalar or loss."""
+    (fn,) = options
+    labels = () if chunk.labels is None else (chunk.labels,)
+    batched = _batched(fn, (outputs, *labels))
+    return _of_sum(lambda y: batched(y, *labels), outputs)
+
+
+def _batched(fn: Callable[..., Array], args: tuple[Any, ...]) -> Callable[..., Array]:
+    """Read ``fn`` as a function of one input, or else of a batch."""
+    size = jax.tree.leaves(args)[0].shape[0]
+    mapped = jax.vmap(fn)
+    try:
+        one = jax.eval_shape(mapped, *args).shape
+    except Exception as error:
+        try:
+            shape = jax.eval_shape(fn, *args).shape
+        except Exception:
+            shape = None
+        if shape is None or shape[:1] != (size,):
+            error.add_note(
+                "readout: the function is given the output (and the label) of one "
+                "input, without the batch axis"
+            )
+            raise error from None
+        return fn
+    try:
+        whole = jax.eval_shape(fn, *args).shape
+    except Exception:
+        return mapped
+    if whole[:1] == (size,) and whole != one:
+        raise ValueError(
+            "readout: the function can be read as one of a single input (terms "
+            f"{one[1:]}) and as one of a batch (terms {whole[1:]}), which differ; it "
+            "is given a single input, so index from the last axis: y[..., i]"
+        )
+    return mapped
+
+
+def next_token(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
+    """Cross-entropy of the next token at every position that has one."""
+    (select,) = options
+    targets, valid = chunk.labels
+
+    def terms(outputs: Outputs) -> Array:
+        logits = _selected(select, outputs)
+        if logits.shape[:-1] != targets.shape:
+            raise ValueError(
+                f"next_token_loss: tokens {targets.shape} need logits "
+                f"{(*targets.shape, 'V')}, got {logits.shape}"
+            )
+        logp = jax.nn.log_softmax(_wide(logits))
+        return -valid * jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+
+    return _of_sum(terms, outputs)
+
+
+def _categorical_residual(key: Array, logits: Array) -> Array:
+    label = jax.random.categorical(key, logits)
+    return jax.nn.softmax(logits) - jax.nn.one_hot(label, logits.shape[-1])
+
+
+def _bernoulli_residual(key: Array, logits: Array) -> Array:
+    mean = jax.nn.sigmoid(logits)
+    return mean - jax.random.bernoulli(key, mean).astype(mean.dtype)
+
+
+def _gaussian_residual(key: Array, mean: Array) -> Array:
+    return -jax.random.normal(key, mean.shape, mean.dtype)
+
+
+# Gradient of the negative log-likelihood of a drawn label in the natural parameter.
+RESIDUALS = {
+    "categorical": _categorical_residual,
+    "bernoulli": _bernoulli_residual,
+    "gaussian": _gaussian_residual,
+}
+
+DRAWS: dict[str, Callable[..., Array]] = {
+    "rademacher": jax.random.rademacher,
+    "gaussian": jax.random.normal,
+}
+
+
+def _drawn(
+    keys: Array, num: int, outputs: list[Array], draw: Callable[[Array, Array], Array]
+) -> list[Array]:
+    """``draw(key, leaf of one input)`` as ``[num, B, ...]``, over sqrt(num)."""
+
+    def of_input(key: Array, output: list[Array]) -> list[Array]:
+        split = jax.random.split(key, (num, len(output)))
+        many = jax.vmap(draw, in_axes=(0, None))
+        return [
+            many(split[:, i], _wide(leaf)) / num**0.5 for i, leaf in enumerate(output)
+        ]
+
+    return jax.vmap(of_input, out_axes=1)(keys, outputs)
+
+
+def sampled(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
+    """Residuals of labels drawn from the model."""
+    num, family, select = options
+    return _at_outputs(
+        select, outputs, lambda y: _drawn(chunk.keys, num, y, RESIDUALS[family])
+    )
+
+
+def random(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
+    """Independent entries of zero mean and unit variance."""
+    num, kind, select = options
+
+    def draw(key: Array, leaf: Array) -> Array:
+        return DRAWS[kind](key, leaf.shape, leaf.dtype)
+
+    return _at_outputs(select, outputs, lambda y: _drawn(chunk.keys, num, y, draw))
+
+
+def directions(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
+    """The same given cotangents for every input."""
+    given = jax.tree.leaves(chunk.shared)
+
+    def spread(outputs: list[Array]) -> list[Array]:
+        wanted = [("K", *y.shape[1:]) for y in outputs]
+        got = [jnp.shape(c) for c in given]
+        if [w[1:] for w in wanted] != [g[1:] for g in got]:
+            raise ValueError(
+                f"directions: the outputs of one input need cotangents of shapes "
+                f"{wanted}, got {got}"
+            )
+        return [
+            jnp.broadcast_to(jnp.asarray(c)[:, None], (len(c), *y.shape))
+            for c, y in zip(given, outputs, strict=True)
+        ]
+
+    return _at_outputs(options[0], outputs, spread)
+
+
+def jacobian(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
+    """One-hot cotangents, one for each entry of an input's output."""
+
+    def one_hots(outputs: list[Array]) -> list[Array]:
+        sizes = [leaf[0].size for leaf in outputs]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        rows = [
+            jnp.eye(sum(sizes), size, -start, leaf.dtype)
+            for leaf, size, start in zip(outputs, sizes, starts, strict=True)
+        ]
+        return [
+            jnp.broadcast_to(
+                r.reshape(sum(sizes), 1, *leaf.shape[1:]), (sum(sizes), *leaf.shape)
+            )
+            for r, leaf in zip(rows, outputs, strict=True)
+        ]
+
+    return _at_outputs(options[0], outputs, one_hots)
+
+
+def logit_difference(
+    options: tuple[Any, ...], outputs: Outputs, chunk: Chunk
+) -> Outputs:
+    """``logits[..., a] - logits[..., b]``, at one position or summed."""
+    position, select = options
+
+    def terms(outputs: Outputs) -> Array:
+        logits = _selected(select, outputs)
+        logits = logits if position is None else logits[:, position]
+        picked = [_picked(logits, {**chunk.labels, **chunk.shared}[n]) for n in "ab"]
+        return picked[0] - picked[1]
+
+    return _of_sum(terms, outputs)
+
+
+def _picked(logits: Array, index: Array) -> Array:
+    index = jnp.broadcast_to(index, logits.shape[:1])
+    index = index.reshape((-1, *(1,) * (logits.ndim - 1)))
+    return jnp.take_along_axis(logits, index, axis=-1)[..., 0]

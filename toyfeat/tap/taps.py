@@ -1,0 +1,264 @@
+"""Activations and gradients at several sites, in one forward and one backward."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from toyfeat.tap.probes import batch_size_of, check_sites, is_float_array
+from toyfeat.tap.readouts import Readout
+from toyfeat.tap.rules import Chunk
+from toyfeat.types import Acts, Array, Inputs, Outputs, Params, Probe, Probed, Taps
+
+
+def tap(
+    probed: Probed,
+    params: Params,
+    inputs: Inputs,
+    *,
+    sites: str | Sequence[str],
+    readout: Readout | None,
+    batch_size: int | None = None,
+) -> dict[str, Taps]:
+    r"""Return activations and activation gradients at the sites of a model.
+
+    Zero probes are added at the sites and differentiated, all in one backward
+    pass, so no gradient of a parameter is ever formed.  All axes of a site but
+    the first (batch) and the last (width ``D``) are positions; the gradient of
+    an input's readout is read at each of its positions, and the ``N`` examples
+    are inputs times positions, input-major.
+
+    The function is pure and is not jitted here; wrap the call in ``jax.jit``
+    with ``params``, ``inputs`` and ``readout`` as arguments, and it is traced
+    once for all batches of a shape.
+
+    Args:
+      probed: the model, from one of the ``from_*`` adapters.
+      params: its parameters.
+      inputs: pytree whose leaves have leading axis ``B``.
+      sites: one name or several (see :func:`toyfeat.site_shapes`).
+      readout: which gradients (see :mod:`toyfeat.tap.readouts`); ``None`` for
+        activations only.
+      batch_size: how many inputs to run at a time, to bound memory.  The
+        result does not depend on it.
+
+    Returns:
+      For each site ``Taps(acts [N, D], grads [N, K, D], weights [N])``, acts and
+      grads in the dtype of the site.
+
+    Raises:
+      ValueError: for an unknown site, a site without batch or feature axis,
+        labels, masks or cotangents of the wrong shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import toyfeat as tf
+      >>> probed = tf.from_split(lambda p, x: x @ p, lambda p, a: a.sum(-1))
+      >>> taps = tf.tap(
+      ...     probed, jnp.eye(3), jnp.ones((4, 3)),
+      ...     sites="acts", readout=tf.readouts.scalar(lambda y: y**2),
+      ... )["acts"]
+      >>> taps.acts.shape, taps.grads.shape, taps.grads[0, 0].tolist()
+      ((4, 3), (4, 1, 3), [6.0, 6.0, 6.0])
+    """
+    sites = (sites,) if isinstance(sites, str) else tuple(sites)
+    size = batch_size_of(inputs)
+    _check_arguments(sites, readout, size, batch_size)
+    per_input = (
+        inputs,
+        None if readout is None else readout.labels,
+        None if readout is None else readout.mask,
+        jnp.arange(size),
+    )
+
+    def taps_of(chunk: Any) -> dict[str, Taps]:
+        inputs, labels, mask, index = chunk
+        return _taps(probed, params, inputs, sites, readout, labels, mask, index)
+
+    if batch_size is None or batch_size >= size:
+        return taps_of(per_input)
+    return _in_chunks(taps_of, per_input, size, batch_size)
+
+
+def _check_arguments(
+    sites: tuple[str, ...], readout: Any, size: int, batch_size: int | None
+) -> None:
+    if not sites:
+        raise ValueError("tap: sites is empty; name at least one site")
+    if size < 1:
+        raise ValueError("tap: inputs hold no example (leading axis 0)")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"tap: batch_size must be at least 1, got {batch_size}")
+    if readout is None:
+        return
+    if not isinstance(readout, Readout):
+        raise TypeError(
+            "tap: readout must come from toyfeat.readouts, got "
+            f"{type(readout).__name__}"
+        )
+    for name, tree in (("labels", readout.labels), ("mask", readout.mask)):
+        for leaf in jax.tree.leaves(tree):
+            if jnp.shape(leaf)[:1] != (size,):
+                raise ValueError(
+                    f"tap: the readout's {name} need leading axis {size} like the "
+                    f"inputs, got shape {jnp.shape(leaf)}"
+                )
+
+
+def _in_chunks(
+    taps_of: Callable[[Any], dict[str, Taps]], tree: Any, size: int, batch_size: int
+) -> dict[str, Taps]:
+    """Map over chunks of the batch; the last one is filled up and cut off again."""
+    chunks = -(-size // batch_size)
+    index = jnp.minimum(jnp.arange(chunks * batch_size), size - 1)
+
+    def split(leaf: Array) -> Array:
+        leaf = jnp.asarray(leaf)
+        full = leaf if size == chunks * batch_size else leaf[index]
+        return full.reshape((chunks, batch_size, *leaf.shape[1:]))
+
+    def joined(leaf: Array) -> Array:  # [chunks, batch_size * positions, ...]
+        flat = leaf.reshape((-1, *leaf.shape[2:]))
+        return flat[: size * leaf.shape[1] // batch_size]
+
+    return jax.tree.map(joined, jax.lax.map(taps_of, jax.tree.map(split, tree)))
+
+
+def _taps(
+    probed: Probed,
+    params: Params,
+    inputs: Inputs,
+    sites: tuple[str, ...],
+    readout: Readout | None,
+    labels: Any,
+    mask: Array | None,
+    index: Array,
+) -> dict[str, Taps]:
+    shapes = jax.eval_shape(lambda p, x: probed(p, x, {})[1], params, inputs)
+    _check_shapes(sites, shapes, index.size)
+    zeros = {s: jnp.zeros(shapes[s].shape, shapes[s].dtype) for s in sites}
+
+    def run(probes: Any) -> tuple[Outputs, Acts]:
+        outputs, acts = probed(params, inputs, probes)
+        return outputs, {s: acts[s] for s in sites}
+
+    grads: dict[str, Array] = {}
+    if readout is None:
+        acts = run({})[1]
+    else:
+        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        keys = None if readout.key is None else fold(readout.key, index)
+        chunk = Chunk(labels, readout.shared, keys)
+
+        def cotangents(outputs: Outputs) -> Outputs:
+            return readout.rule(readout.options, outputs, chunk)
+
+        if readout.scales is None:
+            grads, acts = _gradients(run, zeros, cotangents)
+        else:
+            acts = run({})[1]
+            grads = _path_gradients(run, zeros, cotangents, readout.scales)
+    return {
+        site: Taps(
+            acts=_flat(acts[site]),
+            grads=_flat(jnp.moveaxis(grads[site], 0, -2), 2) if grads else None,
+            weights=_weights(site, mask, zeros[site].shape),
+        )
+        for site in sites
+    }
+
+
+def _flat(x: Array, trailing: int = 1) -> Array:
+    return x.reshape((-1, *x.shape[x.ndim - trailing :]))
+
+
+def _gradients(
+    run: Callable[[Any], tuple[Outputs, Acts]],
+    zeros: dict[str, Array],
+    cotangents: Callable[[Outputs], Outputs],
+) -> tuple[dict[str, Array], Acts]:
+    """Gradients ``[K, B, ..., D]`` with respect to zero probes, and the acts."""
+
+    def forward(probes: dict[str, Array]) -> tuple[list[Array], tuple[Outputs, Acts]]:
+        outputs, acts = run(probes)
+        floats = [leaf for leaf in jax.tree.leaves(outputs) if is_float_array(leaf)]
+        return floats, (outputs, acts)
+
+    _, pullback, (outputs, acts) = jax.vjp(forward, zeros, has_aux=True)
+    pulled = jax.vmap(lambda c: pullback(c)[0])(_checked(cotangents(outputs), outputs))
+    return pulled, acts
+
+
+def _checked(cotangents: Outputs, outputs: Outputs) -> list[Array]:
+    """The cotangents of the float leaves, in their dtypes."""
+    wanted, structure = jax.tree.flatten(outputs)
+    if jax.tree.structure(cotangents) != structure:
+        raise ValueError(
+            "tap: the readout's cotangents must have the structure of the outputs "
+            f"{structure}, got {jax.tree.structure(cotangents)}"
+        )
+    pairs = [
+        (c, y)
+        for c, y in zip(jax.tree.leaves(cotangents), wanted, strict=True)
+        if is_float_array(y)
+    ]
+    if not pairs:
+        raise ValueError("tap: the model has no floating-point output to differentiate")
+    num = {jnp.shape(c)[:1] for c, _ in pairs}
+    wrong = [(jnp.shape(c), y.shape) for c, y in pairs if jnp.shape(c)[1:] != y.shape]
+    if wrong or len(num) != 1:
+        raise ValueError(
+            "tap: a readout needs cotangents [K, *output.shape] with one K for all "
+            f"outputs, got {[jnp.shape(c) for c, _ in pairs]} for outputs "
+            f"{[y.shape for _, y in pairs]}"
+        )
+    return [jnp.asarray(c).astype(y.dtype) for c, y in pairs]
+
+
+def _path_gradients(
+    run: Callable[[Any], tuple[Outputs, Acts]],
+    zeros: dict[str, Array],
+    cotangents: Callable[[Outputs], Outputs],
+    scales: Array,
+) -> dict[str, Array]:
+    """Gradients ``[S * K, B, ..., D]`` at scaled activations, site by site."""
+
+    def at(site: str, scale: Array) -> Array:
+        def run_scaled(deltas: dict[str, Array]) -> tuple[Outputs, Acts]:
+            def probe(act: Array) -> Array:
+                return act * scale.astype(act.dtype) + deltas[site]
+
+            probes: dict[str, Probe] = {site: probe}
+            return run(probes)
+
+        return _gradients(run_scaled, {site: zeros[site]}, cotangents)[0][site]
+
+    stacked = {s: jax.lax.map(lambda scale, s=s: at(s, scale), scales) for s in zeros}
+    return {s: g.reshape((-1, *g.shape[2:])) for s, g in stacked.items()}
+
+
+def _check_shapes(sites: tuple[str, ...], shapes: Any, size: int) -> None:
+    check_sites(sites, shapes, who="tap")
+    for site in sites:
+        shape = shapes[site].shape
+        if len(shape) < 2 or shape[0] != size:
+            raise ValueError(
+                f"tap: site {site!r} must have shape [B, ..., D] with B = {size}, got "
+                f"{shape}"
+            )
+
+
+def _weights(site: str, mask: Array | None, shape: tuple[int, ...]) -> Array:
+    """The mask, spread over the positions it does not name, ``[N]``."""
+    if mask is None:
+        mask = jnp.ones(shape[:1])
+    mask = jnp.asarray(mask).astype(jnp.result_type(float))
+    if mask.ndim >= len(shape) or mask.shape != shape[: mask.ndim]:
+        raise ValueError(
+            f"tap: site {site!r} has the axes {shape[:-1]} (batch, positions), so a "
+            f"mask must have shape {shape[:1]} or {shape[:-1]}, got {mask.shape}; tap "
+            "sites with other positions in a call of their own"
+        )
+    mask = mask.reshape(mask.shape + (1,) * (len(shape) - 1 - mask.ndim))
+    return jnp.broadcast_to(mask, shape[:-1]).reshape(-1)

@@ -1,0 +1,183 @@
+"""Every pytree and callable alias that crosses a module boundary.
+
+No computation lives here.  Shape letters, the same in the whole library:
+``B`` inputs in a batch, ``N`` examples (batch and positions flattened), ``D``
+width of a site, ``K`` readouts per example, ``R`` kept rank, ``F`` true
+features.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+Array = jax.Array
+ArrayLike = jax.Array | np.ndarray
+"""What a host-side function accepts where it only reads values."""
+
+Params = Any
+"""A pytree of arrays: whatever the model calls its parameters."""
+
+Inputs = Any
+"""A pytree whose leaves all have the leading axis ``B``."""
+
+Outputs = Any
+"""A pytree whose leaves all have the leading axis ``B``."""
+
+Probe = Array | Callable[[Array], Array]
+"""Added to an activation if it is an array, applied to it if it is a function."""
+
+Acts = dict[str, Array]
+"""Site name to the value at that site, after its probe."""
+
+
+class Probed(Protocol):
+    """A model with named sites that can be read and written.
+
+    ``probes`` maps a site to an array that is added there or to a function
+    that is applied there; a site without a probe is left as it is.  The
+    returned ``acts`` hold the value of every site *after* its probe and are
+    differentiable with respect to the probes of earlier sites.  Examples must
+    not mix along the batch axis (see :func:`toyfeat.check_no_mixing`).
+    """
+
+    def __call__(
+        self, params: Params, inputs: Inputs, probes: Mapping[str, Probe], /
+    ) -> tuple[Outputs, Acts]:
+        """Run the model with its probes."""
+        ...
+
+
+class Taps(NamedTuple):
+    """Activations and activation gradients of one site.
+
+    Attributes:
+      acts: ``[N, D]``, the activations.
+      grads: ``[N, K, D]``, the gradient of readout ``k`` of an input with
+        respect to the activation at each of its positions, or ``None``.
+      weights: ``[N]``, how much an example counts; 0 leaves it out.
+    """
+
+    acts: Array
+    grads: Array | None
+    weights: Array
+
+
+class Accumulator(NamedTuple):
+    """Statistics that are folded over a stream and merged over shards.
+
+    Attributes:
+      init: ``() -> state``.
+      update: ``(state, batch) -> state``.
+      merge: ``(state, state) -> state``; associative and commutative up to
+        rounding, with ``init()`` as the identity.
+      finish: ``state -> statistics``.
+    """
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+    merge: Callable[..., Any]
+    finish: Callable[..., Any]
+
+
+class Moments(NamedTuple):
+    """First and second moments of activations and of their gradients.
+
+    Attributes:
+      weight: ``[]``, the sum of the weights.
+      mean: ``[D]``, the weighted mean of the activations.
+      scatter: ``[D, D]``, ``sum_n w_n (a_n - mean)(a_n - mean)^T``.
+      grad_mean: ``[D]``, the weighted mean of the gradients over examples and
+        readouts, or ``None`` if no gradients were folded.
+      grad_second: ``[D, D]``, ``sum_n w_n sum_k g_nk g_nk^T / sum_n w_n``, not
+        centred, or ``None``.
+      readouts: ``[]``, the number ``K`` of readouts per example.
+    """
+
+    weight: ArrayLike
+    mean: ArrayLike
+    scatter: ArrayLike
+    grad_mean: ArrayLike | None = None
+    grad_second: ArrayLike | None = None
+    readouts: ArrayLike | float = 1.0
+
+
+class Diagnostics(NamedTuple):
+    """What a decomposition found out on the way.
+
+    Attributes:
+      rank: ``[]`` int32, how many columns of the basis are not zero.
+      total: ``[]``, the sum of the whole spectrum, kept or not, so that
+        ``spectrum / total`` are shares.
+      cut: ``[]``, the absolute level under which an eigenvalue counts as 0.
+      centring_removed: ``[]``, the share of the uncentred second moment that
+        centring took away; 0 where nothing was centred.  At 1 to rounding the
+        data were constant and a rank of 0 is the right answer.
+    """
+
+    rank: Array
+    total: Array
+    cut: Array
+    centring_removed: Array
+
+
+class Basis(NamedTuple):
+    """Directions that are read and directions that are written, in pairs.
+
+    ``encode(a) = (a - mean) @ readers`` and ``decode(z) = z @ writers + mean``.
+    Past the numerical rank the columns of ``readers``, the rows of ``writers``
+    and the entries of ``spectrum`` are zero.
+
+    Attributes:
+      mean: ``[D]``, subtracted before reading and added after writing.
+      readers: ``[D, R]``, one covector per column.
+      writers: ``[R, D]``, one vector per row.
+      spectrum: ``[R]``, descending; what it measures depends on the method.
+      diagnostics: rank, total, cut and the effect of centring.
+    """
+
+    mean: Array
+    readers: Array
+    writers: Array
+    spectrum: Array
+    diagnostics: Diagnostics
+
+
+class Truth(NamedTuple):
+    """The features that a model was built or trained to have.
+
+    Attributes:
+      readers: ``[F, D]``, the covectors that the next layer takes the dot
+        product with, or ``None``.
+      writers: ``[F, D]``, the vectors that the previous layer adds, or ``None``.
+      frequency: ``[F]``, how often a feature is active.
+      group: ``[F]`` int, rows that share a value span a subspace inside which
+        no direction is preferred, or ``None`` if every row stands alone.
+    """
+
+    readers: ArrayLike | None
+    writers: ArrayLike | None
+    frequency: ArrayLike
+    group: ArrayLike | None = None
+
+
+class Match(NamedTuple):
+    """A one-to-one assignment of found directions to true ones.
+
+    Attributes:
+      index: ``[F]`` int, the row of ``found`` given to each truth, -1 if none.
+      similarity: ``[F]``, its ``|cos|``, 0 if none.
+      coverage: mean similarity over all ``F`` truths.
+      mcc: mean similarity over the ``min(R, F)`` assigned pairs.
+      precision: share of the found rows whose best ``|cos|`` with any truth
+        reaches .9.
+      found: ``R``, the number of found rows that are not zero.
+    """
+
+    index: np.ndarray
+    similarity: np.ndarray
+    coverage: float
+    mcc: float
+    precision: float
+    found: int

@@ -69,7 +69,9 @@ def psd_spectrum(
     values, vectors = values[::-1], vectors[:, ::-1]
     level = dim * jnp.finfo(matrix.dtype).eps * values[0]
     cut = jnp.maximum(level, jnp.asarray(floor, matrix.dtype) / scale)
-    kept = ~(values[:rank] <= cut)  # NaN is kept, to be seen
+    # LAPACK may return numbers for a matrix with NaN in it; NaN has to be seen.
+    values = jnp.where(jnp.all(jnp.isfinite(matrix)), values, jnp.nan)
+    kept = ~(values[:rank] <= cut)
     zero = jnp.zeros((), matrix.dtype)
     return Spectrum(
         values=jnp.where(kept, values[:rank] * scale, zero),

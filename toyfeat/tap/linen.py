@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict, unfreeze
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from toyfeat.tap.probes import batch_size_of, indexed, probed_value, visit
 from toyfeat.tap.slots import Slot, check_probes, slot_of
@@ -17,6 +17,7 @@ from toyfeat.types import Acts, Array, Inputs, Outputs, Params, Probe, Probed
 ACTS = "toyfeat_acts"
 PROBES = "toyfeat_probes"
 
+_APPLIED = "!"
 _Place = tuple[str, ...]  # path of a variable in its collection
 
 
@@ -45,7 +46,7 @@ def from_linen(
       method: what to call instead of ``__call__``.
       rngs: passed to ``module.apply``, for dropout and the like.
       **apply_kwargs: keyword arguments of the call (``train=False``), or of
-        ``apply`` (``mutable=...``; the outputs are then what ``apply`` returns).
+        ``apply`` (``mutable=...``; what the call updates is dropped).
 
     Returns:
       ``probed(variables, inputs, probes) -> (outputs, acts)`` where
@@ -54,7 +55,8 @@ def from_linen(
 
     Raises:
       ValueError: when called, if a probe names a site that does not exist, or
-        if a function is given for a layer inside ``nn.scan``.
+        if a function is given for a layer inside ``nn.scan`` or to a model with
+        ``nn.jit`` inside.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -87,20 +89,19 @@ def from_linen(
 
         deltas: dict[str, Any] = {}
         if probes:
-            dry = _Recorder({})
-            recorded = jax.eval_shape(lambda: run(dry, {})[1].get(ACTS, {}))
-            slots = dict(dry.slots(recorded, batch))
+            recorded = jax.eval_shape(lambda: run(_Recorder({}), {})[1].get(ACTS, {}))
+            slots = dict(_slots(recorded, batch))
             check_probes(slots.values(), probes, "from_linen")
             deltas = _packed(slots, probes)
         recorder = _Recorder(probes)
         outputs, updates = run(recorder, deltas)
         recorded = updates.get(ACTS, {})
-        updates = {name: value for name, value in updates.items() if name != ACTS}
         acts: Acts = {}
-        for place, slot in recorder.slots(recorded, batch):
-            recorder.check_applied(slot)
+        for place, slot in _slots(recorded, batch):
+            recorder.check_visited(slot)
+            _check_applied(recorded, place, slot, probes)
             acts |= slot.acts(_lookup(recorded, place))
-        return (outputs if user_mutable is False else (outputs, updates)), acts
+        return outputs, acts
 
     return probed
 
@@ -108,14 +109,14 @@ def from_linen(
 class _Recorder:
     """A method interceptor that applies probes and stores what it sees.
 
-    Values leave through variables, so that they survive scan and remat; only
-    names, which are not traced, are kept in Python.
+    Everything is stored in variables, also which call a value belongs to and
+    whether a probe was applied, because a body may be traced several times (scan,
+    remat) or not at all (the cached trace of a jit).
     """
 
     def __init__(self, probes: Mapping[str, Probe]):
-        self.probes = probes
-        self.sites: dict[_Place, str] = {}
-        self.applied: set[str] = set()
+        self.functions = {site: p for site, p in probes.items() if callable(p)}
+        self.visited: set[str] = set()
 
     def intercept(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         value = next_fun(*args, **kwargs)
@@ -124,46 +125,57 @@ class _Recorder:
             return value  # private methods and the lambdas of lifted transforms
         if not module.is_mutable_collection(ACTS):
             return value  # inside a scan that does not carry the collection
-        scope, path = module.scope, tuple(module.scope.path)
-        # A call is counted in the variables, not in Python: scan and remat trace
-        # a body several times, and each time start from the same variables.
-        call = next(
-            i
-            for i in itertools.count()
-            if not scope.has_variable(ACTS, f"{method}#{i}")
-        )
+        scope = module.scope
+        count = itertools.count()
+        call = next(i for i in count if not scope.has_variable(ACTS, f"{method}#{i}"))
         variable = f"{method}#{call}"
         scope.put_variable(ACTS, variable, jnp.zeros(()))  # the marker of slot_of
-        name = _site_name(path, method, call)
+        name = _site_name(tuple(scope.path), method, call)
 
         def at_leaf(site: str, act: Array) -> Array:
             leaf = f"{variable}:{site.removeprefix(name)}"
-            self.sites[*path, leaf] = site
-            given = self.probes.get(site)
-            probe = scope.get_variable(PROBES, leaf, given if callable(given) else None)
+            self.visited.add(site)
+            given = self.functions.get(site)
+            probe = scope.get_variable(PROBES, leaf, given)
             if probe is not None:
-                self.applied.add(site)
+                scope.put_variable(ACTS, f"{leaf}{_APPLIED}", jnp.zeros(()))
             act = probed_value(site, act, probe)
             scope.put_variable(ACTS, leaf, act)
             return act
 
         return visit(name, value, at_leaf)
 
-    def slots(self, recorded: Any, batch: int) -> Iterator[tuple[_Place, Slot]]:
-        for place, site in self.sites.items():
-            value = _lookup(recorded, place)
-            marker = _lookup(recorded, (*place[:-1], place[-1].split(":")[0]))
-            if value is not None:
-                yield place, slot_of(site, marker, value, batch)
-
-    def check_applied(self, slot: Slot) -> None:
-        lost = [name for name in slot.names() if name in self.probes]
-        if lost and slot.site not in self.applied:
+    def check_visited(self, slot: Slot) -> None:
+        if self.functions and slot.site not in self.visited:
             raise ValueError(
-                f"from_linen: the probe at {lost[0]!r} did not reach the layer, "
-                f"because its scan carries {ACTS!r} but not {PROBES!r}; add both to "
-                "variable_axes"
+                f"from_linen: {slot.site!r} ran from the cached trace of an nn.jit, "
+                "which holds the functions it was made with; add arrays as probes, or "
+                "take nn.jit out of the model"
             )
+
+
+def _slots(recorded: Any, batch: int) -> Iterator[tuple[_Place, Slot]]:
+    """Where every site is stored, and its shape."""
+    for place, value in flatten_dict(unfreeze(recorded)).items():
+        *path, leaf = place
+        variable, colon, suffix = leaf.partition(":")
+        if not colon or leaf.endswith(_APPLIED):
+            continue
+        method, _, call = variable.partition("#")
+        site = _site_name(tuple(path), method, int(call)) + suffix
+        marker = _lookup(recorded, (*path, variable))
+        yield place, slot_of(site, marker, value, batch)
+
+
+def _check_applied(
+    recorded: Any, place: _Place, slot: Slot, probes: Mapping[str, Probe]
+) -> None:
+    asked = [name for name in slot.names() if name in probes]
+    if asked and _lookup(recorded, (*place[:-1], place[-1] + _APPLIED)) is None:
+        raise ValueError(
+            f"from_linen: the probe at {asked[0]!r} did not reach the layer, because "
+            f"its scan carries {ACTS!r} but not {PROBES!r}; add both to variable_axes"
+        )
 
 
 def _site_name(path: tuple[str, ...], method: str, call: int) -> str:

@@ -30,36 +30,37 @@ class _Delta(nnx.Perturbation):
 def from_nnx(model: nnx.Module) -> tuple[Probed, Params]:
     """Make a probed model of a flax nnx module, as it is.
 
-      The module is cloned for every call; the object that was given is never
-      changed, and what a call changes in the clone (batch statistics, random
-      counters) is dropped.  Every call of a public method of a submodule is a
-      site, named after its path: ``"blocks/1/mlp"`` for ``__call__``,
-      ``"embed.attend"`` for any other method, ``"shared#1"`` for a second call.
-      ``nnx.remat`` works as it is; layers of an ``nnx.scan`` are the sites
-    ``"layers/mlp@2"``.
+    The module is cloned for every call; the object that was given is never
+    changed, and what a call changes in the clone (batch statistics, random
+    counters) is dropped.  Every call of a public method of a submodule is a
+    site, named after its path: ``"blocks/1/mlp"`` for ``__call__``,
+    ``"embed.attend"`` for any other method, ``"shared#1"`` for a second call.
+    ``nnx.remat`` works as it is; layers of an ``nnx.scan`` are the sites
+    ``"layers/mlp@2"``.  The outputs of an ``nnx.RNN`` are a site, what happens
+    in its cell is not.
 
     Args:
-        model: the module, in the mode it is to be analysed in (``model.eval()``
-          switches off dropout and batch statistics).
+      model: the module, in the mode it is to be analysed in (``model.eval()``
+        switches off dropout and batch statistics).
 
     Returns:
-        ``probed(params, inputs, probes) -> (outputs, acts)`` and the ``params``
-        it takes, a copy of the module's state.  ``inputs`` that are a tuple are
-        passed as positional arguments.
+      ``probed(params, inputs, probes) -> (outputs, acts)`` and the ``params``
+      it takes, a copy of the module's state.  ``inputs`` that are a tuple are
+      passed as positional arguments.
 
     Raises:
-        TypeError: if ``model`` is not an nnx module.
-        ValueError: when called, if a probe names a site that does not exist, or
-          if a function is given for one layer of an ``nnx.scan``.
+      TypeError: if ``model`` is not an nnx module.
+      ValueError: when called, if a probe names a site that does not exist, or
+        if a function is given for one layer of an ``nnx.scan``.
 
     Example:
-        >>> from flax import nnx
-        >>> import jax.numpy as jnp
-        >>> model = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), nnx.relu)
-        >>> probed, params = from_nnx(model)
-        >>> outputs, acts = probed(params, jnp.ones((3, 2)), {})
-        >>> sorted(acts)
-        ['__call__', 'layers/0']
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> model = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> probed, params = from_nnx(model)
+      >>> outputs, acts = probed(params, jnp.ones((3, 2)), {})
+      >>> sorted(acts)
+      ['__call__', 'layers/0']
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
@@ -109,7 +110,13 @@ def _prepare(clone: nnx.Module, *, fresh: bool) -> None:
     """
     stamp = object() if fresh else None
     modules: list[tuple[Any, Any]] = list(nnx.iter_modules(clone))
+    # The state of a cell is the carry of a scan, which must keep its structure.
+    carried = [
+        (*path, "cell") for path, module in modules if isinstance(module, nnx.RNN)
+    ]
     for path, module in modules:
+        if any(path[: len(cell)] == cell for cell in carried):
+            continue
         recording = _recording(type(module))
         if recording is not type(module):
             module.__class__ = recording

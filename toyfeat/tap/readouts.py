@@ -125,7 +125,7 @@ def next_token_loss(
       ValueError: if ``tokens`` is not ``[B, T]`` with ``T >= 2``, or if ``mask``
         has another shape.
     """
-    tokens = jnp.asarray(tokens)
+    tokens = _whole("next_token_loss: tokens", tokens)
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise ValueError(
             "next_token_loss: tokens must be [B, T] with T >= 2, got shape "
@@ -288,9 +288,11 @@ def logit_difference(
       A readout for :func:`toyfeat.tap`.
 
     Raises:
-      ValueError: if an index is neither a scalar nor ``[B]``.
+      TypeError: if an index is not an integer.
+      ValueError: if an index is neither a scalar nor ``[B]``; from ``tap``, if
+        the outputs do not have it (inside jit the gradients are NaN instead).
     """
-    a, b = jnp.asarray(a), jnp.asarray(b)
+    a, b = _whole("logit_difference: a", a), _whole("logit_difference: b", b)
     if a.ndim > 1 or b.ndim > 1:
         raise ValueError(
             "logit_difference: a and b must be integers or [B], got shapes "
@@ -342,6 +344,13 @@ def along_path(readout: Readout, scales: Array) -> Readout:
             "along_path: the readout is a path already; give its scales once"
         )
     return dataclasses.replace(readout, scales=scales)
+
+
+def _whole(who: str, index: Array | int) -> Array:
+    index = jnp.asarray(index)
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(f"{who} must be integers, got {index.dtype}")
+    return index
 
 
 def _check_num(who: str, num: int) -> None:

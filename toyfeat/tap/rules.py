@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from toyfeat.tap.probes import is_float_array
 from toyfeat.types import Array, Outputs
@@ -68,13 +70,13 @@ def _at_outputs(
 def _of_sum(terms: Callable[[Outputs], Array], outputs: Outputs) -> Outputs:
     """``K = 1`` cotangent: the gradient of the sum of all terms."""
     floats, join = _split(outputs)
-    gradient = jax.grad(lambda f: jnp.sum(_wide(terms(join(f)))))(floats)
+    gradient = jax.grad(lambda f: jnp.sum(_wide(jnp.asarray(terms(join(f))))))(floats)
     return join([g[None] for g in gradient])
 
 
 def _wide(x: Array) -> Array:
     """At least float32."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
 def terms(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
@@ -87,33 +89,41 @@ def terms(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
 
 def _batched(fn: Callable[..., Array], args: tuple[Any, ...]) -> Callable[..., Array]:
     """Read ``fn`` as a function of one input, or else of a batch."""
-    size = jax.tree.leaves(args)[0].shape[0]
     mapped = jax.vmap(fn)
     try:
-        one = jax.eval_shape(mapped, *args).shape
+        one = jax.eval_shape(mapped, *args).shape[1:]
     except Exception as error:
-        try:
-            shape = jax.eval_shape(fn, *args).shape
-        except Exception:
-            shape = None
-        if shape is None or shape[:1] != (size,):
+        size = jax.tree.leaves(args)[0].shape[0]
+        if _terms_of_batch(fn, args, size) is None:
             error.add_note(
                 "readout: the function is given the output (and the label) of one "
                 "input, without the batch axis"
             )
-            raise error from None
+            raise
         return fn
-    try:
-        whole = jax.eval_shape(fn, *args).shape
-    except Exception:
-        return mapped
-    if whole[:1] == (size,) and whole != one:
+    # A size that no other axis has, so that the answer does not depend on the batch.
+    whole = _terms_of_batch(fn, args, 7919)
+    if whole is not None and whole != one:
         raise ValueError(
             "readout: the function can be read as one of a single input (terms "
-            f"{one[1:]}) and as one of a batch (terms {whole[1:]}), which differ; it "
-            "is given a single input, so index from the last axis: y[..., i]"
+            f"{one}) and as one of a batch (terms {whole}), which differ; it is given "
+            "a single input, so index from the last axis: y[..., i]"
         )
     return mapped
+
+
+def _terms_of_batch(
+    fn: Callable[..., Array], args: tuple[Any, ...], size: int
+) -> tuple[int, ...] | None:
+    """Shape of the terms of one input if ``fn`` takes a batch, else ``None``."""
+    resized = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), args
+    )
+    try:
+        shape = jax.eval_shape(fn, *resized).shape
+    except Exception:
+        return None
+    return shape[1:] if shape[:1] == (size,) else None
 
 
 def next_token(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
@@ -242,14 +252,32 @@ def logit_difference(
 
     def terms(outputs: Outputs) -> Array:
         logits = _selected(select, outputs)
-        logits = logits if position is None else logits[:, position]
-        picked = [_picked(logits, {**chunk.labels, **chunk.shared}[n]) for n in "ab"]
+        if position is not None:
+            logits = _at_position(logits, position)
+        indices = {**chunk.labels, **chunk.shared}
+        picked = [_picked(logits, indices[name]) for name in "ab"]
         return picked[0] - picked[1]
 
     return _of_sum(terms, outputs)
 
 
+def _at_position(logits: Array, position: int) -> Array:
+    if logits.ndim < 3 or not -logits.shape[1] <= position < logits.shape[1]:
+        raise ValueError(
+            f"logit_difference: position {position} needs logits [B, T, V] that have "
+            f"it, got shape {logits.shape}"
+        )
+    return logits[:, position]
+
+
 def _picked(logits: Array, index: Array) -> Array:
+    size = logits.shape[-1]
+    known = None if isinstance(index, Tracer) else np.asarray(index)
+    if known is not None and not np.all((-size <= known) & (known < size)):
+        raise ValueError(
+            f"logit_difference: index {index} is not one of the {size} entries of "
+            f"logits {logits.shape}"
+        )
     index = jnp.broadcast_to(index, logits.shape[:1])
     index = index.reshape((-1, *(1,) * (logits.ndim - 1)))
     return jnp.take_along_axis(logits, index, axis=-1)[..., 0]

@@ -63,7 +63,8 @@ def slot_of(site: str, marker: Any, value: Any, batch: int) -> Slot:
     its own, and the stacked axis is the batch.
     """
     layers = tuple(marker.shape)
-    if layers[:1] == (batch,) and value.shape[len(layers) :][:1] != (batch,):
+    inner = tuple(value.shape[len(layers) :])
+    if layers[:1] == (batch,) and (inner[:1] != (batch,) or len(inner) < 2):
         layers = ()
     return Slot(site, layers, tuple(value.shape[len(layers) :]), value.dtype)
 

@@ -65,6 +65,10 @@ def tap(
     sites = (sites,) if isinstance(sites, str) else tuple(sites)
     size = batch_size_of(inputs)
     _check_arguments(sites, readout, size, batch_size)
+    outputs, shapes = jax.eval_shape(lambda p, x: probed(p, x, {}), params, inputs)
+    shapes = _site_shapes(sites, shapes, size, readout)
+    if readout is not None:
+        _check_outputs(outputs, size)
     per_input = (
         inputs,
         None if readout is None else readout.labels,
@@ -74,7 +78,7 @@ def tap(
 
     def taps_of(chunk: Any) -> dict[str, Taps]:
         inputs, labels, mask, index = chunk
-        return _taps(probed, params, inputs, sites, readout, labels, mask, index)
+        return _taps(probed, params, inputs, shapes, readout, labels, mask, index)
 
     if batch_size is None or batch_size >= size:
         return taps_of(per_input)
@@ -129,15 +133,17 @@ def _taps(
     probed: Probed,
     params: Params,
     inputs: Inputs,
-    sites: tuple[str, ...],
+    shapes: dict[str, Any],
     readout: Readout | None,
     labels: Any,
     mask: Array | None,
     index: Array,
 ) -> dict[str, Taps]:
-    shapes = jax.eval_shape(lambda p, x: probed(p, x, {})[1], params, inputs)
-    _check_shapes(sites, shapes, index.size)
-    zeros = {s: jnp.zeros(shapes[s].shape, shapes[s].dtype) for s in sites}
+    zeros = {
+        site: jnp.zeros((index.size, *shape.shape[1:]), shape.dtype)
+        for site, shape in shapes.items()
+    }
+    sites = tuple(zeros)
 
     def run(probes: Any) -> tuple[Outputs, Acts]:
         outputs, acts = probed(params, inputs, probes)
@@ -163,7 +169,7 @@ def _taps(
         site: Taps(
             acts=_flat(acts[site]),
             grads=_flat(jnp.moveaxis(grads[site], 0, -2), 2) if grads else None,
-            weights=_weights(site, mask, zeros[site].shape),
+            weights=_weights(mask, zeros[site].shape),
         )
         for site in sites
     }
@@ -238,7 +244,9 @@ def _path_gradients(
     return {s: g.reshape((-1, *g.shape[2:])) for s, g in stacked.items()}
 
 
-def _check_shapes(sites: tuple[str, ...], shapes: Any, size: int) -> None:
+def _site_shapes(
+    sites: tuple[str, ...], shapes: Any, size: int, readout: Readout | None
+) -> dict[str, Any]:
     check_sites(sites, shapes, who="tap")
     for site in sites:
         shape = shapes[site].shape
@@ -247,18 +255,33 @@ def _check_shapes(sites: tuple[str, ...], shapes: Any, size: int) -> None:
                 f"tap: site {site!r} must have shape [B, ..., D] with B = {size}, got "
                 f"{shape}"
             )
+        if readout is not None and readout.mask is not None:
+            _check_mask(site, jnp.shape(readout.mask), shape)
+    return {site: shapes[site] for site in sites}
 
 
-def _weights(site: str, mask: Array | None, shape: tuple[int, ...]) -> Array:
+def _check_mask(site: str, mask: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if len(mask) >= len(shape) or mask != shape[: len(mask)]:
+        raise ValueError(
+            f"tap: site {site!r} has the axes {shape[:-1]} (batch, positions), so a "
+            f"mask must have shape {shape[:1]} or {shape[:-1]}, got {mask}; tap sites "
+            "with other positions in a call of their own"
+        )
+
+
+def _check_outputs(outputs: Outputs, size: int) -> None:
+    for leaf in jax.tree.leaves(outputs):
+        if is_float_array(leaf) and leaf.shape[:1] != (size,):
+            raise ValueError(
+                f"tap: the outputs need the leading batch axis {size}, got shape "
+                f"{leaf.shape}; a readout is per input, so do not reduce over the batch"
+            )
+
+
+def _weights(mask: Array | None, shape: tuple[int, ...]) -> Array:
     """The mask, spread over the positions it does not name, ``[N]``."""
     if mask is None:
         mask = jnp.ones(shape[:1])
     mask = jnp.asarray(mask).astype(jnp.result_type(float))
-    if mask.ndim >= len(shape) or mask.shape != shape[: mask.ndim]:
-        raise ValueError(
-            f"tap: site {site!r} has the axes {shape[:-1]} (batch, positions), so a "
-            f"mask must have shape {shape[:1]} or {shape[:-1]}, got {mask.shape}; tap "
-            "sites with other positions in a call of their own"
-        )
     mask = mask.reshape(mask.shape + (1,) * (len(shape) - 1 - mask.ndim))
     return jnp.broadcast_to(mask, shape[:-1]).reshape(-1)

@@ -1,0 +1,357 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import toyfeat as tf
+
+N, K, D = 5, 2, 3
+ACTS, GRADS, ONES = jnp.ones((N, D)), jnp.ones((N, K, D)), jnp.ones(N)
+
+
+# values of taps
+
+
+@pytest.mark.parametrize(
+    "taps",
+    [
+        tf.Taps(ACTS, GRADS, ONES),
+        tf.Taps(ACTS, None, ONES),
+        {"a": tf.Taps(ACTS, GRADS, ONES), "b": tf.Taps(ACTS, None, 0.5 * ONES)},
+        tf.Taps(ACTS.astype(jnp.bfloat16), GRADS.astype(jnp.bfloat16), ONES),
+        # what has no weight does not count
+        tf.Taps(ACTS.at[2].set(jnp.nan), GRADS, ONES.at[2].set(0.0)),
+        tf.Taps(ACTS, GRADS.at[2].set(jnp.inf), ONES.at[2].set(0.0)),
+        # all gradients zero is a fact, not a fault
+        tf.Taps(0 * ACTS, 0 * GRADS, ONES),
+        tf.Taps(1e30 * ACTS, 1e30 * GRADS, ONES),
+        tf.Taps(1e30 * ACTS, 1e-30 * GRADS, 1e-30 * ONES),
+    ],
+)
+def test_good_taps_pass(taps):
+    assert tf.check_taps(taps) is None
+
+
+BAD_TAPS = {
+    "nan_act": (
+        {"a": tf.Taps(ACTS.at[3, 1].set(jnp.nan), GRADS, ONES)},
+        r"check_taps: site 'a' has 1 non-finite of 15 entries in acts.*example 3",
+    ),
+    "inf_acts": (
+        {"a": tf.Taps(ACTS.at[1:3].set(-jnp.inf), None, ONES)},
+        r"site 'a' has 6 non-finite of 15 entries in acts.*example 1",
+    ),
+    "nan_grad": (
+        {"a": tf.Taps(ACTS, GRADS.at[4, 1, 0].set(jnp.nan), ONES)},
+        r"site 'a' has 1 non-finite of 30 entries in grads.*example 4",
+    ),
+    "bfloat16": (
+        {"a": tf.Taps(ACTS.astype(jnp.bfloat16).at[0, 0].set(jnp.inf), None, ONES)},
+        r"site 'a' has 1 non-finite of 15 entries in acts",
+    ),
+    "second_site": (
+        {
+            "good": tf.Taps(ACTS, GRADS, ONES),
+            "bad": tf.Taps(ACTS, GRADS.at[0].set(jnp.inf), ONES),
+        },
+        r"site 'bad' has 6 non-finite of 30 entries in grads",
+    ),
+    "weighted_only": (
+        {
+            "a": tf.Taps(
+                ACTS.at[:2].set(jnp.nan), GRADS, ONES.at[0].set(0.0).at[4].set(0.0)
+            )
+        },
+        r"site 'a' has 3 non-finite .*example 1",
+    ),
+    "negative_weight": (
+        {"a": tf.Taps(ACTS, GRADS, ONES.at[1].set(-2.0))},
+        r"'a' .*weights >= 0, got .*-2",
+    ),
+    "nan_weight": (
+        {"a": tf.Taps(ACTS, GRADS, ONES.at[1].set(jnp.nan))},
+        r"'a' .*finite weights .*nan",
+    ),
+    "no_weight": (
+        {"a": tf.Taps(ACTS, GRADS, 0 * ONES)},
+        r"'a' has no example of positive weight among 5",
+    ),
+    "without_a_name": (
+        tf.Taps(ACTS.at[3, 1].set(jnp.nan), GRADS, ONES),
+        r"check_taps: .* 1 non-finite of 15 entries in acts",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TAPS)
+def test_bad_taps_say_which_site_and_how_many(name):
+    taps, match = BAD_TAPS[name]
+    with pytest.raises(ValueError, match=match):
+        tf.check_taps(taps)
+
+
+def test_taps_of_an_overflowing_model_are_caught():
+    probed = tf.from_split(lambda p, x: x, lambda p, a: jnp.log(a))
+    taps = tf.tap(
+        probed,
+        None,
+        jnp.array([[1.0, 2.0], [0.0, 1.0]]),
+        sites="acts",
+        readout=tf.readouts.jacobian(),
+    )
+    with pytest.raises(ValueError, match=r"site 'acts' has \d non-finite .*grads"):
+        tf.check_taps(taps)
+
+
+# mixing of examples
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(5)
+X = jnp.asarray(RNG.standard_normal((6, 4)), jnp.float32)
+EIGHT = jnp.asarray(RNG.standard_normal((8, 4)), jnp.float32)
+TOKENS = jnp.asarray(RNG.integers(0, 7, (6, 3)))
+
+
+class LinenNormed(nn.Module):
+    train: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(5, name="dense")(x)
+        x = nn.BatchNorm(use_running_average=not self.train, name="norm")(x)
+        return nn.Dense(2, name="out")(jnp.tanh(x))
+
+
+class NnxNormed(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.dense = nnx.Linear(4, 5, rngs=rngs)
+        self.norm = nnx.BatchNorm(5, rngs=rngs)
+        self.out = nnx.Linear(5, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(jnp.tanh(self.norm(self.dense(x))))
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(7, 4, name="embed")(tokens)
+        x = nn.LayerNorm(name="norm")(x)
+        scores = jax.nn.softmax(jnp.einsum("btd,bsd->bts", x, x))
+        return nn.Dense(7, name="out")(jnp.einsum("bts,bsd->btd", scores, x))
+
+
+class MixedAttention(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(7, 4, name="embed")(tokens)
+        return nn.Dense(7, name="out")(x + x.mean(0, keepdims=True))
+
+
+class Dropped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.5, deterministic=False)(nn.Dense(5)(x))
+
+
+def linen(module, inputs=X, **options):
+    rngs = {"params": KEY, "dropout": KEY}
+    shapes = jax.eval_shape(module.init, rngs, inputs)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: jnp.asarray(0.2 + rng.random(leaf.shape), leaf.dtype), shapes
+    )
+    return tf.from_linen(module, **options), variables
+
+
+def function(fn):
+    def model(params, x, tap):
+        return tap("out", fn(tap("in", 1.0 * x)))
+
+    return tf.from_function(model), None
+
+
+def prefix(fn):
+    """Mixing before the only site."""
+    return tf.from_split(lambda p, x: fn(x), lambda p, a: jnp.tanh(a)), None
+
+
+def mlp(x):
+    return jnp.tanh(x @ jnp.ones((4, 3)))
+
+
+def pairs(x):
+    """Rows 2i and 2i + 1 see each other."""
+    couples = x.reshape(-1, 2, x.shape[-1])
+    return jnp.concatenate([couples, jnp.flip(couples, 1)], -1).reshape(len(x), -1)
+
+
+def half_normed(x):
+    """Each half of the batch has statistics of its own (ghost batch norm)."""
+    groups = x.reshape(2, -1, x.shape[-1])
+    return (groups - groups.mean(1, keepdims=True)).reshape(x.shape)
+
+
+def halves(x):
+    """Rows i and i + B/2 see each other."""
+    return x + jnp.roll(x, len(x) // 2, axis=0)
+
+
+GOOD = {
+    "function": lambda: (*function(mlp), X),
+    "two_inputs": lambda: (*function(mlp), X[:2]),
+    "three_inputs": lambda: (*function(mlp), X[:3]),
+    "identical_rows": lambda: (*function(mlp), jnp.ones((4, 4))),
+    "constant": lambda: (*function(lambda x: 0 * x), X),
+    "large": lambda: (*function(mlp), 1e6 * X),
+    "small": lambda: (*function(mlp), 1e-6 * X),
+    "bfloat16": lambda: (*function(lambda x: x * x), X.astype(jnp.bfloat16)),
+    "evaluating_batch_norm": lambda: (*linen(LinenNormed(train=False)), X),
+    "attention_over_positions": lambda: (*linen(Attention(), TOKENS), TOKENS),
+    "dropout": lambda: (*linen(Dropped(), rngs={"dropout": KEY}), X),
+    "integer_outputs": lambda: (*function(lambda x: (x, x.argmax(-1))), X),
+    "masked_logits": lambda: (*function(lambda x: x.at[:, 0].set(-jnp.inf)), X),
+    "one_nan": lambda: (*function(lambda x: x.at[1, 0].set(jnp.nan)), X),
+    "dict_inputs": lambda: (
+        tf.from_split(lambda p, x: x["a"] * x["n"][:, None], lambda p, a: a),
+        None,
+        {"a": X, "n": jnp.arange(6.0)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_models_of_single_examples_pass(name):
+    probed, params, inputs = GOOD[name]()
+    assert tf.check_no_mixing(probed, params, inputs) is None
+
+
+def test_evaluating_nnx_models_pass():
+    model = NnxNormed()
+    model.eval()
+    probed, params = tf.from_nnx(model)
+    assert tf.check_no_mixing(probed, params, X) is None
+
+
+MIXED = {
+    "batch_mean": lambda: (*function(lambda x: x - x.mean(0, keepdims=True)), X),
+    "earlier_to_later": lambda: (*function(lambda x: jnp.cumsum(x, axis=0)), X),
+    "later_to_earlier": lambda: (
+        *function(lambda x: jnp.flip(jnp.cumsum(jnp.flip(x, 0), axis=0), 0)),
+        X,
+    ),
+    "neighbour": lambda: (*function(lambda x: x + jnp.roll(x, 1, axis=0)), X),
+    "pairs": lambda: (*function(pairs), X),
+    "pairs_of_eight": lambda: (*function(pairs), EIGHT),
+    "batch_norm_of_each_half": lambda: (*function(half_normed), EIGHT),
+    "halves": lambda: (*function(halves), X),
+    "last_two_rows": lambda: (
+        *function(lambda x: x.at[-1].add(x[-2])),
+        X,
+    ),
+    "sorted": lambda: (*function(lambda x: jnp.sort(x, axis=0)), X),
+    "max": lambda: (*function(lambda x: x - x.max(axis=0, keepdims=True)), X),
+    "weak": lambda: (*function(lambda x: x + 1e-3 * x.mean(0, keepdims=True)), X),
+    "two_inputs": lambda: (*function(lambda x: x + jnp.flip(x, 0)), X[:2]),
+    "three_inputs": lambda: (*function(lambda x: x + x[:1]), X[:3]),
+    "identical_rows": lambda: (
+        *function(lambda x: x - x.mean(0, keepdims=True)),
+        jnp.ones((4, 4)),
+    ),
+    "large": lambda: (*function(lambda x: x - x.mean(0, keepdims=True)), 1e6 * X),
+    "small": lambda: (*function(lambda x: x - x.mean(0, keepdims=True)), 1e-6 * X),
+    "bfloat16": lambda: (
+        *function(lambda x: x - x.mean(0, keepdims=True)),
+        X.astype(jnp.bfloat16),
+    ),
+    "masked_logits": lambda: (
+        *function(lambda x: jnp.cumsum(x, axis=0).at[:, 0].set(-jnp.inf)),
+        X,
+    ),
+    "prefix": lambda: (*prefix(lambda x: x - x.mean(0, keepdims=True)), X),
+    "prefix_pairs": lambda: (*prefix(pairs), X),
+    "prefix_of_two": lambda: (*prefix(lambda x: x + jnp.flip(x, 0)), X[:2]),
+    "tokens": lambda: (*linen(MixedAttention(), TOKENS), TOKENS),
+    "same_tokens": lambda: (*linen(MixedAttention(), 0 * TOKENS), 0 * TOKENS),
+    "batch_norm": lambda: (*linen(LinenNormed(), mutable=["batch_stats"]), X),
+    "batch_norm_of_identical_rows": lambda: (
+        *linen(LinenNormed(), mutable=["batch_stats"]),
+        jnp.ones((6, 4)),
+    ),
+    "nnx_batch_norm": lambda: (*tf.from_nnx(NnxNormed()), X),
+    "nnx_batch_norm_of_identical_rows": lambda: (
+        *tf.from_nnx(NnxNormed()),
+        jnp.ones((6, 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_models_that_mix_examples_are_caught(name):
+    probed, params, inputs = MIXED[name]()
+    with pytest.raises(ValueError, match="examples of a batch influence each other"):
+        tf.check_no_mixing(probed, params, inputs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mixing_is_caught_with_any_key(seed):
+    probed, params = function(lambda x: jnp.cumsum(x, axis=0))
+    with pytest.raises(ValueError, match="influence each other"):
+        tf.check_no_mixing(probed, params, X, key=jax.random.key(seed))
+
+
+def test_first_mixed_site_is_named():
+    def model(params, x, tap):
+        x = tap("before", 2.0 * x)
+        x = tap("centred", x - x.mean(0, keepdims=True))
+        return tap("after", 3.0 * x)
+
+    with pytest.raises(ValueError, match=r"at site 'centred'"):
+        tf.check_no_mixing(tf.from_function(model), None, X)
+
+
+@pytest.mark.parametrize("adapter", ["linen", "nnx"])
+def test_mixing_module_is_named(adapter):
+    if adapter == "linen":
+        model = linen(LinenNormed(), mutable=["batch_stats"])
+    else:
+        model = tf.from_nnx(NnxNormed())
+    with pytest.raises(ValueError, match=r"'norm'"):
+        tf.check_no_mixing(*model, X)
+
+
+def test_mixed_outputs_are_named():
+    probed = tf.from_split(lambda p, x: x, lambda p, a: a - a.mean(0, keepdims=True))
+    with pytest.raises(ValueError, match=r"influence each other .*outputs"):
+        tf.check_no_mixing(probed, None, X)
+
+
+def test_one_input_is_not_enough():
+    with pytest.raises(ValueError, match=r"at least two inputs .*got 1"):
+        tf.check_no_mixing(*function(mlp), X[:1])
+
+
+@pytest.mark.parametrize("axes", [(0,), (0, 1)])
+def test_outputs_without_batch_axis_are_named(axes):
+    probed = tf.from_split(lambda p, x: x, lambda p, a: a.sum(axes))
+    with pytest.raises(ValueError, match=r"the outputs .*batch axis 6, got shape"):
+        tf.check_no_mixing(probed, None, X)
+
+
+# inside jit
+
+
+def test_checks_refuse_to_run_inside_jit():
+    with pytest.raises(TypeError, match=r"check_taps: .*outside of jit"):
+        jax.jit(lambda a: tf.check_taps(tf.Taps(a, None, a[:, 0])))(ACTS)
+    with pytest.raises(TypeError, match=r"check_no_mixing: .*outside of jit"):
+        jax.jit(lambda x: tf.check_no_mixing(*function(mlp), x))(X)
+
+
+def test_check_of_mixing_refuses_traced_parameters():
+    probed = tf.from_split(lambda p, x: x * p, lambda p, a: a)
+    with pytest.raises(TypeError, match=r"check_no_mixing: .*outside of jit"):
+        jax.jit(lambda p: tf.check_no_mixing(probed, p, X))(jnp.float32(1.0))

@@ -40,10 +40,11 @@ def pca(stats: Moments, rank: int) -> Basis:
     References:
       Jolliffe (2002), "Principal component analysis", chapter 2.
     """
-    cov = covariance(stats)
-    spectrum = _spectrum("pca", cov, rank)
-    mean = jnp.asarray(stats.mean)
-    total = jnp.trace(cov)
+    cov, mean = covariance(stats), jnp.asarray(stats.mean)
+    # Activations are known to the rounding of their mean, and no better.
+    floor = (jnp.finfo(cov.dtype).eps * jnp.linalg.norm(mean)) ** 2
+    spectrum = _spectrum("pca", cov, rank, floor)
+    total = jnp.maximum(jnp.trace(cov), 0)
     return Basis(
         mean=mean,
         readers=spectrum.vectors,
@@ -103,7 +104,8 @@ def gradient_pca(stats: Moments, rank: int, *, center: bool = False) -> Basis:
     total = jnp.trace(second)
     if center:
         # What is left of a difference is only known to the rounding of its parts.
-        floor = len(second) * jnp.finfo(second.dtype).eps * jnp.linalg.norm(second)
+        norm = jnp.max(jnp.sum(jnp.abs(second), axis=0))
+        floor = len(second) * jnp.finfo(second.dtype).eps * norm
         mean = jnp.asarray(stats.grad_mean)
         second = second - stats.readouts * mean[:, None] * mean[None, :]
     spectrum = _spectrum("gradient_pca", second, rank, floor)

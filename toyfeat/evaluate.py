@@ -8,9 +8,9 @@ activations are white; say which one a score is about.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from toyfeat.decompose import covariance, decode, encode
+from toyfeat.matching import assignment, subspaces, unit_rows
 from toyfeat.types import (
     Array,
     ArrayLike,
@@ -34,7 +34,9 @@ def match_features(
     found direction serves two truths, unlike in a mean of maxima.  Rows of
     ``truth`` that share a ``group`` are known only up to a rotation among
     themselves: they are matched as a subspace, and each gets the mean cosine of
-    the principal angles between it and the span of the rows it was given.
+    the principal angles between it and the span of the rows it was given.  With
+    groups the best assignment is a hard problem; the one returned is a Hungarian
+    start that no exchange of two rows improves.
 
     Args:
       found: ``[R, D]``, one direction per *row*: pass ``basis.readers.T`` or
@@ -62,21 +64,15 @@ def match_features(
     """
     found, truth, groups = _checked("match_features", found, truth, group)
     rows = np.flatnonzero(np.linalg.norm(found, axis=1) > 0)
-    unit, true = _unit(found[rows]), _unit(truth)
-    bases = [_orthonormal(true[groups == g]) for g in np.unique(groups)]
-    members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
-    similarity, index = np.zeros(len(true)), np.full(len(true), -1)
-    score = np.zeros((len(rows), len(true)))
-    for basis, member in zip(bases, members, strict=True):
-        score[:, member] = _slot_scores(unit @ basis.T, len(member))
-    chosen, slots = linear_sum_assignment(score, maximize=True)
-    given = score[chosen, slots] > 0
-    index[slots[given]] = rows[chosen[given]]
-    for basis, member in zip(bases, members, strict=True):
-        picked = index[member][index[member] >= 0]
-        cosines = _cosines(_unit(found[picked]), basis)
-        similarity[member] = cosines.sum() / len(member)
-    best = np.max([np.linalg.norm(unit @ b.T, axis=1) for b in bases], axis=0)
+    unit, true = unit_rows(found[rows]), unit_rows(truth)
+    spaces = subspaces(true, groups)
+    chosen = assignment(unit, spaces, len(true))
+    similarity = np.zeros(len(true))
+    for space in spaces:
+        similarity[space.members] = space.shared(unit, chosen) / len(space.members)
+    given = chosen >= 0
+    index = np.where(given, rows[np.where(given, chosen, 0)] if len(rows) else -1, -1)
+    best = np.max([np.linalg.norm(unit @ s.basis.T, axis=1) for s in spaces], axis=0)
     pairs = min(len(rows), len(true))
     return Match(
         index=index,
@@ -108,6 +104,9 @@ def random_coverage(
     Returns:
       Mean coverage of ``draws`` sets of ``num`` uniform directions.
 
+    Raises:
+      ValueError: if ``num`` or ``draws`` is not positive.
+
     Example:
       >>> import jax, numpy as np
       >>> 0.2 < random_coverage(jax.random.key(0), 10, np.eye(10)[:1]) < 0.8
@@ -131,8 +130,8 @@ def principal_angles(a: ArrayLike, b: ArrayLike) -> Array:
       b: ``[Q, D]``.
 
     Returns:
-      ``[min(R, Q)]``, descending, in ``0 .. 1``; angles that a rank-deficient
-      side does not have come out as 0.
+      ``[min(R, Q, D)]``, descending, in ``0 .. 1``; angles that a rank-deficient
+      side does not have come out as 0.  NaN if an entry is not finite.
 
     Raises:
       ValueError: if ``a`` and ``b`` are not matrices of one width.
@@ -152,7 +151,9 @@ def principal_angles(a: ArrayLike, b: ArrayLike) -> Array:
             f"{a.shape} and {b.shape}"
         )
     overlap = jnp.matmul(_row_basis(a), _row_basis(b).T, precision=_HIGHEST)
-    return jnp.clip(jnp.linalg.svd(overlap, compute_uv=False), 0, 1)
+    cosines = jnp.clip(jnp.linalg.svd(overlap, compute_uv=False), 0, 1)
+    finite = jnp.all(jnp.isfinite(a)) & jnp.all(jnp.isfinite(b))
+    return jnp.where(finite, cosines, jnp.nan)
 
 
 def r_squared(scores: ArrayLike, target: ArrayLike) -> Array:
@@ -164,6 +165,9 @@ def r_squared(scores: ArrayLike, target: ArrayLike) -> Array:
 
     Returns:
       ``[]`` or ``[R]``, in ``0 .. 1``; 0 where either side is constant.
+
+    Raises:
+      ValueError: if there is not one target per score.
     """
     scores, target = jnp.asarray(scores), jnp.asarray(target)
     if target.ndim != 1 or scores.shape[:1] != target.shape:
@@ -171,12 +175,10 @@ def r_squared(scores: ArrayLike, target: ArrayLike) -> Array:
             "r_squared: wanted scores [N] or [N, R] and a target [N], got shapes "
             f"{scores.shape} and {target.shape}"
         )
-    s = scores - jnp.mean(scores, axis=0, keepdims=True)
-    t = target - jnp.mean(target)
+    s, t = _standard(scores), _standard(target)
     product = jnp.tensordot(t, s, axes=1, precision=_HIGHEST)
     norms = jnp.sum(s**2, axis=0) * jnp.sum(t**2)
-    safe = jnp.where(norms > 0, norms, jnp.ones_like(norms))
-    return jnp.where(norms > 0, product**2 / safe, jnp.zeros_like(norms))
+    return jnp.minimum(_share(product**2, norms, 0.0), 1)
 
 
 def variance_explained(basis: Basis, stats: Moments) -> Array:
@@ -204,9 +206,7 @@ def variance_explained(basis: Basis, stats: Moments) -> Array:
     kept = jnp.matmul(basis.readers, basis.writers, precision=_HIGHEST)
     rest = jnp.eye(len(cov), dtype=cov.dtype) - kept
     lost = jnp.trace(jnp.linalg.multi_dot([rest.T, cov, rest], precision=_HIGHEST))
-    total = jnp.trace(cov)
-    safe = jnp.where(total > 0, total, jnp.ones_like(total))
-    return jnp.where(total > 0, 1 - lost / safe, jnp.ones_like(total))
+    return 1 - _share(lost, jnp.trace(cov), 0.0)
 
 
 def output_preserved(
@@ -226,16 +226,44 @@ def output_preserved(
       basis: of the site's width.
 
     Returns:
-      ``[]``, at most 1; it can be negative.
+      ``[]``, at most 1; it can be negative, and is minus infinity where a
+      constant output moves.
     """
     plain, _ = probed(params, inputs, {})
     spliced, _ = probed(
         params, inputs, {site: lambda a: decode(basis, encode(basis, a))}
     )
-    lost = jnp.sum((plain - spliced) ** 2)
-    total = jnp.sum((plain - jnp.mean(plain, axis=0, keepdims=True)) ** 2)
+    scale = _scale(plain)
+    moved = jnp.sum(((plain - spliced) / scale) ** 2)
+    total = jnp.sum((_centred(plain) / scale) ** 2)
+    return 1 - _share(moved, total, jnp.where(moved > 0, jnp.inf, 0.0))
+
+
+def _scale(x: Array) -> Array:
+    """Largest magnitude, 1 for zeros."""
+    largest = jnp.max(jnp.abs(x))
+    return jnp.where(largest > 0, largest, jnp.ones_like(largest))
+
+
+def _centred(x: Array) -> Array:
+    """``x`` without its mean over the first axis; twice, so a constant gives 0."""
+    x = x - jnp.mean(x, axis=0, keepdims=True)
+    return x - jnp.mean(x, axis=0, keepdims=True)
+
+
+def _standard(x: Array) -> Array:
+    """Centred columns of largest magnitude 1; 0 where they vary by rounding only."""
+    centred, level = _centred(x), jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(x), axis=0)
+    largest = jnp.max(jnp.abs(centred), axis=0)
+    varies = largest > 4 * level
+    scale = jnp.where(varies, largest, jnp.inf)
+    return centred / jnp.broadcast_to(scale, centred.shape)
+
+
+def _share(part: Array, total: Array, otherwise: Array | float) -> Array:
+    """``part / total``, and ``otherwise`` where the total is 0."""
     safe = jnp.where(total > 0, total, jnp.ones_like(total))
-    return jnp.where(total > 0, 1 - lost / safe, jnp.where(lost > 0, -jnp.inf, 1.0))
+    return jnp.where(total > 0, part / safe, otherwise)
 
 
 def _row_basis(x: Array) -> Array:
@@ -245,41 +273,6 @@ def _row_basis(x: Array) -> Array:
     _, s, vt = jnp.linalg.svd(x, full_matrices=False)
     kept = s > max(x.shape) * jnp.finfo(x.dtype).eps * s[0]
     return jnp.where(kept[:, None], vt, jnp.zeros_like(vt))
-
-
-def _slot_scores(coordinates: np.ndarray, slots: int) -> np.ndarray:
-    """Scores ``[R, slots]`` of found rows for the places in a subspace.
-
-    Place 0 scores the norm of the projection; place ``i`` what is left of it
-    after the best rows of the places before, so that two copies of one direction
-    do not fill a plane.
-    """
-    scores, rest = [], coordinates.copy()
-    for _ in range(slots):
-        norms = np.linalg.norm(rest, axis=1)
-        scores.append(norms)
-        if norms.size and norms.max() > 1e-12:
-            pivot = rest[norms.argmax()] / norms.max()
-            rest = rest - np.outer(rest @ pivot, pivot)
-    return np.stack(scores, axis=1)
-
-
-def _cosines(rows: np.ndarray, basis: np.ndarray) -> np.ndarray:
-    if not len(rows):
-        return np.zeros(0)
-    overlap = _orthonormal(rows) @ basis.T
-    return np.clip(np.linalg.svd(overlap, compute_uv=False), 0, 1)
-
-
-def _orthonormal(rows: np.ndarray) -> np.ndarray:
-    if len(rows) == 1:
-        return rows
-    _, s, vt = np.linalg.svd(rows, full_matrices=False)
-    return vt[s > 1e-6 * s[0]]
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def _checked(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from toyfeat.types import Accumulator, Array, Moments, Taps
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_BLOCK = 512
 
 
 class Pair(NamedTuple):
@@ -22,34 +23,30 @@ class Pair(NamedTuple):
     low: Array
 
 
-class GradientSums(NamedTuple):
-    """Sums over examples and readouts.
-
-    Attributes:
-      total: ``[D]``, ``sum_n w_n sum_k g_nk``.
-      gram: ``[D, D]``, ``sum_n w_n sum_k g_nk g_nk^T``.
-      readouts: ``[]``, ``K``, 0 before the first batch.
-    """
-
-    total: Pair
-    gram: Pair
-    readouts: Array
-
-
-class MomentsState(NamedTuple):
-    """Running sums; turn them into :class:`Moments` with ``finish``.
+class RowMoments(NamedTuple):
+    """Running moments of weighted rows.
 
     Attributes:
       weight: ``[]``, sum of the weights.
       mean: ``[D]``.
       scatter: ``[D, D]`` about ``mean``.
-      grads: sums of the gradients, or ``None``.
     """
 
     weight: Pair
     mean: Pair
     scatter: Pair
-    grads: GradientSums | None
+
+
+class MomentsState(NamedTuple):
+    """Running moments; turn them into :class:`Moments` with ``finish``.
+
+    Attributes:
+      acts: of the activations, one row per example.
+      grads: of the gradients, ``K`` rows per example, or ``None``.
+    """
+
+    acts: RowMoments
+    grads: RowMoments | None
 
 
 def moments(dim: int, *, grads: bool = True) -> Accumulator:
@@ -62,7 +59,9 @@ def moments(dim: int, *, grads: bool = True) -> Accumulator:
        \mu = \mu_a + \tfrac{b}{a + b} \delta, \quad
        S = S_a + S_b + \tfrac{a b}{a + b} \delta \delta^\top .
 
-    Gradients are summed as they are: their second moment is not centred.
+    Gradients are centred on the way in the same manner, and their mean is added
+    back at the end: the second moment that comes out is not centred, but a
+    constant gradient has exactly rank 1 in it.
 
     Args:
       dim: the width ``D`` of the site.
@@ -97,10 +96,7 @@ def moments(dim: int, *, grads: bool = True) -> Accumulator:
         raise ValueError(f"moments: dim must be at least 1, got {dim}")
 
     def init() -> MomentsState:
-        sums = GradientSums(_zeros(dim), _zeros(dim, dim), jnp.zeros((), jnp.int32))
-        return MomentsState(
-            _zeros(), _zeros(dim), _zeros(dim, dim), sums if grads else None
-        )
+        return MomentsState(_nothing(dim), _nothing(dim) if grads else None)
 
     def update(state: MomentsState, taps: Taps) -> MomentsState:
         _check_batch(taps, dim, grads)
@@ -110,63 +106,90 @@ def moments(dim: int, *, grads: bool = True) -> Accumulator:
 
 
 def _merged(left: MomentsState, right: MomentsState) -> MomentsState:
+    acts = _merged_rows(left.acts, right.acts)
+    if left.grads is None or right.grads is None:
+        return MomentsState(acts, None)
+    return MomentsState(acts, _merged_rows(left.grads, right.grads))
+
+
+def _merged_rows(left: RowMoments, right: RowMoments) -> RowMoments:
     weight = _sum(left.weight, right.weight)
-    delta = _value(_sum(right.mean, Pair(-left.mean.high, -left.mean.low)))
+    step = _sum(right.mean, Pair(-left.mean.high, -left.mean.low))
     share = _ratio(_value(right.weight), _value(weight))
+    delta = _value(step)
     cross = _value(left.weight) * share * _outer(delta)
-    sums = None
-    if left.grads is not None and right.grads is not None:
-        sums = GradientSums(
-            _sum(left.grads.total, right.grads.total),
-            _sum(left.grads.gram, right.grads.gram),
-            jnp.maximum(left.grads.readouts, right.grads.readouts),
-        )
-    return MomentsState(
+    return RowMoments(
         weight=weight,
-        mean=_added(left.mean, share * delta),
+        mean=_added(_added(left.mean, share * step.high), share * step.low),
         scatter=_added(_sum(left.scatter, right.scatter), cross),
-        grads=sums,
     )
 
 
 def _finished(state: MomentsState) -> Moments:
-    weight = _value(state.weight)
-    stats = Moments(weight, _value(state.mean), _value(state.scatter))
+    weight = _value(state.acts.weight)
+    stats = Moments(weight, _value(state.acts.mean), _value(state.acts.scatter))
     if state.grads is None:
         return stats
-    readouts = jnp.maximum(state.grads.readouts, 1).astype(weight.dtype)
+    mean = _value(state.grads.mean)
+    readouts = _ratio(_value(state.grads.weight), weight)
+    centred = _ratio(_value(state.grads.scatter), weight)
     return stats._replace(
-        grad_mean=_ratio(_value(state.grads.total), weight * readouts),
-        grad_second=_ratio(_value(state.grads.gram), weight),
+        grad_mean=mean,
+        grad_second=centred + readouts * _outer(mean),
         readouts=readouts,
     )
 
 
 def _of_batch(taps: Taps) -> MomentsState:
     weights = taps.weights.astype(_dtype())
-    acts = _counted(taps.acts, weights)
+    acts = _of_rows(_counted(taps.acts, weights), weights)
+    if taps.grads is None:
+        return MomentsState(acts, None)
+    _, num, dim = taps.grads.shape
+    rows = _counted(taps.grads, weights).reshape(-1, dim)
+    return MomentsState(acts, _of_rows(rows, jnp.repeat(weights, num)))
+
+
+def _of_rows(rows: Array, weights: Array) -> RowMoments:
+    """Moments of one batch, centred twice: the mean of what is left is tiny."""
     total = jnp.sum(weights)
-    rough = _ratio(_dot(weights, acts), total)
-    centred = acts - rough[None, :]
+    rough = _short(_ratio(_dot(weights, rows), total))
+    centred = rows - rough[None, :]
     rest = _ratio(_dot(weights, centred), total)
-    scatter = _dot((centred * weights[:, None]).T, centred) - total * _outer(rest)
-    return MomentsState(
-        weight=_single(total),
-        mean=_added(_single(rough), rest),
-        scatter=_single(scatter),
-        grads=None if taps.grads is None else _gradient_sums(taps.grads, weights),
-    )
+    gram = _gram(centred, weights)
+    scatter = _added(gram, -total * _outer(rest))
+    return RowMoments(_single(total), _added(_single(rough), rest), scatter)
 
 
-def _gradient_sums(gradients: Array, weights: Array) -> GradientSums:
-    _, num, dim = gradients.shape
-    flat = _counted(gradients, weights).reshape(-1, dim)
-    repeated = jnp.repeat(weights, num)
-    return GradientSums(
-        total=_single(_dot(repeated, flat)),
-        gram=_single(_dot((flat * repeated[:, None]).T, flat)),
-        readouts=jnp.asarray(num, jnp.int32),
-    )
+def _gram(rows: Array, weights: Array) -> Pair:
+    """Weighted Gram matrix, block by block: a long float32 sum drifts."""
+    num, dim = rows.shape
+    if num <= _BLOCK:
+        return _single(_dot((rows * weights[:, None]).T, rows))
+    blocks = -(-num // _BLOCK)
+    fill = blocks * _BLOCK - num
+    rows = jnp.pad(rows, ((0, fill), (0, 0))).reshape(blocks, _BLOCK, dim)
+    weights = jnp.pad(weights, (0, fill)).reshape(blocks, _BLOCK)
+
+    def add(gram: Pair, block: tuple[Array, Array]) -> tuple[Pair, None]:
+        rows, weights = block
+        return _added(gram, _dot((rows * weights[:, None]).T, rows)), None
+
+    return jax.lax.scan(add, _zeros(dim, dim), (rows, weights))[0]
+
+
+def _short(x: Array) -> Array:
+    """Drop the last bits of the mantissa: any number near the mean will do.
+
+    A compiler may fuse ``rows - a * b`` without rounding the product, and keep
+    another, rounded product as the mean; it cannot do so through this rounding.
+    """
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant - 2)
+
+
+def _nothing(dim: int) -> RowMoments:
+    return RowMoments(_zeros(), _zeros(dim), _zeros(dim, dim))
 
 
 def _dtype() -> jnp.dtype:
@@ -210,12 +233,13 @@ def _added(x: Pair, y: Array) -> Pair:
     """Add a float without losing its low bits."""
     high = x.high + y
     back = high - x.high
-    return Pair(high, x.low + ((x.high - (high - back)) + (y - back)))
+    low = x.low + ((x.high - (high - back)) + (y - back))
+    total = high + low  # so that the low part stays below the rounding of the high
+    return Pair(total, low - (total - high))
 
 
 def _sum(x: Pair, y: Pair) -> Pair:
-    high, low = _added(x, y.high)
-    return Pair(high, low + y.low)
+    return _added(_added(x, y.high), y.low)
 
 
 def _check_batch(taps: Taps, dim: int, grads: bool) -> None:

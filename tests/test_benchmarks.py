@@ -1,0 +1,28 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["tap.py"])
+def test_a_benchmark_runs_at_its_tiny_setting(name, tmp_path):
+    path = tmp_path / "rows.json"
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{name}", "--tiny", "--json", str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows
+    for row in rows:
+        assert row["error"] <= 1e-5
+        assert row["ours_s"] > 0
+        assert {"case", "size", "method", "ratio", "device", "versions"} <= set(row)

@@ -1,0 +1,83 @@
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import toyfeat as tf
+
+PINNED = [
+    "Accumulator",
+    "Basis",
+    "Diagnostics",
+    "Match",
+    "Moments",
+    "Probed",
+    "Taps",
+    "Truth",
+    "check_no_mixing",
+    "check_taps",
+    "decode",
+    "encode",
+    "explanation",
+    "from_function",
+    "from_linen",
+    "from_nnx",
+    "from_split",
+    "gradient_pca",
+    "match_features",
+    "moments",
+    "output_preserved",
+    "pca",
+    "principal_angles",
+    "r_squared",
+    "random_coverage",
+    "readouts",
+    "site_shapes",
+    "tap",
+    "variance_explained",
+]
+
+
+def test_the_public_names_are_the_pinned_ones():
+    assert sorted(tf.__all__) == sorted(PINNED)
+
+
+FUNCTIONS = [getattr(tf, n) for n in PINNED if inspect.isfunction(getattr(tf, n))]
+FUNCTIONS += [
+    f
+    for _, f in inspect.getmembers(tf.readouts, inspect.isfunction)
+    if f.__module__ == "toyfeat.tap.readouts" and not f.__name__.startswith("_")
+]
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=lambda f: f.__name__)
+def test_a_public_function_documents_its_arguments_and_result(fn):
+    doc = inspect.getdoc(fn)
+    assert doc
+    assert "Args:" in doc
+    assert "Returns:" in doc or "Raises:" in doc
+    for name in inspect.signature(fn).parameters:
+        assert f"{name}:" in doc, f"{fn.__name__} does not document {name}"
+
+
+MODULES = [info.name for info in pkgutil.walk_packages(tf.__path__, "toyfeat.")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_and_every_public_name_in_it_has_a_docstring(name):
+    module = importlib.import_module(name)
+    assert module.__doc__, f"{name} has no docstring"
+    for attribute, value in vars(module).items():
+        ours = getattr(value, "__module__", None) == name
+        if ours and not attribute.startswith("_") and callable(value):
+            assert inspect.getdoc(value), f"{name}.{attribute} has no docstring"
+
+
+def test_functions_that_share_the_name_of_a_module_can_both_be_reached():
+    from toyfeat.moments import moments
+    from toyfeat.tap import from_linen, tap
+
+    assert tf.tap is tap
+    assert tf.moments is moments
+    assert tf.from_linen is from_linen

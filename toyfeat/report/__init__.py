@@ -1,0 +1,1 @@
+"""Rows to JSON, tables, figures and one self-contained page."""

@@ -1,0 +1,69 @@
+"""One self-contained HTML page: text, tables and pictures, nothing fetched."""
+
+import html
+from collections.abc import Iterable
+from pathlib import Path
+
+from toyfeat.report.rows import write_whole
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
+  max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
+p { max-width: 46rem; }
+figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; }
+img { width: 100%; height: auto; border: 1px solid #ddd; border-radius: 4px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; width: 100%;
+  font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid #eee; }
+td:nth-child(2), td:nth-child(3), td:nth-child(4) { text-align: right; }
+th[scope=rowgroup] { padding-top: 1.2rem; color: #0072b2; }
+td.ok { color: #00704f; } td.missed { color: #b3261e; font-weight: 600; }
+footer { margin: 3rem 0; color: #666; font-size: .85rem; }
+"""
+
+
+def section(title: str, body: Iterable[str]) -> str:
+    """Return a section with a heading; ``body`` holds HTML fragments."""
+    return "\n".join([f"<section><h2>{html.escape(title)}</h2>", *body, "</section>"])
+
+
+def paragraph(text: str) -> str:
+    """Return text as an HTML paragraph."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def picture(uri: str, caption: str) -> str:
+    """Return an image with its caption, which is its alternative text too."""
+    text = html.escape(caption, quote=True)
+    return (
+        f'<figure><img src="{uri}" alt="{text}"><figcaption>{text}</figcaption>'
+        "</figure>"
+    )
+
+
+def table(rows: str) -> str:
+    """Return a table that scrolls by itself on a narrow screen."""
+    return f'<div class="scroll">{rows}</div>'
+
+
+def write_page(path: Path, title: str, sections: Iterable[str], footer: str) -> None:
+    """Write a page that needs no other file.
+
+    Args:
+      path: the file; it appears whole or not at all.
+      title: plain text.
+      sections: HTML fragments.
+      footer: plain text, such as versions and settings.
+    """
+    name = html.escape(title)
+    write_whole(
+        path,
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name}</title><style>{_STYLE}</style></head>\n<body><h1>{name}</h1>\n"
+        + "\n".join(sections)
+        + f"\n<footer>{html.escape(footer)}</footer></body></html>\n",
+    )

@@ -1,0 +1,238 @@
+"""Figures with what they should be: to JSON, to the terminal, to HTML."""
+
+import html
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+class Bound(NamedTuple):
+    """What a figure should be.
+
+    Attributes:
+      relation: ``"near"``, ``"at least"``, ``"at most"``, ``"below"`` or
+        ``"equals"``.
+      value: the target.
+      margin: how far ``"near"`` reaches.
+      source: where the target comes from: a closed form or a measurement.
+    """
+
+    relation: str
+    value: float
+    margin: float = 0.0
+    source: str = ""
+
+    def holds(self, figure: float) -> bool:
+        """Whether a figure keeps the bound; never for NaN."""
+        return {
+            "near": abs(figure - self.value) <= self.margin,
+            "at least": figure >= self.value,
+            "at most": figure <= self.value,
+            "below": figure < self.value,
+            "equals": figure == self.value,
+        }[self.relation]
+
+    def __str__(self) -> str:
+        margin = f" ± {_short(self.margin)}" if self.relation == "near" else ""
+        source = f" ({self.source})" if self.source else ""
+        return f"{self.relation} {_short(self.value)}{margin}{source}"
+
+
+class Row(NamedTuple):
+    """One figure of one case, over several seeds.
+
+    Attributes:
+      case: which model and data.
+      name: what was measured.
+      values: one per seed.
+      bound: what the median should be, or ``None`` if it is only shown.
+      random: the same figure for random directions, or ``None`` if it has none.
+    """
+
+    case: str
+    name: str
+    values: tuple[float, ...]
+    bound: Bound | None = None
+    random: float | None = None
+
+    @property
+    def median(self) -> float:
+        """Median over seeds; NaN if any seed is NaN."""
+        return float(np.median(self.values))
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the median keeps its bound; ``None`` without a bound."""
+        return None if self.bound is None else self.bound.holds(self.median)
+
+
+def output_folder(path: Path) -> Path:
+    """Make a folder for a report, before the work that is to go into it.
+
+    Raises:
+      ValueError: if the place is taken by a file or cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_whole(path / "probe", "")
+        (path / "probe").unlink()
+    except OSError as error:
+        raise ValueError(
+            f"output_folder: cannot write to {path}: {error}; give another folder"
+        ) from None
+    return path
+
+
+def write_json(path: Path, rows: Iterable[Row], *, header: dict[str, object]) -> None:
+    """Write rows and what they were made with as one JSON object.
+
+    Args:
+      path: the file; it appears whole or not at all.
+      rows: what to write.
+      header: settings and versions, beside ``"rows"``.
+    """
+    entries = [
+        {
+            "case": row.case,
+            "figure": row.name,
+            "median": _finite(row.median),
+            "values": [_finite(value) for value in row.values],
+            "expected": None if row.bound is None else row.bound._asdict(),
+            "holds": row.holds,
+            "random": None if row.random is None else _finite(row.random),
+        }
+        for row in rows
+    ]
+    write_whole(path, json.dumps({**header, "rows": entries}, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a reader never sees half of it."""
+    draft = path.with_name(path.name + ".partial")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def print_table(rows: Sequence[Row], console: Console) -> None:
+    """Print rows as a table, one section per case; a narrow console gets less."""
+    wide = console.width >= 110
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("figure")
+    table.add_column("median", justify="right")
+    if wide:
+        table.add_column("range over seeds", justify="right", style="dim")
+        table.add_column("random", justify="right", style="dim")
+    table.add_column("expected")
+    table.add_column("")
+    case = None
+    for row in rows:
+        if row.case != case:
+            case = row.case
+            table.add_section()
+            table.add_row(f"[bold cyan]{escape(case)}[/]")
+        name, median, *spread, bound, mark = cells(row)
+        colour = {"ok": "green", "missed": "bold red", "": ""}[mark]
+        mark = f"[{colour}]{mark}[/]" if mark else ""
+        middle = spread if wide else []
+        table.add_row(f"  {escape(name)}", median, *middle, bound, mark)
+    console.print(table)
+
+
+def summary(
+    rows: Sequence[Row], columns: Sequence[tuple[str, str]]
+) -> list[tuple[str, ...]]:
+    """Pick medians out of rows: one line per case, one column per figure.
+
+    Args:
+      rows: all figures.
+      columns: heading and name of a figure.
+
+    Returns:
+      The heading line, then a line for each case that has all the figures.
+    """
+    by_case: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_case.setdefault(row.case, {})[row.name] = row
+    lines = [("case", *(heading for heading, _ in columns))]
+    for case, figures in by_case.items():
+        if all(name in figures for _, name in columns):
+            medians = (figures[name].median for _, name in columns)
+            lines.append((case, *(f"{median:.4f}" for median in medians)))
+    return lines
+
+
+def print_lines(lines: Sequence[tuple[str, ...]], console: Console) -> None:
+    """Print a heading line and its lines as a table."""
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for index, heading in enumerate(lines[0]):
+        justify = "right" if index else "left"
+        table.add_column(heading, justify=justify, no_wrap=index == 0)
+    for line in lines[1:]:
+        table.add_row(*map(escape, line))
+    console.print(table)
+
+
+def html_lines(lines: Sequence[tuple[str, ...]]) -> str:
+    """Return a heading line and its lines as an HTML table."""
+    heads = "".join(f"<th>{html.escape(text)}</th>" for text in lines[0])
+    body = [
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>"
+        for line in lines[1:]
+    ]
+    return "\n".join([f"<table><thead><tr>{heads}</tr></thead>", *body, "</table>"])
+
+
+def html_table(rows: Sequence[Row]) -> str:
+    """Return rows as an HTML table, one group of rows per case."""
+    head = "".join(
+        f"<th>{title}</th>"
+        for title in ("figure", "median", "range", "random", "expected", "")
+    )
+    lines = [f"<table><thead><tr>{head}</tr></thead>"]
+    case = None
+    for row in rows:
+        if row.case != case:
+            case = row.case
+            lines.append(
+                f'<tbody><tr><th colspan="6" scope="rowgroup">{html.escape(case)}'
+                "</th></tr>"
+            )
+        *texts, mark = (html.escape(cell) for cell in cells(row))
+        body = "".join(f"<td>{text}</td>" for text in texts)
+        lines.append(f'<tr>{body}<td class="{mark}">{mark}</td></tr>')
+    return "\n".join([*lines, "</table>"])
+
+
+def cells(row: Row) -> tuple[str, str, str, str, str, str]:
+    """Texts of a row: name, median, range, random, expected, ok or missed."""
+    low, high = min(row.values), max(row.values)
+    return (
+        row.name,
+        _short(row.median),
+        f"{_short(low)} … {_short(high)}" if len(row.values) > 1 else "",
+        "" if row.random is None else _short(row.random),
+        "" if row.bound is None else str(row.bound),
+        {None: "", True: "ok", False: "missed"}[row.holds],
+    )
+
+
+def _short(value: float) -> str:
+    if not math.isfinite(value) or value == 0:
+        return f"{value:.3g}"
+    if abs(value) >= 1e5 or abs(value) < 1e-3:
+        return f"{value:.2e}"
+    if abs(value) > 0.999 and abs(value) < 1:
+        return f"{value:.6f}"
+    return f"{value:.4g}"
+
+
+def _finite(value: float) -> float | str:
+    """JSON has no NaN; a string says it instead."""
+    return float(value) if math.isfinite(value) else str(value)

@@ -1,0 +1,139 @@
+"""Taps against the forward pass, and against gradients written by hand.
+
+    python benchmarks/tap.py [--tiny] [--json PATH]
+
+A residual MLP; activations and gradients at every block, or at the last one.
+Bars: all sites <= 2.2 x the forward and the last site <= 1.2 x, in compiled
+flops; times are printed as ratios.  "split" is what one writes by hand, a vjp of
+the rest of the network for each site; errors against it are checked first.  In
+one jit the compiler finds what its backward passes share, so it does no more
+work than a tap: it is the least that these gradients cost.
+"""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from harness import finish, gemm_flops_per_s, medians, program, row
+
+import toyfeat as tf
+
+CASES = {
+    "small": {"blocks": 4, "width": 256, "batch": 1024},
+    "wide": {"blocks": 4, "width": 1024, "batch": 1024},
+    "deep": {"blocks": 16, "width": 256, "batch": 1024},
+}
+TINY = {"tiny": {"blocks": 2, "width": 32, "batch": 16}}
+READOUT = tf.readouts.scalar(jnp.sum)
+
+
+def block(params: Any, x: jax.Array) -> jax.Array:
+    """One residual block."""
+    return x + jax.nn.relu(x @ params["in"]) @ params["out"]
+
+
+def model(params: Any, x: jax.Array, tap: Any) -> jax.Array:
+    """Blocks with a site behind each."""
+    for index, layer in enumerate(params):
+        x = tap(f"block{index}", block(layer, x))
+    return x
+
+
+def initial_params(key: jax.Array, blocks: int, width: int) -> list[dict]:
+    """Weights that keep the size of activations."""
+    keys = jax.random.split(key, (blocks, 2))
+    return [
+        {
+            "in": jax.random.normal(k[0], (width, width)) / width**0.5,
+            "out": jax.random.normal(k[1], (width, width)) / width**0.5,
+        }
+        for k in keys
+    ]
+
+
+def split(params: Any, x: jax.Array) -> dict[str, Any]:
+    """By hand: run to each site, then a vjp of the rest, site by site."""
+    taps = {}
+    for index in range(len(params)):
+        x = block(params[index], x)
+
+        def rest(acts: jax.Array, index: int = index) -> jax.Array:
+            for layer in params[index + 1 :]:
+                acts = block(layer, acts)
+            return acts.sum(-1)
+
+        out, pull = jax.vjp(rest, x)
+        taps[f"block{index}"] = (x, pull(jnp.ones_like(out))[0])
+    return taps
+
+
+def measured(name: str, size: dict[str, int], peak: float) -> tuple[list[dict], list]:
+    """Rows and missed bars of one case."""
+    params = initial_params(jax.random.key(0), size["blocks"], size["width"])
+    x = jax.random.normal(jax.random.key(1), (size["batch"], size["width"]))
+    probed = tf.from_function(model)
+    sites = [f"block{i}" for i in range(size["blocks"])]
+
+    def tapped(sites: list[str]) -> Any:
+        return lambda p, x: tf.tap(probed, p, x, sites=sites, readout=READOUT)
+
+    programs = {
+        "forward": program(lambda p, x: probed(p, x, {})[0], params, x),
+        "tap all sites": program(tapped(sites), params, x),
+        "tap last site": program(tapped(sites[-1:]), params, x),
+        "split": program(split, params, x),
+    }
+    taps, by_hand = programs["tap all sites"].run(), programs["split"].run()
+    errors = {s: jnp.max(jnp.abs(taps[s].grads[:, 0] - by_hand[s][1])) for s in sites}
+    error = max(float(e / jnp.max(jnp.abs(by_hand[s][1]))) for s, e in errors.items())
+    if error > 1e-5:
+        return [], [f"{name}: error {error:.1e} against a split per site, no time"]
+    seconds = medians({method: p.run for method, p in programs.items()})
+    forward = programs["forward"]
+    rows = [
+        row(
+            name,
+            size,
+            method,
+            ours_s=seconds[method],
+            peer_s=seconds["split"],
+            ratio=seconds["split"] / seconds[method],
+            times_forward=seconds[method] / seconds["forward"],
+            flops_times_forward=p.flops / forward.flops,
+            error=error,
+            peer_error=0.0,
+            flops=p.flops,
+            fraction_of_gemm_peak=p.flops / seconds[method] / peak,
+            compile_s=p.compile_s,
+        )
+        for method, p in programs.items()
+    ]
+    bars = {"tap all sites": 2.2, "tap last site": 1.2}
+    missed = [
+        f"{name}: {line['method']} takes {line['flops_times_forward']:.2f} x the "
+        f"forward's flops, the bar is {bars[line['method']]}"
+        for line in rows
+        if line["flops_times_forward"] > bars.get(line["method"], float("inf"))
+    ]
+    return rows, missed
+
+
+def main() -> None:
+    """Measure all cases."""
+    tiny = "--tiny" in sys.argv
+    peak = gemm_flops_per_s(256 if tiny else 2048)
+    results = [measured(n, s, peak) for n, s in (TINY if tiny else CASES).items()]
+    rows = [line for lines, _ in results for line in lines]
+    for line in rows:
+        print(
+            f"{line['case']:>6} {line['method']:<14} {1e3 * line['ours_s']:8.2f} ms"
+            f"  {line['times_forward']:5.2f} x forward"
+            f"  {line['flops_times_forward']:5.2f} x its flops"
+            f"  {line['ratio']:5.2f} x the speed of a split"
+        )
+    finish(rows, [text for _, texts in results for text in texts])
+
+
+if __name__ == "__main__":
+    main()

@@ -99,7 +99,9 @@ def check_no_mixing(
     Example:
       >>> import jax.numpy as jnp
       >>> import toyfeat as tf
-      >>> centred = tf.from_split(lambda p, x: x - x.mean(0), lambda p, a: a)
+      >>> centred = tf.from_split(
+      ...     lambda p, x: x - x.mean(0, keepdims=True), lambda p, a: a
+      ... )
       >>> check_no_mixing(centred, None, jnp.arange(6.0).reshape(3, 2))
       Traceback (most recent call last):
       ValueError: check_no_mixing: examples of a batch influence each other at site...
@@ -114,7 +116,7 @@ def check_no_mixing(
     key = jax.random.key(0) if key is None else key
     run = jax.jit(lambda x, noise: probed(params, x, noise))
     inputs = jax.tree.map(jnp.asarray, inputs)
-    outputs, acts = probed(params, inputs, {})  # not compiled: keeps the order of sites
+    outputs, acts = probed(params, inputs, {})  # not compiled: sites stay in order
     _check_output_axes(outputs, size)
     quiet = _noise(key, acts, np.zeros(size, bool))
     before = run(inputs, quiet)

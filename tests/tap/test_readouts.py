@@ -552,3 +552,12 @@ def test_indices_and_tokens_must_be_whole_numbers(make, match):
 
     with pytest.raises((TypeError, ValueError), match=match):
         use(make())
+
+
+def test_the_first_token_after_left_padding_is_left_out_too():
+    mask = jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    tokens = jnp.zeros((2, 5), jnp.int32)
+    readout = readouts.next_token_loss(tokens, mask=mask)
+    np.testing.assert_array_equal(readout.mask, [[0, 0, 0, 1, 0], [0, 1, 1, 0, 0]])
+    shown = readouts.next_token_loss(tokens, mask=mask, first=True)
+    np.testing.assert_array_equal(shown.mask, [[0, 0, 1, 1, 0], [1, 1, 1, 0, 0]])

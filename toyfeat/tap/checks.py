@@ -175,5 +175,5 @@ def _moved(before: Array, after: Array, kept: np.ndarray) -> float:
     finite = np.abs(a[np.isfinite(a)])
     change = np.abs(np.where(same, 0.0, a) - np.where(same, 0.0, b))
     change = np.where(np.isnan(change), np.inf, change)
-    allowed = 1e2 * eps * np.max(finite, initial=0.0)
+    allowed = min(1e2 * eps, 4 * eps + 1e-4) * np.max(finite, initial=0.0)
     return float(np.max(np.where(change > allowed, change, 0.0), initial=0.0))

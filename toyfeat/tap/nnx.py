@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -131,7 +132,9 @@ def _recording(cls: type) -> type:
         for name in dir(cls)
         if _is_site(cls, name)
     }
-    return type(cls.__name__, (cls,), methods) if methods else cls
+    # A subclass is a pytree by default, also of a module that is none.
+    kind = {"pytree": getattr(cls, "_pytree__is_pytree", True)}
+    return types.new_class(cls.__name__, (cls,), kind, lambda ns: ns.update(methods))
 
 
 def _is_site(cls: type, name: str) -> bool:

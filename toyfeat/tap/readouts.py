@@ -109,8 +109,8 @@ def next_token_loss(
     """Cross-entropy of the next token, summed over an input's positions; ``K = 1``.
 
     Position ``t`` predicts token ``t + 1``.  The last position has no target and
-    gets weight 0.  So does the first one, whose activations are often massive
-    outliers; ``first=True`` shows it.
+    gets weight 0.  So does the first one that is not padding, whose activations
+    are often massive outliers; ``first=True`` shows it.
 
     Args:
       tokens: ``[B, T]`` int.
@@ -138,7 +138,8 @@ def next_token_loss(
             f"{mask.shape}"
         )
     targets = jnp.concatenate([mask[:, :-1] * mask[:, 1:], 0 * mask[:, :1]], axis=1)
-    weights = targets if first else targets.at[:, 0].set(0)
+    later = jnp.cumsum(mask > 0, axis=1) > 1
+    weights = targets if first else jnp.where(later, targets, 0)
     return Readout(
         rule=rules.next_token,
         options=(select,),

@@ -105,7 +105,7 @@ def _check_arguments(
         for leaf in jax.tree.leaves(tree):
             if jnp.shape(leaf)[:1] != (size,):
                 raise ValueError(
-                    f"tap: the readout's {name} need leading axis {size} like the "
+                    f"tap: the readout's {name} must have leading axis {size} like the "
                     f"inputs, got shape {jnp.shape(leaf)}"
                 )
 

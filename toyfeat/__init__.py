@@ -14,6 +14,7 @@ from toyfeat.evaluate import (
     random_coverage,
     variance_explained,
 )
+from toyfeat.linalg import Products, randomized_svd
 from toyfeat.moments import moments
 from toyfeat.tap import (
     check_no_mixing,
@@ -27,12 +28,14 @@ from toyfeat.tap import (
     tap,
 )
 from toyfeat.types import (
+    SVD,
     Accumulator,
     Basis,
     Diagnostics,
     Match,
     Moments,
     Probed,
+    SVDInfo,
     Taps,
     Truth,
 )
@@ -40,12 +43,15 @@ from toyfeat.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "SVD",
     "Accumulator",
     "Basis",
     "Diagnostics",
     "Match",
     "Moments",
     "Probed",
+    "Products",
+    "SVDInfo",
     "Taps",
     "Truth",
     "check_no_mixing",
@@ -65,6 +71,7 @@ __all__ = [
     "principal_angles",
     "r_squared",
     "random_coverage",
+    "randomized_svd",
     "readouts",
     "site_shapes",
     "tap",

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from flax import struct
 
 Array = jax.Array
 ArrayLike = jax.Array | np.ndarray
@@ -101,6 +102,52 @@ class Moments(NamedTuple):
     grad_mean: ArrayLike | None = None
     grad_second: ArrayLike | None = None
     readouts: ArrayLike | float = 1.0
+
+
+@struct.dataclass
+class SVDInfo:
+    """How a singular value decomposition was found, and how good it is.
+
+    Attributes:
+      method: ``"gram"``, ``"subspace"``, ``"krylov"`` or ``"full"`` (in memory),
+        ``"gram"``, ``"incremental"`` or ``"frequent_directions"`` (streams); not
+        a leaf of the tree.
+      passes: how often the matrix is multiplied with a block of vectors, from
+        either side, unless a fallback adds to it; not a leaf.
+      width: columns of such a block; not a leaf.
+      residual: ``[]``, an estimate of ``|A - u diag(s) vt|_F``.
+      orthogonality: ``[]``, largest entry of ``|u^T u - 1|`` and ``|vt vt^T - 1|``.
+      fallback: ``[]`` bool, whether a fast step failed its check and a slower,
+        safe one took its place.
+      finite: ``[]`` bool; if it is false the matrix holds NaN or inf (or its
+        products overflow), and ``u``, ``s``, ``vt`` are NaN.
+    """
+
+    method: str = struct.field(pytree_node=False)
+    passes: int = struct.field(pytree_node=False)
+    width: int = struct.field(pytree_node=False)
+    residual: Array
+    orthogonality: Array
+    fallback: Array
+    finite: Array
+
+
+class SVD(NamedTuple):
+    """Leading singular triplets, ``A ~ u @ diag(s) @ vt``.
+
+    Attributes:
+      u: ``[N, R]`` orthonormal columns, or ``None`` if they were not wanted or
+        cannot be known (a stream is gone).
+      s: ``[R]``, descending.
+      vt: ``[R, D]`` orthonormal rows; the largest entry of each, by magnitude, is
+        positive.
+      info: how it was found and how good it is.
+    """
+
+    u: Array | None
+    s: Array
+    vt: Array
+    info: SVDInfo
 
 
 class Diagnostics(NamedTuple):

@@ -1,5 +1,14 @@
 """Spectral kernels; they know nothing of features."""
 
+from toyfeat.linalg.operators import Products
+from toyfeat.linalg.randomized import randomized_svd
 from toyfeat.linalg.spectral import Spectrum, psd_inverse, psd_spectrum, with_signs
 
-__all__ = ["Spectrum", "psd_inverse", "psd_spectrum", "with_signs"]
+__all__ = [
+    "Products",
+    "Spectrum",
+    "psd_inverse",
+    "psd_spectrum",
+    "randomized_svd",
+    "with_signs",
+]

@@ -1,0 +1,216 @@
+"""The routes from a matrix to its leading singular triplets."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from toyfeat.linalg.extraction import Extracted, all_right_vectors, extracted
+from toyfeat.linalg.operators import Operator, dense, nonzero
+from toyfeat.linalg.orthonormal import choose, deviation, orthonormal_rows
+from toyfeat.linalg.plans import PROBES, Plan
+from toyfeat.linalg.spectral import with_signs
+from toyfeat.linalg.subspaces import Subspace, iterated, krylov
+from toyfeat.linalg.tall import HIGHEST, inner, summed
+from toyfeat.types import SVD, Array, SVDInfo
+
+_EIGH = 1024
+"""Up to this width all eigenvectors of a Gram matrix are cheaper than some."""
+
+
+def svd_of(key: Array, op: Operator, rough: Operator, plan: Plan) -> SVD:
+    """Follow the plan.
+
+    Args:
+      key: of the random start and the probes.
+      op: the matrix.
+      rough: the same matrix with products in the precision of the sketch.
+      plan: from :func:`toyfeat.linalg.plans.planned`.
+
+    Returns:
+      The triplets, with the signs of :func:`toyfeat.linalg.with_signs`.
+    """
+    if plan.method == "full":
+        found = _in_full(op, plan)
+        passes, width = 2, op.shape[1]
+    elif plan.method == "gram":
+        found = _by_gram(key, op, plan)
+        passes, width = 1 + plan.with_u, op.shape[1]
+    else:
+        z, probes = _start(key, op, plan.width)
+        found = _by_products(op, rough, z, probes, plan)
+        passes, width = 2 * plan.iters + 1, plan.width + PROBES
+    return _finished(found, op, plan, passes, width)
+
+
+def _in_full(op: Operator, plan: Plan) -> Extracted:
+    """The dense decomposition, its leading part refined by one product."""
+    y = op.forward(jnp.eye(op.shape[1], dtype=op.dtype))
+    s, vt = all_right_vectors(y, op.axis)
+    z, bad = orthonormal_rows(vt[: plan.width], rounds=2)
+    space = _image(op, z, nonzero(s[0]), bad)
+    found = extracted(space, plan.rank, op.axis, with_u=plan.with_u)
+    return found._replace(residual=_norm(s[plan.rank :]))
+
+
+def _norm(s: Array) -> Array:
+    """Euclidean norm without squares that overflow."""
+    size = nonzero(jnp.max(s, initial=0))
+    return jnp.sqrt(jnp.sum((s / size) ** 2)) * size
+
+
+def _image(op: Operator, z: Array, size: Array, fallback: Array) -> Subspace:
+    """What the matrix does to rows, without probes."""
+    y = op.forward(z / size)
+    none = jnp.zeros((0, op.shape[1]), op.dtype)
+    seen = [x[:, :0] for x in y]
+    return Subspace(z, [y], inner(y, y, op.axis), none, seen, size, fallback)
+
+
+def _start(key: Array, op: Operator, width: int) -> tuple[Array, Array]:
+    """Orthonormal rows, and probes that know nothing of them."""
+    dim = op.shape[1]
+    rows = _random_rows(key, width + PROBES, dim, op.dtype)
+    if width == dim:
+        return jnp.eye(dim, dtype=op.dtype), rows[width:]
+    return orthonormal_rows(rows[:width], rounds=2)[0], rows[width:]
+
+
+def _random_rows(key: Array, num: int, dim: int, dtype: Any) -> Array:
+    """Uniform entries of unit variance in 256 steps, none of them zero.
+
+    As good as Gaussian ones and cheaper: one random byte each.
+    """
+    odd = 2 * jax.random.bits(key, (num, dim), jnp.uint8).astype(dtype) - 255
+    return odd / ((256**2 - 1) / 3) ** 0.5
+
+
+def _by_products(
+    op: Operator, rough: Operator, z: Array, probes: Array, plan: Plan
+) -> Extracted:
+    build = krylov if plan.method == "krylov" else iterated
+    space = build(rough, z, probes, plan.iters)
+    if plan.sketch != "float32":
+        space = _seen_exactly(op, space)
+    return extracted(space, plan.rank, op.axis, with_u=plan.with_u)
+
+
+def _seen_exactly(op: Operator, space: Subspace) -> Subspace:
+    """Replace the images of a rough sketch by those of the matrix itself."""
+    num = len(space.z)
+    both = op.forward(jnp.concatenate([space.z, space.probes]) / space.scale)
+    y = [x[:, :num] for x in both]
+    return space._replace(
+        images=[y], gram=inner(y, y, op.axis), seen=[x[:, num:] for x in both]
+    )
+
+
+def _by_gram(key: Array, op: Operator, plan: Plan) -> Extracted:
+    r"""Eigenvectors of ``A^T A``, refined by one product or by iterations.
+
+    Squares keep half the digits: a singular value below 6e-3 of the first is
+    wrong by more than 5e-6 of the first.  Then (and only then) the eigenvectors
+    are the start of a subspace iteration, which does not square.
+    """
+    gram, size = op.gram()
+    values, z = _leading(key, gram, plan.width)
+    tail = jnp.sqrt(jnp.maximum(jnp.trace(gram) - jnp.sum(values[: plan.rank]), 0))
+    low = ~(values[plan.rank - 1] > 4e-5 * values[0])
+
+    def quick(op: Operator, z: Array, values: Array, *rest: Array) -> Extracted:
+        size, tail, _ = rest
+        z, sure = z[: plan.rank], jnp.zeros((), bool)
+        if not plan.with_u:
+            s = jnp.sqrt(values[: plan.rank]) * size
+            return Extracted(None, s, z, tail * size, sure)
+        space = _image(op, z, size, sure)
+        found = extracted(space, plan.rank, op.axis, with_u=True)
+        return found._replace(residual=tail * size)
+
+    def careful(op: Operator, z: Array, values: Array, *rest: Array) -> Extracted:
+        del values
+        probes = _random_rows(rest[2], PROBES, op.shape[1], op.dtype)
+        space = iterated(op, z, probes, 0 if len(z) == op.shape[1] else 2)
+        found = extracted(space, plan.rank, op.axis, with_u=plan.with_u)
+        return found._replace(fallback=jnp.ones((), bool))
+
+    return _either(op, low, careful, quick, z, values, size, tail, key)
+
+
+def _leading(key: Array, gram: Array, width: int) -> tuple[Array, Array]:
+    """Leading eigenvalues, and eigenvectors as rows, of a Gram matrix."""
+    dim = len(gram)
+    if dim <= _EIGH or 5 * width > dim:
+        values, vectors = jnp.linalg.eigh((gram + gram.T) / 2)
+        return jnp.maximum(values[::-1][:width], 0), vectors[:, ::-1][:, :width].T
+    op = dense(gram, dim)
+    z, probes = _start(key, op, width)
+    found = extracted(krylov(op, z, probes, 3), width, None, with_u=False)
+    return found.s, found.vt
+
+
+def _either(
+    op: Operator,
+    pred: Array,
+    careful: Callable[..., Any],
+    quick: Callable[..., Any],
+    *operands: Any,
+) -> Any:
+    """One of two functions of an operator and arrays."""
+    if op.rebuild is not None:
+        rebuild = op.rebuild
+        return choose(
+            pred,
+            lambda matrix, *ops: careful(rebuild(matrix), *ops),
+            lambda matrix, *ops: quick(rebuild(matrix), *ops),
+            op.matrix,
+            *operands,
+        )
+    if not isinstance(pred, Tracer):
+        return (careful if pred else quick)(op, *operands)
+    return jax.lax.cond(
+        pred, lambda *ops: careful(op, *ops), lambda *ops: quick(op, *ops), *operands
+    )
+
+
+def _finished(
+    found: Extracted, op: Operator, plan: Plan, passes: int, width: int
+) -> SVD:
+    """Signs, checks, and what the caller sees."""
+    u = None if found.u is None else jnp.concatenate(found.u)
+    s, vt = found.s, found.vt
+    if plan.wide:
+        assert u is not None
+        u, vt = vt.T, u.T
+    flipped = with_signs(vt.T).T
+    # A sign is read off the entry that is positive now.
+    signs = jnp.sign(jnp.sum(flipped * vt, axis=1))
+    right = deviation(_dot(vt, vt.T))
+    left = jnp.zeros_like(right)
+    if u is not None:
+        axis = None if plan.wide else op.axis
+        left = deviation(summed(_dot(u.T, u), axis))
+        u = u * signs[None, :]
+    finite = jnp.isfinite(jnp.sum(s)) & jnp.isfinite(jnp.sum(vt))
+    bad = jnp.full((), jnp.nan, s.dtype)
+    info = SVDInfo(
+        method=plan.method,
+        passes=passes,
+        width=width,
+        residual=found.residual,
+        orthogonality=jnp.maximum(left, right),
+        fallback=found.fallback,
+        finite=finite,
+    )
+    return SVD(
+        u=None if u is None or not plan.with_u else jnp.where(finite, u, bad),
+        s=jnp.where(finite, s, bad),
+        vt=jnp.where(finite, flipped, bad),
+        info=info,
+    )
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=HIGHEST)

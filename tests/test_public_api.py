@@ -38,6 +38,7 @@ PINNED = [
     "randomized_svd",
     "readouts",
     "site_shapes",
+    "stream_svd",
     "tap",
     "variance_explained",
 ]

@@ -14,7 +14,7 @@ from toyfeat.evaluate import (
     random_coverage,
     variance_explained,
 )
-from toyfeat.linalg import Products, randomized_svd
+from toyfeat.linalg import Products, randomized_svd, stream_svd
 from toyfeat.moments import moments
 from toyfeat.tap import (
     check_no_mixing,
@@ -74,6 +74,7 @@ __all__ = [
     "randomized_svd",
     "readouts",
     "site_shapes",
+    "stream_svd",
     "tap",
     "variance_explained",
 ]

@@ -3,6 +3,7 @@
 from toyfeat.linalg.operators import Products
 from toyfeat.linalg.randomized import randomized_svd
 from toyfeat.linalg.spectral import Spectrum, psd_inverse, psd_spectrum, with_signs
+from toyfeat.linalg.streams import stream_svd
 
 __all__ = [
     "Products",
@@ -10,5 +11,6 @@ __all__ = [
     "psd_inverse",
     "psd_spectrum",
     "randomized_svd",
+    "stream_svd",
     "with_signs",
 ]

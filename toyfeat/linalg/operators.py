@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.linalg.gram import scaled_gram
 from toyfeat.linalg.tall import HIGHEST, Axis, Tall, summed
 from toyfeat.types import Array
 
 Sketch = Literal["float32", "tensorfloat32", "bfloat16"]
 """Precision of the passes that only find a subspace."""
-
-
-_BLOCK = 4096
 
 
 class Products(NamedTuple):
@@ -78,7 +76,7 @@ def dense(
     def gram() -> tuple[Array, Array]:
         size = jnp.max(jnp.abs(matrix))
         size = nonzero(size if axis is None else jax.lax.pmax(size, axis))
-        return summed(_blocked_gram(matrix, 1 / size), axis), size
+        return summed(scaled_gram(matrix, 1 / size), axis), size
 
     return Operator(
         forward,
@@ -193,43 +191,12 @@ def _gram_block(total: Array, size: Array, block: Array) -> tuple[Array, Array]:
     block = block.astype(total.dtype)
     larger = jnp.maximum(size, jnp.max(jnp.abs(block), initial=0))
     inverse = 1 / nonzero(larger)
-    return total * (size * inverse) ** 2 + _blocked_gram(block, inverse), larger
+    return total * (size * inverse) ** 2 + scaled_gram(block, inverse), larger
 
 
 def nonzero(x: Array) -> Array:
     """``x``, or 1 where it is 0."""
     return jnp.where(x == 0, jnp.ones_like(x), x)
-
-
-def _blocked_gram(matrix: Array, factor: Array) -> Array:
-    """``(factor A)^T (factor A)``, block by block of rows.
-
-    Short sums lose less in float32, blocks are scaled while they are in cache,
-    and on CPUs, where the compiler knows no symmetric product, a wide matrix is
-    spared a quarter of the work by leaving out one corner.
-    """
-    rows, dim = matrix.shape
-    num, half = min(rows, _BLOCK), dim // 2 if dim >= 512 else 0
-    whole = rows // num * num
-
-    def add(total: tuple, block: Array) -> tuple[tuple, None]:
-        block = block * factor
-        upper = _product(block[:, :half], block, 0, 0, "float32")
-        lower = _product(block[:, half:], block[:, half:], 0, 0, "float32")
-        return (total[0] + upper, total[1] + lower), None
-
-    def joined(upper: Array, lower: Array) -> Array:
-        corner = upper[:, half:].T
-        return jnp.concatenate([upper, jnp.concatenate([corner, lower], axis=1)])
-
-    dtype = matrix.dtype
-    zeros = (jnp.zeros((half, dim), dtype), jnp.zeros((dim - half, dim - half), dtype))
-    zeros = tuple(x + 0 * factor for x in zeros)  # varies over devices as the rows do
-    blocks = matrix[:whole].reshape(-1, num, dim)
-    total, _ = jax.lax.scan(add, zeros, blocks)
-    if whole < rows:
-        total, _ = add(total, matrix[whole:])
-    return joined(*total)
 
 
 def _wide_product(matrix: Array, z: Array, sketch: Sketch) -> Array:

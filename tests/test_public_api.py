@@ -7,6 +7,14 @@ import pytest
 import toyfeat as tf
 
 PINNED = [
+    "ablation_curve",
+    "edge_ablation",
+    "eigengaps",
+    "interaction_edges",
+    "joint_pca",
+    "local_interaction_basis",
+    "sketched_moments",
+    "SketchedMoments",
     "Accumulator",
     "Basis",
     "Diagnostics",

@@ -5,7 +5,18 @@ the functions; import from the modules of the same name with ``from toyfeat.tap
 import ...``.
 """
 
-from toyfeat.decompose import decode, encode, explanation, gradient_pca, pca
+from toyfeat.ablation import ablation_curve, edge_ablation
+from toyfeat.decompose import (
+    decode,
+    eigengaps,
+    encode,
+    explanation,
+    gradient_pca,
+    interaction_edges,
+    joint_pca,
+    local_interaction_basis,
+    pca,
+)
 from toyfeat.evaluate import (
     match_features,
     output_preserved,
@@ -15,7 +26,7 @@ from toyfeat.evaluate import (
     variance_explained,
 )
 from toyfeat.linalg import Products, randomized_svd, stream_svd
-from toyfeat.moments import moments
+from toyfeat.moments import moments, sketched_moments
 from toyfeat.tap import (
     check_no_mixing,
     check_taps,
@@ -35,6 +46,7 @@ from toyfeat.types import (
     Match,
     Moments,
     Probed,
+    SketchedMoments,
     SVDInfo,
     Taps,
     Truth,
@@ -52,11 +64,15 @@ __all__ = [
     "Probed",
     "Products",
     "SVDInfo",
+    "SketchedMoments",
     "Taps",
     "Truth",
+    "ablation_curve",
     "check_no_mixing",
     "check_taps",
     "decode",
+    "edge_ablation",
+    "eigengaps",
     "encode",
     "explanation",
     "from_function",
@@ -64,6 +80,9 @@ __all__ = [
     "from_nnx",
     "from_split",
     "gradient_pca",
+    "interaction_edges",
+    "joint_pca",
+    "local_interaction_basis",
     "match_features",
     "moments",
     "output_preserved",
@@ -74,6 +93,7 @@ __all__ = [
     "randomized_svd",
     "readouts",
     "site_shapes",
+    "sketched_moments",
     "stream_svd",
     "tap",
     "variance_explained",

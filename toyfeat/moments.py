@@ -1,6 +1,6 @@
 """Taps folded into exactly weighted moments, in one pass."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -13,7 +13,8 @@ from toyfeat.linalg.running import (
     row_moments,
     value,
 )
-from toyfeat.types import Accumulator, Array, Moments, Taps
+from toyfeat.linalg.streams import StreamMethod, stream_svd
+from toyfeat.types import Accumulator, Array, Moments, SketchedMoments, Taps
 
 
 class MomentsState(NamedTuple):
@@ -82,6 +83,87 @@ def moments(dim: int, *, grads: bool = True) -> Accumulator:
         return _merged(state, _of_batch(taps if grads else taps._replace(grads=None)))
 
     return Accumulator(init, update, _merged, _finished)
+
+
+class SketchState(NamedTuple):
+    """Running sketches of activations and gradients.
+
+    Attributes:
+      acts: of the activations, centred.
+      grads: of the gradients, not centred, or ``None``.
+    """
+
+    acts: Any
+    grads: Any
+
+
+def sketched_moments(
+    dim: int,
+    rank: int,
+    *,
+    grads: bool = True,
+    method: StreamMethod = "incremental",
+    width: int | None = None,
+) -> Accumulator:
+    """Accumulate the leading directions of activations and of gradients.
+
+    For widths whose ``D x D`` matrices do not fit: two sketches of ``width`` rows
+    (see :func:`toyfeat.stream_svd`) take the place of the two scatter matrices.
+
+    Args:
+      dim: the width ``D`` of the site.
+      rank: how many directions of each are kept.
+      grads: whether gradients are folded too; if so every batch must have them.
+      method: of :func:`toyfeat.stream_svd`.
+      width: rows of a sketch, ``2 * rank`` by default.
+
+    Returns:
+      ``Accumulator(init, update, merge, finish)``: ``update(state, taps)``,
+      ``finish(state) -> SketchedMoments``, which ``pca``, ``gradient_pca`` and
+      ``joint_pca`` take.
+
+    Raises:
+      ValueError: if a size is out of range; from ``update``, as :func:`moments`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from toyfeat.types import Taps
+      >>> acc = sketched_moments(3, 1, grads=False)
+      >>> acts = jnp.array([[2.0, 0.0, 0.0], [-2.0, 0.0, 0.0]])
+      >>> stats = acc.finish(acc.update(acc.init(), Taps(acts, None, jnp.ones(2))))
+      >>> (stats.acts.s**2 / stats.weight).round(4).tolist()
+      [4.0]
+    """
+    of_acts = stream_svd(dim, rank, center=True, method=method, width=width)
+    of_grads = stream_svd(dim, rank, method=method, width=width)
+
+    def init() -> SketchState:
+        return SketchState(of_acts.init(), of_grads.init() if grads else None)
+
+    def update(state: SketchState, taps: Taps) -> SketchState:
+        _check_batch(taps, dim, grads)
+        acts = of_acts.update(state.acts, taps.acts, taps.weights)
+        if not grads or taps.grads is None:
+            return SketchState(acts, None)
+        rows = taps.grads.reshape(-1, dim)
+        weights = jnp.repeat(taps.weights, taps.grads.shape[1])
+        return SketchState(acts, of_grads.update(state.grads, rows, weights))
+
+    def merge(left: SketchState, right: SketchState) -> SketchState:
+        acts = of_acts.merge(left.acts, right.acts)
+        return SketchState(
+            acts, of_grads.merge(left.grads, right.grads) if grads else None
+        )
+
+    def finish(state: SketchState) -> SketchedMoments:
+        return SketchedMoments(
+            weight=value(state.acts.weight),
+            mean=value(state.acts.mean),
+            acts=of_acts.finish(state.acts),
+            grads=of_grads.finish(state.grads) if grads else None,
+        )
+
+    return Accumulator(init, update, merge, finish)
 
 
 def _merged(left: MomentsState, right: MomentsState) -> MomentsState:

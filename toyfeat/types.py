@@ -150,6 +150,23 @@ class SVD(NamedTuple):
     info: SVDInfo
 
 
+class SketchedMoments(NamedTuple):
+    """Moments of which only the leading directions are kept.
+
+    Attributes:
+      weight: ``[]``, the sum of the weights.
+      mean: ``[D]``, the weighted mean of the activations.
+      acts: singular values and right vectors of the centred activations, each row
+        times the root of its weight.
+      grads: those of the gradients, not centred, or ``None``.
+    """
+
+    weight: ArrayLike
+    mean: ArrayLike
+    acts: SVD
+    grads: SVD | None = None
+
+
 class Diagnostics(NamedTuple):
     """What a decomposition found out on the way.
 

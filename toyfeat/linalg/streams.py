@@ -21,6 +21,7 @@ from toyfeat.linalg.running import (
     pair_sum,
     plain_moments,
     ratio,
+    row_moments,
     single,
     value,
 )
@@ -40,7 +41,7 @@ class Sketch(NamedTuple):
       rows: ``[l, D]``, orthogonal rows whose Gram matrix stands for all so far.
       buffer: ``[m, D]``, rows that are not yet folded in.
       filled: ``[]`` int32, how many of those there are.
-      count: ``[]``, rows seen.
+      weight: ``[]``, sum of the weights of the rows seen.
       mean: ``[D]`` of the rows seen.
       lost: ``[]``, sum of the squares that were dropped.
       shrunk: ``[]``, what was taken off every squared singular value.
@@ -49,7 +50,7 @@ class Sketch(NamedTuple):
     rows: Array
     buffer: Array
     filled: Array
-    count: Pair
+    weight: Pair
     mean: Pair
     lost: Pair
     shrunk: Pair
@@ -86,7 +87,8 @@ def stream_svd(
         ``rank + 8``; more is more accurate.
 
     Returns:
-      ``Accumulator(init, update, merge, finish)``: ``update(state, rows [n, D])``,
+      ``Accumulator(init, update, merge, finish)``: ``update(state, rows [n, D],
+      weights [n] = None)``, each row counting as often as its weight says, and
       ``finish(state) -> SVD`` with ``u=None``.  Pure and jit-able; a state has a
       fixed shape and can be carried through ``lax.scan``.  A sum over rows, not
       a mean: the variances of principal components are ``s**2 / n``.
@@ -115,23 +117,29 @@ def stream_svd(
     if kind == "gram":
         return Accumulator(
             lambda: no_rows(dim),
-            lambda state, rows: _scattered(state, _checked_rows(rows, dim)),
+            lambda state, rows, weights=None: _scattered(
+                state, *_checked_rows(rows, weights, dim)
+            ),
             merged_rows,
             lambda state: _raised(_of_scatter(state, rank=rank, center=center)),
         )
     shrink = kind == "frequent_directions"
     return Accumulator(
         lambda: _empty(dim, width),
-        lambda state, rows: _pushed_batch(
-            state, _checked_rows(rows, dim), center=center, shrink=shrink
+        lambda state, rows, weights=None: _pushed_batch(
+            state, *_checked_rows(rows, weights, dim), center=center, shrink=shrink
         ),
         partial(_merged, center=center, shrink=shrink),
         lambda state: _raised(_of_sketch(state, rank=rank, shrink=shrink)),
     )
 
 
-def _scattered(state: RowMoments, rows: Array) -> RowMoments:
-    return merged_rows(state, plain_moments(rows)) if len(rows) else state
+def _scattered(state: RowMoments, rows: Array, weights: Array | None) -> RowMoments:
+    if not len(rows):
+        return state
+    if weights is None:
+        return merged_rows(state, plain_moments(rows))
+    return merged_rows(state, row_moments(rows, weights))
 
 
 @partial(jax.jit, static_argnames=("rank", "center"))
@@ -172,30 +180,37 @@ def _empty(dim: int, width: int) -> Sketch:
     return Sketch(none, none, jnp.zeros((), jnp.int32), zero, mean, zero, zero)
 
 
-def _pushed_batch(state: Sketch, rows: Array, *, center: bool, shrink: bool) -> Sketch:
+def _pushed_batch(
+    state: Sketch,
+    rows: Array,
+    weights: Array | None,
+    *,
+    center: bool,
+    shrink: bool,
+) -> Sketch:
     if not len(rows):
         return state
+    weights = jnp.ones_like(rows[:, 0]) if weights is None else weights
+    total, roots = jnp.sum(weights), jnp.sqrt(weights)[:, None]
     if not center:
-        total = jnp.full((), len(rows), rows.dtype)
-        state = state._replace(count=added(state.count, total))
-        return _pushed(state, rows, shrink)
-    mean = jnp.mean(rows, axis=0)
+        state = state._replace(weight=added(state.weight, total))
+        return _pushed(state, rows * roots, shrink)
+    mean = ratio(_dot(weights, rows), total)
     centred = rows - mean[None, :]
-    rest = jnp.mean(centred, axis=0)
-    centred = centred - rest[None, :]
-    count = single(jnp.full((), len(rows), rows.dtype))
-    state, step = _moved(state, count, added(single(mean), rest))
+    rest = ratio(_dot(weights, centred), total)
+    centred = (centred - rest[None, :]) * roots
+    state, step = _moved(state, single(total), added(single(mean), rest))
     return _pushed(state, jnp.concatenate([step[None, :], centred]), shrink)
 
 
 def _moved(state: Sketch, count: Pair, mean: Pair) -> tuple[Sketch, Array]:
     """Join another mean; the row that makes up for the distance of the two."""
-    total = pair_sum(state.count, count)
+    total = pair_sum(state.weight, count)
     step = pair_sum(mean, Pair(-state.mean.high, -state.mean.low))
     share = ratio(value(count), value(total))
     joined = added(added(state.mean, share * step.high), share * step.low)
-    row = jnp.sqrt(value(state.count) * share) * value(step)
-    return state._replace(count=total, mean=joined), row
+    row = jnp.sqrt(value(state.weight) * share) * value(step)
+    return state._replace(weight=total, mean=joined), row
 
 
 def _pushed(state: Sketch, rows: Array, shrink: bool) -> Sketch:
@@ -253,10 +268,10 @@ def _folded(state: Sketch, shrink: bool) -> Sketch:
 def _merged(left: Sketch, right: Sketch, *, center: bool, shrink: bool) -> Sketch:
     rows = jnp.concatenate([right.rows, right.buffer])
     if center:
-        left, step = _moved(left, right.count, right.mean)
+        left, step = _moved(left, right.weight, right.mean)
         rows = jnp.concatenate([step[None, :], rows])
     else:
-        left = left._replace(count=pair_sum(left.count, right.count))
+        left = left._replace(weight=pair_sum(left.weight, right.weight))
     left = left._replace(
         lost=pair_sum(left.lost, right.lost),
         shrunk=pair_sum(left.shrunk, right.shrunk),
@@ -334,7 +349,7 @@ def _checked(
     return method, min(dim, max(2 * rank, rank + 8)) if width is None else width
 
 
-def _checked_rows(rows: Any, dim: int) -> Array:
+def _checked_rows(rows: Any, weights: Any, dim: int) -> tuple[Array, Array | None]:
     if jnp.ndim(rows) != 2 or jnp.shape(rows)[1] != dim:
         raise ValueError(
             f"stream_svd: wanted rows [n, {dim}], got shape {jnp.shape(rows)}"
@@ -343,4 +358,14 @@ def _checked_rows(rows: Any, dim: int) -> Array:
         raise TypeError(
             f"stream_svd: wanted rows of a real floating dtype, got {rows.dtype}"
         )
-    return jnp.asarray(rows, jnp.result_type(float))
+    rows = jnp.asarray(rows, jnp.result_type(float))
+    if weights is None:
+        return rows, None
+    if jnp.shape(weights) != rows.shape[:1]:
+        raise ValueError(
+            f"stream_svd: wanted one weight per row {rows.shape[:1]}, got shape "
+            f"{jnp.shape(weights)}"
+        )
+    weights = jnp.asarray(weights, rows.dtype)
+    # What a row of weight 0 holds must not matter, not even NaN.
+    return jnp.where(weights[:, None] != 0, rows, jnp.zeros_like(rows)), weights

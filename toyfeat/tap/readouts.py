@@ -197,6 +197,7 @@ def random_directions(
     num: int,
     kind: str = "rademacher",
     *,
+    over: str = "all",
     select: Select | None = None,
     mask: Array | None = None,
 ) -> Readout:
@@ -210,6 +211,11 @@ def random_directions(
       key: random key; input ``i`` uses ``fold_in(key, i)``.
       num: the number ``K`` of directions.
       kind: ``"rademacher"`` (smaller variance) or ``"gaussian"``.
+      over: what is drawn together: ``"all"`` entries of an output; its
+        ``"positions"``, one unit (entry of the last axis) after the other, so
+        that ``K`` is ``num`` times the units; or its ``"units"``, one position
+        after the other, ``K`` being ``num`` times the positions.  The last two
+        cost more and vary less.
       select: picks the part of the outputs to look at.
       mask: weights, as in :func:`scalar`.
 
@@ -217,7 +223,8 @@ def random_directions(
       A readout for :func:`toyfeat.tap`.
 
     Raises:
-      ValueError: for an unknown kind or ``num < 1``.
+      ValueError: for an unknown ``kind`` or ``over``, or ``num < 1``; from
+        ``tap``, if ``over`` is not ``"all"`` and there are several outputs.
 
     References:
       Hutchinson (1990); Bushnaq et al. (2024), arXiv 2405.10928, "stochastic
@@ -228,8 +235,14 @@ def random_directions(
             f"random_directions: kind must be one of {sorted(rules.DRAWS)}, got "
             f"{kind!r}"
         )
+    if over not in ("all", "positions", "units"):
+        raise ValueError(
+            "random_directions: over must be 'all', 'positions' or 'units', got "
+            f"{over!r}"
+        )
     _check_num("random_directions", num)
-    return Readout(rule=rules.random, options=(num, kind, select), key=key, mask=mask)
+    options = (num, kind, select, over)
+    return Readout(rule=rules.random, options=options, key=key, mask=mask)
 
 
 def directions(

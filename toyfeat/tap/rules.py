@@ -196,12 +196,41 @@ def sampled(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs
 
 def random(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
     """Independent entries of zero mean and unit variance."""
-    num, kind, select = options
+    num, kind, select, over = options
 
     def draw(key: Array, leaf: Array) -> Array:
         return DRAWS[kind](key, leaf.shape, leaf.dtype)
 
-    return _at_outputs(select, outputs, lambda y: _drawn(chunk.keys, num, y, draw))
+    def drawn(outputs: list[Array]) -> list[Array]:
+        if over == "all":
+            return _drawn(chunk.keys, num, outputs, draw)
+        if len(outputs) != 1 or outputs[0].ndim < 2:
+            raise ValueError(
+                f"random_directions: over={over!r} wants one output [B, ..., units], "
+                f"got shapes {[leaf.shape for leaf in outputs]}"
+            )
+        return [_one_by_one(chunk.keys, num, outputs[0], draw, over)]
+
+    return _at_outputs(select, outputs, drawn)
+
+
+def _one_by_one(
+    keys: Array,
+    num: int,
+    leaf: Array,
+    draw: Callable[[Array, Array], Array],
+    over: str,
+) -> Array:
+    """Random over positions with one unit at a time, or the other way round."""
+    size, *positions, units = leaf.shape
+    flat = leaf.reshape(size, -1, units)
+    if over == "positions":
+        signs = _drawn(keys, num, [flat[:, :, :1]], draw)[0]
+        one = jnp.eye(units, dtype=leaf.dtype)[None, :, None, None, :]
+    else:
+        signs = _drawn(keys, num, [flat[:, :1, :]], draw)[0]
+        one = jnp.eye(flat.shape[1], dtype=leaf.dtype)[None, :, None, :, None]
+    return (signs[:, None] * one).reshape(-1, size, *positions, units)
 
 
 def directions(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:

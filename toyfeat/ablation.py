@@ -1,0 +1,132 @@
+"""What is left of a model when it may use some directions, or some edges, only."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from toyfeat.decompose import decode, encode
+from toyfeat.types import Array, Basis, Inputs, Outputs, Params, Probed
+
+
+def ablation_curve(
+    probed: Probed,
+    params: Params,
+    inputs: Inputs,
+    metric: Callable[[Outputs], Array],
+    *,
+    site: str,
+    basis: Basis,
+    ranks: Sequence[int] | None = None,
+) -> Array:
+    """A metric of the outputs, as directions at a site are removed.
+
+    At each rank ``r`` the activation at the site is replaced by what its first
+    ``r`` coordinates decode to; what lies outside the basis is removed too.  All
+    ranks run in one vmapped call.
+
+    Args:
+      probed: the model.
+      params: its parameters.
+      inputs: pytree with leading axis ``B``.
+      metric: outputs to an array, such as an accuracy or a loss.
+      site: where the directions live.
+      basis: from any decomposition.
+      ranks: how many directions are kept, ``0 .. R`` each by default.
+
+    Returns:
+      ``[len(ranks), *metric]``.
+
+    Raises:
+      ValueError: if a rank is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import toyfeat as tf
+      >>> probed = tf.from_split(lambda p, x: x, lambda p, a: a @ jnp.array([1.0, 0.1]))
+      >>> x = jnp.array([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+      >>> stats = tf.Moments(jnp.array(4.0), jnp.zeros(2), 4 * jnp.eye(2),
+      ...     jnp.array([1.0, 0.1]), jnp.array([[1.0, 0.1], [0.1, 0.01]]))
+      >>> basis = tf.joint_pca(stats, 1)
+      >>> ablation_curve(
+      ...     probed, None, x, lambda y: jnp.var(y), site="acts", basis=basis
+      ... ).round(3).tolist()
+      [0.0, 1.0099999904632568]
+
+    References:
+      Bushnaq et al. (2024), arXiv 2405.10928, section 4: "node ablation".
+    """
+    width = basis.writers.shape[0]
+    kept = range(width + 1) if ranks is None else ranks
+    if any(not 0 <= r <= width for r in kept):
+        raise ValueError(
+            f"ablation_curve: ranks must be in 0 .. {width}, the rank of the basis, "
+            f"got {list(kept)}"
+        )
+    counts = jnp.asarray(list(kept), jnp.int32)
+    masks = (jnp.arange(width)[None, :] < counts[:, None]).astype(basis.mean.dtype)
+
+    def at(mask: Array) -> Array:
+        outputs, _ = probed(params, inputs, {site: _keeping(basis, mask)})
+        return metric(outputs)
+
+    return jax.vmap(at)(masks)
+
+
+def edge_ablation(
+    probed: Probed,
+    params: Params,
+    inputs: Inputs,
+    metric: Callable[[Outputs], Array],
+    *,
+    source: tuple[str, Basis],
+    target: tuple[str, Basis] | None,
+    kept: Array,
+) -> Array:
+    """A metric of the outputs, when each target feature sees some sources only.
+
+    Every feature of the target is computed anew, from the source's activation
+    with the features that have no edge to it at their mean.
+
+    Args:
+      probed: the model.
+      params: its parameters.
+      inputs: pytree with leading axis ``B``.
+      metric: outputs to an array.
+      source: site and basis that edges come from.
+      target: site and basis that they go to; ``None`` for the outputs, an array
+        whose last axis holds the features.
+      kept: ``[R', R]`` bool, which edges are kept.
+
+    Returns:
+      The metric.
+
+    References:
+      Bushnaq et al. (2024), arXiv 2405.10928, section 4: "edge ablation".
+    """
+    site, basis = source
+
+    def feature(mask: Array, index: Array) -> Array:
+        mask = mask.astype(basis.mean.dtype)
+        outputs, acts = probed(params, inputs, {site: _keeping(basis, mask)})
+        codes = outputs if target is None else encode(target[1], acts[target[0]])
+        return jax.lax.dynamic_index_in_dim(codes, index, axis=-1, keepdims=False)
+
+    codes = jax.lax.map(lambda pair: feature(*pair), (kept, jnp.arange(len(kept))))
+    codes = jnp.moveaxis(codes, 0, -1)
+    if target is None:
+        return metric(codes)
+    name, onto = target
+    return metric(probed(params, inputs, {name: lambda _: decode(onto, codes)})[0])
+
+
+def _keeping(basis: Basis, mask: Array) -> Callable[[Array], Array]:
+    """Replace an activation by what its masked coordinates decode to."""
+
+    def probe(act: Array) -> Array:
+        codes = encode(basis, act)
+        return decode(basis, codes * jnp.broadcast_to(mask, codes.shape)).astype(
+            act.dtype
+        )
+
+    return probe

@@ -1,0 +1,343 @@
+"""The local interaction basis: features of a model, layer by layer, from its end."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from toyfeat.decompose.codes import encode
+from toyfeat.decompose.second_moments import joint_pca
+from toyfeat.linalg.running import (
+    merged_rows,
+    no_rows,
+    outer,
+    ratio,
+    row_moments,
+    value,
+)
+from toyfeat.tap import readouts, site_shapes, tap
+from toyfeat.types import Array, Basis, Inputs, Moments, Params, Probed
+
+Batches = Callable[[], Iterator[Inputs]]
+
+
+class _Target(NamedTuple):
+    """A later site whose code is looked at; the outputs themselves if ``None``."""
+
+    site: str
+    basis: Basis
+
+
+def local_interaction_basis(
+    probed: Probed,
+    params: Params,
+    batches: Batches,
+    *,
+    sites: Sequence[str],
+    rank: int | None = None,
+    sources: int | None = None,
+    over: str = "all",
+    key: Array | None = None,
+    mask: Callable[[Inputs], Array] | None = None,
+    batch_size: int | None = None,
+) -> dict[str, Basis]:
+    r"""Local interaction basis of several sites, solved from the output backwards.
+
+    At each site, with :math:`S` the covariance of the activations and :math:`J`
+    the Jacobian of the next site's code (of the outputs, for the last site),
+    per input and summed over its positions,
+
+    .. math:: S^{1/2} \, E[J^\top J] \, S^{1/2} = V \Lambda V^\top , \quad
+       \text{readers } S^{+1/2} V \Lambda^{1/2}, \quad
+       \text{writers } \Lambda^{-1/2} V^\top S^{1/2}.
+
+    A code's mean square is its eigenvalue, the mean squared effect of that
+    direction on the next site's code, so sizes compare across sites.
+
+    Args:
+      probed: the model, from one of the ``from_*`` adapters.
+      params: its parameters.
+      batches: returns a fresh iterator over batches of inputs; called once per
+        site plus once.  Batches of one shape compile once.
+      sites: names from input to output.
+      rank: how many directions ``R`` to keep at each site, all ``D`` by default.
+      sources: how many random directions of the target stand for the exact
+        Jacobian, which takes as many as the target has entries per input
+        (``None``).  Unbiased; the error falls as ``1 / sqrt(sources)``.
+      over: what a random direction spans, as in
+        :func:`toyfeat.readouts.random_directions`.
+      key: random key, wanted if ``sources`` is given.
+      mask: inputs to weights, as the mask of a readout.
+      batch_size: inputs run at a time, to bound memory.
+
+    Returns:
+      Site to :class:`Basis`, in the order of ``sites``; ``spectrum`` is
+      :math:`\Lambda`.  See :func:`toyfeat.eigengaps` for directions that share a
+      value.
+
+    Raises:
+      ValueError: if sites are missing, repeated or unknown, there is no batch,
+        a rank is out of range, or ``sources`` comes without a key.
+      TypeError: if ``batches`` is not a function.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import toyfeat as tf
+      >>> probed = tf.from_function(lambda w, x, tap: tap("acts", x) @ w)
+      >>> x = jax.random.normal(jax.random.key(0), (64, 3))
+      >>> w = jnp.array([[1.0], [0.0], [0.0]])
+      >>> bases = tf.local_interaction_basis(
+      ...     probed, w, lambda: iter([x]), sites=["acts"]
+      ... )
+      >>> int(bases["acts"].diagnostics.rank), jnp.abs(bases["acts"].readers[1:]).max()
+      (1, Array(..., dtype=float32))
+
+    References:
+      Bushnaq et al. (2024), "The local interaction basis", arXiv 2405.10928,
+      sections 3.1-3.3, with the plain Jacobian at the data; activations are
+      centred, which stands for their constant direction.
+    """
+    sites = _checked(batches, sites, sources, key)
+    stats = _of_acts(probed, params, batches, sites, mask, batch_size)
+    bases: dict[str, Basis] = {}
+    target: _Target | None = None
+    for index, site in enumerate(reversed(sites)):
+        if sources is None:
+            readout = lambda key: readouts.jacobian()  # noqa: E731
+        else:
+            readout = lambda key: readouts.random_directions(  # noqa: E731
+                key, sources, over=over
+            )
+        moments = _with_gradients(
+            stats[site],
+            toward(probed, target),
+            params,
+            batches,
+            site,
+            readout,
+            jax.random.fold_in(jax.random.key(0) if key is None else key, index),
+            mask,
+            batch_size,
+        )
+        full = len(moments.mean) if rank is None else rank
+        bases[site] = _in_units_of_effect(joint_pca(moments, full))
+        target = _Target(site, _cut(bases[site]))
+    return {site: bases[site] for site in sites}
+
+
+def interaction_edges(
+    probed: Probed,
+    params: Params,
+    batches: Batches,
+    bases: dict[str, Basis],
+    *,
+    batch_size: int | None = None,
+) -> dict[tuple[str, str], Array]:
+    r"""How strongly each feature of a site acts on each feature of the next.
+
+    .. math:: E_{ij} = \frac{1}{N} \sum_x \sum_t \Big( \sum_s
+       \frac{\partial f'_{t,i}}{\partial f_{s,j}} f_{s,j} \Big)^2
+
+    with :math:`f` the codes of a site at its positions :math:`s`, :math:`f'` those
+    of the next at :math:`t`.
+
+    Args:
+      probed: the model.
+      params: its parameters.
+      batches: returns a fresh iterator over batches of inputs; called once per
+        site.
+      bases: site to basis, from input to output.
+      batch_size: inputs run at a time; memory grows with it, the positions and
+        the square of the ranks.
+
+    Returns:
+      ``(site, next site)`` to ``[R', R]``; the last site's next one is
+      ``"outputs"``, whose features are the entries of the last axis.
+
+    Raises:
+      ValueError: if there is no batch, or a site is unknown.
+
+    References:
+      Bushnaq et al. (2024), arXiv 2405.10928, section 3.4, "squared" edges with
+      the gradient at the data in place of the integral along a path.
+    """
+    names = [*bases, "outputs"]
+    edges = {}
+    for site, name in pairwise(names):
+        target = None if name == "outputs" else _Target(name, bases[name])
+        model, basis = toward(probed, target), bases[site]
+
+        @jax.jit
+        def step(params: Params, inputs: Inputs, model=model, site=site, basis=basis):
+            taps = tap(
+                model,
+                params,
+                inputs,
+                sites=site,
+                readout=readouts.jacobian(),
+                batch_size=batch_size,
+            )[site]
+            size = len(jax.tree.leaves(inputs)[0])
+            units = jax.eval_shape(lambda: model(params, inputs, {})[0]).shape[-1]
+            codes = encode(basis, taps.acts)
+            assert taps.grads is not None
+            slopes = jnp.matmul(taps.grads, basis.writers.T, precision="highest")
+            effects = (slopes * codes[:, None, :]).reshape(size, -1, *slopes.shape[1:])
+            squares = jnp.sum(effects, axis=1) ** 2  # [B, T' R', R]
+            squares = squares.reshape(size, -1, units, codes.shape[1])
+            return jnp.sum(squares, axis=(0, 1)), size
+
+        parts = [step(params, inputs) for inputs in batches()]
+        if not parts:
+            raise ValueError("interaction_edges: batches() gave no batch")
+        count = sum(float(size) for _, size in parts)
+        edges[site, name] = sum(part for part, _ in parts) / count
+    return edges
+
+
+def toward(probed: Probed, target: _Target | None) -> Probed:
+    """The model cut off at a later site, its output that site's code."""
+    if target is None:
+        return probed
+
+    def cut(params: Params, inputs: Inputs, probes: Any) -> Any:
+        _, acts = probed(params, inputs, probes)
+        return encode(target.basis, acts[target.site]), acts
+
+    return cut
+
+
+def _checked(
+    batches: Any, sites: Sequence[str], sources: int | None, key: Array | None
+) -> tuple[str, ...]:
+    if not callable(batches):
+        raise TypeError(
+            "local_interaction_basis: batches must be a function that returns a fresh "
+            f"iterator, got {type(batches).__name__}; write lambda: iter(batches)"
+        )
+    sites = (sites,) if isinstance(sites, str) else tuple(sites)
+    if not sites or len(set(sites)) != len(sites):
+        raise ValueError(
+            f"local_interaction_basis: wanted distinct sites, got {list(sites)}"
+        )
+    if sources is not None and key is None:
+        raise ValueError(
+            "local_interaction_basis: random sources want a key, such as "
+            "key=jax.random.key(0)"
+        )
+    return sites
+
+
+def _of_acts(
+    probed: Probed,
+    params: Params,
+    batches: Batches,
+    sites: tuple[str, ...],
+    mask: Callable[[Inputs], Array] | None,
+    batch_size: int | None,
+) -> dict[str, Moments]:
+    """Mean and scatter of the activations at all sites, in one pass."""
+
+    @jax.jit
+    def step(states: Any, params: Params, inputs: Inputs) -> Any:
+        weighted = None if mask is None else mask(inputs)
+        taps = _acts_only(probed, params, inputs, sites, weighted, batch_size)
+        return {
+            site: merged_rows(states[site], row_moments(acts, weights))
+            for site, (acts, weights) in taps.items()
+        }
+
+    states = None
+    for inputs in batches():
+        if states is None:
+            shapes = site_shapes(probed, params, inputs)
+            unknown = [site for site in sites if site not in shapes]
+            if unknown:
+                raise ValueError(
+                    f"local_interaction_basis: no site {unknown[0]!r}; the model has "
+                    f"{sorted(shapes)}"
+                )
+            states = {site: no_rows(shapes[site].shape[-1]) for site in sites}
+        states = step(states, params, inputs)
+    if states is None:
+        raise ValueError("local_interaction_basis: batches() gave no batch")
+    return {
+        site: Moments(value(s.weight), value(s.mean), value(s.scatter))
+        for site, s in states.items()
+    }
+
+
+def _with_gradients(
+    stats: Moments,
+    model: Probed,
+    params: Params,
+    batches: Batches,
+    site: str,
+    readout: Callable[[Array], readouts.Readout],
+    key: Array,
+    mask: Callable[[Inputs], Array] | None,
+    batch_size: int | None,
+) -> Moments:
+    """Add the second moment of the gradients of a target, in one pass."""
+
+    @jax.jit
+    def step(state: Any, params: Params, inputs: Inputs, key: Array) -> Any:
+        look = readout(key)
+        if mask is not None:
+            look = replace(look, mask=mask(inputs))
+        taps = tap(
+            model, params, inputs, sites=site, readout=look, batch_size=batch_size
+        )[site]
+        assert taps.grads is not None
+        rows = taps.grads.reshape(-1, taps.grads.shape[-1])
+        weights = jnp.repeat(taps.weights, taps.grads.shape[1])
+        kind = jnp.result_type(float)
+        return merged_rows(state, row_moments(rows.astype(kind), weights.astype(kind)))
+
+    state = no_rows(len(stats.mean))
+    for index, inputs in enumerate(batches()):
+        state = step(state, params, inputs, jax.random.fold_in(key, index))
+    weight, mean = jnp.asarray(stats.weight), value(state.mean)
+    num = ratio(value(state.weight), weight)
+    second = ratio(value(state.scatter), weight) + num * outer(mean)
+    return stats._replace(grad_mean=mean, grad_second=second, readouts=num)
+
+
+def _acts_only(
+    probed: Probed,
+    params: Params,
+    inputs: Inputs,
+    sites: tuple[str, ...],
+    mask: Array | None,
+    batch_size: int | None,
+) -> dict[str, tuple[Array, Array]]:
+    readout = None
+    if mask is not None:  # the cheapest readout, for its mask; its gradient is unused
+        readout = readouts.random_directions(jax.random.key(0), 1, mask=mask)
+    taps = tap(
+        probed, params, inputs, sites=sites, readout=readout, batch_size=batch_size
+    )
+    kind = jnp.result_type(float)
+    return {s: (t.acts.astype(kind), t.weights.astype(kind)) for s, t in taps.items()}
+
+
+def _in_units_of_effect(basis: Basis) -> Basis:
+    """Scale codes of unit variance by the root of their eigenvalues."""
+    root = jnp.sqrt(basis.spectrum)
+    safe = jnp.where(root > 0, root, jnp.ones_like(root))
+    return basis._replace(
+        readers=basis.readers * root[None, :], writers=basis.writers / safe[:, None]
+    )
+
+
+def _cut(basis: Basis) -> Basis:
+    """Without the columns past the numerical rank, which only cost time."""
+    rank = max(1, int(basis.diagnostics.rank))
+    return basis._replace(
+        readers=basis.readers[:, :rank],
+        writers=basis.writers[:rank],
+        spectrum=basis.spectrum[:rank],
+    )

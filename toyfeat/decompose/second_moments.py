@@ -1,0 +1,296 @@
+r"""Statistics to a basis: directions that are read, and directions that are written.
+
+Letters: :math:`S` is the centred covariance of the activations, :math:`G` the
+second moment of their gradients.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from toyfeat.linalg import Spectrum, psd_inverse, psd_spectrum, with_signs
+from toyfeat.types import SVD, Array, Basis, Diagnostics, Moments, SketchedMoments
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+Stats = Moments | SketchedMoments
+
+
+def pca(stats: Stats, rank: int) -> Basis:
+    r"""Principal components of the activations.
+
+    The eigenvectors of :math:`S`, largest first: features of the *activations*,
+    which need not be features of the model that reads them.
+
+    Args:
+      stats: moments of a site, from :func:`toyfeat.moments` or, for widths whose
+        ``D x D`` matrices are too large, :func:`toyfeat.sketched_moments`.
+      rank: how many components ``R`` to keep, ``1 .. D``.
+
+    Returns:
+      A basis with ``writers = readers.T``; ``spectrum`` is the variance along
+      each component, ``spectrum / diagnostics.total`` its share.
+
+    Raises:
+      ValueError: if ``rank`` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from toyfeat.types import Moments
+      >>> stats = Moments(jnp.array(2.0), jnp.zeros(2), jnp.diag(jnp.array([2.0, 8.0])))
+      >>> pca(stats, 1).readers.T.tolist(), pca(stats, 1).spectrum.tolist()
+      ([[0.0, 1.0]], [4.0])
+
+    References:
+      Jolliffe (2002), "Principal component analysis", chapter 2.
+    """
+    spectrum, mean = _of_acts("pca", stats, rank), jnp.asarray(stats.mean)
+    total = _total(stats)
+    return Basis(
+        mean=mean,
+        readers=spectrum.vectors,
+        writers=spectrum.vectors.T,
+        spectrum=spectrum.values,
+        diagnostics=_diagnostics(spectrum, total, total + jnp.sum(mean**2)),
+    )
+
+
+def gradient_pca(stats: Stats, rank: int, *, center: bool = False) -> Basis:
+    r"""Principal components of the gradients: what the model reads.
+
+    The readers are the leading eigenvectors :math:`V` of :math:`G`; the writers
+    :math:`(V^\top S V)^+ V^\top S` are the least-squares regression of the
+    activations on what is read.  If ``rank`` covers the rank of :math:`G`,
+    replacing ``a`` by ``decode(encode(a))`` changes no readout to first order.
+    Second moments determine the *span* of the readers and its principal axes,
+    not single readers (unless they are orthogonal).
+
+    Args:
+      stats: moments of a site with gradients.
+      rank: how many components ``R`` to keep, ``1 .. D``.
+      center: subtract the mean gradient first.  It deletes whatever the model
+        reads all the time: the gradient of a linear readout is constant, and its
+        centred PCA has rank 0 (``diagnostics.centring_removed`` is then 1, and
+        :func:`explanation` says so).
+
+    Returns:
+      A basis; ``spectrum`` holds the eigenvalues of :math:`G`.
+
+    Raises:
+      ValueError: if ``stats`` hold no gradients or ``rank`` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from toyfeat.types import Moments
+      >>> w = jnp.array([0.6, 0.8])
+      >>> stats = Moments(
+      ...     jnp.array(1.0), jnp.zeros(2), jnp.eye(2), w, w[:, None] * w[None, :]
+      ... )
+      >>> basis = gradient_pca(stats, 2)
+      >>> int(basis.diagnostics.rank), basis.readers[:, 0].round(3).tolist()
+      (1, [0.6000000238418579, 0.800000011920929])
+      >>> int(gradient_pca(stats, 2, center=True).diagnostics.rank)
+      0
+
+    References:
+      Constantine, Dow and Wang (2014), "Active subspace methods", for the matrix
+      :math:`G`; Haufe et al. (2014), for writers as the pattern of a reader.
+    """
+    spectrum, total, uncentred = _of_grads("gradient_pca", stats, rank, center)
+    readers = spectrum.vectors
+    read = _times_covariance(readers.T, stats)
+    return Basis(
+        mean=jnp.asarray(stats.mean),
+        readers=readers,
+        writers=_dot(psd_inverse(_dot(read, readers)), read),
+        spectrum=spectrum.values,
+        diagnostics=_diagnostics(spectrum, total, uncentred),
+    )
+
+
+def joint_pca(stats: Stats, rank: int) -> Basis:
+    r"""Joint principal components of activations and gradients.
+
+    With :math:`S^{1/2} G S^{1/2} = V L V^\top`, readers :math:`S^{+1/2} V` and
+    writers :math:`V^\top S^{1/2}`: of all oblique projections :math:`P` of rank
+    ``R``, ``decode(encode(a))`` is the one that minimises
+    :math:`\mathrm{tr}\, G (1 - P) S (1 - P)^\top`, what a linear readout of the
+    activations loses on average.  A direction counts for much if the activations
+    vary along it *and* the model reads it.
+
+    Args:
+      stats: moments of a site with gradients.
+      rank: how many components ``R`` to keep, ``1 .. D``.
+
+    Returns:
+      A basis whose codes are uncorrelated with unit variance; ``spectrum`` is
+      the mean squared effect :math:`L` of each on the readouts.  Directions in
+      which the activations do not vary (to rounding, relative to the largest)
+      are left out.
+
+    Raises:
+      ValueError: if ``stats`` hold no gradients or ``rank`` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from toyfeat.types import Moments
+      >>> loud, read = jnp.array([0.0, 2.0]), jnp.array([1.0, 0.5])
+      >>> stats = Moments(
+      ...     jnp.array(1.0), jnp.zeros(2), jnp.diag(jnp.array([1.0, 16.0])),
+      ...     read, read[:, None] * read[None, :],
+      ... )
+      >>> basis = joint_pca(stats, 1)
+      >>> basis.spectrum.round(3).tolist(), basis.writers.round(3).tolist()
+      ([5.0], [[0.4470000..., 3.578...]])
+
+    References:
+      Bushnaq et al. (2024), "The local interaction basis", arXiv 2405.10928, for
+      one layer and without its last scaling.
+    """
+    width = _width(stats)
+    _check_rank("joint_pca", rank, width)
+    _check_grads("joint_pca", stats)
+    acts = _of_acts("joint_pca", stats, width)
+    root = jnp.sqrt(acts.values)
+    rooted = acts.vectors * root[None, :]
+    inner = _squared_gradients(rooted, stats)
+    spectrum = psd_spectrum(inner, rank)
+    safe = jnp.where(root > 0, root, jnp.ones_like(root))
+    whitener = acts.vectors / safe[None, :]
+    readers, writers = _dot(whitener, spectrum.vectors), _dot(rooted, spectrum.vectors)
+    signs = jnp.sign(jnp.sum(with_signs(readers) * readers, axis=0))
+    total = jnp.maximum(jnp.trace(inner), 0)
+    return Basis(
+        mean=jnp.asarray(stats.mean),
+        readers=readers * signs[None, :],
+        writers=(writers * signs[None, :]).T,
+        spectrum=spectrum.values,
+        diagnostics=_diagnostics(spectrum, total, total),
+    )
+
+
+def covariance(stats: Moments) -> Array:
+    """Centred covariance ``[D, D]`` of the activations (divided by the weight)."""
+    return jnp.asarray(stats.scatter) / _safe(jnp.asarray(stats.weight))
+
+
+def _of_acts(who: str, stats: Stats, rank: int) -> Spectrum:
+    """Leading eigenpairs of the covariance of the activations."""
+    _check_rank(who, rank, _width(stats))
+    mean = jnp.asarray(stats.mean)
+    # Activations are known to the rounding of their mean, and no better.
+    floor = (jnp.finfo(mean.dtype).eps * jnp.linalg.norm(mean)) ** 2
+    if isinstance(stats, SketchedMoments):
+        return _of_sketch(stats.acts, stats, rank, floor)
+    return psd_spectrum(covariance(stats), rank, floor=floor)
+
+
+def _of_grads(
+    who: str, stats: Stats, rank: int, center: bool
+) -> tuple[Spectrum, Array, Array]:
+    """Leading eigenpairs of G, its trace, and the trace before it was centred."""
+    _check_rank(who, rank, _width(stats))
+    _check_grads(who, stats)
+    if isinstance(stats, SketchedMoments):
+        assert stats.grads is not None
+        if center:
+            raise ValueError(
+                f"{who}: sketched gradients are not centred; use toyfeat.moments"
+            )
+        spectrum = _of_sketch(stats.grads, stats, rank)
+        total = _energy(stats.grads, stats)
+        return spectrum, total, total
+    second, floor = jnp.asarray(stats.grad_second), jnp.zeros(())
+    total = jnp.trace(second)
+    if center:
+        # What is left of a difference is only known to the rounding of its parts.
+        norm = jnp.max(jnp.sum(jnp.abs(second), axis=0))
+        floor = len(second) * jnp.finfo(second.dtype).eps * norm
+        mean = jnp.asarray(stats.grad_mean)
+        second = second - stats.readouts * mean[:, None] * mean[None, :]
+    spectrum = psd_spectrum(second, rank, floor=floor)
+    return spectrum, jnp.maximum(jnp.trace(second), 0), total
+
+
+def _of_sketch(
+    svd: SVD, stats: SketchedMoments, rank: int, floor: Array | float = 0.0
+) -> Spectrum:
+    values = svd.s**2 / _safe(jnp.asarray(stats.weight))
+    dim, eps = svd.vt.shape[1], jnp.finfo(values.dtype).eps
+    cut = jnp.maximum(dim * eps * values[0], jnp.asarray(floor, values.dtype))
+    kept = ~(values[:rank] <= cut)
+    zero = jnp.zeros((), values.dtype)
+    return Spectrum(
+        values=jnp.where(kept, values[:rank], zero),
+        vectors=jnp.where(kept[None, :], svd.vt[:rank].T, zero),
+        rank=jnp.sum(kept, dtype=jnp.int32),
+        cut=cut,
+    )
+
+
+def _squared_gradients(rows: Array, stats: Stats) -> Array:
+    """``x^T G x`` for columns ``x``."""
+    if isinstance(stats, SketchedMoments):
+        assert stats.grads is not None
+        seen = _dot(stats.grads.vt, rows) * stats.grads.s[:, None]
+        return _dot(seen.T, seen) / _safe(jnp.asarray(stats.weight))
+    return _dot(rows.T, _dot(jnp.asarray(stats.grad_second), rows))
+
+
+def _times_covariance(rows: Array, stats: Stats) -> Array:
+    """``x S`` for rows ``x``."""
+    if isinstance(stats, SketchedMoments):
+        values = stats.acts.s**2 / _safe(jnp.asarray(stats.weight))
+        return _dot(_dot(rows, stats.acts.vt.T) * values[None, :], stats.acts.vt)
+    return _dot(rows, covariance(stats))
+
+
+def _total(stats: Stats) -> Array:
+    """Trace of the covariance, kept or not."""
+    if isinstance(stats, SketchedMoments):
+        return _energy(stats.acts, stats)
+    return jnp.maximum(jnp.trace(covariance(stats)), 0)
+
+
+def _energy(svd: SVD, stats: SketchedMoments) -> Array:
+    kept = jnp.sum(svd.s**2) + svd.info.residual**2
+    return kept / _safe(jnp.asarray(stats.weight))
+
+
+def _safe(x: Array) -> Array:
+    return jnp.where(x > 0, x, jnp.ones_like(x))
+
+
+def _width(stats: Stats) -> int:
+    """How many directions there can be."""
+    if isinstance(stats, SketchedMoments):
+        return len(stats.acts.s)
+    return len(jnp.asarray(stats.mean))
+
+
+def _check_rank(who: str, rank: int, width: int) -> None:
+    if not 1 <= rank <= width:
+        raise ValueError(
+            f"{who}: rank must be in 1 .. {width}, the width of the site (or of its "
+            f"sketch), got {rank}"
+        )
+
+
+def _check_grads(who: str, stats: Stats) -> None:
+    sketched = isinstance(stats, SketchedMoments)
+    if (stats.grads if sketched else stats.grad_second) is None:
+        raise ValueError(
+            f"{who}: the moments hold no gradients; tap with a readout and fold "
+            "with moments(dim, grads=True)"
+        )
+
+
+def _diagnostics(spectrum: Spectrum, total: Array, uncentred: Array) -> Diagnostics:
+    safe = jnp.where(uncentred > 0, uncentred, jnp.ones_like(uncentred))
+    removed = jnp.where(uncentred > 0, 1 - total / safe, jnp.zeros_like(total))
+    return Diagnostics(
+        rank=spectrum.rank, total=total, cut=spectrum.cut, centring_removed=removed
+    )
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=_HIGHEST)

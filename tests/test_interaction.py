@@ -295,7 +295,6 @@ def test_batches_must_be_a_function_with_batches(truth):
 
 
 def test_eigengaps_name_directions_that_share_a_value():
-    eye = jnp.eye(4)
     stats = tf.Moments(
         jnp.array(1.0), jnp.zeros(4), jnp.diag(jnp.array([3.0, 2, 2, 0]))
     )

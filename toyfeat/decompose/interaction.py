@@ -1,7 +1,7 @@
 """The local interaction basis: features of a model, layer by layer, from its end."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -104,24 +104,24 @@ def local_interaction_basis(
     stats = _of_acts(probed, params, batches, sites, mask, batch_size)
     bases: dict[str, Basis] = {}
     target: _Target | None = None
+    key = jax.random.key(0) if key is None else key
     for index, site in enumerate(reversed(sites)):
-        if sources is None:
-            readout = lambda key: readouts.jacobian()  # noqa: E731
-        else:
-            readout = lambda key: readouts.random_directions(  # noqa: E731
-                key, sources, over=over
-            )
-        moments = _with_gradients(
-            stats[site],
-            toward(probed, target),
-            params,
-            batches,
-            site,
-            readout,
-            jax.random.fold_in(jax.random.key(0) if key is None else key, index),
-            mask,
-            batch_size,
+        step = partial(
+            _add_gradients,
+            probed=probed,
+            site=site,
+            next_site=None if target is None else target.site,
+            sources=sources,
+            over=over,
+            mask=mask,
+            batch_size=batch_size,
         )
+        state, once = no_rows(len(stats[site].mean)), jax.random.fold_in(key, index)
+        basis = None if target is None else target.basis
+        for count, inputs in enumerate(batches()):
+            fresh = jax.random.fold_in(once, count)
+            state = step(state, params, inputs, fresh, basis)
+        moments = _with_gradients(stats[site], state)
         full = len(moments.mean) if rank is None else rank
         bases[site] = _in_units_of_effect(joint_pca(moments, full))
         target = _Target(site, _cut(bases[site]))
@@ -167,45 +167,56 @@ def interaction_edges(
     names = [*bases, "outputs"]
     edges = {}
     for site, name in pairwise(names):
-        target = None if name == "outputs" else _Target(name, bases[name])
-        model, basis = toward(probed, target), bases[site]
-
-        @jax.jit
-        def step(params: Params, inputs: Inputs, model=model, site=site, basis=basis):
-            taps = tap(
-                model,
-                params,
-                inputs,
-                sites=site,
-                readout=readouts.jacobian(),
-                batch_size=batch_size,
-            )[site]
-            size = len(jax.tree.leaves(inputs)[0])
-            units = jax.eval_shape(lambda: model(params, inputs, {})[0]).shape[-1]
-            codes = encode(basis, taps.acts)
-            assert taps.grads is not None
-            slopes = jnp.matmul(taps.grads, basis.writers.T, precision="highest")
-            effects = (slopes * codes[:, None, :]).reshape(size, -1, *slopes.shape[1:])
-            squares = jnp.sum(effects, axis=1) ** 2  # [B, T' R', R]
-            squares = squares.reshape(size, -1, units, codes.shape[1])
-            return jnp.sum(squares, axis=(0, 1)), size
-
-        parts = [step(params, inputs) for inputs in batches()]
+        step = partial(
+            _effects, probed=probed, site=site, next_site=name, batch_size=batch_size
+        )
+        onto = bases.get(name)
+        parts = [step(params, inputs, bases[site], onto) for inputs in batches()]
         if not parts:
             raise ValueError("interaction_edges: batches() gave no batch")
-        count = sum(float(size) for _, size in parts)
-        edges[site, name] = sum(part for part, _ in parts) / count
+        count = sum(size for _, size in parts)
+        edges[site, name] = sum(part for part, _ in parts[1:]) + parts[0][0]
+        edges[site, name] = edges[site, name] / float(count)
     return edges
 
 
-def toward(probed: Probed, target: _Target | None) -> Probed:
+@partial(jax.jit, static_argnames=("probed", "site", "next_site", "batch_size"))
+def _effects(
+    params: Params,
+    inputs: Inputs,
+    basis: Basis,
+    onto: Basis | None,
+    *,
+    probed: Probed,
+    site: str,
+    next_site: str,
+    batch_size: int | None,
+) -> tuple[Array, Array]:
+    """Summed squared effects ``[R', R]``, and the number of inputs."""
+    model = _toward(probed, next_site, onto)
+    readout = readouts.jacobian()
+    taps = tap(
+        model, params, inputs, sites=site, readout=readout, batch_size=batch_size
+    )[site]
+    assert taps.grads is not None
+    size = len(jax.tree.leaves(inputs)[0])
+    units = jax.eval_shape(lambda: model(params, inputs, {})[0]).shape[-1]
+    codes = encode(basis, taps.acts)
+    slopes = jnp.matmul(taps.grads, basis.writers.T, precision="highest")
+    effects = (slopes * codes[:, None, :]).reshape(size, -1, *slopes.shape[1:])
+    squares = jnp.sum(effects, axis=1) ** 2  # [B, T' R', R]
+    squares = squares.reshape(size, -1, units, codes.shape[1])
+    return jnp.sum(squares, axis=(0, 1)), jnp.asarray(size)
+
+
+def _toward(probed: Probed, site: str | None, basis: Basis | None) -> Probed:
     """The model cut off at a later site, its output that site's code."""
-    if target is None:
+    if site is None or basis is None:
         return probed
 
     def cut(params: Params, inputs: Inputs, probes: Any) -> Any:
         _, acts = probed(params, inputs, probes)
-        return encode(target.basis, acts[target.site]), acts
+        return encode(basis, acts[site]), acts
 
     return cut
 
@@ -240,16 +251,6 @@ def _of_acts(
     batch_size: int | None,
 ) -> dict[str, Moments]:
     """Mean and scatter of the activations at all sites, in one pass."""
-
-    @jax.jit
-    def step(states: Any, params: Params, inputs: Inputs) -> Any:
-        weighted = None if mask is None else mask(inputs)
-        taps = _acts_only(probed, params, inputs, sites, weighted, batch_size)
-        return {
-            site: merged_rows(states[site], row_moments(acts, weights))
-            for site, (acts, weights) in taps.items()
-        }
-
     states = None
     for inputs in batches():
         if states is None:
@@ -261,7 +262,15 @@ def _of_acts(
                     f"{sorted(shapes)}"
                 )
             states = {site: no_rows(shapes[site].shape[-1]) for site in sites}
-        states = step(states, params, inputs)
+        states = _add_acts(
+            states,
+            params,
+            inputs,
+            probed=probed,
+            sites=sites,
+            mask=mask,
+            batch_size=batch_size,
+        )
     if states is None:
         raise ValueError("local_interaction_basis: batches() gave no batch")
     return {
@@ -270,58 +279,76 @@ def _of_acts(
     }
 
 
-def _with_gradients(
-    stats: Moments,
-    model: Probed,
+@partial(
+    jax.jit,
+    static_argnames=(
+        *("probed", "site", "next_site", "sources", "over", "mask", "batch_size"),
+    ),
+)
+def _add_gradients(
+    state: Any,
     params: Params,
-    batches: Batches,
-    site: str,
-    readout: Callable[[Array], readouts.Readout],
+    inputs: Inputs,
     key: Array,
+    basis: Basis | None,
+    *,
+    probed: Probed,
+    site: str,
+    next_site: str | None,
+    sources: int | None,
+    over: str,
     mask: Callable[[Inputs], Array] | None,
     batch_size: int | None,
-) -> Moments:
-    """Add the second moment of the gradients of a target, in one pass."""
+) -> Any:
+    """Fold the gradients of one batch."""
+    weights = None if mask is None else mask(inputs)
+    readout = readouts.jacobian(mask=weights)
+    if sources is not None:
+        readout = readouts.random_directions(key, sources, over=over, mask=weights)
+    model = _toward(probed, next_site, basis)
+    taps = tap(
+        model, params, inputs, sites=site, readout=readout, batch_size=batch_size
+    )[site]
+    assert taps.grads is not None
+    rows = taps.grads.reshape(-1, taps.grads.shape[-1])
+    weights = jnp.repeat(taps.weights, taps.grads.shape[1])
+    kind = jnp.result_type(float)
+    return merged_rows(state, row_moments(rows.astype(kind), weights.astype(kind)))
 
-    @jax.jit
-    def step(state: Any, params: Params, inputs: Inputs, key: Array) -> Any:
-        look = readout(key)
-        if mask is not None:
-            look = replace(look, mask=mask(inputs))
-        taps = tap(
-            model, params, inputs, sites=site, readout=look, batch_size=batch_size
-        )[site]
-        assert taps.grads is not None
-        rows = taps.grads.reshape(-1, taps.grads.shape[-1])
-        weights = jnp.repeat(taps.weights, taps.grads.shape[1])
-        kind = jnp.result_type(float)
-        return merged_rows(state, row_moments(rows.astype(kind), weights.astype(kind)))
 
-    state = no_rows(len(stats.mean))
-    for index, inputs in enumerate(batches()):
-        state = step(state, params, inputs, jax.random.fold_in(key, index))
+def _with_gradients(stats: Moments, state: Any) -> Moments:
+    """Add the second moment of the gradients of a target."""
     weight, mean = jnp.asarray(stats.weight), value(state.mean)
     num = ratio(value(state.weight), weight)
     second = ratio(value(state.scatter), weight) + num * outer(mean)
     return stats._replace(grad_mean=mean, grad_second=second, readouts=num)
 
 
-def _acts_only(
-    probed: Probed,
+@partial(jax.jit, static_argnames=("probed", "sites", "mask", "batch_size"))
+def _add_acts(
+    states: Any,
     params: Params,
     inputs: Inputs,
+    *,
+    probed: Probed,
     sites: tuple[str, ...],
-    mask: Array | None,
+    mask: Callable[[Inputs], Array] | None,
     batch_size: int | None,
-) -> dict[str, tuple[Array, Array]]:
+) -> Any:
+    """Fold the activations of one batch."""
     readout = None
     if mask is not None:  # the cheapest readout, for its mask; its gradient is unused
-        readout = readouts.random_directions(jax.random.key(0), 1, mask=mask)
+        readout = readouts.random_directions(jax.random.key(0), 1, mask=mask(inputs))
     taps = tap(
         probed, params, inputs, sites=sites, readout=readout, batch_size=batch_size
     )
     kind = jnp.result_type(float)
-    return {s: (t.acts.astype(kind), t.weights.astype(kind)) for s, t in taps.items()}
+    return {
+        site: merged_rows(
+            states[site], row_moments(t.acts.astype(kind), t.weights.astype(kind))
+        )
+        for site, t in taps.items()
+    }
 
 
 def _in_units_of_effect(basis: Basis) -> Basis:

@@ -64,6 +64,10 @@ SPAN = "smallest principal cosine, gradient PCA with the readers' span"
 PC_PRESERVED = "output preserved by the first activation PC"
 PC_VARIANCE = "activation variance explained by that"
 GRAD_VARIANCE = "activation variance explained by it"
+LIB_RANK = "local interaction basis: nonzero eigenvalues"
+LIB_COS = "local interaction basis: |cos| of its reader with the reader"
+LIB_PRESERVED = "output preserved by its first direction"
+LIB_VARIANCE = "activation variance explained by the LIB direction"
 
 SUMMARY = (
     ("|cos| best PC", BEST_PC),
@@ -96,6 +100,7 @@ _PUBLISHED: Mapping[str, Mapping[str, Bound]] = {
         COS_2: Bound("near", 0.77, 0.05),
         CORR_2: Bound("near", 0.99, 0.05, "parity"),
         BEST_PC: Bound("below", 0.9),
+        LIB_VARIANCE: Bound("below", 0.15),
     },
     "bias-asymmetric": {R2_2: Bound("near", 0.08, 0.05, "no parity")},
 }
@@ -120,6 +125,8 @@ def expected(case: Case) -> Mapping[str, Bound]:
         GRAD_COS: Bound("at least", 0.9999),
         CENTRED_RANK: Bound("equals", 0, source="the gradient is constant"),
         PRESERVED: Bound("at least", 0.999),
+        LIB_RANK: Bound("equals", 1, source="output linear in the activations"),
+        LIB_PRESERVED: Bound("at least", 0.999),
     }
     if not case.task.bias:
         error = squaring.no_bias_error(case.task)

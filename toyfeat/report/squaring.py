@@ -21,6 +21,10 @@ from toyfeat.report.cases import (
     GRAD_COS,
     GRAD_RANK,
     GRAD_VARIANCE,
+    LIB_COS,
+    LIB_PRESERVED,
+    LIB_RANK,
+    LIB_VARIANCE,
     PC_PRESERVED,
     PC_VARIANCE,
     PRESERVED,
@@ -49,9 +53,10 @@ class Measured(NamedTuple):
       grads_pca: those of the gradients, uncentred; of the outputs for one
         feature, of the loss for many.
       centred: those of the gradients after centring.
+      joint: the local interaction basis of the site, before its last scaling.
       truth: readers and writers.
       preserved: output preserved by the ``F`` leading directions of
-        ``grads_pca`` and of ``acts_pca``.
+        ``grads_pca``, of ``acts_pca`` and of ``joint``.
       variance: activation variance explained by the same.
     """
 
@@ -62,9 +67,10 @@ class Measured(NamedTuple):
     acts_pca: Basis
     grads_pca: Basis
     centred: Basis
+    joint: Basis
     truth: Truth
-    preserved: tuple[Array, Array]
-    variance: tuple[Array, Array]
+    preserved: tuple[Array, ...]
+    variance: tuple[Array, ...]
 
 
 def trained(
@@ -120,7 +126,7 @@ def measured(
     taps = tf.tap(squaring.probed, params, x, sites=SITE, readout=readout)[SITE]
     acc = tf.moments(neurons)
     stats = acc.finish(acc.update(acc.init(), taps))
-    leading = (tf.gradient_pca(stats, features), tf.pca(stats, features))
+    leading = [f(stats, features) for f in (tf.gradient_pca, tf.pca, tf.joint_pca)]
     error = jnp.mean((outputs - y) ** 2)
     return Measured(
         error=error,
@@ -130,9 +136,10 @@ def measured(
         acts_pca=tf.pca(stats, neurons),
         grads_pca=tf.gradient_pca(stats, neurons),
         centred=tf.gradient_pca(stats, neurons, center=True),
+        joint=tf.joint_pca(stats, neurons),
         truth=squaring.truth(task, params, rotation, covariance(stats)),
-        preserved=_pair(_preserved(params, x, basis) for basis in leading),
-        variance=_pair(tf.variance_explained(basis, stats) for basis in leading),
+        preserved=tuple(_preserved(params, x, basis) for basis in leading),
+        variance=tuple(tf.variance_explained(basis, stats) for basis in leading),
     )
 
 
@@ -230,6 +237,10 @@ def _single_figures(task: Squaring, net: Measured, params: Params) -> dict[str, 
         GRAD_VARIANCE: net.variance[0],
         PC_PRESERVED: net.preserved[1],
         PC_VARIANCE: net.variance[1],
+        LIB_RANK: net.joint.diagnostics.rank,
+        LIB_COS: _best_cos(net.joint, net.truth.readers, 1),
+        LIB_PRESERVED: net.preserved[2],
+        LIB_VARIANCE: net.variance[2],
     }
 
 
@@ -301,11 +312,6 @@ def _preserved(params: Params, x: Array, basis: Basis) -> Array:
 
 def _squared_error(output: Array, label: Array) -> Array:
     return (output - label) ** 2
-
-
-def _pair(values: Any) -> tuple[Array, Array]:
-    first, second = values
-    return first, second
 
 
 def _len(nets: Trained) -> int:

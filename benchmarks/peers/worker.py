@@ -37,7 +37,7 @@ def sklearn_svd(a, rank):
 
 
 def fbpca_svd(a, rank):
-    """fbpca with its defaults."""
+    """Fbpca with its defaults."""
     import fbpca
 
     def run():
@@ -52,7 +52,9 @@ def numpy_gram(a, rank):
     dim = a.shape[1]
 
     def run():
-        values, vectors = scipy.linalg.eigh(a.T @ a, subset_by_index=(dim - rank, dim - 1))
+        values, vectors = scipy.linalg.eigh(
+            a.T @ a, subset_by_index=(dim - rank, dim - 1)
+        )
         return None, np.sqrt(np.maximum(values[::-1], 0)), vectors[:, ::-1]
 
     return run

@@ -23,8 +23,8 @@ def pushed_forward(
     With :math:`R = (\dot A^\top A + A^\top \dot A) V`, the part of
     :math:`\dot V` inside the kept space is
     :math:`V_j (V_j^\top R_i) / (s_i^2 - s_j^2)`, with equal values (to rounding)
-    left out: they have no derivative of their own, and functions that do not
-    depend on the choice of vectors inside their space need none.  The part
+    left out: they have no derivative of their own, and what the splitting of
+    equal values adds goes to ``u``, so that ``u s vt`` is right.  The part
     outside solves :math:`(s_i^2 - P A^\top A P) x_i = P R_i` by conjugate
     gradients, which the discarded singular values enter exactly.
 

@@ -68,31 +68,36 @@ def randomized_svd(
     ``Precision.HIGHEST`` unless ``sketch`` says otherwise.
 
     Works under ``jit`` (with ``rank`` and the options static), ``vmap``,
-    ``jvp`` and ``grad`` (of arrays; equal values get a derivative that is finite
-    and right for every function that does not depend on the choice of vectors
-    inside their space), and with the rows split over the devices of a mesh.
+    ``jvp`` and ``grad`` (of arrays; finite at equal values, and there right for
+    their sum, for the space of the vectors of the smaller side and for
+    ``u s vt``; the space of those of the larger side cannot be right as well),
+    and with the rows split over the devices of a mesh.
 
     Args:
       key: from ``jax.random.key``; the same key gives the same result.
       matrix: ``[N, D]`` float array; or :class:`Products`; or row blocks
-        ``[n_i, D]``, a list or a function that returns a fresh iterator, which
-        are held in memory one at a time (what is kept is ``N`` times the width
-        of a block, unless the method is ``"gram"`` and ``compute_u=False``,
-        which also takes a plain iterator).  16-bit floats are cast to float32.
+        ``[n_i, D]``, a list or a function that returns a fresh iterator (read
+        once for the shapes and once per product), which are held in memory one
+        at a time; what is kept is ``N`` times the width of a block, unless the
+        method is ``"gram"`` and ``compute_u=False``.  Rows that can be read
+        once only go to :func:`toyfeat.stream_svd`.  16-bit floats are cast to
+        float32.
       rank: how many triplets ``R``, ``1 .. min(N, D)``.
       oversample: columns of a block beyond ``rank``; by default at least 4, such
         that a block with its 8 probes is a multiple of 16.
       power_iters: how often :math:`A^\top A` is applied (``"subspace"``,
         ``"krylov"``).
-      method: ``"auto"``, ``"full"``, ``"gram"``, ``"krylov"``, ``"subspace"``.
+      method: ``"auto"``, ``"full"``, ``"gram"``, ``"krylov"``, ``"subspace"``.  A
+        Krylov space that would not fit is the whole space: ``"subspace"``.
       sketch: precision of the products that only find the subspace; the last
-        pass is float32 always.  ``"bfloat16"`` costs no accuracy while the last
-        kept value is above 1e-2 of the first, ``"tensorfloat32"`` (a GPU's; the
-        same as float32 elsewhere) above 1e-3.
+        pass is float32 always.  ``"bfloat16"`` costs the values no accuracy, and
+        right vectors and residual 1e-3, while the last kept value is above 1e-2
+        of the first; ``"tensorfloat32"`` (a GPU's; the same as float32
+        elsewhere) above 1e-3.
       compute_u: whether left vectors are wanted.
       mesh: the mesh over whose ``axis`` the rows are split; read off the array
-        where it says so itself.  Then only ``l x D``, ``l x l`` and ``D x D``
-        arrays cross devices.
+        where it says so itself.  Then only ``l x D``, ``l x l`` (in a fallback
+        one from each device) and ``D x D`` arrays cross devices.
       axis: name of that axis.
 
     Returns:
@@ -243,6 +248,11 @@ def _of_blocks(key: Array, blocks: Blocks, want: Wish) -> SVD:
         )
     read = blocks if callable(blocks) else lambda: iter(blocks)
     shapes = [_floats(block).shape for block in read()]
+    if isinstance(read(), Iterator) and read() is read():
+        raise ValueError(
+            "randomized_svd: the function returns the same iterator again; return a "
+            "fresh one at every call"
+        )
     if not shapes or any(len(shape) != 2 for shape in shapes):
         raise ValueError(
             f"randomized_svd: wanted row blocks [n, D], got shapes {shapes[:3]}"
@@ -289,18 +299,17 @@ def _placement(array: Array, mesh: Any, axis: Axis) -> tuple[Any, Axis]:
         raise ValueError(
             f"randomized_svd: mesh and axis go together, got mesh={mesh}, axis={axis!r}"
         )
+    known = jax.typeof(array) if isinstance(array, Tracer) else array
+    sharding = getattr(known, "sharding", None)
+    named = isinstance(sharding, NamedSharding)
+    spec = (*sharding.spec, None, None) if named else (None, None)
+    if spec[1] is not None:
+        raise ValueError(
+            "randomized_svd: rows can be split over devices, columns cannot; got "
+            f"sharding {spec[:2]}"
+        )
     if mesh is None:
-        known = jax.typeof(array) if isinstance(array, Tracer) else array
-        sharding = getattr(known, "sharding", None)
-        if not isinstance(sharding, NamedSharding):
-            return None, None
-        spec = (*sharding.spec, None, None)
-        if spec[1] is not None:
-            raise ValueError(
-                "randomized_svd: rows can be split over devices, columns cannot; got "
-                f"sharding {sharding.spec}"
-            )
-        if spec[0] is None or sharding.mesh.empty:
+        if not named or spec[0] is None or sharding.mesh.empty:
             return None, None
         mesh, axis = sharding.mesh, spec[0]
     names = axis if isinstance(axis, tuple) else (axis,)

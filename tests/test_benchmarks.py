@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["tap.py"])
+@pytest.mark.parametrize("name", ["tap.py", "linalg.py"])
 def test_a_benchmark_runs_at_its_tiny_setting(name, tmp_path):
     path = tmp_path / "rows.json"
     done = subprocess.run(
@@ -23,6 +23,7 @@ def test_a_benchmark_runs_at_its_tiny_setting(name, tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows
     for row in rows:
-        assert row["error"] <= 1e-5
+        limit = 1e-5 if name == "tap.py" else 1e-2
+        assert not row["error"] > limit  # products alone have none
         assert row["ours_s"] > 0
         assert {"case", "size", "method", "ratio", "device", "versions"} <= set(row)

@@ -32,5 +32,5 @@ def with_spectrum(
     core[np.arange(small), np.arange(small)] = spectrum
     left = rng.choice([-1, 1], size=(rows, 1)).astype(np.float32)
     right = rng.choice([-1, 1], size=(1, dim)).astype(np.float32)
-    tall = scipy.fft.dct(core, axis=0, norm="ortho") * left
-    return scipy.fft.dct(tall, axis=1, norm="ortho") * right
+    tall = np.asarray(scipy.fft.dct(core, axis=0, norm="ortho")) * left
+    return np.asarray(scipy.fft.dct(tall, axis=1, norm="ortho")) * right

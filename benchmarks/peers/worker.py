@@ -70,7 +70,7 @@ METHODS = {
 
 def main():
     """Answer until the input ends."""
-    array, run, result = None, None, None
+    array, run, result = np.zeros(0), lambda: (), ()
     for line in sys.stdin:
         order = json.loads(line)
         answer = {}

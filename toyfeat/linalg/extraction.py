@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from toyfeat.linalg.orthonormal import choose, deviation, identity, inverse_factor
+from toyfeat.linalg.orthonormal import choose, deviation, inverse_factor, polished
 from toyfeat.linalg.subspaces import Subspace
 from toyfeat.linalg.tall import (
     HIGHEST,
@@ -103,13 +103,7 @@ def extracted(space: Subspace, rank: int, axis: Axis, *, with_u: bool) -> Extrac
 def _svd(square: Array) -> tuple[Array, Array, Array]:
     """Dense decomposition, its vectors a step nearer to orthonormal."""
     left, s, right = jnp.linalg.svd(square, full_matrices=False)
-    return _polished(left), s, _polished(right.T).T
-
-
-def _polished(x: Array) -> Array:
-    """One Newton step towards the nearest orthonormal columns."""
-    gram = _dot(x.T, x)
-    return x - _dot(x, gram - identity(gram)) / 2
+    return polished(left), s, polished(right.T).T
 
 
 def _dot(a: Array, b: Array) -> Array:

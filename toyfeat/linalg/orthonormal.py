@@ -109,6 +109,12 @@ def deviation(gram: Array) -> Array:
     return jnp.where(jnp.all(gap < jnp.inf), jnp.max(gap), jnp.inf)
 
 
+def polished(x: Array) -> Array:
+    """One Newton step from columns that are nearly orthonormal to the nearest."""
+    gram = _dot(x.T, x)
+    return x - _dot(x, gram - identity(gram)) / 2
+
+
 def identity(like: Array) -> Array:
     """Identity matrix of the width and dtype of another."""
     return jnp.eye(like.shape[-1], dtype=like.dtype)

@@ -1,0 +1,353 @@
+"""Low-rank kernels against the libraries that people use, and against their limits.
+
+    bash benchmarks/peers/setup.sh          # once: the peers' own environment
+    python benchmarks/linalg.py [--tiny] [--only NAME] [--json PATH] [--plot PATH]
+
+Float32, singular values 1/j.  Ours and peers run in processes of their own, on the
+same arrays and in turns, each with OpenBLAS at its default and at one thread; bars
+bind with each library at the better of the two.  Errors are printed before times.
+A bar that is missed is printed with the figure, and the exit status is 1.
+Without the peers' environment only the comparisons with ourselves run.
+"""
+
+import resource
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from contest import PEERS, Contestant, Outcome, contest
+from harness import finish, gemm_flops_per_s, medians, program, row
+
+import toyfeat as tf
+from toyfeat.linalg.gram import scaled_gram
+from toyfeat.testing import with_spectrum
+
+TORCH, SKLEARN = "torch.svd_lowrank(niter=2)", "sklearn randomized_svd"
+FBPCA, SSYRK = "fbpca", "numpy ssyrk + eigh"
+OURS, PRODUCTS, ACCURATE = "toyfeat", "toyfeat, its products alone", "toyfeat, q=3"
+NO_U = "toyfeat, without u"
+
+
+class Case(NamedTuple):
+    """A matrix, who takes part, and how much faster than whom we have to be.
+
+    Attributes:
+      name: for ``--only``.
+      shape: ``(n, d)`` or ``(batch, n, d)``.
+      rank: how many triplets.
+      peers: who takes part.
+      bars: ours, peer, how many times faster, and whether at their accuracy.
+      products: the most our time may be, over that of the products alone.
+      error: the most that values may be wrong by, relative.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rank: int
+    peers: tuple[str, ...]
+    bars: tuple[tuple[str, str, float, bool], ...]
+    products: float | None = 1.25
+    error: float | None = None
+
+
+CASES = (
+    Case("tall", (100_000, 512), 32, (TORCH, SKLEARN), ((OURS, TORCH, 1.5, True),)),
+    Case(
+        "middle",
+        (20_000, 4096),
+        64,
+        (TORCH, SKLEARN, FBPCA),
+        ((OURS, TORCH, 1.5, True), (ACCURATE, SKLEARN, 3.0, True)),
+    ),
+    Case(
+        "square",
+        (8192, 8192),
+        50,
+        (TORCH, SKLEARN),
+        ((OURS, TORCH, 1.5, True), (ACCURATE, SKLEARN, 3.0, True)),
+    ),
+    Case(
+        "long",
+        (1_000_000, 256),
+        16,
+        (SSYRK, TORCH),
+        ((NO_U, SSYRK, 1 / 1.35, False), (NO_U, TORCH, 1.0, False)),
+        products=None,
+        error=1e-5,
+    ),
+    Case(
+        "batch",
+        (32, 4096, 256),
+        16,
+        (TORCH,),
+        ((OURS, TORCH, 1.0, False),),
+        products=None,
+        error=1e-6,
+    ),
+)
+TINY = (
+    Case("tiny", (400, 96), 4, (), ()),
+    Case("tiny batch", (2, 300, 140), 4, (), ()),
+)
+
+
+def contestants(case: Case, peers: bool) -> list[Contestant]:
+    """Everyone, at one and at the default number of BLAS threads."""
+    ours: list[tuple[str, str, dict[str, Any]]] = [("toyfeat", OURS, {})]
+    names = [bar[0] for bar in case.bars]
+    if ACCURATE in names:
+        ours.append(("toyfeat", ACCURATE, {"power_iters": 3}))
+    if NO_U in names:
+        ours.append(("toyfeat", NO_U, {"compute_u": False}))
+    if case.products is not None and len(case.shape) == 2:
+        ours.append((PRODUCTS, PRODUCTS, {}))
+    found = [
+        Contestant(method, threads, True, tuple(options.items()), label)
+        for method, label, options in ours
+        for threads in (1, None)
+    ]
+    if peers:
+        found += [Contestant(p, t, False) for p in case.peers for t in (1, None)]
+    return found
+
+
+def measured(
+    case: Case, peers: bool, rounds: int, peak: float
+) -> tuple[list[dict], list[str]]:
+    """Rows and missed bars of one case."""
+    *batch, rows, dim = case.shape
+    spectrum = 1 / np.arange(1, min(rows, dim) + 1)
+    if batch:
+        each = [with_spectrum(rows, dim, spectrum, seed=i) for i in range(batch[0])]
+        array = np.stack(each)
+    else:
+        array = with_spectrum(rows, dim, spectrum)
+    with tempfile.TemporaryDirectory() as folder:
+        who = contestants(case, peers)
+        found = contest(array, spectrum, case.rank, who, Path(folder), rounds)
+    best = {name: min(each, key=lambda o: o.seconds) for name, each in found.items()}
+    lines = []
+    for name, each in found.items():
+        for one in each:
+            print(
+                f"{case.name:>7} {name:<28} threads {one.threads:<8}"
+                f" s-error {one.error_s:8.1e}  excess {one.excess:8.1e}"
+                f" {1e3 * one.seconds:9.1f} ms  (spread {100 * one.spread:3.0f} %)"
+                f"  {one.info.get('route', '')}",
+                flush=True,
+            )
+            lines.append(_row(case, name, one, best, peak))
+    return lines, missed_bars(case, best)
+
+
+def _row(
+    case: Case, name: str, one: Outcome, best: dict[str, Outcome], peak: float
+) -> dict:
+    *batch, rows, dim = case.shape
+    columns = one.info.get("width", 0) * one.info.get("passes", 0)
+    flops = 2.0 * rows * dim * columns * (batch[0] if batch else 1)
+    peer = next((best[p] for p in case.peers if p in best), None)
+    return row(
+        case.name,
+        {"n": rows, "d": dim, "k": case.rank, "batch": batch[0] if batch else 1},
+        name,
+        ours_s=one.seconds,
+        peer_s=peer.seconds if peer else None,
+        ratio=peer.seconds / one.seconds if peer else None,
+        error=one.error_s,
+        excess=one.excess,
+        peer_error=peer.error_s if peer else None,
+        flops=flops,
+        fraction_of_gemm_peak=flops / one.seconds / peak,
+        blas_threads=one.threads,
+        spread=one.spread,
+        **one.info,
+    )
+
+
+def missed_bars(case: Case, best: dict[str, Outcome]) -> list[str]:
+    """What is not as fast, or not as accurate, as it has to be."""
+    missed = []
+    for ours, peer, times, accurate in case.bars:
+        if peer not in best:
+            continue
+        a, b = best[ours], best[peer]
+        ratio = b.seconds / a.seconds
+        print(
+            f"{case.name:>7} {ours}: {ratio:.2f} x as fast as {peer} (bar {times:.2f})"
+        )
+        if ratio < times:
+            missed.append(
+                f"{case.name}: {ours} is {ratio:.2f} x as fast as {peer}, the bar is "
+                f"{times:.2f}"
+            )
+        if accurate and (a.error_s > b.error_s or a.excess > b.excess):
+            missed.append(
+                f"{case.name}: {ours} has s-error {a.error_s:.1e} and excess "
+                f"{a.excess:.1e}, {peer} {b.error_s:.1e} and {b.excess:.1e}"
+            )
+    if case.products is not None and PRODUCTS in best:
+        ratio = best[OURS].seconds / best[PRODUCTS].seconds
+        print(
+            f"{case.name:>7} total / products alone: {ratio:.2f} (bar {case.products})"
+        )
+        if ratio > case.products:
+            missed.append(
+                f"{case.name}: {ratio:.2f} x its products alone, the bar is "
+                f"{case.products}"
+            )
+    for name in (OURS, NO_U):
+        if case.error is not None and name in best and best[name].error_s > case.error:
+            missed.append(
+                f"{case.name}: {name} has s-error {best[name].error_s:.1e}, the bar is "
+                f"{case.error:.0e}"
+            )
+    return missed
+
+
+def stream(blocks: int, rows: int, dim: int, rank: int, peak: float) -> tuple:
+    """The Gram stream against the same products, and its memory."""
+    a = jnp.asarray(with_spectrum(rows, dim, 1 / np.arange(1, dim + 1)))
+    acc = tf.stream_svd(dim, rank)
+    step = jax.jit(acc.update, donate_argnums=0).lower(acc.init(), a).compile()
+    product = program(lambda a: scaled_gram(a, jnp.ones(())), a)
+
+    def folded(count: int) -> Any:
+        state = acc.init()
+        for _ in range(count):
+            state = step(state, a)
+        return jax.block_until_ready(state)
+
+    folded(2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    svd = acc.finish(folded(blocks))
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    want = np.sqrt(blocks) / np.arange(1, rank + 1)
+    error = float(np.max(np.abs(np.asarray(svd.s) - want)) / want[0])
+    runs = {
+        "stream": lambda: folded(blocks),
+        "products": lambda: [product.run() for _ in range(blocks)],
+    }
+    taken = medians(runs, rounds=3)
+    over = taken["stream"] / taken["products"] - 1
+    print(
+        f" stream {blocks} blocks of {rows} x {dim}: s-error {error:.1e} of s1, "
+        f"{100 * over:+.1f} % over the products (bar 10 %), memory grew {grown:.0f} MB"
+    )
+    size = {"n": blocks * rows, "d": dim, "k": rank}
+    line = row(
+        "stream",
+        size,
+        "stream_svd gram",
+        ours_s=taken["stream"],
+        peer_s=taken["products"],
+        ratio=taken["products"] / taken["stream"],
+        error=error,
+        peer_error=0.0,
+        flops=2.0 * blocks * rows * dim**2,
+        fraction_of_gemm_peak=2.0 * blocks * rows * dim**2 / taken["stream"] / peak,
+        grown_mb=grown,
+    )
+    missed = [f"stream: {100 * over:.1f} % over its products, the bar is 10 %"]
+    large = [f"stream: memory grew by {grown:.0f} MB"]
+    return [line], missed * (over > 0.1) + large * (grown > 64)
+
+
+def growth(tiny: bool, peak: float) -> tuple[list[dict], list[str]]:
+    """Time against n, d and k; the first has to be a line."""
+    base = (
+        {"n": 40_000, "d": 1024, "k": 32} if not tiny else {"n": 400, "d": 200, "k": 4}
+    )
+    axes = {"n": (1, 2, 4, 8), "d": (1, 2, 4), "k": (0.5, 1, 2)}
+    lines, runs, sizes = [], {}, {}
+    for axis, factors in axes.items():
+        for factor in factors:
+            size = {**base, axis: int(base[axis] * factor)}
+            if axis != "n" and not tiny:
+                size["n"] = 20_000
+            a = jax.random.normal(jax.random.key(0), (size["n"], size["d"]))
+            a = a / (1.0 + jnp.arange(size["d"]))[None, :]
+            run = program(
+                lambda key, a, k=size["k"]: tf.randomized_svd(
+                    key, a, k, method="krylov"
+                ),
+                jax.random.key(1),
+                a,
+            ).run
+            runs[f"{axis}{factor}"], sizes[f"{axis}{factor}"] = run, (axis, size)
+    taken = medians(runs, rounds=3 if tiny else 5)
+    for name, seconds in taken.items():
+        axis, size = sizes[name]
+        lines.append(
+            row(
+                f"growth in {axis}",
+                size,
+                "toyfeat krylov",
+                ours_s=seconds,
+                ratio=None,
+                error=0.0,
+                fraction_of_gemm_peak=None,
+            )
+        )
+    along = [(s[1]["n"], taken[n]) for n, s in sizes.items() if s[0] == "n"]
+    sizes_n, times_n = np.log(np.asarray(along)).T
+    slope = float(np.polyfit(sizes_n, times_n, 1)[0])
+    print(f" growth: time goes with n to the power {slope:.3f} (bar 1 within .05)")
+    if "--plot" in sys.argv:
+        _plot(Path(sys.argv[sys.argv.index("--plot") + 1]), lines)
+    missed = [f"growth: slope {slope:.3f} against n, the bar is 1 within .05"]
+    return lines, missed * (abs(slope - 1) > 0.05 and not tiny)
+
+
+def _plot(path: Path, lines: list[dict]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    for axis, panel in zip("ndk", figure.subplots(1, 3), strict=True):
+        chosen = [line for line in lines if line["case"] == f"growth in {axis}"]
+        x = [line["size"][axis] for line in chosen]
+        y = [1e3 * line["ours_s"] for line in chosen]
+        panel.loglog(x, y, "o-", label="measured")
+        line = [y[-1] * v / x[-1] for v in x]
+        panel.loglog(x, line, ":", color="gray", label="proportional")
+        rest = {k: v for k, v in chosen[0]["size"].items() if k != axis}
+        panel.set(
+            xlabel=axis,
+            ylabel="ms",
+            title=", ".join(f"{k} = {v}" for k, v in rest.items()),
+        )
+        panel.set_xticks(x, [str(v) for v in x])
+        panel.minorticks_off()
+        panel.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure what ``--only`` names, or everything."""
+    tiny = "--tiny" in sys.argv
+    only = sys.argv[sys.argv.index("--only") + 1] if "--only" in sys.argv else None
+    peers = PEERS.exists() and not tiny
+    if not peers:
+        print("no peers: bash benchmarks/peers/setup.sh builds their environment")
+    peak = gemm_flops_per_s(256 if tiny else 2048)
+    results = [
+        measured(case, peers, 2 if tiny else 5, peak)
+        for case in (TINY if tiny else CASES)
+        if only in (None, case.name)
+    ]
+    if only in (None, "stream"):
+        size = (3, 300, 40, 4) if tiny else (100, 10_000, 512, 32)
+        results.append(stream(*size, peak=peak))
+    if only in (None, "growth"):
+        results.append(growth(tiny, peak))
+    rows = [line for lines, _ in results for line in lines]
+    missed = [text for _, texts in results for text in texts]
+    finish(rows, [] if tiny else missed)
+
+
+if __name__ == "__main__":
+    main()

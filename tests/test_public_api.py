@@ -9,6 +9,7 @@ import toyfeat as tf
 PINNED = [
     "ablation_curve",
     "edge_ablation",
+    "edges_needed",
     "eigengaps",
     "interaction_edges",
     "joint_pca",

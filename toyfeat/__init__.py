@@ -5,7 +5,7 @@ the functions; import from the modules of the same name with ``from toyfeat.tap
 import ...``.
 """
 
-from toyfeat.ablation import ablation_curve, edge_ablation
+from toyfeat.ablation import ablation_curve, edge_ablation, edges_needed
 from toyfeat.decompose import (
     decode,
     eigengaps,
@@ -72,6 +72,7 @@ __all__ = [
     "check_taps",
     "decode",
     "edge_ablation",
+    "edges_needed",
     "eigengaps",
     "encode",
     "explanation",

@@ -120,6 +120,45 @@ def edge_ablation(
     return metric(probed(params, inputs, {name: lambda _: decode(onto, codes)})[0])
 
 
+def edges_needed(
+    metric_at: Callable[[Array], Array], edges: Array, *, least: float
+) -> int:
+    """The fewest edges, strongest first, that keep a metric.
+
+    Found by halving, which takes the metric to grow with the number of edges; it
+    need not do so strictly, and then this is one crossing of several.
+
+    Args:
+      metric_at: kept edges ``[R', R]`` bool to the metric, as
+        :func:`edge_ablation` with everything else given.
+      edges: ``[R', R]`` strengths, from :func:`toyfeat.interaction_edges`.
+      least: what the metric must reach.
+
+    Returns:
+      How many edges, or one more than there are if all of them do not do.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> strengths = jnp.array([[4.0, 1.0], [3.0, 2.0]])
+      >>> edges_needed(lambda kept: (strengths * kept).sum(), strengths, least=6.5)
+      2
+    """
+    order = jnp.argsort(-edges.ravel())
+    place = jnp.zeros(edges.size, jnp.int32).at[order].set(jnp.arange(edges.size))
+
+    def enough(count: int) -> bool:
+        return bool(metric_at((place < count).reshape(edges.shape)) >= least)
+
+    low, high = 0, edges.size + 1  # edges.size + 1 stands for "never"
+    while low < high:
+        middle = (low + high) // 2
+        if middle > edges.size or enough(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
 def _keeping(basis: Basis, mask: Array) -> Callable[[Array], Array]:
     """Replace an activation by what its masked coordinates decode to."""
 

@@ -108,7 +108,7 @@ def contestants(case: Case, peers: bool) -> list[Contestant]:
     found = [
         Contestant(method, threads, True, tuple(options.items()), label)
         for method, label, options in ours
-        for threads in (1, None)
+        for threads in ((1, None) if peers else (1,))
     ]
     if peers:
         found += [Contestant(p, t, False) for p in case.peers for t in (1, None)]
@@ -263,6 +263,8 @@ def growth(tiny: bool, peak: float) -> tuple[list[dict], list[str]]:
         {"n": 40_000, "d": 1024, "k": 32} if not tiny else {"n": 400, "d": 200, "k": 4}
     )
     axes = {"n": (1, 2, 4, 8), "d": (1, 2, 4), "k": (0.5, 1, 2)}
+    if tiny:
+        axes = {"n": (1, 2)}
     lines, runs, sizes = [], {}, {}
     for axis, factors in axes.items():
         for factor in factors:

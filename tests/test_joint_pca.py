@@ -17,7 +17,7 @@ def moments_of(cov, g):
     f32 = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
     dim = len(cov)
     return tf.Moments(
-        jnp.array(2.0), jnp.ones(dim), f32(2 * cov), jnp.zeros(dim), f32(g)
+        jnp.array(2.0), jnp.zeros(dim), f32(2 * cov), jnp.zeros(dim), f32(g)
     )
 
 

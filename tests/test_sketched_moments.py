@@ -11,7 +11,7 @@ DIM, RANK, NUM, READOUTS = 60, 6, 900, 2
 @pytest.fixture(scope="module")
 def taps():
     keys = jax.random.split(jax.random.key(0), 4)
-    decay = 0.6 ** jnp.arange(DIM)
+    decay = 0.6 ** jnp.arange(float(DIM))
     mix = jnp.linalg.qr(jax.random.normal(keys[0], (DIM, DIM)))[0]
     acts = (jax.random.normal(keys[1], (NUM, DIM)) * decay[None, :]) @ mix + 3.0
     grads = jax.random.normal(keys[2], (NUM, READOUTS, DIM)) * decay[::-1][None, None]

@@ -140,7 +140,8 @@ def edges_needed(
     Example:
       >>> import jax.numpy as jnp
       >>> strengths = jnp.array([[4.0, 1.0], [3.0, 2.0]])
-      >>> edges_needed(lambda kept: (strengths * kept).sum(), strengths, least=6.5)
+      >>> metric = lambda kept: jnp.where(kept, strengths, 0.0).sum()
+      >>> edges_needed(metric, strengths, least=6.5)
       2
     """
     order = jnp.argsort(-edges.ravel())

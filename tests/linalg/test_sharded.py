@@ -22,7 +22,6 @@ from toyfeat import randomized_svd
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_disable_most_optimizations", True)
 N, D, K = 8000, 160, 4
 
 def orthonormal(rng, n, k):

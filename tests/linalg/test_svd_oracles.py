@@ -14,15 +14,6 @@ from toyfeat import Products, randomized_svd
 slow = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA's code generation takes most of the time; half of it will do."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def f64(x):
     return np.asarray(x).astype(np.float64)
 

@@ -1,12 +1,10 @@
 """Coordinates in a basis, and what can be said of it in words."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.linalg.precise import dot
 from toyfeat.types import Array, Basis
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def encode(basis: Basis, acts: Array) -> Array:
@@ -24,7 +22,7 @@ def encode(basis: Basis, acts: Array) -> Array:
     """
     _check_width("encode", "acts", acts, basis.readers.shape[0])
     acts = acts.astype(basis.mean.dtype)
-    return _dot(acts - jnp.broadcast_to(basis.mean, acts.shape), basis.readers)
+    return dot(acts - jnp.broadcast_to(basis.mean, acts.shape), basis.readers)
 
 
 def decode(basis: Basis, codes: Array) -> Array:
@@ -41,7 +39,7 @@ def decode(basis: Basis, codes: Array) -> Array:
       ValueError: if there is not one code per pair of the basis.
     """
     _check_width("decode", "codes", codes, basis.writers.shape[0])
-    acts = _dot(codes.astype(basis.mean.dtype), basis.writers)
+    acts = dot(codes.astype(basis.mean.dtype), basis.writers)
     return acts + jnp.broadcast_to(basis.mean, acts.shape)
 
 
@@ -129,10 +127,6 @@ def _shared_values(basis: Basis) -> str:
         f"directions {', '.join(names[:5])}{more} share an eigenvalue: only the space "
         "they span is determined"
     )
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=_HIGHEST)
 
 
 def _check_width(who: str, name: str, array: Array, width: int) -> None:

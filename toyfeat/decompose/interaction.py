@@ -171,12 +171,14 @@ def interaction_edges(
             _effects, probed=probed, site=site, next_site=name, batch_size=batch_size
         )
         onto = bases.get(name)
-        parts = [step(params, inputs, bases[site], onto) for inputs in batches()]
-        if not parts:
+        total, count = None, 0
+        for inputs in batches():
+            part = step(params, inputs, bases[site], onto)
+            total = part if total is None else total + part
+            count += len(jax.tree.leaves(inputs)[0])
+        if total is None:
             raise ValueError("interaction_edges: batches() gave no batch")
-        count = sum(size for _, size in parts)
-        edges[site, name] = sum(part for part, _ in parts[1:]) + parts[0][0]
-        edges[site, name] = edges[site, name] / float(count)
+        edges[site, name] = total / count
     return edges
 
 
@@ -191,8 +193,8 @@ def _effects(
     site: str,
     next_site: str,
     batch_size: int | None,
-) -> tuple[Array, Array]:
-    """Summed squared effects ``[R', R]``, and the number of inputs."""
+) -> Array:
+    """Summed squared effects ``[R', R]``."""
     model = _toward(probed, next_site, onto)
     readout = readouts.jacobian()
     taps = tap(
@@ -206,7 +208,7 @@ def _effects(
     effects = (slopes * codes[:, None, :]).reshape(size, -1, *slopes.shape[1:])
     squares = jnp.sum(effects, axis=1) ** 2  # [B, T' R', R]
     squares = squares.reshape(size, -1, units, codes.shape[1])
-    return jnp.sum(squares, axis=(0, 1)), jnp.asarray(size)
+    return jnp.sum(squares, axis=(0, 1))
 
 
 def _toward(probed: Probed, site: str | None, basis: Basis | None) -> Probed:

@@ -4,13 +4,11 @@ Letters: :math:`S` is the centred covariance of the activations, :math:`G` the
 second moment of their gradients.
 """
 
-import jax
 import jax.numpy as jnp
 
-from toyfeat.linalg import Spectrum, psd_inverse, psd_spectrum, with_signs
+from toyfeat.linalg import Spectrum, psd_inverse, psd_spectrum, signs_of
+from toyfeat.linalg.precise import dot, nonzero
 from toyfeat.types import SVD, Array, Basis, Diagnostics, Moments, SketchedMoments
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 Stats = Moments | SketchedMoments
 
@@ -101,7 +99,7 @@ def gradient_pca(stats: Stats, rank: int, *, center: bool = False) -> Basis:
     return Basis(
         mean=jnp.asarray(stats.mean),
         readers=readers,
-        writers=_dot(psd_inverse(_dot(read, readers)), read),
+        writers=dot(psd_inverse(dot(read, readers)), read),
         spectrum=spectrum.values,
         diagnostics=_diagnostics(spectrum, total, uncentred),
     )
@@ -154,10 +152,9 @@ def joint_pca(stats: Stats, rank: int) -> Basis:
     rooted = acts.vectors * root[None, :]
     inner = _squared_gradients(rooted, stats)
     spectrum = psd_spectrum(inner, rank)
-    safe = jnp.where(root > 0, root, jnp.ones_like(root))
-    whitener = acts.vectors / safe[None, :]
-    readers, writers = _dot(whitener, spectrum.vectors), _dot(rooted, spectrum.vectors)
-    signs = jnp.sign(jnp.sum(with_signs(readers) * readers, axis=0))
+    whitener = acts.vectors / nonzero(root)[None, :]
+    readers, writers = dot(whitener, spectrum.vectors), dot(rooted, spectrum.vectors)
+    signs = signs_of(readers)
     total = jnp.maximum(jnp.trace(inner), 0)
     return Basis(
         mean=jnp.asarray(stats.mean),
@@ -170,7 +167,7 @@ def joint_pca(stats: Stats, rank: int) -> Basis:
 
 def covariance(stats: Moments) -> Array:
     """Centred covariance ``[D, D]`` of the activations (divided by the weight)."""
-    return jnp.asarray(stats.scatter) / _safe(jnp.asarray(stats.weight))
+    return jnp.asarray(stats.scatter) / nonzero(jnp.asarray(stats.weight))
 
 
 def _of_acts(who: str, stats: Stats, rank: int) -> Spectrum:
@@ -214,7 +211,7 @@ def _of_grads(
 def _of_sketch(
     svd: SVD, stats: SketchedMoments, rank: int, floor: Array | float = 0.0
 ) -> Spectrum:
-    values = svd.s**2 / _safe(jnp.asarray(stats.weight))
+    values = svd.s**2 / nonzero(jnp.asarray(stats.weight))
     dim, eps = svd.vt.shape[1], jnp.finfo(values.dtype).eps
     cut = jnp.maximum(dim * eps * values[0], jnp.asarray(floor, values.dtype))
     kept = ~(values[:rank] <= cut)
@@ -231,17 +228,17 @@ def _squared_gradients(rows: Array, stats: Stats) -> Array:
     """``x^T G x`` for columns ``x``."""
     if isinstance(stats, SketchedMoments):
         assert stats.grads is not None
-        seen = _dot(stats.grads.vt, rows) * stats.grads.s[:, None]
-        return _dot(seen.T, seen) / _safe(jnp.asarray(stats.weight))
-    return _dot(rows.T, _dot(jnp.asarray(stats.grad_second), rows))
+        seen = dot(stats.grads.vt, rows) * stats.grads.s[:, None]
+        return dot(seen.T, seen) / nonzero(jnp.asarray(stats.weight))
+    return dot(rows.T, dot(jnp.asarray(stats.grad_second), rows))
 
 
 def _times_covariance(rows: Array, stats: Stats) -> Array:
     """``x S`` for rows ``x``."""
     if isinstance(stats, SketchedMoments):
-        values = stats.acts.s**2 / _safe(jnp.asarray(stats.weight))
-        return _dot(_dot(rows, stats.acts.vt.T) * values[None, :], stats.acts.vt)
-    return _dot(rows, covariance(stats))
+        values = stats.acts.s**2 / nonzero(jnp.asarray(stats.weight))
+        return dot(dot(rows, stats.acts.vt.T) * values[None, :], stats.acts.vt)
+    return dot(rows, covariance(stats))
 
 
 def _total(stats: Stats) -> Array:
@@ -253,11 +250,7 @@ def _total(stats: Stats) -> Array:
 
 def _energy(svd: SVD, stats: SketchedMoments) -> Array:
     kept = jnp.sum(svd.s**2) + svd.info.residual**2
-    return kept / _safe(jnp.asarray(stats.weight))
-
-
-def _safe(x: Array) -> Array:
-    return jnp.where(x > 0, x, jnp.ones_like(x))
+    return kept / nonzero(jnp.asarray(stats.weight))
 
 
 def _width(stats: Stats) -> int:
@@ -285,12 +278,9 @@ def _check_grads(who: str, stats: Stats) -> None:
 
 
 def _diagnostics(spectrum: Spectrum, total: Array, uncentred: Array) -> Diagnostics:
-    safe = jnp.where(uncentred > 0, uncentred, jnp.ones_like(uncentred))
-    removed = jnp.where(uncentred > 0, 1 - total / safe, jnp.zeros_like(total))
+    removed = jnp.where(
+        uncentred > 0, 1 - total / nonzero(uncentred), jnp.zeros_like(total)
+    )
     return Diagnostics(
         rank=spectrum.rank, total=total, cut=spectrum.cut, centring_removed=removed
     )
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=_HIGHEST)

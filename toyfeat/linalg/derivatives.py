@@ -5,8 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from toyfeat.linalg.operators import nonzero
-from toyfeat.linalg.tall import HIGHEST, Axis, summed
+from toyfeat.linalg.precise import dot, nonzero
+from toyfeat.linalg.tall import Axis, summed
 from toyfeat.types import Array
 
 
@@ -46,22 +46,22 @@ def pushed_forward(
     inverse = jnp.where(unit > level, 1 / safe, zero)
 
     def ahead(a: Array, x: Array) -> Array:
-        return _dot(a, x / size)
+        return dot(a, x / size)
 
     def back(y: Array, a: Array) -> Array:
-        return summed(_dot(y.T, a), axis).T / size
+        return summed(dot(y.T, a), axis).T / size
 
     left = ahead(matrix, v) * inverse[None, :] if u is None else u
     moved = ahead(change, v)
     slope = summed(jnp.sum(left * moved, axis=0), axis)
     rhs = back(left * unit[None, :], change) + back(moved, matrix)
-    inside = _dot(vt, rhs)
+    inside = dot(vt, rhs)
     gap = unit[None, :] ** 2 - unit[:, None] ** 2
     apart = jnp.abs(gap) > level
     turn = jnp.where(apart, inside / jnp.where(apart, gap, jnp.ones_like(gap)), zero)
 
     def outside(x: Array) -> Array:
-        return x - _dot(v, _dot(vt, x))
+        return x - dot(v, dot(vt, x))
 
     def system(x: Array) -> Array:
         image = outside(back(ahead(matrix, outside(x)), matrix))
@@ -73,12 +73,8 @@ def pushed_forward(
 
     # Around the solver's own rule, which cannot be transposed inside jit.
     rest = jax.lax.custom_linear_solve(system, outside(rhs), solve, symmetric=True)
-    dv = _dot(v, turn) + outside(rest)
+    dv = dot(v, turn) + outside(rest)
     if u is None:
         return None, slope * size, dv.T
     du = (moved + ahead(matrix, dv) - u * slope[None, :]) * inverse[None, :]
     return du, slope * size, dv.T
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=HIGHEST)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.linalg.orthonormal import choose, deviation, inverse_factor, polished
+from toyfeat.linalg.precise import dot
 from toyfeat.linalg.subspaces import Subspace
 from toyfeat.linalg.tall import (
-    HIGHEST,
     Axis,
     Tall,
     householder,
@@ -62,8 +62,8 @@ def extracted(space: Subspace, rank: int, axis: Axis, *, with_u: bool) -> Extrac
     values, vectors = values[::-1], vectors[:, ::-1]
     size = jnp.sqrt(jnp.maximum(values[:rank], jnp.finfo(values.dtype).tiny))
     kept = vectors[:, :rank]
-    coded = _dot(space.z, space.probes.T)
-    factor = [kept / size[None, :], _dot(kept, _dot(kept.T, coded))]
+    coded = dot(space.z, space.probes.T)
+    factor = [kept / size[None, :], dot(kept, dot(kept.T, coded))]
     columns = times(space.images, jnp.concatenate(factor, axis=1))
     y = [x[:, :rank] for x in columns]
     shadow = [x[:, rank:] for x in columns]
@@ -74,16 +74,16 @@ def extracted(space: Subspace, rank: int, axis: Axis, *, with_u: bool) -> Extrac
         del images, coded
         y, gram, size, shadow = rest
         inverse = inverse_factor(gram)
-        left, s, right = _svd(_dot(inverse, gram) * size[None, :])
-        u = times([y], _dot(inverse.T, left)) if with_u else []
-        return u, s, _dot(right, vectors[:, :rank].T), shadow, jnp.zeros((), bool)
+        left, s, right = _svd(dot(inverse, gram) * size[None, :])
+        u = times([y], dot(inverse.T, left)) if with_u else []
+        return u, s, dot(right, vectors[:, :rank].T), shadow, jnp.zeros((), bool)
 
     def careful(images: list[Tall], vectors: Array, coded: Array, *_: Any) -> tuple:
         q, r, bad = orthonormal_columns(times(images, vectors), axis)
         left, s, right = _svd(r)
         u = times([q], left[:, :rank]) if with_u else []
-        turn = _dot(right[:rank], vectors.T)
-        shadow = times(images, _dot(turn.T, _dot(turn, coded)))
+        turn = dot(right[:rank], vectors.T)
+        shadow = times(images, dot(turn.T, dot(turn, coded)))
         return u, s[:rank], turn, shadow, bad
 
     operands = (space.images, vectors, coded, y, gram, size, shadow)
@@ -94,7 +94,7 @@ def extracted(space: Subspace, rank: int, axis: Axis, *, with_u: bool) -> Extrac
     return Extracted(
         u=u if with_u else None,
         s=s * space.scale,
-        vt=_dot(turn, space.z),
+        vt=polished(dot(turn, space.z).T).T,
         residual=error * space.scale,
         fallback=space.fallback | bad,
     )
@@ -104,10 +104,6 @@ def _svd(square: Array) -> tuple[Array, Array, Array]:
     """Dense decomposition, its vectors a step nearer to orthonormal."""
     left, s, right = jnp.linalg.svd(square, full_matrices=False)
     return polished(left), s, polished(right.T).T
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=HIGHEST)
 
 
 def all_right_vectors(y: Tall, axis: Axis) -> tuple[Array, Array]:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from toyfeat.linalg.precise import HIGHEST
 from toyfeat.types import Array
 
 _BLOCK = 2048
 _Sums = tuple[Array, Array, Array]
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def scaled_gram(rows: Array, factor: Array) -> Array:
@@ -53,4 +53,4 @@ def _over_blocks(rows: Array, change: Callable[[Array], Array]) -> tuple[Array, 
 
 
 def _gram(a: Array, b: Array) -> Array:
-    return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=_HIGHEST)
+    return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=HIGHEST)

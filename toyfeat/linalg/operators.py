@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.linalg.gram import scaled_gram
-from toyfeat.linalg.tall import HIGHEST, Axis, Tall, summed
+from toyfeat.linalg.precise import HIGHEST, nonzero
+from toyfeat.linalg.tall import Axis, Tall, summed
 from toyfeat.types import Array
 
 Sketch = Literal["float32", "tensorfloat32", "bfloat16"]
@@ -192,11 +193,6 @@ def _gram_block(total: Array, size: Array, block: Array) -> tuple[Array, Array]:
     larger = jnp.maximum(size, jnp.max(jnp.abs(block), initial=0))
     inverse = 1 / nonzero(larger)
     return total * (size * inverse) ** 2 + scaled_gram(block, inverse), larger
-
-
-def nonzero(x: Array) -> Array:
-    """``x``, or 1 where it is 0."""
-    return jnp.where(x == 0, jnp.ones_like(x), x)
 
 
 def _wide_product(matrix: Array, z: Array, sketch: Sketch) -> Array:

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from toyfeat.linalg.precise import dot
 from toyfeat.types import Array
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @partial(jax.jit, static_argnames="rounds")
@@ -42,10 +41,10 @@ def orthonormal_rows(
     def quick(w: Array, others: Array) -> Array:
         w = _without(w, others)
         shift = 4 * len(w) * float(jnp.finfo(w.dtype).eps) if rounds > 2 else 0.0
-        w = _dot(inverse_factor(_dot(w, w.T), shift), w)
+        w = dot(inverse_factor(dot(w, w.T), shift), w)
         w = _without(w, others)
         for _ in range(rounds - 1):
-            w = _dot(inverse_factor(_dot(w, w.T)), w)
+            w = dot(inverse_factor(dot(w, w.T)), w)
         return w
 
     def careful(w: Array, others: Array, z: Array) -> Array:
@@ -56,8 +55,8 @@ def orthonormal_rows(
 
     z = quick(w, others)
     level = 24 * jnp.finfo(w.dtype).eps
-    overlap = jnp.max(jnp.abs(_dot(z, others.T)), initial=0)
-    bad = ~((deviation(_dot(z, z.T)) < level) & (overlap < level))
+    overlap = jnp.max(jnp.abs(dot(z, others.T)), initial=0)
+    bad = ~((deviation(dot(z, z.T)) < level) & (overlap < level))
     return choose(bad, careful, lambda w, others, z: z, w, others, z), bad
 
 
@@ -111,8 +110,8 @@ def deviation(gram: Array) -> Array:
 
 def polished(x: Array) -> Array:
     """One Newton step from columns that are nearly orthonormal to the nearest."""
-    gram = _dot(x.T, x)
-    return x - _dot(x, gram - identity(gram)) / 2
+    gram = dot(x.T, x)
+    return x - dot(x, gram - identity(gram)) / 2
 
 
 def identity(like: Array) -> Array:
@@ -164,8 +163,4 @@ def choose(
 
 def _without(w: Array, others: Array) -> Array:
     """What is left of rows outside the span of orthonormal others."""
-    return w - _dot(_dot(w, others.T), others) if len(others) else w
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=_HIGHEST)
+    return w - dot(dot(w, others.T), others) if len(others) else w

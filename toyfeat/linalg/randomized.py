@@ -22,7 +22,6 @@ from toyfeat.linalg.operators import (
 )
 from toyfeat.linalg.plans import Method, Plan, Wish, planned, wish
 from toyfeat.linalg.routes import svd_of
-from toyfeat.linalg.spectral import with_signs
 from toyfeat.linalg.tall import Axis
 from toyfeat.types import SVD, Array, ArrayLike
 
@@ -174,10 +173,8 @@ def _in_memory(key: Array, matrix: Array, plan: Plan, mesh: Any) -> SVD:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _ruled(plan: Plan, key: Array, matrix: Array) -> SVD:
     if plan.wide:
-        inner = plan._replace(with_u=True)
         op, rough = dense_wide(matrix), dense_wide(matrix, plan.sketch)
-        svd = svd_of(key, op, rough, inner)
-        return svd if plan.with_u else svd._replace(u=None)
+        return svd_of(key, op, rough, plan)
     devices = 1 if plan.axis is None else jax.lax.axis_size(plan.axis)
     rows = devices * len(matrix)
     op = dense(matrix, rows, plan.axis)
@@ -220,23 +217,11 @@ def _no_change(x: Array) -> Any:
 
 
 def _of_products(key: Array, products: Products, want: Wish) -> SVD:
-    rows, dim = products.shape
-    if rows < dim:
-        svd = _of_products(key, transposed(products), want._replace(with_u=True))
-        return _swapped(svd, want.with_u)
+    wide = products.shape[0] < products.shape[1]
+    op = by_products(transposed(products) if wide else products)
     # A Gram matrix takes D products: worth it up to about four blocks.
-    plan = planned(want, rows, dim, gram_below=4)
-    op = by_products(products)
-    return svd_of(key, op, op, plan)
-
-
-def _swapped(svd: SVD, with_u: bool) -> SVD:
-    """The decomposition of the transpose."""
-    assert svd.u is not None
-    vt = with_signs(svd.u).T
-    signs = jnp.sign(jnp.sum(vt * svd.u.T, axis=1))
-    u = svd.vt.T * signs[None, :]
-    return SVD(u if with_u else None, svd.s, vt, svd.info)
+    plan = planned(want, *op.shape, gram_below=4)
+    return svd_of(key, op, op, plan._replace(wide=wide))
 
 
 def _of_blocks(key: Array, blocks: Blocks, want: Wish) -> SVD:

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from toyfeat.linalg.extraction import Extracted, all_right_vectors, extracted
-from toyfeat.linalg.operators import Operator, dense, nonzero
+from toyfeat.linalg.operators import Operator, dense
 from toyfeat.linalg.orthonormal import choose, deviation, orthonormal_rows
 from toyfeat.linalg.plans import PROBES, Plan
-from toyfeat.linalg.spectral import with_signs
+from toyfeat.linalg.precise import dot, nonzero, norm
+from toyfeat.linalg.spectral import signs_of
 from toyfeat.linalg.subspaces import Subspace, iterated, krylov
-from toyfeat.linalg.tall import HIGHEST, inner, summed
+from toyfeat.linalg.tall import inner, summed
 from toyfeat.types import SVD, Array, SVDInfo
 
 _EIGH = 1024
@@ -32,6 +33,7 @@ def svd_of(key: Array, op: Operator, rough: Operator, plan: Plan) -> SVD:
     Returns:
       The triplets, with the signs of :func:`toyfeat.linalg.with_signs`.
     """
+    kept, plan = plan.with_u, plan._replace(with_u=plan.with_u or plan.wide)
     if plan.method == "full":
         found = _in_full(op, plan)
         passes, width = 2, op.shape[1]
@@ -42,7 +44,8 @@ def svd_of(key: Array, op: Operator, rough: Operator, plan: Plan) -> SVD:
         z, probes = _start(key, op, plan.width)
         found = _by_products(op, rough, z, probes, plan)
         passes, width = 2 * plan.iters + 1, plan.width + PROBES
-    return _finished(found, op, plan, passes, width)
+    svd = _finished(found, op, plan, passes, width)
+    return svd if kept else svd._replace(u=None)
 
 
 def _in_full(op: Operator, plan: Plan) -> Extracted:
@@ -52,13 +55,7 @@ def _in_full(op: Operator, plan: Plan) -> Extracted:
     z, bad = orthonormal_rows(vt[: plan.width], rounds=2)
     space = _image(op, z, nonzero(s[0]), bad)
     found = extracted(space, plan.rank, op.axis, with_u=plan.with_u)
-    return found._replace(residual=_norm(s[plan.rank :]))
-
-
-def _norm(s: Array) -> Array:
-    """Euclidean norm without squares that overflow."""
-    size = nonzero(jnp.max(s, initial=0))
-    return jnp.sqrt(jnp.sum((s / size) ** 2)) * size
+    return found._replace(residual=norm(s[plan.rank :]))
 
 
 def _image(op: Operator, z: Array, size: Array, fallback: Array) -> Subspace:
@@ -184,14 +181,12 @@ def _finished(
     if plan.wide:
         assert u is not None
         u, vt = vt.T, u.T
-    flipped = with_signs(vt.T).T
-    # A sign is read off the entry that is positive now.
-    signs = jnp.sign(jnp.sum(flipped * vt, axis=1))
-    right = deviation(_dot(vt, vt.T))
+    signs = signs_of(vt.T)
+    right = deviation(dot(vt, vt.T))
     left = jnp.zeros_like(right)
     if u is not None:
         axis = None if plan.wide else op.axis
-        left = deviation(summed(_dot(u.T, u), axis))
+        left = deviation(summed(dot(u.T, u), axis))
         u = u * signs[None, :]
     finite = jnp.isfinite(jnp.sum(s)) & jnp.isfinite(jnp.sum(vt))
     bad = jnp.full((), jnp.nan, s.dtype)
@@ -205,12 +200,8 @@ def _finished(
         finite=finite,
     )
     return SVD(
-        u=None if u is None or not plan.with_u else jnp.where(finite, u, bad),
+        u=None if u is None else jnp.where(finite, u, bad),
         s=jnp.where(finite, s, bad),
-        vt=jnp.where(finite, flipped, bad),
+        vt=jnp.where(finite, vt * signs[:, None], bad),
         info=info,
     )
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=HIGHEST)

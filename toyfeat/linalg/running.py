@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.linalg.gram import shifted_gram
-from toyfeat.linalg.tall import HIGHEST
+from toyfeat.linalg.precise import dot
 from toyfeat.types import Array
 
 _BLOCK = 512
@@ -56,9 +56,9 @@ def merged_rows(left: RowMoments, right: RowMoments) -> RowMoments:
 def row_moments(rows: Array, weights: Array) -> RowMoments:
     """Moments of one batch, centred twice: the mean of what is left is tiny."""
     total = jnp.sum(weights)
-    rough = _short(ratio(_dot(weights, rows), total))
+    rough = _short(ratio(dot(weights, rows), total))
     centred = rows - rough[None, :]
-    rest = ratio(_dot(weights, centred), total)
+    rest = ratio(dot(weights, centred), total)
     gram = _gram(centred, weights)
     scatter = added(gram, -total * outer(rest))
     return RowMoments(single(total), added(single(rough), rest), scatter)
@@ -84,7 +84,7 @@ def _gram(rows: Array, weights: Array) -> Pair:
     """Weighted Gram matrix, block by block: a long float32 sum drifts."""
     num, dim = rows.shape
     if num <= _BLOCK:
-        return single(_dot((rows * weights[:, None]).T, rows))
+        return single(dot((rows * weights[:, None]).T, rows))
     blocks = -(-num // _BLOCK)
     fill = blocks * _BLOCK - num
     rows = jnp.pad(rows, ((0, fill), (0, 0))).reshape(blocks, _BLOCK, dim)
@@ -92,7 +92,7 @@ def _gram(rows: Array, weights: Array) -> Pair:
 
     def add(gram: Pair, block: tuple[Array, Array]) -> tuple[Pair, None]:
         rows, weights = block
-        return added(gram, _dot((rows * weights[:, None]).T, rows)), None
+        return added(gram, dot((rows * weights[:, None]).T, rows)), None
 
     return jax.lax.scan(add, _zeros(dim, dim), (rows, weights))[0]
 
@@ -110,10 +110,6 @@ def _short(x: Array) -> Array:
 def no_rows(dim: int) -> RowMoments:
     """Moments of nothing."""
     return RowMoments(_zeros(), _zeros(dim), _zeros(dim, dim))
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=HIGHEST)
 
 
 def outer(x: Array) -> Array:

@@ -2,12 +2,10 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
+from toyfeat.linalg.precise import HIGHEST, nonzero
 from toyfeat.types import Array
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Spectrum(NamedTuple):
@@ -90,9 +88,13 @@ def with_signs(vectors: Array) -> Array:
     Returns:
       ``[D, R]``, the same columns up to sign.
     """
+    return vectors * signs_of(vectors)[None, :]
+
+
+def signs_of(vectors: Array) -> Array:
+    """The sign of the largest entry of each column, by magnitude; 1 for zeros."""
     largest = jnp.argmax(jnp.abs(vectors), axis=0)
-    signs = jnp.sign(jnp.take_along_axis(vectors, largest[None, :], axis=0))
-    return vectors * jnp.where(signs == 0, jnp.ones_like(signs), signs)
+    return nonzero(jnp.sign(vectors[largest, jnp.arange(vectors.shape[1])]))
 
 
 def psd_inverse(matrix: Array) -> Array:
@@ -107,4 +109,4 @@ def psd_inverse(matrix: Array) -> Array:
     values, vectors, _, _ = psd_spectrum(matrix)
     safe = jnp.where(values == 0, jnp.ones_like(values), values)
     inverse = jnp.where(values == 0, jnp.zeros_like(values), 1 / safe)
-    return jnp.matmul(vectors * inverse[None, :], vectors.T, precision=_HIGHEST)
+    return jnp.matmul(vectors * inverse[None, :], vectors.T, precision=HIGHEST)

@@ -9,8 +9,8 @@ import numpy as np
 from jax.core import Tracer
 
 from toyfeat.linalg.gram import scaled_gram
-from toyfeat.linalg.operators import nonzero
 from toyfeat.linalg.orthonormal import choose, deviation, polished
+from toyfeat.linalg.precise import dot, nonzero, norm
 from toyfeat.linalg.running import (
     Pair,
     RowMoments,
@@ -26,7 +26,6 @@ from toyfeat.linalg.running import (
     value,
 )
 from toyfeat.linalg.spectral import with_signs
-from toyfeat.linalg.tall import HIGHEST
 from toyfeat.types import SVD, Accumulator, Array, SVDInfo
 
 StreamMethod = Literal["auto", "gram", "incremental", "frequent_directions"]
@@ -72,8 +71,8 @@ def stream_svd(
       batches; squares lose singular values below about 3e-4 of the first.  The
       choice of ``"auto"`` up to ``D = 4096``.
     - ``"incremental"``: ``width`` rows that are updated block by block.  As good
-      as the best within 1e-4 of the residual on rows in random order (2e-4 where
-      values fall as slowly as ``j^-.5``); a spiteful order can defeat it.
+      as the best within 1e-4 of the residual on rows in random order; a spiteful
+      order can defeat it.
     - ``"frequent_directions"``: the same with shrinkage, which holds
       :math:`|A^\top A - V S^2 V^\top|_2 \le |A - A_k|_F^2 / (l - k)` in any order
       (with all ``l`` directions kept), up to rounding of 2e-6 of the first
@@ -147,27 +146,27 @@ def _scattered(state: RowMoments, rows: Array, weights: Array | None) -> RowMome
 @partial(jax.jit, static_argnames=("rank", "center"))
 def _of_scatter(state: RowMoments, *, rank: int, center: bool) -> SVD:
     scatter, mean = value(state.scatter), value(state.mean)
-    size = nonzero(jnp.max(jnp.abs(scatter)))
-    values, vectors = _descending(scatter / size)
-    s, vt = jnp.sqrt(jnp.maximum(values, 0) * size), vectors.T
-    if not center:
-        root = jnp.sqrt(value(state.weight))
-        large = jnp.max(jnp.abs(mean * root)) ** 2 > 100 * size
+    extra = jnp.zeros_like(mean) if center else mean * jnp.sqrt(value(state.weight))
+    large = jnp.max(jnp.abs(extra)) ** 2 > 100 * jnp.max(jnp.abs(scatter))
 
-        def added_up(scatter: Array, extra: Array, *_: Array) -> tuple:
-            total = scatter + outer(extra)
-            size = nonzero(jnp.max(jnp.abs(total)))
-            values, vectors = _descending(total / size)
-            return jnp.sqrt(jnp.maximum(values, 0) * size), vectors.T
+    def added_up(scatter: Array, extra: Array) -> tuple[Array, Array]:
+        return _roots(scatter + outer(extra))
 
-        def stacked(scatter: Array, extra: Array, s: Array, vt: Array) -> tuple:
-            del scatter  # its square would drown in that of the mean
-            rows = jnp.concatenate([s[:, None] * vt, extra[None, :]])
-            _, s, vt = jnp.linalg.svd(rows, full_matrices=False)
-            return s, vt
+    def stacked(scatter: Array, extra: Array) -> tuple[Array, Array]:
+        s, vt = _roots(scatter)  # their squares would drown in that of the mean
+        rows = jnp.concatenate([s[:, None] * vt, extra[None, :]])
+        _, s, vt = jnp.linalg.svd(rows, full_matrices=False)
+        return s, vt
 
-        s, vt = choose(large, stacked, added_up, scatter, mean * root, s, vt)
-    return _found(s, vt, rank, _norm(s[rank:]), "gram", scatter.shape[0])
+    s, vt = choose(large, stacked, added_up, scatter, extra)
+    return _found(s, vt, rank, norm(s[rank:]), "gram", scatter.shape[0])
+
+
+def _roots(gram: Array) -> tuple[Array, Array]:
+    """Singular values and right vectors of what a Gram matrix is made of."""
+    size = nonzero(jnp.max(jnp.abs(gram)))
+    values, vectors = _descending(gram / size)
+    return jnp.sqrt(jnp.maximum(values, 0) * size), vectors.T
 
 
 def _descending(gram: Array) -> tuple[Array, Array]:
@@ -198,9 +197,9 @@ def _pushed_batch(
     if not center:
         state = state._replace(weight=added(state.weight, total))
         return _pushed(state, rows * roots, shrink)
-    mean = ratio(_dot(weights, rows), total)
+    mean = ratio(dot(weights, rows), total)
     centred = rows - mean[None, :]
-    rest = ratio(_dot(weights, centred), total)
+    rest = ratio(dot(weights, centred), total)
     centred = (centred - rest[None, :]) * roots
     state, step = _moved(state, single(total), added(single(mean), rest))
     return _pushed(state, jnp.concatenate([step[None, :], centred]), shrink)
@@ -244,7 +243,7 @@ def _folded(state: Sketch, shrink: bool) -> Sketch:
 
     def quick(both: Array, values: Array, left: Array) -> tuple[Array, Array]:
         # Eigenvectors a little too short or long would add up over many blocks.
-        return jnp.maximum(values, 0), _dot(polished(left)[:, :width].T, both)
+        return jnp.maximum(values, 0), dot(polished(left)[:, :width].T, both)
 
     def careful(both: Array, values: Array, left: Array) -> tuple[Array, Array]:
         del left  # squares have lost the small ones
@@ -293,7 +292,7 @@ def _of_sketch(state: Sketch, *, rank: int, shrink: bool) -> SVD:
         name = "frequent_directions"
         root = jnp.sqrt(value(state.shrunk))
         s = jnp.where(s > 0, jnp.hypot(s, root), s)
-    residual = jnp.hypot(_norm(s[rank:]), jnp.sqrt(value(state.lost)))
+    residual = jnp.hypot(norm(s[rank:]), jnp.sqrt(value(state.lost)))
     return _found(s, vt, rank, residual, name, len(state.rows))
 
 
@@ -307,7 +306,7 @@ def _found(
         passes=1,
         width=width,
         residual=residual,
-        orthogonality=deviation(_dot(vt, vt.T)),
+        orthogonality=deviation(dot(vt, vt.T)),
         fallback=jnp.zeros((), bool),
         finite=finite,
     )
@@ -324,15 +323,6 @@ def _raised(svd: SVD) -> SVD:
             "(toyfeat.check_taps), and rescale values beyond 1e16"
         )
     return svd
-
-
-def _norm(s: Array) -> Array:
-    size = nonzero(jnp.max(s, initial=0))
-    return jnp.sqrt(jnp.sum((s / size) ** 2)) * size
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=HIGHEST)
 
 
 def _checked(

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from toyfeat.linalg.operators import Operator, nonzero
+from toyfeat.linalg.operators import Operator
 from toyfeat.linalg.orthonormal import orthonormal_rows
-from toyfeat.linalg.tall import HIGHEST, Tall, inner
+from toyfeat.linalg.precise import dot, nonzero
+from toyfeat.linalg.tall import Tall, inner
 from toyfeat.types import Array
 
 
@@ -59,8 +60,8 @@ def iterated(op: Operator, z: Array, probes: Array, iters: int) -> Subspace:
     fallback = jnp.zeros((), bool)
     for _ in range(iters):
         w = op.backward(y) / scale
-        turn = _eigenvectors(_dot(w, z.T))
-        z, bad = orthonormal_rows(_dot(turn.T, w))
+        turn = _eigenvectors(dot(w, z.T))
+        z, bad = orthonormal_rows(dot(turn.T, w))
         y = op.forward(z / scale)
         fallback = fallback | bad
     return Subspace(z, [y], inner(y, y, op.axis), probes, seen, scale, fallback)
@@ -96,7 +97,7 @@ def _krylov_gram(basis: Array, rows: list[Array], last: Array) -> Array:
     """Inner products of all images from ``y_i^T A`` and the last block's own."""
     if not rows:
         return last
-    top = _dot(jnp.concatenate(rows), basis.T)
+    top = dot(jnp.concatenate(rows), basis.T)
     done = len(top)
     bottom = jnp.concatenate([top[:, done:].T, last], axis=1)
     square = (top[:, :done] + top[:, :done].T) / 2
@@ -107,7 +108,3 @@ def _krylov_gram(basis: Array, rows: list[Array], last: Array) -> Array:
 def _eigenvectors(gram: Array) -> Array:
     """Eigenvectors as columns, largest eigenvalue first."""
     return jnp.linalg.eigh((gram + gram.T) / 2)[1][:, ::-1]
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=HIGHEST)

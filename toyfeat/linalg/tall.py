@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.linalg.orthonormal import choose, deviation, inverse_factor
+from toyfeat.linalg.precise import HIGHEST
 from toyfeat.types import Array
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 Tall = list[Array]
 """Row blocks ``[n_i, l]``."""

@@ -1,17 +1,33 @@
 """Features and edges that PCA and the local interaction basis need.
 
-    python scripts/modular.py --out out/modular113.npz
-    python scripts/modular_lib.py --model out/modular113.npz
+    for seed in 0 1 2 3 4; do
+      python scripts/modular.py --seed $seed --out out/modular113-$seed.npz
+    done
+    python scripts/modular_lib.py out/modular113-*.npz
 
-On a transformer that adds modulo a number: at each site, the fewest directions with
+On transformers that add modulo a number: at each site, the fewest directions with
 accuracy within .001 of the full model; between sites, the fewest edges (strongest
 first) with the same, when each target feature is computed from its kept sources.
+Edges are those between the directions needed.  The last table is the mean over the
+models.
+
+Measured on two CPU cores, modulus 113, seeds 0 to 4, 40 s each:
+
+    site        features PCA  LIB    edges PCA    LIB
+    resid_in             7.6  6.2         49.6   42.8
+    resid_mid            9.8  9.4         41.2   32.0
+    mlp_out              6.4  6.2        538.6  532.4
+
+No model needed more features with the local interaction basis at any site; two of
+the five needed more edges in all.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import jax
 import jax.numpy as jnp
@@ -26,25 +42,31 @@ from toyfeat.report.modular import compared
 class Config:
     """What is looked at."""
 
-    model: Path = Path("out/modular113.npz")
+    models: tyro.conf.Positional[tuple[Path, ...]]
     """Parameters, from scripts/modular.py."""
     tolerance: float = 1e-3
     """How much accuracy may be lost."""
     inputs: int = 4096
-    """Pairs that edges are removed on (bases see them all)."""
+    """Pairs that edges are removed on (features are removed on them all)."""
     batch: int = 512
     """Pairs per batch."""
     seed: int = 0
     """Of the choice of pairs."""
 
 
-def main(config: Config) -> None:
-    """Load, compare, print."""
-    settings = json.loads(config.model.with_suffix(".json").read_text())
-    names = modular.Modular._fields
-    task = modular.Modular(**{name: settings[name] for name in names})
-    params = {k: jnp.asarray(v) for k, v in np.load(config.model).items()}
-    rows = compared(
+def rows_of(model: Path, config: Config) -> list[dict]:
+    """Compare on one model, with a line for each basis and site."""
+    settings = model.with_suffix(".json")
+    for path in (model, settings):
+        if not path.exists():
+            raise ValueError(
+                f"there is no {path}; python scripts/modular.py --out {model} makes it"
+            )
+    sizes = json.loads(settings.read_text(encoding="utf-8"))
+    task = modular.Modular(**{name: sizes[name] for name in modular.Modular._fields})
+    params = {name: jnp.asarray(array) for name, array in np.load(model).items()}
+    print(f"{model}, accuracy {float(modular.accuracy(params, *modular.pairs(task)))}")
+    return compared(
         jax.random.key(config.seed),
         task,
         params,
@@ -53,9 +75,33 @@ def main(config: Config) -> None:
         batch=config.batch,
         report=partial(print, flush=True),
     )
-    for row in rows:
-        print(json.dumps(row))
+
+
+def main(config: Config) -> None:
+    """Load, compare, print."""
+    if not config.models:
+        raise ValueError("name at least one .npz of scripts/modular.py")
+    rows = [row for model in config.models for row in rows_of(model, config)]
+    print(f"\n{'site':<12}features PCA  LIB    edges PCA    LIB")
+    for site in modular.SITES:
+        here = {
+            (row["basis"], figure): []
+            for row in rows
+            for figure in ("features", "edges")
+        }
+        for row in rows:
+            if row["site"] == site:
+                for figure in ("features", "edges"):
+                    here[row["basis"], figure].append(row[figure])
+        mean = {key: fmean(values) for key, values in here.items()}
+        print(
+            f"{site:<12}{mean['PCA', 'features']:>12.1f}{mean['LIB', 'features']:>5.1f}"
+            f"{mean['PCA', 'edges']:>13.1f}{mean['LIB', 'edges']:>7.1f}"
+        )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"modular_lib: {error}")

@@ -306,3 +306,10 @@ def test_eigengaps_name_directions_that_share_a_value():
     np.testing.assert_allclose(gaps, [1 / 3, 0, 1, 0], atol=1e-6)
     assert groups.tolist() == [0, 1, 1, -1]
     assert "directions 2-3 share an eigenvalue" in tf.explanation(basis)
+
+
+def test_edges_out_of_order_are_warned_of(truth, exact):
+    params, x, _ = truth
+    wrong = {site: exact[site] for site in ("second", "first", "third")}
+    with pytest.warns(UserWarning, match="in order from input to output"):
+        tf.interaction_edges(PROBED, params, batches_of(x[:10]), wrong)

@@ -112,8 +112,8 @@ class SVDInfo:
       method: ``"gram"``, ``"subspace"``, ``"krylov"`` or ``"full"`` (in memory),
         ``"gram"``, ``"incremental"`` or ``"frequent_directions"`` (streams); not
         a leaf of the tree.
-      passes: how often the matrix is multiplied with a block of vectors, from
-        either side, unless a fallback adds to it; not a leaf.
+      passes: how often the matrix is read, most often for a product with a block
+        of vectors from either side, unless a fallback adds to it; not a leaf.
       width: columns of such a block; not a leaf.
       residual: ``[]``, an estimate of ``|A - u diag(s) vt|_F``.
       orthogonality: ``[]``, largest entry of ``|u^T u - 1|`` and ``|vt vt^T - 1|``.

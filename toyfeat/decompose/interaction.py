@@ -1,5 +1,6 @@
 """The local interaction basis: features of a model, layer by layer, from its end."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -160,6 +161,10 @@ def interaction_edges(
     Raises:
       ValueError: if there is no batch, or a site is unknown.
 
+    Warns:
+      UserWarning: if all edges between two sites are 0, as they are where
+        ``bases`` is not in the order in which the model runs.
+
     References:
       Bushnaq et al. (2024), arXiv 2405.10928, section 3.4, "squared" edges with
       the gradient at the data in place of the integral along a path.
@@ -178,6 +183,12 @@ def interaction_edges(
             count += len(jax.tree.leaves(inputs)[0])
         if total is None:
             raise ValueError("interaction_edges: batches() gave no batch")
+        if not jnp.any(total != 0):
+            warnings.warn(
+                f"interaction_edges: nothing at {site!r} acts on {name!r}; bases must "
+                "be in order from input to output (jax.jit sorts a dict by its keys)",
+                stacklevel=2,
+            )
         edges[site, name] = total / count
     return edges
 

@@ -39,6 +39,7 @@ class Operator(NamedTuple):
       forward: ``z [l, dim] -> A z^T``, tall.
       backward: ``y`` tall ``-> y^T A``, ``[l, dim]``, summed over devices.
       gram: ``() -> (A^T A / size^2, size)``, ``size`` being that of the entries.
+      whole: ``() -> A``, tall.
       shape: ``(n, dim)``, over all devices.
       dtype: of everything.
       axis: the mesh axis of the rows.
@@ -49,6 +50,7 @@ class Operator(NamedTuple):
     forward: Callable[[Array], Tall]
     backward: Callable[[Tall], Array]
     gram: Callable[[], tuple[Array, Array]]
+    whole: Callable[[], Tall]
     shape: tuple[int, int]
     dtype: Any
     axis: Axis = None
@@ -83,6 +85,7 @@ def dense(
         forward,
         backward,
         gram,
+        whole=lambda: [matrix],
         shape=(rows, matrix.shape[1]),
         dtype=matrix.dtype,
         axis=axis,
@@ -115,6 +118,7 @@ def dense_wide(matrix: Array, sketch: Sketch = "float32") -> Operator:
         forward,
         backward,
         gram,
+        whole=lambda: [matrix.T],
         shape=(matrix.shape[1], matrix.shape[0]),
         dtype=matrix.dtype,
         matrix=matrix,
@@ -134,12 +138,15 @@ def by_products(products: Products) -> Operator:
         width = y[0].shape[1]
         return _checked("rmatvec", products.rmatvec(y[0]), (dim, width), dtype).T
 
+    def whole() -> Tall:
+        return forward(jnp.eye(dim, dtype=dtype))
+
     def gram() -> tuple[Array, Array]:
-        y = forward(jnp.eye(dim, dtype=dtype))
+        y = whole()
         size = nonzero(jnp.max(jnp.abs(y[0])))
         return backward([y[0] / size]) / size, size
 
-    return Operator(forward, backward, gram, (rows, dim), dtype)
+    return Operator(forward, backward, gram, whole, (rows, dim), dtype)
 
 
 def transposed(products: Products) -> Products:
@@ -173,7 +180,10 @@ def in_blocks(
             total, size = _gram_block(total, size, block)
         return total, nonzero(size)
 
-    return Operator(forward, backward, gram, shape, dtype)
+    def whole() -> Tall:
+        return [jnp.asarray(block, dtype) for block in blocks()]
+
+    return Operator(forward, backward, gram, whole, shape, dtype)
 
 
 @jax.jit

@@ -50,8 +50,7 @@ def svd_of(key: Array, op: Operator, rough: Operator, plan: Plan) -> SVD:
 
 def _in_full(op: Operator, plan: Plan) -> Extracted:
     """The dense decomposition, its leading part refined by one product."""
-    y = op.forward(jnp.eye(op.shape[1], dtype=op.dtype))
-    s, vt = all_right_vectors(y, op.axis)
+    s, vt = all_right_vectors(op.whole(), op.axis)
     z, bad = orthonormal_rows(vt[: plan.width], rounds=2)
     space = _image(op, z, nonzero(s[0]), bad)
     found = extracted(space, plan.rank, op.axis, with_u=plan.with_u)

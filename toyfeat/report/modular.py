@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import toyfeat as tf
 from toyfeat.models import modular
 from toyfeat.models.modular import Modular
+from toyfeat.tap import site_shapes
 from toyfeat.types import Array, Basis, Params
 
 
@@ -43,77 +44,85 @@ def compared(
     """
     inputs, labels = modular.pairs(task)
     order = jax.random.permutation(key, len(inputs))
-    probed, sites = modular.probed(), modular.SITES
+    shuffled = inputs[order]
 
     def batches() -> Iterator[Array]:
-        shuffled = inputs[order]
         return (shuffled[i : i + batch] for i in range(0, len(inputs), batch))
 
-    lib = tf.local_interaction_basis(probed, params, batches, sites=sites)
-    found = {"PCA": _principal(params, batches, sites), "LIB": lib}
-    some, theirs = inputs[order][:num], labels[order][:num]
+    probed, sites = modular.probed(), modular.SITES
+    found = {
+        "PCA": _principal(params, batches),
+        "LIB": tf.local_interaction_basis(probed, params, batches, sites=sites),
+    }
+    some = shuffled[:num], labels[order][:num]
     rows = []
     for name, bases in found.items():
-        needed = {
-            site: _features_needed(params, inputs, labels, site, bases[site], tolerance)
-            for site in sites
+        cut = {
+            site: _needed(params, inputs, labels, site, basis, tolerance)
+            for site, basis in bases.items()
         }
-        report(f"{name}: features needed {needed}")
-        cut = {site: _leading(bases[site], needed[site]) for site in sites}
         edges = tf.interaction_edges(probed, params, batches, cut)
         for (site, after), strengths in edges.items():
             metric = partial(
                 _accuracy_with_edges,
                 params=params,
-                inputs=some,
-                labels=theirs,
+                inputs=some[0],
+                labels=some[1],
                 source=cut[site],
                 target=cut.get(after),
                 site=site,
                 after=None if after == "outputs" else after,
             )
             least = float(metric(jnp.ones(strengths.shape, bool))) - tolerance
-            count = tf.edges_needed(metric, strengths, least=least)
-            rows.append(
-                {
-                    "basis": name,
-                    "site": site,
-                    "features": needed[site],
-                    "next": after,
-                    "edges": count,
-                    "of": int(strengths.size),
-                }
-            )
-            report(f"{name}: {site} -> {after}: {count} of {strengths.size} edges")
+            row = {
+                "basis": name,
+                "site": site,
+                "features": len(cut[site].writers),
+                "next": after,
+                "edges": tf.edges_needed(metric, strengths, least=least),
+                "of": int(strengths.size),
+            }
+            report(f"{name} {site}: {row['features']} features, {row['edges']} edges")
+            rows.append(row)
     return rows
 
 
 def _principal(
-    params: Params, batches: Callable[[], Iterator[Array]], sites: tuple[str, ...]
+    params: Params, batches: Callable[[], Iterator[Array]]
 ) -> dict[str, Basis]:
-    states: dict[str, Any] = {}
+    """Principal components of the activations at all sites."""
+    widths = {
+        site: shape.shape[-1]
+        for site, shape in site_shapes(
+            modular.probed(), params, next(batches())
+        ).items()
+    }
+    streams = {site: tf.moments(width, grads=False) for site, width in widths.items()}
+    states = {site: stream.init() for site, stream in streams.items()}
 
     @jax.jit
-    def taps_of(inputs: Array) -> Any:
-        return tf.tap(modular.probed(), params, inputs, sites=sites, readout=None)
+    def folded(states: Any, inputs: Array) -> Any:
+        taps = tf.tap(
+            modular.probed(), params, inputs, sites=list(states), readout=None
+        )
+        return {s: streams[s].update(state, taps[s]) for s, state in states.items()}
 
     for inputs in batches():
-        for site, taps in taps_of(inputs).items():
-            acc = tf.moments(taps.acts.shape[1], grads=False)
-            states[site] = acc.update(states.get(site, acc.init()), taps)
-    acc = tf.moments(1, grads=False)
-    width = {site: state.acts.mean.high.shape[0] for site, state in states.items()}
-    return {site: tf.pca(acc.finish(states[site]), width[site]) for site in sites}
+        states = folded(states, inputs)
+    return {
+        site: tf.pca(streams[site].finish(states[site]), widths[site])
+        for site in modular.SITES
+    }
 
 
-def _features_needed(
+def _needed(
     params: Params,
     inputs: Array,
     labels: Array,
     site: str,
     basis: Basis,
     tolerance: float,
-) -> int:
+) -> Basis:
     """The fewest directions with accuracy within the tolerance of all of them."""
 
     def accuracy(outputs: Array) -> Array:
@@ -134,8 +143,8 @@ def _features_needed(
         )
         for kept, value in zip(ranks, curve.tolist(), strict=True):
             if value >= full - tolerance:
-                return max(kept, 1)
-    return rank
+                return _leading(basis, max(kept, 1))
+    return _leading(basis, rank)
 
 
 def _leading(basis: Basis, rank: int) -> Basis:

@@ -790,3 +790,9 @@ def test_a_row_that_is_not_finite_raises_outside_of_a_trace(method, bad):
     assert not bool(got.info.finite)
     assert np.all(np.isnan(got.s))
     assert np.all(np.isnan(got.vt))
+
+
+@pytest.mark.parametrize("sizes", [{"rank": 2.5}, {"rank": 2, "width": 8.0}])
+def test_sizes_must_be_whole_numbers(sizes):
+    with pytest.raises(TypeError, match="must be an int, got"):
+        stream_svd(16, **sizes)

@@ -8,21 +8,22 @@ import jax.numpy as jnp
 
 from toyfeat.linalg.orthonormal import choose, deviation, inverse_factor, polished
 from toyfeat.linalg.precise import dot
+from toyfeat.linalg.spectral import signs_of
 from toyfeat.linalg.subspaces import Subspace
 from toyfeat.linalg.tall import (
     Axis,
     Tall,
+    combined,
     householder,
     inner,
     orthonormal_columns,
-    summed,
     times,
 )
 from toyfeat.types import Array
 
 
 class Extracted(NamedTuple):
-    """Leading singular triplets of a matrix on a subspace, not yet signed.
+    """Leading singular triplets of a matrix on a subspace.
 
     Attributes:
       u: tall ``[n, R]``, or ``None``.
@@ -30,6 +31,7 @@ class Extracted(NamedTuple):
       vt: ``[R, dim]``.
       residual: ``[]``, estimate of ``|A - u s vt|_F``.
       fallback: ``[]`` bool, whether Householder's QR was used.
+      orthogonality: ``[]``, how far ``u`` and ``vt`` are from orthonormal.
     """
 
     u: Tall | None
@@ -37,6 +39,7 @@ class Extracted(NamedTuple):
     vt: Array
     residual: Array
     fallback: Array
+    orthogonality: Array
 
 
 @partial(jax.jit, static_argnames=("rank", "axis", "with_u"))
@@ -64,39 +67,51 @@ def extracted(space: Subspace, rank: int, axis: Axis, *, with_u: bool) -> Extrac
     kept = vectors[:, :rank]
     coded = dot(space.z, space.probes.T)
     factor = [kept / size[None, :], dot(kept, dot(kept.T, coded))]
-    columns = times(space.images, jnp.concatenate(factor, axis=1))
-    y = [x[:, :rank] for x in columns]
-    shadow = [x[:, rank:] for x in columns]
-    gram = inner(y, y, axis)
+    factor = jnp.concatenate(factor, axis=1)
+    y, gram, gap = combined(space.images, factor, space.seen, axis)
     low = ~((values[rank - 1] > 4e-5 * values[0]) & (deviation(gram) < 0.1))
 
-    def quick(images: list[Tall], vectors: Array, coded: Array, *rest: Any) -> tuple:
-        del images, coded
-        y, gram, size, shadow = rest
+    def signed(y: Tall, mix: Array, s: Array, turn: Array, z: Array) -> tuple:
+        vt = polished(dot(turn, z).T).T
+        off = deviation(dot(vt, vt.T))
+        signs = signs_of(vt.T)
+        if not with_u:
+            return [], s, vt * signs[:, None], off
+        # Signs and NaN go into the small factor, so that u is not touched again.
+        finite = jnp.isfinite(jnp.sum(s)) & jnp.isfinite(jnp.sum(vt))
+        mix = mix * jnp.where(finite, signs, jnp.nan)[None, :]
+        u = times([y], mix)
+        off = jnp.maximum(off, deviation(inner(u, u, axis)))
+        return u, s, vt * signs[:, None], off
+
+    def quick(space: Subspace, vectors: Array, *rest: Any) -> Any:
+        _, y, gram, size, gap = rest
         inverse = inverse_factor(gram)
         left, s, right = _svd(dot(inverse, gram) * size[None, :])
-        u = times([y], dot(inverse.T, left)) if with_u else []
-        return u, s, dot(right, vectors[:, :rank].T), shadow, jnp.zeros((), bool)
+        turn = dot(right, vectors[:, :rank].T)
+        done = signed(y, dot(inverse.T, left), s, turn, space.z)
+        return *done, gap, jnp.zeros((), bool)
 
-    def careful(images: list[Tall], vectors: Array, coded: Array, *_: Any) -> tuple:
-        q, r, bad = orthonormal_columns(times(images, vectors), axis)
+    def careful(space: Subspace, vectors: Array, coded: Array, *rest: Any) -> Any:
+        del rest
+        q, r, bad = orthonormal_columns(times(space.images, vectors), axis)
         left, s, right = _svd(r)
-        u = times([q], left[:, :rank]) if with_u else []
         turn = dot(right[:rank], vectors.T)
-        shadow = times(images, dot(turn.T, dot(turn, coded)))
-        return u, s[:rank], turn, shadow, bad
+        done = signed(q, left[:, :rank], s[:rank], turn, space.z)
+        factor = dot(turn.T, dot(turn, coded))
+        _, _, gap = combined(space.images, factor, space.seen, axis)
+        return *done, gap, bad
 
-    operands = (space.images, vectors, coded, y, gram, size, shadow)
-    u, s, turn, shadow, bad = choose(low, careful, quick, *operands)
-    gaps = [a - b for a, b in zip(space.seen, shadow, strict=True)]
-    squares = jnp.stack([jnp.sum(gap**2) for gap in gaps]).sum()
-    error = jnp.sqrt(summed(squares, axis) / max(len(space.probes), 1))
+    operands = (space, vectors, coded, y, gram, size, gap)
+    u, s, vt, off, gap, bad = choose(low, careful, quick, *operands)
+    error = jnp.sqrt(gap / max(len(space.probes), 1))
     return Extracted(
         u=u if with_u else None,
         s=s * space.scale,
-        vt=polished(dot(turn, space.z).T).T,
+        vt=vt,
         residual=error * space.scale,
         fallback=space.fallback | bad,
+        orthogonality=off,
     )
 
 

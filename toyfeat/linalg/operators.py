@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.linalg.gram import scaled_gram
+from toyfeat.linalg.gram import safe_gram, scaled_gram
 from toyfeat.linalg.precise import HIGHEST, nonzero
 from toyfeat.linalg.tall import Axis, Tall, summed
 from toyfeat.types import Array
@@ -76,15 +76,10 @@ def dense(
     def backward(y: Tall) -> Array:
         return summed(_product(y[0], matrix, 0, 0, sketch), axis)
 
-    def gram() -> tuple[Array, Array]:
-        size = jnp.max(jnp.abs(matrix))
-        size = nonzero(size if axis is None else jax.lax.pmax(size, axis))
-        return summed(scaled_gram(matrix, 1 / size), axis), size
-
     return Operator(
         forward,
         backward,
-        gram,
+        gram=lambda: safe_gram(matrix, scaled_gram, axis),
         whole=lambda: [matrix],
         shape=(rows, matrix.shape[1]),
         dtype=matrix.dtype,
@@ -109,15 +104,14 @@ def dense_wide(matrix: Array, sketch: Sketch = "float32") -> Operator:
         w = _product(matrix, y[0], 1, 0, sketch)
         return jax.lax.optimization_barrier(w).T
 
-    def gram() -> tuple[Array, Array]:
-        size = nonzero(jnp.max(jnp.abs(matrix)))
-        scaled = matrix / size
-        return _product(scaled, scaled, 1, 1, "float32"), size
+    def outer_gram(matrix: Array, factor: Array) -> Array:
+        scaled = matrix * factor
+        return _product(scaled, scaled, 1, 1, "float32")
 
     return Operator(
         forward,
         backward,
-        gram,
+        gram=lambda: safe_gram(matrix, outer_gram),
         whole=lambda: [matrix.T],
         shape=(matrix.shape[1], matrix.shape[0]),
         dtype=matrix.dtype,

@@ -8,17 +8,15 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from toyfeat.linalg.extraction import Extracted, all_right_vectors, extracted
-from toyfeat.linalg.operators import Operator, dense
+from toyfeat.linalg.leading import leading
+from toyfeat.linalg.operators import Operator
 from toyfeat.linalg.orthonormal import choose, deviation, orthonormal_rows
 from toyfeat.linalg.plans import PROBES, Plan
 from toyfeat.linalg.precise import dot, nonzero, norm
 from toyfeat.linalg.spectral import signs_of
 from toyfeat.linalg.subspaces import Subspace, iterated, krylov
-from toyfeat.linalg.tall import inner, summed
+from toyfeat.linalg.tall import inner
 from toyfeat.types import SVD, Array, SVDInfo
-
-_EIGH = 1024
-"""Up to this width all eigenvectors of a Gram matrix are cheaper than some."""
 
 
 def svd_of(key: Array, op: Operator, rough: Operator, plan: Plan) -> SVD:
@@ -111,7 +109,7 @@ def _by_gram(key: Array, op: Operator, plan: Plan) -> Extracted:
     are the start of a subspace iteration, which does not square.
     """
     gram, size = op.gram()
-    values, z = _leading(key, gram, plan.width)
+    values, z = leading(_start(key, op, plan.width)[0], gram)
     tail = jnp.sqrt(jnp.maximum(jnp.trace(gram) - jnp.sum(values[: plan.rank]), 0))
     low = ~(values[plan.rank - 1] > 4e-5 * values[0])
 
@@ -120,7 +118,9 @@ def _by_gram(key: Array, op: Operator, plan: Plan) -> Extracted:
         z, sure = z[: plan.rank], jnp.zeros((), bool)
         if not plan.with_u:
             s = jnp.sqrt(values[: plan.rank]) * size
-            return Extracted(None, s, z, tail * size, sure)
+            vt = z * signs_of(z.T)[:, None]
+            off = deviation(dot(vt, vt.T))
+            return Extracted(None, s, vt, tail * size, sure, off)
         space = _image(op, z, size, sure)
         found = extracted(space, plan.rank, op.axis, with_u=True)
         return found._replace(residual=tail * size)
@@ -133,18 +133,6 @@ def _by_gram(key: Array, op: Operator, plan: Plan) -> Extracted:
         return found._replace(fallback=jnp.ones((), bool))
 
     return _either(op, low, careful, quick, z, values, size, tail, key)
-
-
-def _leading(key: Array, gram: Array, width: int) -> tuple[Array, Array]:
-    """Leading eigenvalues, and eigenvectors as rows, of a Gram matrix."""
-    dim = len(gram)
-    if dim <= _EIGH or 5 * width > dim:
-        values, vectors = jnp.linalg.eigh((gram + gram.T) / 2)
-        return jnp.maximum(values[::-1][:width], 0), vectors[:, ::-1][:, :width].T
-    op = dense(gram, dim)
-    z, probes = _start(key, op, width)
-    found = extracted(krylov(op, z, probes, 3), width, None, with_u=False)
-    return found.s, found.vt
 
 
 def _either(
@@ -175,32 +163,22 @@ def _finished(
     found: Extracted, op: Operator, plan: Plan, passes: int, width: int
 ) -> SVD:
     """Signs, checks, and what the caller sees."""
-    u = None if found.u is None else jnp.concatenate(found.u)
     s, vt = found.s, found.vt
-    if plan.wide:
-        assert u is not None
-        u, vt = vt.T, u.T
-    signs = signs_of(vt.T)
-    right = deviation(dot(vt, vt.T))
-    left = jnp.zeros_like(right)
-    if u is not None:
-        axis = None if plan.wide else op.axis
-        left = deviation(summed(dot(u.T, u), axis))
-        u = u * signs[None, :]
     finite = jnp.isfinite(jnp.sum(s)) & jnp.isfinite(jnp.sum(vt))
     bad = jnp.full((), jnp.nan, s.dtype)
+    s, vt = jnp.where(finite, s, bad), jnp.where(finite, vt, bad)
+    u = None if found.u is None else jnp.concatenate(found.u)
+    if plan.wide:
+        assert u is not None
+        signs = signs_of(u)
+        u, vt = vt.T * signs[None, :], u.T * signs[:, None]
     info = SVDInfo(
         method=plan.method,
         passes=passes,
         width=width,
         residual=found.residual,
-        orthogonality=jnp.maximum(left, right),
+        orthogonality=found.orthogonality,
         fallback=found.fallback,
         finite=finite,
     )
-    return SVD(
-        u=None if u is None else jnp.where(finite, u, bad),
-        s=jnp.where(finite, s, bad),
-        vt=jnp.where(finite, vt * signs[:, None], bad),
-        info=info,
-    )
+    return SVD(u, s, vt, info)

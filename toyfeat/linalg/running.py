@@ -69,7 +69,7 @@ def plain_moments(rows: Array) -> RowMoments:
     shift = _short(jnp.mean(rows[:256], axis=0))
     total = jnp.full((), len(rows), rows.dtype)
     parts = [
-        shifted_gram(rows[start : start + _CHUNK], shift)
+        shifted_gram(rows, shift, start, min(start + _CHUNK, len(rows)))
         for start in range(0, len(rows), _CHUNK)
     ]
     gram, sums = single(parts[0][0]), single(parts[0][1])

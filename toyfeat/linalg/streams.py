@@ -98,7 +98,8 @@ def stream_svd(
       ValueError: if ``dim``, ``rank``, ``width`` or ``method`` is out of range;
         from ``update``, if rows are not ``[n, D]``; from ``finish``, outside of a
         trace, if a row held NaN or inf.
-      TypeError: from ``update``, if rows are not of a real floating dtype.
+      TypeError: if ``dim``, ``rank`` or ``width`` is not an int; from ``update``,
+        if rows are not of a real floating dtype.
 
     Example:
       >>> import jax.numpy as jnp
@@ -328,6 +329,9 @@ def _raised(svd: SVD) -> SVD:
 def _checked(
     dim: int, rank: int, method: StreamMethod, width: int | None
 ) -> tuple[str, int]:
+    for name, number in (("dim", dim), ("rank", rank), ("width", width or 1)):
+        if not isinstance(number, int | np.integer):
+            raise TypeError(f"stream_svd: {name} must be an int, got {number!r}")
     if not 1 <= rank <= dim:
         raise ValueError(
             f"stream_svd: rank must be in 1 .. {dim}, the width of the rows, got {rank}"

@@ -5,15 +5,20 @@ every device holds its own rows, and ``axis`` names the mesh axis over which wha
 has lost the dimension ``n`` is summed.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from toyfeat.linalg.orthonormal import choose, deviation, inverse_factor
-from toyfeat.linalg.precise import HIGHEST
+from toyfeat.linalg.precise import HIGHEST, dot
 from toyfeat.types import Array
 
 Tall = list[Array]
 """Row blocks ``[n_i, l]``."""
+
+_CHUNK = 4096
 
 Axis = str | tuple[str, ...] | None
 """The mesh axis that rows are split over, or ``None`` on one device."""
@@ -26,27 +31,81 @@ def summed(x: Array, axis: Axis) -> Array:
 
 def inner(x: Tall, y: Tall, axis: Axis) -> Array:
     """``x^T y``, ``[l, m]``."""
-    parts = [
-        jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=HIGHEST)
-        for a, b in zip(x, y, strict=True)
-    ]
+    parts = [_inner(a, b) for a, b in zip(x, y, strict=True)]
     return summed(sum(parts[1:], parts[0]), axis)
 
 
 def times(columns: list[Tall], factor: Array) -> Tall:
-    """``[x_1, x_2, ...] @ factor`` without joining the columns."""
-    total: Tall = []
-    start = 0
-    for x in columns:
-        part = factor[start : start + x[0].shape[1]]
-        products = [jnp.matmul(block, part, precision=HIGHEST) for block in x]
-        total = (
-            [a + b for a, b in zip(total, products, strict=True)]
-            if start
-            else (products)
+    """``[x_1, x_2, ...] @ factor``."""
+    return [
+        dot(jnp.concatenate(xs, axis=1), factor) for xs in zip(*columns, strict=True)
+    ]
+
+
+def combined(
+    columns: list[Tall], factor: Array, seen: Tall, axis: Axis
+) -> tuple[Tall, Array, Array]:
+    """``[x_1, x_2, ...] @ factor``, and what is wanted of it, in one pass.
+
+    Args:
+      columns: tall, ``L`` columns together.
+      factor: ``[L, R + m]``.
+      seen: tall ``[n, m]``, what the last columns are compared with.
+      axis: the mesh axis of the rows.
+
+    Returns:
+      The first ``R`` columns, tall; their inner products ``[R, R]``; the sum of
+      the squares of what the others differ by from ``seen``.
+    """
+    rank = factor.shape[1] - seen[0].shape[1]
+
+    def part(rows: list[Array], factor: Array) -> tuple[Array, Array, Array]:
+        out = dot(jnp.concatenate(rows[:-1], axis=1), factor)
+        y, gap = out[:, :rank], rows[-1] - out[:, rank:]
+        return y, _inner(y, y), jnp.sum(gap**2)
+
+    parts = [
+        jax.lax.platform_dependent(
+            list(rows), factor, cpu=partial(_in_chunks, part), default=part
         )
-        start += x[0].shape[1]
-    return total
+        for rows in zip(*columns, seen, strict=True)
+    ]
+    gram = jnp.stack([gram for _, gram, _ in parts]).sum(axis=0)
+    gap = jnp.stack([gap for *_, gap in parts]).sum()
+    return [y for y, *_ in parts], summed(gram, axis), summed(gap, axis)
+
+
+def _in_chunks(
+    part: Callable[..., tuple[Array, Array, Array]], rows: list[Array], factor: Array
+) -> tuple[Array, Array, Array]:
+    """Go through rows in chunks that stay in a CPU's cache; half the time."""
+    num = len(rows[0])
+    count = num // _CHUNK
+    if count < 2:
+        return part(rows, factor)
+
+    def of(start: Array | int, size: int) -> tuple[Array, Array, Array]:
+        return part(
+            [jax.lax.dynamic_slice_in_dim(x, start, size) for x in rows], factor
+        )
+
+    def put(done: tuple, start: Array | int, more: tuple) -> tuple:
+        y = jax.lax.dynamic_update_slice_in_dim(done[0], more[0], start, axis=0)
+        return y, done[1] + more[1], done[2] + more[2]
+
+    y, *sums = jax.eval_shape(part, [x[:1] for x in rows], factor)
+    done = (
+        jnp.zeros((num, y.shape[1]), y.dtype),
+        *(jnp.zeros(x.shape, x.dtype) for x in sums),
+    )
+    done = jax.lax.fori_loop(
+        0,
+        count,
+        lambda i, done: put(done, i * _CHUNK, of(i * _CHUNK, _CHUNK)),
+        done,
+    )
+    rest = count * _CHUNK
+    return put(done, rest, of(rest, num - rest)) if rest < num else done
 
 
 def orthonormal_columns(y: Tall, axis: Axis) -> tuple[Tall, Array, Array]:
@@ -91,6 +150,10 @@ def householder(y: Tall, axis: Axis) -> tuple[Tall, Array]:
     blocks = []
     for q, _ in factors:
         part = jax.lax.dynamic_slice_in_dim(top, start, q.shape[1])
-        blocks.append(jnp.matmul(q, part, precision=HIGHEST))
+        blocks.append(dot(q, part))
         start = start + q.shape[1]
     return blocks, r
+
+
+def _inner(x: Array, y: Array) -> Array:
+    return jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), precision=HIGHEST)

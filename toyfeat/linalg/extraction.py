@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.linalg.orthonormal import choose, deviation, inverse_factor, polished
-from toyfeat.linalg.precise import dot
+from toyfeat.linalg.precise import dot, nonzero
 from toyfeat.linalg.spectral import signs_of
 from toyfeat.linalg.subspaces import Subspace
 from toyfeat.linalg.tall import (
@@ -116,9 +116,17 @@ def extracted(space: Subspace, rank: int, axis: Axis, *, with_u: bool) -> Extrac
 
 
 def _svd(square: Array) -> tuple[Array, Array, Array]:
-    """Dense decomposition, its vectors a step nearer to orthonormal."""
-    left, s, right = jnp.linalg.svd(square, full_matrices=False)
-    return polished(left), s, polished(right.T).T
+    """Dense decomposition, its vectors a step nearer to orthonormal.
+
+    The values are the lengths of the turned columns: in a matrix that is graded,
+    as these are, small ones keep their digits so, which LAPACK's do not.
+    """
+    left, _, right = jnp.linalg.svd(square, full_matrices=False)
+    right = polished(right.T).T
+    turned = dot(square, right.T)
+    size = nonzero(jnp.max(jnp.abs(turned), axis=0, initial=0))
+    lengths = size * jnp.sqrt(jnp.sum((turned / size[None, :]) ** 2, axis=0))
+    return polished(left), jnp.sort(lengths, descending=True), right
 
 
 def all_right_vectors(y: Tall, axis: Axis) -> tuple[Array, Array]:

@@ -82,8 +82,8 @@ def randomized_svd(
         once only go to :func:`toyfeat.stream_svd`.  16-bit floats are cast to
         float32.
       rank: how many triplets ``R``, ``1 .. min(N, D)``.
-      oversample: columns of a block beyond ``rank``; by default at least 4, such
-        that a block with its 8 probes is a multiple of 16.
+      oversample: columns of a block beyond ``rank``; by default at least 8 (40
+        where the method is ``"subspace"``), such that a block is a multiple of 8.
       power_iters: how often :math:`A^\top A` is applied (``"subspace"``,
         ``"krylov"``).
       method: ``"auto"``, ``"full"``, ``"gram"``, ``"krylov"``, ``"subspace"``.  A

@@ -111,11 +111,11 @@ def planned(want: Wish, rows: int, dim: int, *, gram_below: float = 10.0) -> Pla
 
 
 def _width(want: Wish, method: str) -> int:
-    """Rows of a block, a multiple of 8.
+    """Rows of a block, a multiple of 8, and at least 24.
 
     A Krylov space is several blocks wide; one block alone has to be wider.
     """
     if want.oversample is not None:
         return want.rank + want.oversample
     extra = max(want.rank, 40) if method == "subspace" else 8
-    return -(-(want.rank + extra) // 8) * 8
+    return max(24, -(-(want.rank + extra) // 8) * 8)

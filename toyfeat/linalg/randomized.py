@@ -83,7 +83,8 @@ def randomized_svd(
         float32.
       rank: how many triplets ``R``, ``1 .. min(N, D)``.
       oversample: columns of a block beyond ``rank``; by default at least 8 (40
-        where the method is ``"subspace"``), such that a block is a multiple of 8.
+        where the method is ``"subspace"``), such that a block is a multiple of 8
+        and has at least 24.
       power_iters: how often :math:`A^\top A` is applied (``"subspace"``,
         ``"krylov"``).
       method: ``"auto"``, ``"full"``, ``"gram"``, ``"krylov"``, ``"subspace"``.  A

@@ -51,7 +51,7 @@ def passes(a: jax.Array, rank: int, **options: Any) -> tuple[Any, dict]:
     def chain(z: jax.Array) -> Any:
         if plan.method == "gram":
             gram = scaled_gram(a, jnp.ones(()))
-            return gram, op.forward(z[:rank]) if options.get("compute_u", True) else ()
+            return gram, op.forward(z) if options.get("compute_u", True) else ()
         kept = []
         for index in range((plan.passes + 1) // 2):
             y = op.forward(z)

@@ -27,7 +27,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +34,7 @@ import numpy as np
 import tyro
 
 from toyfeat.models import modular
-from toyfeat.report.modular import compared
+from toyfeat.report.modular import compared, means
 
 
 @dataclass(frozen=True)
@@ -82,22 +81,7 @@ def main(config: Config) -> None:
     if not config.models:
         raise ValueError("name at least one .npz of scripts/modular.py")
     rows = [row for model in config.models for row in rows_of(model, config)]
-    print(f"\n{'site':<12}features PCA  LIB    edges PCA    LIB")
-    for site in modular.SITES:
-        here = {
-            (row["basis"], figure): []
-            for row in rows
-            for figure in ("features", "edges")
-        }
-        for row in rows:
-            if row["site"] == site:
-                for figure in ("features", "edges"):
-                    here[row["basis"], figure].append(row[figure])
-        mean = {key: fmean(values) for key, values in here.items()}
-        print(
-            f"{site:<12}{mean['PCA', 'features']:>12.1f}{mean['LIB', 'features']:>5.1f}"
-            f"{mean['PCA', 'edges']:>13.1f}{mean['LIB', 'edges']:>7.1f}"
-        )
+    print(f"\n{means(rows)}")
 
 
 if __name__ == "__main__":

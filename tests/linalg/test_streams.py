@@ -796,3 +796,15 @@ def test_a_row_that_is_not_finite_raises_outside_of_a_trace(method, bad):
 def test_sizes_must_be_whole_numbers(sizes):
     with pytest.raises(TypeError, match="must be an int, got"):
         stream_svd(16, **sizes)
+
+
+def test_the_moments_of_plain_rows_have_derivatives():
+    from toyfeat.linalg.running import plain_moments
+
+    rows = jax.random.normal(jax.random.key(0), (5000, 3))
+    weight = jnp.arange(9.0).reshape(3, 3)
+    moment = lambda x: jnp.sum(weight * plain_moments(x).scatter.high)  # noqa: E731
+    got = np.asarray(jax.grad(moment)(rows))
+    centred = np.asarray(rows, np.float64) - np.asarray(rows, np.float64).mean(0)
+    want = centred @ np.asarray(weight + weight.T, np.float64)
+    np.testing.assert_allclose(got, want, atol=2e-3)

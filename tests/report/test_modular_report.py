@@ -3,7 +3,7 @@ import pytest
 
 from toyfeat.models import modular
 from toyfeat.models.modular import SITES, Modular
-from toyfeat.report.modular import compared
+from toyfeat.report.modular import compared, means
 
 TASK = Modular(modulus=59, d_model=64, heads=4, d_mlp=256)
 
@@ -40,3 +40,15 @@ def test_lib_needs_fewer_edges_than_pca(rows):
         for basis in ("PCA", "LIB")
     }
     assert edges["LIB"] < edges["PCA"]
+
+
+def test_the_table_holds_the_means(rows):
+    flat = [row for each in rows for row in each.values()]
+    words = means(flat).splitlines()[1].split()
+    for word, (figure, basis) in zip(
+        words[1:],
+        [(f, b) for f in ("features", "edges") for b in ("PCA", "LIB")],
+        strict=True,
+    ):
+        mean = sum(each[basis, SITES[0]][figure] for each in rows) / 2
+        assert float(word) == pytest.approx(mean, abs=0.051)

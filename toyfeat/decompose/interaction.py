@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from toyfeat.decompose.codes import encode
 from toyfeat.decompose.second_moments import joint_pca
@@ -183,7 +184,7 @@ def interaction_edges(
             count += len(jax.tree.leaves(inputs)[0])
         if total is None:
             raise ValueError("interaction_edges: batches() gave no batch")
-        if not jnp.any(total != 0):
+        if not isinstance(total, Tracer) and not jnp.any(total != 0):
             warnings.warn(
                 f"interaction_edges: nothing at {site!r} acts on {name!r}; bases must "
                 "be in order from input to output (jax.jit sorts a dict by its keys)",

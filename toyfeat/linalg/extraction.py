@@ -52,7 +52,7 @@ def extracted(space: Subspace, rank: int, axis: Axis, *, with_u: bool) -> Extrac
     last kept value below 6e-3 of the first), all columns are made orthonormal
     with care instead.
 
-    The residual is that of the probes, Gaussian rows :math:`\omega` that were
+    The residual is that of the probes, random rows :math:`\omega` that were
     left out of the subspace: the mean of :math:`|A \omega - A V V^\top \omega|^2`
     is an unbiased estimate of the squared Frobenius error.
 
@@ -126,7 +126,8 @@ def _svd(square: Array) -> tuple[Array, Array, Array]:
     turned = dot(square, right.T)
     size = nonzero(jnp.max(jnp.abs(turned), axis=0, initial=0))
     lengths = size * jnp.sqrt(jnp.sum((turned / size[None, :]) ** 2, axis=0))
-    return polished(left), jnp.sort(lengths, descending=True), right
+    order = jnp.argsort(-lengths)  # equal ones may have changed places
+    return polished(left)[:, order], lengths[order], right[order]
 
 
 def all_right_vectors(y: Tall, axis: Axis) -> tuple[Array, Array]:

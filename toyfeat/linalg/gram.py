@@ -65,27 +65,22 @@ def scaled_gram(rows: Array, factor: Array) -> Array:
 
 
 def shifted_gram(
-    rows: Array, shift: Array, start: int, stop: int
+    rows: Array, shift: Array, start: Array | int, size: int
 ) -> tuple[Array, Array]:
-    """``C^T C`` and the column sums of ``C = A - shift``, from row to row."""
-
-    @sequential_vmap
-    def of(rows: Array, shift: Array) -> tuple[Array, Array]:
-        return _over_blocks(rows, lambda block: block - shift[None, :], start, stop)
-
-    return of(rows, shift)
+    """``C^T C`` and the column sums of some rows of ``C = A - shift``."""
+    return _over_blocks(rows, lambda block: block - shift[None, :], start, size)
 
 
 def _over_blocks(
     rows: Array,
     change: Callable[[Array], Array],
-    start: int = 0,
-    stop: int | None = None,
+    start: Array | int = 0,
+    size: int | None = None,
 ) -> tuple[Array, Array]:
     """Read blocks out of the whole array: a slice of it would be a copy."""
-    stop, dim = len(rows) if stop is None else stop, rows.shape[1]
+    size, dim = len(rows) if size is None else size, rows.shape[1]
     panels = _panels(dim)
-    whole = (stop - start) // _BLOCK
+    whole, rest = divmod(size, _BLOCK)
 
     def add(total: list[Array], block: Array) -> list[Array]:
         block = change(block)
@@ -93,16 +88,17 @@ def _over_blocks(
         parts.append(_gram(jnp.ones((len(block), 1), block.dtype), block)[0])
         return [x + y for x, y in zip(total, parts, strict=True)]
 
-    def step(index: Array, total: list[Array]) -> list[Array]:
-        first = start + index * _BLOCK
-        return add(total, jax.lax.dynamic_slice_in_dim(rows, first, _BLOCK))
+    def block_at(index: Array | int, size: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(rows, start + index * _BLOCK, size)
 
     shapes = [(j - i, dim - i) for i, j in panels]
     total = [jnp.zeros(shape, rows.dtype) for shape in [*shapes, (dim,)]]
     if whole:
-        total = jax.lax.fori_loop(0, whole, step, total)
-    if start + whole * _BLOCK < stop:
-        total = add(total, rows[start + whole * _BLOCK : stop])
+        total = jax.lax.fori_loop(
+            0, whole, lambda i, total: add(total, block_at(i, _BLOCK)), total
+        )
+    if rest:
+        total = add(total, block_at(whole, rest))
     gram = jnp.zeros((dim, dim), rows.dtype)
     for (i, j), part in zip(panels, total, strict=False):
         gram = gram.at[i:, i:j].set(part.T).at[i:j, i:].set(part)

@@ -109,18 +109,20 @@ def _by_gram(key: Array, op: Operator, plan: Plan) -> Extracted:
     are the start of a subspace iteration, which does not square.
     """
     gram, size = op.gram()
-    values, z = leading(_start(key, op, plan.width)[0], gram)
+    values, z = leading(_start(key, op, plan.width)[0], gram, plan.rank)
     tail = jnp.sqrt(jnp.maximum(jnp.trace(gram) - jnp.sum(values[: plan.rank]), 0))
     low = ~(values[plan.rank - 1] > 4e-5 * values[0])
 
     def quick(op: Operator, z: Array, values: Array, *rest: Array) -> Extracted:
         size, tail, _ = rest
-        z, sure = z[: plan.rank], jnp.zeros((), bool)
+        sure = jnp.zeros((), bool)
         if not plan.with_u:
+            z = z[: plan.rank]
             s = jnp.sqrt(values[: plan.rank]) * size
             vt = z * signs_of(z.T)[:, None]
             off = deviation(dot(vt, vt.T))
             return Extracted(None, s, vt, tail * size, sure, off)
+        # All of them: the rounding of squares mixes neighbours across the cut.
         space = _image(op, z, size, sure)
         found = extracted(space, plan.rank, op.axis, with_u=True)
         return found._replace(residual=tail * size)
@@ -128,7 +130,7 @@ def _by_gram(key: Array, op: Operator, plan: Plan) -> Extracted:
     def careful(op: Operator, z: Array, values: Array, *rest: Array) -> Extracted:
         del values
         probes = _random_rows(rest[2], PROBES, op.shape[1], op.dtype)
-        space = iterated(op, z, probes, 0 if len(z) == op.shape[1] else 2)
+        space = iterated(op, z, probes, 0 if len(z) == op.shape[1] else 4)
         found = extracted(space, plan.rank, op.axis, with_u=plan.with_u)
         return found._replace(fallback=jnp.ones((), bool))
 

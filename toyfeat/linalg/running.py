@@ -5,7 +5,7 @@ they are squared, so that a stream of 1e9 rows loses no more than one of 1e3, an
 a mean of 1e4 standard deviations costs nothing.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,17 +64,25 @@ def row_moments(rows: Array, weights: Array) -> RowMoments:
     return RowMoments(single(total), added(single(rough), rest), scatter)
 
 
+@jax.jit
 def plain_moments(rows: Array) -> RowMoments:
     """Moments of rows of weight 1: one product, shifted by a mean of a few rows."""
     shift = _short(jnp.mean(rows[:256], axis=0))
     total = jnp.full((), len(rows), rows.dtype)
-    parts = [
-        shifted_gram(rows, shift, start, min(start + _CHUNK, len(rows)))
-        for start in range(0, len(rows), _CHUNK)
-    ]
-    gram, sums = single(parts[0][0]), single(parts[0][1])
-    for more, rest in parts[1:]:
-        gram, sums = added(gram, more), added(sums, rest)
+    chunks, rest = divmod(len(rows), _CHUNK)
+    dim = rows.shape[1]
+
+    def add(sums: tuple[Pair, Pair], start: Array | int, size: int) -> Any:
+        return tuple(map(added, sums, shifted_gram(rows, shift, start, size)))
+
+    both = (_zeros(dim, dim), _zeros(dim))
+    if chunks:
+        both = jax.lax.fori_loop(
+            0, chunks, lambda i, both: add(both, i * _CHUNK, _CHUNK), both
+        )
+    if rest:
+        both = add(both, chunks * _CHUNK, rest)
+    gram, sums = both
     drift = value(sums) / total
     scatter = added(gram, -total * outer(drift))
     return RowMoments(single(total), added(single(shift), drift), scatter)

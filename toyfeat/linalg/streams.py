@@ -68,8 +68,9 @@ def stream_svd(
 
     - ``"gram"``: the ``D x D`` scatter matrix, shifted before it is squared and
       summed in pairs of floats.  Exact to rounding whatever the order and size of
-      batches; squares lose singular values below about 3e-4 of the first.  The
-      choice of ``"auto"`` up to ``D = 4096``.
+      batches; squares lose singular values below about 3e-4 of the first, and
+      rows below 1e-17 altogether (rescale them).  The choice of ``"auto"`` up to
+      ``D = 4096``.
     - ``"incremental"``: ``width`` rows that are updated block by block.  As good
       as the best within 1e-4 of the residual on rows in random order; a spiteful
       order can defeat it.

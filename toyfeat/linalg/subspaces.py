@@ -19,7 +19,7 @@ class Subspace(NamedTuple):
       z: ``[L, dim]`` orthonormal rows.
       images: tall ``A z^T / scale``, in groups of columns.
       gram: ``[L, L]``, the inner products of the images.
-      probes: ``[m, dim]`` Gaussian rows that were left out of the subspace.
+      probes: ``[m, dim]`` random rows that were left out of the subspace.
       seen: tall ``A probes^T / scale``, ``[n, m]``.
       scale: ``[]``, the size of the entries of a product.
       fallback: ``[]`` bool, whether Householder's QR was used.

@@ -1,7 +1,8 @@
 """PCA and the local interaction basis on a transformer that adds modulo a number."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import jax
@@ -85,6 +86,23 @@ def compared(
             report(f"{name} {site}: {row['features']} features, {row['edges']} edges")
             rows.append(row)
     return rows
+
+
+def means(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of the mean features and edges of some models' rows."""
+
+    def mean(basis: str, site: str, figure: str) -> float:
+        here = [row for row in rows if (row["basis"], row["site"]) == (basis, site)]
+        return fmean(row[figure] for row in here)
+
+    lines = [f"{'site':<12}features PCA  LIB    edges PCA    LIB"]
+    lines += [
+        f"{site:<12}{mean('PCA', site, 'features'):>12.1f}"
+        f"{mean('LIB', site, 'features'):>5.1f}"
+        f"{mean('PCA', site, 'edges'):>13.1f}{mean('LIB', site, 'edges'):>7.1f}"
+        for site in modular.SITES
+    ]
+    return "\n".join(lines)
 
 
 def _principal(

@@ -7,6 +7,17 @@ import pytest
 import toyfeat as tf
 
 PINNED = [
+    "batch_topk",
+    "gated",
+    "gradient_topk",
+    "jump_relu",
+    "matryoshka",
+    "standard",
+    "topk",
+    "Dictionary",
+    "DictionaryConfig",
+    "load_saelens",
+    "save_saelens",
     "ablation_curve",
     "edge_ablation",
     "edges_needed",

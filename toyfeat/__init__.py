@@ -17,6 +17,15 @@ from toyfeat.decompose import (
     local_interaction_basis,
     pca,
 )
+from toyfeat.dictionary import (
+    batch_topk,
+    gated,
+    gradient_topk,
+    jump_relu,
+    matryoshka,
+    standard,
+    topk,
+)
 from toyfeat.evaluate import (
     match_features,
     output_preserved,
@@ -25,6 +34,7 @@ from toyfeat.evaluate import (
     random_coverage,
     variance_explained,
 )
+from toyfeat.interop import load_saelens, save_saelens
 from toyfeat.linalg import Products, randomized_svd, stream_svd
 from toyfeat.moments import moments, sketched_moments
 from toyfeat.tap import (
@@ -43,6 +53,8 @@ from toyfeat.types import (
     Accumulator,
     Basis,
     Diagnostics,
+    Dictionary,
+    DictionaryConfig,
     Match,
     Moments,
     Probed,
@@ -59,6 +71,8 @@ __all__ = [
     "Accumulator",
     "Basis",
     "Diagnostics",
+    "Dictionary",
+    "DictionaryConfig",
     "Match",
     "Moments",
     "Probed",
@@ -68,6 +82,7 @@ __all__ = [
     "Taps",
     "Truth",
     "ablation_curve",
+    "batch_topk",
     "check_no_mixing",
     "check_taps",
     "decode",
@@ -80,11 +95,16 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "from_split",
+    "gated",
     "gradient_pca",
+    "gradient_topk",
     "interaction_edges",
     "joint_pca",
+    "jump_relu",
+    "load_saelens",
     "local_interaction_basis",
     "match_features",
+    "matryoshka",
     "moments",
     "output_preserved",
     "pca",
@@ -93,9 +113,12 @@ __all__ = [
     "random_coverage",
     "randomized_svd",
     "readouts",
+    "save_saelens",
     "site_shapes",
     "sketched_moments",
+    "standard",
     "stream_svd",
     "tap",
+    "topk",
     "variance_explained",
 ]

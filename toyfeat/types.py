@@ -82,6 +82,53 @@ class Accumulator(NamedTuple):
     finish: Callable[..., Any]
 
 
+class DictionaryConfig(NamedTuple):
+    """What a dictionary is, beside its parameters; the names are SAELens'.
+
+    Attributes:
+      architecture: ``"standard"``, ``"topk"``, ``"abstopk"``, ``"gradient_topk"``,
+        ``"batchtopk"``, ``"matryoshka_batchtopk"``, ``"jumprelu"`` or ``"gated"``.
+      d_in: width of the activations that are read.
+      d_sae: how many features.
+      d_out: width of what is written, or ``None`` if that is ``d_in``.
+      k: how many codes are kept, or ``None``.
+      rescale_acts_by_decoder_norm: codes are in units of what they add.
+      apply_b_dec_to_input: ``b_dec`` is subtracted before reading.
+      matryoshka_widths: features that have to reconstruct alone, or empty.
+      bandwidth: of the derivative by a threshold, or 0.
+      gradient_weight: how much gradients count in the choice of codes.
+    """
+
+    architecture: str
+    d_in: int
+    d_sae: int
+    d_out: int | None = None
+    k: int | None = None
+    rescale_acts_by_decoder_norm: bool = False
+    apply_b_dec_to_input: bool = True
+    matryoshka_widths: tuple[int, ...] = ()
+    bandwidth: float = 0.0
+    gradient_weight: float = 0.0
+
+
+class Dictionary(NamedTuple):
+    """A sparse code of activations.
+
+    Attributes:
+      init: ``key -> params``, a dict of tensors named as in SAELens.
+      encode: ``(params, acts [N, D], *, grads=None, train=False, k=None) -> codes
+        [N, M]``; ``grads [N, K, D]`` where the architecture looks at them,
+        ``train`` where it acts otherwise in training, ``k`` to keep fewer codes.
+      decode: ``(params, codes [N, M]) -> [N, D]``.
+      config: what it is.
+    """
+
+    init: Callable[..., Params]
+    encode: Callable[..., Array]
+    decode: Callable[..., Array]
+    config: DictionaryConfig
+
+
 class Moments(NamedTuple):
     """First and second moments of activations and of their gradients.
 

@@ -1,0 +1,220 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import toyfeat as tf
+
+D, M, K, N = 6, 20, 4, 15
+ALL = {
+    "standard": lambda **o: tf.standard(D, M, **o),
+    "topk": lambda **o: tf.topk(D, M, K, **o),
+    "topk plain": lambda **o: tf.topk(D, M, K, rescale_acts_by_decoder_norm=False, **o),
+    "signed": lambda **o: tf.topk(D, M, K, signed=True, **o),
+    "gradient": lambda **o: tf.gradient_topk(D, M, K, weight=2.0, **o),
+    "batch": lambda **o: tf.batch_topk(D, M, K, **o),
+    "matryoshka": lambda **o: tf.matryoshka(D, M, K, widths=(5, M), **o),
+    "jump": lambda **o: tf.jump_relu(D, M, **o),
+    "gated": lambda **o: tf.gated(D, M, **o),
+}
+RESCALED = ("topk", "signed", "gradient", "batch", "matryoshka")
+
+
+def random_params(sae, seed=0):
+    params = sae.init(jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    params = {
+        k: v + jnp.asarray(0.4 * rng.normal(size=v.shape), v.dtype)
+        for k, v in params.items()
+    }
+    for name in ("threshold", "topk_threshold"):
+        if name in params:
+            params[name] = jnp.abs(params[name]) + 0.2
+    return params
+
+
+def data(seed=1):
+    rng = np.random.default_rng(seed)
+    acts, grads = rng.normal(size=(N, D)), rng.normal(size=(N, 3, D))
+    return jnp.asarray(acts, jnp.float32), jnp.asarray(grads, jnp.float32)
+
+
+def largest(score, values, k):
+    out = np.zeros_like(values)
+    for row, (s, v) in enumerate(zip(score, values, strict=True)):
+        chosen = np.argsort(-s, kind="stable")[:k]
+        out[row, chosen] = v[chosen]
+    return out
+
+
+def textbook(name, params, acts, grads, train):
+    """Codes in float64 numpy, one architecture after another."""
+    p = {k: np.asarray(v, np.float64) for k, v in params.items()}
+    acts, grads = np.asarray(acts, np.float64), np.asarray(grads, np.float64)
+    read = (acts - p["b_dec"]) @ p["W_enc"]
+    if name == "gated":
+        size = np.maximum(read * np.exp(p["r_mag"]) + p["b_mag"], 0)
+        return size * (read + p["b_gate"] > 0)
+    pre = read + p["b_enc"]
+    length = np.linalg.norm(p["W_dec"], axis=1)
+    if name in RESCALED:
+        pre = pre * length
+    codes = np.maximum(pre, 0)
+    if name == "standard":
+        return codes
+    if name == "jump":
+        return codes * (pre > p["threshold"])
+    if name == "signed":
+        return largest(np.abs(pre), pre, K)
+    if name == "gradient":
+        unit = p["W_dec"] / length[:, None]
+        effect = np.sqrt(((grads @ unit.T) ** 2).mean(1))
+        return largest(codes * (1 + 2.0 * effect), codes, K)
+    if name.startswith("topk"):
+        return largest(pre, codes, K)
+    if train:
+        return largest(codes.reshape(1, -1), codes.reshape(1, -1), K * N).reshape(N, M)
+    return codes * (codes > p["topk_threshold"])
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_codes_and_reconstructions_are_the_textbook_s(name, train):
+    sae, (acts, grads) = ALL[name](), data()
+    params = random_params(sae)
+    codes = sae.encode(params, acts, grads=grads, train=train)
+    want = textbook(name, params, acts, grads, train)
+    np.testing.assert_allclose(codes, want, rtol=2e-5, atol=2e-5)
+    rows = np.asarray(params["W_dec"], np.float64)
+    if name in RESCALED:
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    out = want @ rows + np.asarray(params["b_dec"], np.float64)
+    np.testing.assert_allclose(sae.decode(params, codes), out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_eager_jit_and_vmap_agree(name):
+    sae, (acts, grads) = ALL[name](), data()
+    many = [random_params(sae, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *many)
+    run = lambda p: sae.encode(p, acts, grads=grads, train=True)  # noqa: E731
+    batched = jax.jit(jax.vmap(run))(stacked)
+    for params, codes in zip(many, batched, strict=True):
+        np.testing.assert_allclose(codes, run(params), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["topk", "signed", "gradient", "batch", "matryoshka"])
+def test_fewer_codes_may_be_asked_for_under_a_trace(name):
+    sae, (acts, grads) = ALL[name](), data()
+    params = random_params(sae)
+    run = jax.jit(lambda k: sae.encode(params, acts, grads=grads, train=True, k=k))
+    most, two = run(jnp.array(K)), run(jnp.array(2))
+    assert (two != 0).sum() <= 2 * N
+    assert (two != 0).sum() < (most != 0).sum()
+    np.testing.assert_array_equal(two, jnp.where(two != 0, most, 0.0))
+
+
+def test_a_batch_keeps_k_codes_per_example_on_average():
+    sae, (acts, _) = ALL["batch"](), data()
+    counts = (sae.encode(random_params(sae), acts, train=True) != 0).sum(1)
+    assert counts.sum() == K * N
+    assert len(set(counts.tolist())) > 1
+
+
+def test_gradients_change_which_codes_are_kept_but_not_their_values():
+    sae, (acts, grads) = ALL["gradient"](), data()
+    params = random_params(sae)
+    plain, chosen = sae.encode(params, acts), sae.encode(params, acts, grads=grads)
+    assert ((plain != 0) != (chosen != 0)).any()
+    both = (plain != 0) & (chosen != 0)
+    np.testing.assert_array_equal(plain[both], chosen[both])
+    np.testing.assert_array_equal(plain, ALL["topk"]().encode(params, acts))
+
+
+@pytest.mark.parametrize("name", ["topk", "topk plain", "signed", "batch"])
+def test_derivatives_are_those_of_the_kept_codes(name):
+    sae, (acts, _) = ALL[name](), data()
+    params = random_params(sae)
+    kept = (sae.encode(params, acts, train=True) != 0).astype(jnp.float32)
+    weight = jnp.asarray(np.random.default_rng(5).normal(size=(N, M)), jnp.float32)
+
+    def ours(params):
+        return jnp.sum(weight * sae.encode(params, acts, train=True))
+
+    def plain(params):
+        pre = (acts - params["b_dec"][None]) @ params["W_enc"] + params["b_enc"][None]
+        if name in RESCALED:
+            pre = pre * jnp.linalg.norm(params["W_dec"], axis=1)[None]
+        return jnp.sum(weight * kept * pre)
+
+    got, want = jax.grad(ours)(params), jax.grad(plain)(params)
+    for tensor in want:
+        np.testing.assert_allclose(got[tensor], want[tensor], rtol=1e-4, atol=1e-4)
+
+
+def test_a_threshold_s_derivative_is_the_kernel_estimate():
+    sae, (acts, _) = tf.jump_relu(D, M, bandwidth=0.5), data()
+    params = random_params(sae)
+    weight = jnp.asarray(np.random.default_rng(5).normal(size=(N, M)), jnp.float32)
+    loss = lambda p: jnp.sum(weight * sae.encode(p, acts))  # noqa: E731
+    got = jax.grad(loss)(params)
+    p = {k: np.asarray(v, np.float64) for k, v in params.items()}
+    pre = (np.asarray(acts) - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+    near = np.abs(np.maximum(pre, 0) - p["threshold"]) < 0.25
+    want = -(p["threshold"] / 0.5) * (near * np.asarray(weight)).sum(0)
+    np.testing.assert_allclose(got["threshold"], want, rtol=1e-4, atol=1e-5)
+    bias = ((pre > p["threshold"]) * np.asarray(weight)).sum(0)
+    np.testing.assert_allclose(got["b_enc"], bias, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_start_is_short_rows_and_their_transpose(name):
+    sae = ALL[name](decoder_norm=0.3)
+    params = sae.init(jax.random.key(0))
+    np.testing.assert_allclose(jnp.linalg.norm(params["W_dec"], axis=1), 0.3, rtol=1e-5)
+    np.testing.assert_array_equal(params["W_enc"], params["W_dec"].T)
+    assert all(not params[n].any() for n in params if n.startswith("b_"))
+
+
+def test_a_transcoder_reads_one_width_and_writes_another():
+    sae, (acts, _) = tf.standard(D, M, target_dim=9), data()
+    params = random_params(sae)
+    codes = sae.encode(params, acts)
+    np.testing.assert_allclose(
+        codes, jax.nn.relu(acts @ params["W_enc"] + params["b_enc"][None]), rtol=1e-5
+    )
+    assert sae.decode(params, codes).shape == (N, 9)
+
+
+def test_a_zero_row_of_the_decoder_does_no_harm():
+    sae, (acts, _) = ALL["topk"](), data()
+    params = random_params(sae)
+    params["W_dec"] = params["W_dec"].at[0].set(0.0)
+    slopes = jax.grad(lambda p: sae.decode(p, sae.encode(p, acts)).sum())(params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: tf.standard(0, 4), "dim must be an int of at least 1, got 0"),
+        (lambda: tf.standard(4, 2.5), "latents must be an int of at least 1, got 2.5"),
+        (lambda: tf.topk(4, 8, 9), "k must be an int in 1 .. latents = 8, got 9"),
+        (lambda: tf.batch_topk(4, 8, 0), "k must be an int in 1 .. latents = 8, got 0"),
+        (lambda: tf.matryoshka(4, 8, 2, widths=(4, 6)), r"latents = 8, got \(4, 6\)"),
+        (lambda: tf.matryoshka(4, 8, 2, widths=(4, 4, 8)), "must increase"),
+        (lambda: tf.jump_relu(4, 8, threshold=0.0), "must be positive, got 0.0"),
+    ],
+)
+def test_wrong_sizes_are_named(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_wrong_shapes_are_named():
+    sae = tf.standard(D, M)
+    params = sae.init(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"wanted acts \[N, 6\], got shape \(2, 5\)"):
+        sae.encode(params, jnp.ones((2, 5)))
+    with pytest.raises(ValueError, match=r"wanted codes \[N, 20\], got shape \(2, 6\)"):
+        sae.decode(params, jnp.ones((2, 6)))

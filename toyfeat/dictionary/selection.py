@@ -40,9 +40,7 @@ def _jumped(pre: Array, threshold: Array, bandwidth: Array) -> Array:
     return jnp.where(pre > threshold, pre, jnp.zeros_like(pre))
 
 
-def _forward(
-    pre: Array, threshold: Array, bandwidth: Array
-) -> tuple[Array, tuple]:
+def _forward(pre: Array, threshold: Array, bandwidth: Array) -> tuple[Array, tuple]:
     return _jumped(pre, threshold, bandwidth), (pre, threshold, bandwidth)
 
 

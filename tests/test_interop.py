@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -107,3 +108,9 @@ def test_saelens_has_no_transcoder_of_topk(tmp_path):
     sae = tf.topk(D, M, K, target_dim=4)
     with pytest.raises(ValueError, match="SAELens has no topk_transcoder"):
         tf.save_saelens(tmp_path, sae, random_params(sae))
+
+
+def test_without_safetensors_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(ImportError, match=r"pip install \"toyfeat\[sae\]\""):
+        tf.load_saelens(tmp_path)

@@ -1,5 +1,6 @@
 """Dictionaries to and from the files of SAELens."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,7 @@ def save_saelens(
     References:
       SAELens 6, ``save_inference_model``.
     """
-    from safetensors.numpy import save_file
-
+    save_file = _safetensors("save_saelens").save_file
     config = dictionary.config
     tensors = {name: np.asarray(x, np.float32) for name, x in params.items()}
     _check(config, tensors, "save_saelens")
@@ -112,8 +112,7 @@ def load_saelens(path: str | Path) -> tuple[Dictionary, Params]:
       >>> again.config == sae.config, bool((same["W_dec"] == params["W_dec"]).all())
       (True, True)
     """
-    from safetensors.numpy import load_file
-
+    load_file = _safetensors("load_saelens").load_file
     folder = Path(path)
     for name in ("cfg.json", "sae_weights.safetensors"):
         if not (folder / name).exists():
@@ -129,6 +128,16 @@ def load_saelens(path: str | Path) -> tuple[Dictionary, Params]:
     tensors = load_file(folder / "sae_weights.safetensors")
     _check(dictionary.config, tensors, "load_saelens")
     return dictionary, {k: jnp.asarray(v, jnp.float32) for k, v in tensors.items()}
+
+
+def _safetensors(who: str) -> Any:
+    """The library, which is wanted for files only."""
+    try:
+        return importlib.import_module("safetensors.numpy")
+    except ImportError as error:
+        raise ImportError(
+            f'{who}: safetensors is not installed: pip install "toyfeat[sae]"'
+        ) from error
 
 
 def _of_settings(settings: dict[str, Any]) -> Dictionary:

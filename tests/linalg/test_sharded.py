@@ -30,7 +30,7 @@ def orthonormal(rng, n, k):
 def matrix():
     rng = np.random.default_rng(0)
     u, v = orthonormal(rng, N, D), orthonormal(rng, D, D)
-    return ((u * 0.7 ** np.arange(D)) @ v.T).astype(np.float32)
+    return ((u * 0.9 ** np.arange(D)) @ v.T).astype(np.float32)
 
 def exact(a):
     u, s, vt = np.linalg.svd(a.astype(np.float64), full_matrices=False)
@@ -192,7 +192,9 @@ def test_only_small_arrays_cross_devices(report, case):
     shapes = report(case)["collectives"]
     assert shapes
     assert all(d < 1000 for shape in shapes for d in shape), shapes
-    assert all(math.prod(shape) <= 160 * 160 for shape in shapes), shapes
+    space = 3 * 24  # three blocks of a Krylov space; other methods have one
+    most = 8 * space**2 if case.endswith("krylov") else 160 * 160
+    assert all(math.prod(shape) <= most for shape in shapes), shapes
     squares = [shape for shape in shapes if shape.count(160) > 1]
     assert len(squares) <= (case.endswith("gram")), squares
 

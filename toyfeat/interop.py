@@ -8,13 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.dictionary.architectures import of_config
+from toyfeat.dictionary.coding import BY_BATCH, BY_EXAMPLE, of_config
 from toyfeat.types import Dictionary, DictionaryConfig, Params
 
 _VERSION = "6.54.12"  # whose format this is; versions below 6 are read otherwise
 _READ = ("standard", "topk", "abstopk", "jumprelu", "gated")
 _BANDWIDTH = 0.05  # is not in the files
-_THRESHOLDED = ("batchtopk", "matryoshka_batchtopk")
 
 
 def save_saelens(
@@ -51,9 +50,9 @@ def save_saelens(
     tensors = {name: np.asarray(x, np.float32) for name, x in params.items()}
     _check(config, tensors, "save_saelens")
     name, extra = config.architecture, {}
-    if name in _THRESHOLDED:
+    if name in BY_BATCH:
         tensors, name = _folded(config, tensors), "jumprelu"
-    elif name in ("topk", "abstopk", "gradient_topk"):
+    elif name in BY_EXAMPLE:
         name = "topk" if name == "gradient_topk" else name
         rescale = config.rescale_acts_by_decoder_norm
         extra = {"k": config.k, "rescale_acts_by_decoder_norm": rescale}
@@ -196,7 +195,7 @@ def _check(config: DictionaryConfig, tensors: dict[str, Any], who: str) -> None:
         "jumprelu": ("b_enc", "threshold"),
     }.get(config.architecture, ("b_enc",))
     wanted |= {name: (latents,) for name in names}
-    if config.architecture in _THRESHOLDED:
+    if config.architecture in BY_BATCH:
         wanted["topk_threshold"] = ()
     found = {name: tuple(np.shape(x)) for name, x in tensors.items()}
     if found != wanted:

@@ -152,16 +152,18 @@ def test_derivatives_are_those_of_the_kept_codes(name):
         np.testing.assert_allclose(got[tensor], want[tensor], rtol=1e-4, atol=1e-4)
 
 
-def test_a_threshold_s_derivative_is_the_kernel_estimate():
-    sae, (acts, _) = tf.jump_relu(D, M, bandwidth=0.5), data()
+# Half the width above the threshold: codes that are off must not count as near it.
+@pytest.mark.parametrize("bandwidth", [0.5, 2.0])
+def test_a_threshold_s_derivative_is_the_kernel_estimate(bandwidth):
+    sae, (acts, _) = tf.jump_relu(D, M, bandwidth=bandwidth), data()
     params = random_params(sae)
     weight = jnp.asarray(np.random.default_rng(5).normal(size=(N, M)), jnp.float32)
     loss = lambda p: jnp.sum(weight * sae.encode(p, acts))  # noqa: E731
     got = jax.grad(loss)(params)
     p = {k: np.asarray(v, np.float64) for k, v in params.items()}
     pre = (np.asarray(acts) - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
-    near = np.abs(np.maximum(pre, 0) - p["threshold"]) < 0.25
-    want = -(p["threshold"] / 0.5) * (near * np.asarray(weight)).sum(0)
+    near = np.abs(pre - p["threshold"]) < bandwidth / 2
+    want = -(p["threshold"] / bandwidth) * (near * np.asarray(weight)).sum(0)
     np.testing.assert_allclose(got["threshold"], want, rtol=1e-4, atol=1e-5)
     bias = ((pre > p["threshold"]) * np.asarray(weight)).sum(0)
     np.testing.assert_allclose(got["b_enc"], bias, rtol=1e-4, atol=1e-5)

@@ -10,15 +10,9 @@ References:
 """
 
 from collections.abc import Sequence
-from functools import partial
 
-import jax
-import jax.numpy as jnp
-
-from toyfeat.dictionary.selection import jumped, kept_of_batch, kept_of_each
-from toyfeat.types import Array, Dictionary, DictionaryConfig, Params
-
-_BY_BATCH = ("batchtopk", "matryoshka_batchtopk")
+from toyfeat.dictionary.coding import of_config
+from toyfeat.types import Dictionary, DictionaryConfig
 
 
 def standard(
@@ -296,129 +290,6 @@ def _config(
     k: int | None = None,
     rescale: bool = False,
 ) -> DictionaryConfig:
-    for name, size in (("dim", dim), ("latents", latents), ("target_dim", target_dim)):
-        if size is not None and not (isinstance(size, int) and size > 0):
-            raise ValueError(
-                f"{architecture}: {name} must be an int of at least 1, got {size!r}"
-            )
-    if k is not None and not (isinstance(k, int) and 1 <= k <= latents):
-        raise ValueError(
-            f"{architecture}: k must be an int in 1 .. latents = {latents}, got {k!r}"
-        )
     return DictionaryConfig(
         architecture, dim, latents, target_dim, k, rescale, target_dim is None
     )
-
-
-def of_config(
-    config: DictionaryConfig, *, decoder_norm: float = 0.1, threshold: float = 0.01
-) -> Dictionary:
-    """The dictionary that a configuration describes."""
-    return Dictionary(
-        partial(_initial, config, decoder_norm, threshold),
-        partial(_encode, config),
-        partial(_decode, config),
-        config,
-    )
-
-
-def _initial(
-    config: DictionaryConfig, decoder_norm: float, threshold: float, key: Array
-) -> Params:
-    """Rows of one length in random directions, the encoder their transpose."""
-    out = config.d_in if config.d_out is None else config.d_out
-    none = jnp.zeros(config.d_sae)
-    rows = _rows(key, config.d_sae, out, decoder_norm)
-    reads = rows
-    if config.d_out is not None:
-        other = jax.random.fold_in(key, 1)
-        reads = _rows(other, config.d_sae, config.d_in, decoder_norm)
-    params = {"W_enc": reads.T, "W_dec": rows, "b_dec": jnp.zeros(out)}
-    if config.architecture == "gated":
-        return params | {"b_gate": none, "b_mag": none, "r_mag": none}
-    params = params | {"b_enc": none}
-    if config.architecture == "jumprelu":
-        params["threshold"] = jnp.full(config.d_sae, threshold)
-    if config.architecture in _BY_BATCH:
-        params["topk_threshold"] = jnp.zeros(())
-    return params
-
-
-def _rows(key: Array, num: int, dim: int, norm: float) -> Array:
-    rows = jax.random.normal(key, (num, dim))
-    return norm * rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def _encode(
-    config: DictionaryConfig,
-    params: Params,
-    acts: Array,
-    *,
-    grads: Array | None = None,
-    train: bool = False,
-    k: Array | None = None,
-) -> Array:
-    if acts.ndim != 2 or acts.shape[1] != config.d_in:
-        raise ValueError(
-            f"encode: wanted acts [N, {config.d_in}], got shape {acts.shape}"
-        )
-    read = acts
-    if config.apply_b_dec_to_input:
-        read = acts - params["b_dec"][None, :]
-    read = read @ params["W_enc"]
-    if config.architecture == "gated":
-        size = read * jnp.exp(params["r_mag"])[None, :] + params["b_mag"][None, :]
-        there = read + params["b_gate"][None, :] > 0
-        return jnp.where(there, jax.nn.relu(size), jnp.zeros_like(size))
-    pre = read + params["b_enc"][None, :]
-    if config.rescale_acts_by_decoder_norm:
-        pre = pre * _lengths(params)[None, :]
-    return _kept(config, params, pre, grads, train, k)
-
-
-def _kept(
-    config: DictionaryConfig,
-    params: Params,
-    pre: Array,
-    grads: Array | None,
-    train: bool,
-    k: Array | None,
-) -> Array:
-    name = config.architecture
-    if name == "jumprelu":
-        return jumped(pre, params["threshold"], config.bandwidth)
-    if name == "abstopk":
-        assert config.k is not None
-        return kept_of_each(pre, jnp.abs(pre), config.k, k)
-    codes = jax.nn.relu(pre)
-    if config.k is None:
-        return codes
-    if name in _BY_BATCH:
-        if train:
-            return kept_of_batch(codes, config.k, k)
-        above = codes > params["topk_threshold"]
-        return jnp.where(above, codes, jnp.zeros_like(codes))
-    score = pre
-    if name == "gradient_topk" and grads is not None:
-        slopes = jnp.einsum("nkd,md->nkm", grads, params["W_dec"])
-        if config.rescale_acts_by_decoder_norm:
-            slopes = slopes / _lengths(params)[None, None, :]
-        effect = jnp.sqrt(jnp.mean(slopes**2, axis=1))
-        score = codes * (1 + config.gradient_weight * effect)
-    return kept_of_each(codes, score, config.k, k)
-
-
-def _decode(config: DictionaryConfig, params: Params, codes: Array) -> Array:
-    if codes.ndim != 2 or codes.shape[1] != config.d_sae:
-        raise ValueError(
-            f"decode: wanted codes [N, {config.d_sae}], got shape {codes.shape}"
-        )
-    if config.rescale_acts_by_decoder_norm:
-        codes = codes / _lengths(params)[None, :]
-    return codes @ params["W_dec"] + params["b_dec"][None, :]
-
-
-def _lengths(params: Params) -> Array:
-    """Of the rows of ``W_dec``; 1 where a row is zero."""
-    squares = jnp.sum(params["W_dec"] ** 2, axis=1)
-    return jnp.sqrt(jnp.where(squares > 0, squares, jnp.ones_like(squares)))

@@ -1,5 +1,7 @@
 """Which codes are kept, and how derivatives pass."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -34,31 +36,26 @@ def kept_of_batch(values: Array, k: int, fewer: Array | None) -> Array:
     return kept_of_each(flat, flat, k * num, less).reshape(values.shape)
 
 
-@jax.custom_vjp
-def _jumped(pre: Array, threshold: Array, bandwidth: Array) -> Array:
-    del bandwidth
-    return jnp.where(pre > threshold, pre, jnp.zeros_like(pre))
-
-
-def _forward(pre: Array, threshold: Array, bandwidth: Array) -> tuple[Array, tuple]:
-    return _jumped(pre, threshold, bandwidth), (pre, threshold, bandwidth)
-
-
-def _backward(kept: tuple, change: Array) -> tuple[Array, Array, Array]:
-    pre, threshold, bandwidth = kept
-    open_ = (pre > threshold).astype(pre.dtype)
-    near = (jnp.abs(pre - threshold) < bandwidth / 2).astype(pre.dtype)
-    slope = -(threshold / bandwidth) * jnp.sum(near * change, axis=0, keepdims=True)
-    return open_ * change, slope, jnp.zeros_like(bandwidth)
-
-
-_jumped.defvjp(_forward, _backward)
-
-
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def jumped(pre: Array, threshold: Array, bandwidth: float) -> Array:
     """``max(0, pre)`` where ``pre > threshold [M]``, with a kernel derivative.
 
     References:
       Rajamanoharan et al. (2024), "Jumping ahead", equation 11.
     """
-    return _jumped(jax.nn.relu(pre), threshold[None, :], jnp.asarray(bandwidth))
+    del bandwidth
+    return jnp.where(pre > threshold[None, :], jax.nn.relu(pre), jnp.zeros_like(pre))
+
+
+def _forward(pre: Array, threshold: Array, bandwidth: float) -> tuple[Array, tuple]:
+    return jumped(pre, threshold, bandwidth), (pre, threshold)
+
+
+def _backward(bandwidth: float, kept: tuple, change: Array) -> tuple[Array, Array]:
+    pre, threshold = kept
+    above = ((pre > threshold[None, :]) & (pre > 0)).astype(pre.dtype)
+    near = (jnp.abs(pre - threshold[None, :]) < bandwidth / 2).astype(pre.dtype)
+    return above * change, -(threshold / bandwidth) * jnp.sum(near * change, axis=0)
+
+
+jumped.defvjp(_forward, _backward)

@@ -7,7 +7,6 @@ its right only.
 """
 
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
 from toyfeat.linalg.orthonormal import choose
-from toyfeat.linalg.precise import HIGHEST, nonzero
+from toyfeat.linalg.precise import across, nonzero
 from toyfeat.linalg.tall import Axis, summed
 from toyfeat.types import Array
 
@@ -84,8 +83,8 @@ def _over_blocks(
 
     def add(total: list[Array], block: Array) -> list[Array]:
         block = change(block)
-        parts = [_gram(block[:, i:j], block[:, i:]) for i, j in panels]
-        parts.append(_gram(jnp.ones((len(block), 1), block.dtype), block)[0])
+        parts = [across(block[:, i:j], block[:, i:]) for i, j in panels]
+        parts.append(across(jnp.ones((len(block), 1), block.dtype), block)[0])
         return [x + y for x, y in zip(total, parts, strict=True)]
 
     def block_at(index: Array | int, size: int) -> Array:
@@ -112,10 +111,3 @@ def _panels(dim: int) -> list[tuple[int, int]]:
     number = 3 if dim < 2048 else 5
     width = dim // number // 16 * 16
     return list(pairwise([*range(0, number * width, width), dim]))
-
-
-_gram = partial(
-    jax.lax.dot_general,
-    dimension_numbers=(((0,), (0,)), ((), ())),
-    precision=HIGHEST,
-)

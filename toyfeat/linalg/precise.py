@@ -13,6 +13,12 @@ def dot(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=HIGHEST)
 
 
+def across(a: Array, b: Array) -> Array:
+    """``a^T b`` without transposing: both are contracted over their rows."""
+    dims = (((0,), (0,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=HIGHEST)
+
+
 def nonzero(x: Array) -> Array:
     """``x``, or 1 where it is 0."""
     return jnp.where(x == 0, jnp.ones_like(x), x)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.linalg.orthonormal import choose, deviation, inverse_factor
-from toyfeat.linalg.precise import HIGHEST, dot
+from toyfeat.linalg.precise import across, dot
 from toyfeat.types import Array
 
 Tall = list[Array]
@@ -31,7 +31,7 @@ def summed(x: Array, axis: Axis) -> Array:
 
 def inner(x: Tall, y: Tall, axis: Axis) -> Array:
     """``x^T y``, ``[l, m]``."""
-    parts = [_inner(a, b) for a, b in zip(x, y, strict=True)]
+    parts = [across(a, b) for a, b in zip(x, y, strict=True)]
     return summed(sum(parts[1:], parts[0]), axis)
 
 
@@ -62,7 +62,7 @@ def combined(
     def part(rows: list[Array], factor: Array) -> tuple[Array, Array, Array]:
         out = dot(jnp.concatenate(rows[:-1], axis=1), factor)
         y, gap = out[:, :rank], rows[-1] - out[:, rank:]
-        return y, _inner(y, y), jnp.sum(gap**2)
+        return y, across(y, y), jnp.sum(gap**2)
 
     parts = [
         jax.lax.platform_dependent(
@@ -153,7 +153,3 @@ def householder(y: Tall, axis: Axis) -> tuple[Tall, Array]:
         blocks.append(dot(q, part))
         start = start + q.shape[1]
     return blocks, r
-
-
-def _inner(x: Array, y: Array) -> Array:
-    return jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), precision=HIGHEST)

@@ -129,6 +129,59 @@ class Dictionary(NamedTuple):
     config: DictionaryConfig
 
 
+class TrainState(NamedTuple):
+    """Everything that training a dictionary has to remember.
+
+    In a population every leaf has a leading axis ``P``.
+
+    Attributes:
+      step: ``[]`` int32, updates done.
+      params: of the dictionary.
+      opt_state: of the optimizer.
+      controller: of the controller, or ``()``.
+      running: what is averaged or counted on the way (scale of the gradients,
+        steps since each latent fired, ...), a dict of arrays.
+      hyper: name to ``[]`` array, the settings that may differ from member to
+        member of a population.
+    """
+
+    step: Array
+    params: Params
+    opt_state: Any
+    controller: Any
+    running: dict[str, Array]
+    hyper: dict[str, Array]
+
+
+class Trainer(NamedTuple):
+    """A dictionary, an objective and an optimizer as two pure functions.
+
+    Attributes:
+      init: ``(key, **hyper) -> TrainState``; ``hyper`` overrides defaults.
+      update: ``(state, taps) -> (state, metrics)``, ``metrics`` a dict of ``[]``
+        arrays with at least ``"loss"``.
+    """
+
+    init: Callable[..., TrainState]
+    update: Callable[[TrainState, Taps], tuple[TrainState, dict[str, Array]]]
+
+
+class ArrayBatches(NamedTuple):
+    """Batches that are taken from arrays on the device, inside a compiled loop.
+
+    Attributes:
+      take: ``(data, step) -> Taps``, traceable; ``step`` is ``[]`` int32.
+      data: a pytree of arrays, an argument of the compiled loop.
+    """
+
+    take: Callable[[Any, Array], Taps]
+    data: Any
+
+    def __call__(self, step: int | Array) -> Taps:
+        """Return the batch of a step."""
+        return self.take(self.data, step)  # type: ignore[arg-type]
+
+
 class Moments(NamedTuple):
     """First and second moments of activations and of their gradients.
 

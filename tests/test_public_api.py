@@ -7,6 +7,21 @@ import pytest
 import toyfeat as tf
 
 PINNED = [
+    "attribution_l0",
+    "attribution_objective",
+    "controllers",
+    "dictionary_objective",
+    "objectives",
+    "folded",
+    "population",
+    "trainer",
+    "ArrayBatches",
+    "Controller",
+    "Forward",
+    "Parts",
+    "Term",
+    "Trainer",
+    "TrainState",
     "batch_topk",
     "gated",
     "gradient_topk",
@@ -71,8 +86,9 @@ def test_the_public_names_are_the_pinned_ones():
 FUNCTIONS = [getattr(tf, n) for n in PINNED if inspect.isfunction(getattr(tf, n))]
 FUNCTIONS += [
     f
-    for _, f in inspect.getmembers(tf.readouts, inspect.isfunction)
-    if f.__module__ == "toyfeat.tap.readouts" and not f.__name__.startswith("_")
+    for module in (tf.readouts, tf.controllers)
+    for _, f in inspect.getmembers(module, inspect.isfunction)
+    if f.__module__ == module.__name__ and not f.__name__.startswith("_")
 ]
 
 

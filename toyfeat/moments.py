@@ -209,7 +209,7 @@ def _counted(x: Array, weights: Array) -> Array:
 
 
 def _check_batch(taps: Taps, dim: int, grads: bool) -> None:
-    acts, gradients, weights = taps
+    acts, gradients, weights = taps.acts, taps.grads, taps.weights
     if acts.ndim != 2 or acts.shape[1] != dim:
         raise ValueError(
             f"moments: wanted acts [N, {dim}], got shape {acts.shape}; the accumulator "

@@ -58,11 +58,14 @@ class Taps(NamedTuple):
       grads: ``[N, K, D]``, the gradient of readout ``k`` of an input with
         respect to the activation at each of its positions, or ``None``.
       weights: ``[N]``, how much an example counts; 0 leaves it out.
+      targets: ``[N, E]``, what a transcoder writes, if that is not ``acts``;
+        ``grads`` are then ``[N, K, E]``, with respect to it.
     """
 
     acts: Array
     grads: Array | None
     weights: Array
+    targets: Array | None = None
 
 
 class Accumulator(NamedTuple):
@@ -111,6 +114,30 @@ class DictionaryConfig(NamedTuple):
     gradient_weight: float = 0.0
 
 
+class Forward(NamedTuple):
+    """What a dictionary makes of a batch, for its training.
+
+    Attributes:
+      codes: ``[N, M]``.
+      hidden_pre: ``[N, M]``, what decides which codes are there, before the
+        lengths of the decoder's rows: the pre-activations, of a gated dictionary
+        those of the gate.
+      recon: ``[N, D]``, the reconstruction.
+      values: ``[N, k]``, the codes at ``index`` in units of the rows of ``W_dec``,
+        or ``[N, M]`` where all of them may be there.
+      index: ``[N, k]`` int, which latents may be there, or ``None`` for all.
+      grad_recon: ``[N, K, D]``, reconstructed gradients of a paired dictionary,
+        or ``None``.
+    """
+
+    codes: Array
+    hidden_pre: Array
+    recon: Array
+    values: Array
+    index: Array | None = None
+    grad_recon: Array | None = None
+
+
 class Dictionary(NamedTuple):
     """A sparse code of activations.
 
@@ -120,13 +147,86 @@ class Dictionary(NamedTuple):
         [N, M]``; ``grads [N, K, D]`` where the architecture looks at them,
         ``train`` where it acts otherwise in training, ``k`` to keep fewer codes.
       decode: ``(params, codes [N, M]) -> [N, D]``.
+      forward: ``(params, acts, *, grads=None, k=None) -> Forward``, codes and
+        reconstruction together, as in training.
       config: what it is.
     """
 
     init: Callable[..., Params]
     encode: Callable[..., Array]
     decode: Callable[..., Array]
+    forward: Callable[..., Forward]
     config: DictionaryConfig
+
+
+class Parts(NamedTuple):
+    """What the terms of an objective are made of; in scaled units.
+
+    Attributes:
+      dictionary: that is trained.
+      params: its parameters.
+      acts: ``[N, D]``.
+      target: ``[N, D]``, what is to be reconstructed.
+      out: :class:`Forward` of ``acts``.
+      grads: ``[N, K, D]``, constants, or ``None``.
+      weights: ``[N]``, summing to 1.
+      dead: ``[M]`` bool, latents that have not fired for long.
+      scale: ``[]``, the running root mean square of attributions that are not 0.
+      coefficients: of every term, with the controller and the warm-up in them.
+    """
+
+    dictionary: Dictionary
+    params: Params
+    acts: Array
+    target: Array
+    out: Forward
+    grads: Array | None
+    weights: Array
+    dead: Array
+    scale: Array
+    coefficients: dict[str, Array]
+
+
+class Term(NamedTuple):
+    """One summand of an objective.
+
+    Attributes:
+      name: of the term, of its coefficient in ``hyper`` and of its metric.
+      loss: ``Parts -> []``, a mean over examples.
+      coefficient: the default.
+      warm_up: whether the coefficient grows from 0 in the first steps.
+      needs_grads: whether the taps must have gradients.
+    """
+
+    name: str
+    loss: Callable[[Parts], Array]
+    coefficient: float = 1.0
+    warm_up: bool = False
+    needs_grads: bool = False
+
+
+Objective = tuple[Term, ...]
+"""A sum of terms with different names."""
+
+
+class Controller(NamedTuple):
+    """Steers the coefficient of one term to a target; without branches, pure.
+
+    Attributes:
+      term: whose coefficient it multiplies.
+      measures: the metric it watches: ``"l0"``, ``"attribution_l0"`` or ``"fvu"``.
+      target: the default of ``hyper["target"]``.
+      init: ``() -> state``.
+      update: ``(state, measured, target) -> (state, factor, saturated)``; the
+        coefficient is its default times ``factor``, and ``saturated`` says that
+        the factor is at a limit.
+    """
+
+    term: str
+    measures: str
+    target: float
+    init: Callable[[], Any]
+    update: Callable[[Any, Array, Array], tuple[Any, Array, Array]]
 
 
 class TrainState(NamedTuple):

@@ -1,5 +1,6 @@
 """Sparse dictionaries of activations and gradients."""
 
+from toyfeat.dictionary import controllers, objectives
 from toyfeat.dictionary.architectures import (
     batch_topk,
     gated,
@@ -9,13 +10,20 @@ from toyfeat.dictionary.architectures import (
     standard,
     topk,
 )
+from toyfeat.dictionary.attributions import attribution_l0
+from toyfeat.dictionary.presets import attribution_objective, dictionary_objective
 
 __all__ = [
+    "attribution_l0",
+    "attribution_objective",
     "batch_topk",
+    "controllers",
+    "dictionary_objective",
     "gated",
     "gradient_topk",
     "jump_relu",
     "matryoshka",
+    "objectives",
     "standard",
     "topk",
 ]

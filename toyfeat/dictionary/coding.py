@@ -5,8 +5,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from toyfeat.dictionary.selection import jumped, kept_of_batch, kept_of_each
-from toyfeat.types import Array, Dictionary, DictionaryConfig, Params
+from toyfeat.dictionary.kernels import affine, scattered, taken, weighted_rows
+from toyfeat.dictionary.selection import best_of_each, cut_of_batch, jumped
+from toyfeat.types import Array, Dictionary, DictionaryConfig, Forward, Params
 
 BY_BATCH = ("batchtopk", "matryoshka_batchtopk")
 """Architectures that choose codes over a batch, and by a threshold later."""
@@ -28,6 +29,7 @@ def of_config(
         partial(_initial, config, decoder_norm, threshold),
         partial(_encode, config),
         partial(_decode, config),
+        partial(_forward, config),
         config,
     )
 
@@ -89,53 +91,111 @@ def _encode(
     train: bool = False,
     k: Array | None = None,
 ) -> Array:
+    if train or config.architecture not in BY_BATCH:
+        values, index, _ = _values(config, params, acts, grads, k)
+        return _codes(config, params, values, index)
+    pre = _pre(config, params, acts)
+    codes = jax.nn.relu(pre) * _units(config, params)[None, :]
+    above = codes > params["topk_threshold"]
+    return jnp.where(above, codes, jnp.zeros_like(codes))
+
+
+def _forward(
+    config: DictionaryConfig,
+    params: Params,
+    acts: Array,
+    *,
+    grads: Array | None = None,
+    k: Array | None = None,
+) -> Forward:
+    values, index, hidden = _values(config, params, acts, grads, k)
+    if index is None:
+        recon = values @ params["W_dec"]
+    else:
+        recon = weighted_rows(values, index, params["W_dec"])
+    codes = _codes(config, params, values, index)
+    return Forward(codes, hidden, recon + params["b_dec"][None, :], values, index)
+
+
+def _codes(
+    config: DictionaryConfig, params: Params, values: Array, index: Array | None
+) -> Array:
+    units = _units(config, params)
+    if index is None:
+        return values * units[None, :]
+    return scattered(values * units[index], index, config.d_sae)
+
+
+def _values(
+    config: DictionaryConfig,
+    params: Params,
+    acts: Array,
+    grads: Array | None,
+    k: Array | None,
+) -> tuple[Array, Array | None, Array]:
+    """Codes in units of ``W_dec``, where they are, and what decided it."""
+    pre = _pre(config, params, acts)
+    if config.architecture in BY_EXAMPLE:
+        return *_of_few(config, params, acts, pre, grads, k), pre
+    if config.architecture == "gated":
+        hidden = pre + params["b_gate"][None, :]
+        size = pre * jnp.exp(params["r_mag"])[None, :] + params["b_mag"][None, :]
+        size = jax.nn.relu(size)
+        return jnp.where(hidden > 0, size, jnp.zeros_like(size)), None, hidden
+    if config.architecture == "jumprelu":
+        return jumped(pre, params["threshold"], config.bandwidth), None, pre
+    values = jax.nn.relu(pre)
+    if config.architecture in BY_BATCH and config.k is not None:
+        codes = values * _units(config, params)[None, :]
+        above = codes >= cut_of_batch(codes, config.k, k)
+        values = jnp.where(above, values, jnp.zeros_like(values))
+    return values, None, pre
+
+
+def _of_few(
+    config: DictionaryConfig,
+    params: Params,
+    acts: Array,
+    pre: Array,
+    grads: Array | None,
+    k: Array | None,
+) -> tuple[Array, Array]:
+    """Only the codes that are kept take part in what follows."""
+    name = config.architecture
+    units = _units(config, params)
+    score = pre * units[None, :]
+    if name == "abstopk":
+        score = jnp.abs(score)
+    if name == "gradient_topk" and grads is not None:
+        slopes = jnp.einsum("nkd,md->nkm", grads, params["W_dec"]) / units[None, None]
+        effect = jnp.sqrt(jnp.mean(slopes**2, axis=1))
+        score = jax.nn.relu(score) * (1 + config.gradient_weight * effect)
+    assert config.k is not None  # _check
+    index, here = best_of_each(score, config.k)
+    if k is not None:
+        here = here & (jnp.arange(config.k)[None, :] < k)
+    bias, origin = params["b_enc"], _origin(config, params)
+    values = taken(acts, origin, params["W_enc"], bias, pre, index)
+    if name != "abstopk":
+        values = jax.nn.relu(values)
+    return jnp.where(here, values, jnp.zeros_like(values)), index
+
+
+def _pre(config: DictionaryConfig, params: Params, acts: Array) -> Array:
     if acts.ndim != 2 or acts.shape[1] != config.d_in:
         raise ValueError(
             f"encode: wanted acts [N, {config.d_in}], got shape {acts.shape}"
         )
-    read = acts
+    none = jnp.zeros(config.d_sae, acts.dtype)
+    bias = params.get("b_enc", none)
+    return affine(acts, _origin(config, params), params["W_enc"], bias)
+
+
+def _origin(config: DictionaryConfig, params: Params) -> Array:
+    """What is subtracted before reading."""
     if config.apply_b_dec_to_input:
-        read = acts - params["b_dec"][None, :]
-    read = read @ params["W_enc"]
-    if config.architecture == "gated":
-        size = read * jnp.exp(params["r_mag"])[None, :] + params["b_mag"][None, :]
-        there = read + params["b_gate"][None, :] > 0
-        return jnp.where(there, jax.nn.relu(size), jnp.zeros_like(size))
-    pre = read + params["b_enc"][None, :]
-    if config.rescale_acts_by_decoder_norm:
-        pre = pre * _lengths(params)[None, :]
-    return _kept(config, params, pre, grads, train, k)
-
-
-def _kept(
-    config: DictionaryConfig,
-    params: Params,
-    pre: Array,
-    grads: Array | None,
-    train: bool,
-    k: Array | None,
-) -> Array:
-    name = config.architecture
-    if name == "jumprelu":
-        return jumped(pre, params["threshold"], config.bandwidth)
-    codes = jax.nn.relu(pre)
-    if config.k is None:
-        return codes
-    if name == "abstopk":
-        return kept_of_each(pre, jnp.abs(pre), config.k, k)
-    if name in BY_BATCH:
-        if train:
-            return kept_of_batch(codes, config.k, k)
-        above = codes > params["topk_threshold"]
-        return jnp.where(above, codes, jnp.zeros_like(codes))
-    score = pre
-    if name == "gradient_topk" and grads is not None:
-        slopes = jnp.einsum("nkd,md->nkm", grads, params["W_dec"])
-        if config.rescale_acts_by_decoder_norm:
-            slopes = slopes / _lengths(params)[None, None, :]
-        effect = jnp.sqrt(jnp.mean(slopes**2, axis=1))
-        score = codes * (1 + config.gradient_weight * effect)
-    return kept_of_each(codes, score, config.k, k)
+        return params["b_dec"]
+    return jnp.zeros(config.d_in, params["b_dec"].dtype)
 
 
 def _decode(config: DictionaryConfig, params: Params, codes: Array) -> Array:
@@ -143,12 +203,18 @@ def _decode(config: DictionaryConfig, params: Params, codes: Array) -> Array:
         raise ValueError(
             f"decode: wanted codes [N, {config.d_sae}], got shape {codes.shape}"
         )
-    if config.rescale_acts_by_decoder_norm:
-        codes = codes / _lengths(params)[None, :]
+    codes = codes / _units(config, params)[None, :]
     return codes @ params["W_dec"] + params["b_dec"][None, :]
 
 
-def _lengths(params: Params) -> Array:
-    """Of the rows of ``W_dec``; 1 where a row is zero."""
-    squares = jnp.sum(params["W_dec"] ** 2, axis=1)
+def _units(config: DictionaryConfig, params: Params) -> Array:
+    """How much a code of 1 in units of ``W_dec`` is."""
+    if config.rescale_acts_by_decoder_norm:
+        return lengths(params["W_dec"])
+    return jnp.ones(config.d_sae, params["W_dec"].dtype)
+
+
+def lengths(rows: Array) -> Array:
+    """Euclidean lengths of rows; 1 where a row is zero."""
+    squares = jnp.sum(rows**2, axis=1)
     return jnp.sqrt(jnp.where(squares > 0, squares, jnp.ones_like(squares)))

@@ -7,33 +7,50 @@ import jax.numpy as jnp
 
 from toyfeat.types import Array
 
+_CANDIDATES = 4  # per example, in units of k, among which a batch's cut is sought
 
-def kept_of_each(values: Array, score: Array, k: int, fewer: Array | None) -> Array:
-    """In each row the values of the ``k`` largest scores, 0 elsewhere.
 
-    Args:
-      values: ``[N, M]``.
-      score: ``[N, M]``; gradients go to ``values`` only.
-      k: how many.
-      fewer: ``[]`` int, a smaller number, or ``None``.
+def best_of_each(score: Array, k: int) -> tuple[Array, Array]:
+    """The ``k`` largest of each row of ``[N, M]``: their indices, and which are finite.
+
+    Both results of ``top_k`` are used: with one of them alone XLA sorts every row.
     """
-    # Both outputs are used: with one of them alone XLA sorts every row.
     top, index = jax.lax.top_k(jax.lax.stop_gradient(score), k)
-    kept = jnp.take_along_axis(values, index, axis=1)
-    here = jnp.isfinite(top)
-    if fewer is not None:
-        here = here & (jnp.arange(k)[None, :] < fewer)
-    kept = jnp.where(here, kept, jnp.zeros_like(kept))
-    rows = jnp.arange(len(values))[:, None]
-    return jnp.zeros_like(values).at[rows, index].set(kept, unique_indices=True)
+    return index, jnp.isfinite(top)
 
 
-def kept_of_batch(values: Array, k: int, fewer: Array | None) -> Array:
-    """The ``k N`` largest values of all ``[N, M]``, 0 elsewhere."""
-    num = len(values)
-    flat = values.reshape(1, -1)
-    less = None if fewer is None else num * fewer
-    return kept_of_each(flat, flat, k * num, less).reshape(values.shape)
+def cut_of_batch(codes: Array, k: int, fewer: Array | None) -> Array:
+    """The ``k N``-th largest of all ``codes [N, M] >= 0``.
+
+    It is sought among the largest few of each example first; where one of them may
+    have more than that above the cut, among all.
+    """
+    codes = jax.lax.stop_gradient(codes)
+    num, latents = codes.shape
+    wanted = jnp.asarray(num * (k if fewer is None else fewer), jnp.int32)
+    few = _CANDIDATES * k
+    if latents < 2 * few:
+        return _cut(codes, wanted)
+    top, _ = jax.lax.optimization_barrier(jax.lax.top_k(codes, few))
+    cut = _cut(top, wanted)
+    enough = jnp.all(top[:, -1] < cut) | (cut == 0)
+    return jax.lax.cond(enough, lambda: cut, lambda: _cut(codes, wanted))
+
+
+def _cut(codes: Array, wanted: Array) -> Array:
+    """The ``wanted``-th largest of non-negative floats, by bisection of their bits."""
+    whole = jnp.uint32 if codes.dtype == jnp.float32 else jnp.uint64
+    bits = jax.lax.bitcast_convert_type(codes, whole)
+
+    def halve(step: Array, low: Array) -> Array:
+        one = jnp.asarray(1, whole) << (last - jnp.asarray(step, whole))
+        count = jnp.sum(bits >= (low | one), dtype=jnp.int32)
+        return jnp.where(count >= wanted, low | one, low)
+
+    last = jnp.asarray(jnp.finfo(codes.dtype).bits - 2, whole)  # the sign is 0
+    steps = jnp.finfo(codes.dtype).bits - 1
+    low = jax.lax.fori_loop(0, steps, halve, jnp.zeros((), whole))
+    return jax.lax.bitcast_convert_type(low, codes.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -47,15 +64,45 @@ def jumped(pre: Array, threshold: Array, bandwidth: float) -> Array:
     return jnp.where(pre > threshold[None, :], jax.nn.relu(pre), jnp.zeros_like(pre))
 
 
-def _forward(pre: Array, threshold: Array, bandwidth: float) -> tuple[Array, tuple]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def stepped(pre: Array, threshold: Array, bandwidth: float) -> Array:
+    """1 where ``pre > threshold [M]``, 0 elsewhere, with a kernel derivative.
+
+    References:
+      Rajamanoharan et al. (2024), "Jumping ahead", equation 12.
+    """
+    del bandwidth
+    return (pre > threshold[None, :]).astype(pre.dtype)
+
+
+def _near(pre: Array, threshold: Array, bandwidth: float) -> Array:
+    return (jnp.abs(pre - threshold[None, :]) < bandwidth / 2).astype(pre.dtype)
+
+
+def _jumped_forward(
+    pre: Array, threshold: Array, bandwidth: float
+) -> tuple[Array, tuple]:
     return jumped(pre, threshold, bandwidth), (pre, threshold)
 
 
-def _backward(bandwidth: float, kept: tuple, change: Array) -> tuple[Array, Array]:
+def _jumped_backward(bandwidth: float, kept: tuple, change: Array) -> tuple:
     pre, threshold = kept
     above = ((pre > threshold[None, :]) & (pre > 0)).astype(pre.dtype)
-    near = (jnp.abs(pre - threshold[None, :]) < bandwidth / 2).astype(pre.dtype)
-    return above * change, -(threshold / bandwidth) * jnp.sum(near * change, axis=0)
+    total = jnp.sum(_near(pre, threshold, bandwidth) * change, axis=0)
+    return above * change, -(threshold / bandwidth) * total
 
 
-jumped.defvjp(_forward, _backward)
+def _stepped_forward(
+    pre: Array, threshold: Array, bandwidth: float
+) -> tuple[Array, tuple]:
+    return stepped(pre, threshold, bandwidth), (pre, threshold)
+
+
+def _stepped_backward(bandwidth: float, kept: tuple, change: Array) -> tuple:
+    pre, threshold = kept
+    total = jnp.sum(_near(pre, threshold, bandwidth) * change, axis=0)
+    return jnp.zeros_like(pre), -total / bandwidth
+
+
+jumped.defvjp(_jumped_forward, _jumped_backward)
+stepped.defvjp(_stepped_forward, _stepped_backward)

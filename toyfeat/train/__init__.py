@@ -1,0 +1,6 @@
+"""Training dictionaries: one, a population of them, and the loop around it."""
+
+from toyfeat.train.population import population
+from toyfeat.train.trainer import folded, trainer
+
+__all__ = ["folded", "population", "trainer"]

@@ -1,0 +1,279 @@
+"""One step of training: scale, differentiate, update, count, measure."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from toyfeat.dictionary.attributions import attribution_l0, attributions, unexplained
+from toyfeat.dictionary.coding import BY_BATCH
+from toyfeat.types import (
+    Array,
+    Controller,
+    Dictionary,
+    Objective,
+    Params,
+    Parts,
+    Taps,
+    TrainState,
+)
+
+_MEMORY = 0.99  # of running statistics, per step
+_PROBED = 64  # examples on which attributions are measured
+_THRESHOLD = "topk_threshold"  # of a batch top-k: averaged, not learned
+
+
+class Recipe(NamedTuple):
+    """What :func:`toyfeat.trainer` was given."""
+
+    dictionary: Dictionary
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    controller: Controller | None
+    readouts: int
+    normalize: bool
+    center: bool
+    dead_after: int
+    threshold_rate: float
+    schedule: Callable[[Array], Array] | None
+
+
+class Scaled(NamedTuple):
+    """A batch in scaled units; the weights sum to 1."""
+
+    acts: Array
+    target: Array
+    grads: Array | None
+    weights: Array
+
+
+def learned(params: Params) -> tuple[Params, Params]:
+    """Parameters that have a gradient, and the others."""
+    rest = {name: x for name, x in params.items() if name == _THRESHOLD}
+    return {name: x for name, x in params.items() if name != _THRESHOLD}, rest
+
+
+def update(
+    recipe: Recipe, state: TrainState, taps: Taps
+) -> tuple[TrainState, dict[str, Array]]:
+    """``(state, taps) -> (state, metrics)`` of a recipe."""
+    _check(recipe, taps)
+    state, batch = _scaled(recipe, state, taps)
+    (total, (parts, values)), slopes = _slopes(recipe, state, batch)
+    norm = optax.tree.norm(slopes)
+    slopes = jax.tree.map(partial(_clipped, state.hyper["clip"]), slopes)
+    mine, rest = learned(state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
+        changes, opt_state = recipe.optimizer.update(slopes, state.opt_state, mine)
+    if recipe.schedule is not None:
+        pace = jnp.asarray(recipe.schedule(state.step), norm.dtype)
+        changes = jax.tree.map(lambda x: pace * x, changes)
+    params: Params = optax.apply_updates(mine, changes)
+    params = params | _averaged(recipe, parts, rest)
+    metrics = {"loss": total, **values, **_measured(parts), "grad_norm": norm}
+    running, effects = _counted(state, parts)
+    metrics |= effects | {"dead": jnp.sum(running["silent"] >= recipe.dead_after)}
+    control, running, told = _steered(recipe, state, running, metrics)
+    step = state.step + 1
+    next_state = TrainState(step, params, opt_state, control, running, state.hyper)
+    return next_state, metrics | told
+
+
+def _slopes(recipe: Recipe, state: TrainState, batch: Scaled) -> Any:
+    """Loss, what it was made of, and its gradient."""
+    mine, rest = learned(state.params)
+    coefficients = _coefficients(recipe, state)
+    dead = state.running["silent"] >= recipe.dead_after
+    seen = 1 - _MEMORY ** state.step.astype(batch.weights.dtype)
+    square = state.running["attribution_square"]
+    known = (seen > 0) & (square > 0)
+    scale = jnp.sqrt(jnp.where(known, square / jnp.where(known, seen, 1), 1))
+
+    def loss(mine: dict[str, Array]) -> tuple[Array, tuple[Parts, dict[str, Array]]]:
+        params = {**mine, **rest}
+        out = recipe.dictionary.forward(
+            params, batch.acts, grads=batch.grads, k=state.hyper.get("k")
+        )
+        parts = Parts(
+            recipe.dictionary,
+            params,
+            batch.acts,
+            batch.target,
+            out,
+            batch.grads,
+            batch.weights,
+            dead,
+            scale,
+            coefficients,
+        )
+        values = {term.name: term.loss(parts) for term in recipe.objective}
+        total = sum(coefficients[name] * value for name, value in values.items())
+        return jnp.asarray(total), (parts, values)
+
+    return jax.value_and_grad(loss, has_aux=True)(mine)
+
+
+def _coefficients(recipe: Recipe, state: TrainState) -> dict[str, Array]:
+    """Of every term, with the warm-up and the controller in them."""
+    steps = state.hyper["warm_up"]
+    warm = jnp.minimum(state.step.astype(steps.dtype) / jnp.maximum(steps, 1), 1)
+    warm = jnp.where(steps > 0, warm, jnp.ones_like(warm))
+    steered = "" if recipe.controller is None else recipe.controller.term
+    values = {}
+    for term in recipe.objective:
+        value = state.hyper[term.name]
+        value = value * warm if term.warm_up else value
+        if term.name == steered:
+            value = value * state.running["factor"]
+        values[term.name] = value
+    return values
+
+
+def _steered(
+    recipe: Recipe,
+    state: TrainState,
+    running: dict[str, Array],
+    metrics: dict[str, Array],
+) -> tuple[Any, dict[str, Array], dict[str, Array]]:
+    """The controller's next state, after the warm-up, and what it says."""
+    controller = recipe.controller
+    if controller is None:
+        return state.controller, running, {}
+    measured = metrics[controller.measures]
+    after, factor, saturated = controller.update(
+        state.controller, measured, state.hyper["target"]
+    )
+    begun = state.step >= state.hyper["warm_up"].astype(state.step.dtype)
+    kept = jax.tree.map(partial(jnp.where, begun), after, state.controller)
+    factor = jnp.where(begun, factor, running["factor"])
+    told = {"factor": factor, "saturated": (saturated & begun).astype(factor.dtype)}
+    return kept, {**running, "factor": factor}, told
+
+
+def _scaled(recipe: Recipe, state: TrainState, taps: Taps) -> tuple[TrainState, Scaled]:
+    """The batch in units of its own size, which are recorded."""
+    acts, grads = taps.acts, taps.grads
+    target = acts if taps.targets is None else taps.targets
+    weights = taps.weights / jnp.maximum(jnp.sum(taps.weights), 1e-30)
+    first, running = state.step == 0, dict(state.running)
+    params = dict(state.params)
+    if recipe.normalize:
+        scale = jnp.where(first, _size(acts, weights), running["acts_scale"])
+        running["acts_scale"] = running["target_scale"] = scale
+        acts, target = acts / scale, target / scale
+        if taps.targets is not None:
+            scale = jnp.where(
+                first, _size(taps.targets, weights), state.running["target_scale"]
+            )
+            running["target_scale"], target = scale, taps.targets / scale
+    if recipe.center:
+        params["b_dec"] = jnp.where(first, weights @ target, params["b_dec"])
+    if grads is not None:
+        grads = jax.lax.stop_gradient(grads)
+        if recipe.normalize:
+            square = jnp.einsum("n,nkd->k", weights, grads**2) / grads.shape[2]
+            square = _MEMORY * running["grads_square"] + (1 - _MEMORY) * square
+            running["grads_square"] = square
+            seen = 1 - _MEMORY ** (state.step + 1).astype(square.dtype)
+            size = jnp.sqrt(jnp.where(square > 0, square / seen, jnp.ones_like(square)))
+            grads = grads / size[None, :, None]
+    state = state._replace(running=running, params=params)
+    return state, Scaled(acts, target, grads, weights)
+
+
+def _size(values: Array, weights: Array) -> Array:
+    """Root mean square entry after centring; 1 if that is 0."""
+    centred = values - (weights @ values)[None, :]
+    square = jnp.sum(weights[:, None] * centred**2) / values.shape[1]
+    return jnp.sqrt(jnp.where(square > 0, square, jnp.ones_like(square)))
+
+
+def _clipped(most: Array, slope: Array) -> Array:
+    norm = jnp.linalg.norm(slope)
+    return slope * jnp.minimum(1, most / jnp.maximum(norm, 1e-30))
+
+
+def _averaged(recipe: Recipe, parts: Parts, rest: Params) -> Params:
+    """A batch top-k's threshold follows the smallest code that was kept."""
+    if recipe.dictionary.config.architecture not in BY_BATCH:
+        return rest
+    codes, old = parts.out.codes, rest[_THRESHOLD]
+    low = jnp.min(jnp.where(codes > 0, codes, jnp.full_like(codes, jnp.inf)))
+    new = old + recipe.threshold_rate * (low - old)
+    return {_THRESHOLD: jnp.where(jnp.isfinite(low), new, old)}
+
+
+def _counted(
+    state: TrainState, parts: Parts
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Running statistics, and what they say about attributions."""
+    out, running = parts.out, dict(state.running)
+    there = (out.values != 0) & (parts.weights > 0)[:, None]
+    if out.index is None:
+        fired = jnp.any(there, axis=0)
+    else:
+        fired = jnp.zeros(len(running["silent"]), bool).at[out.index].max(there)
+    running["silent"] = jnp.where(fired, 0, running["silent"] + 1)
+    if parts.grads is None:
+        return running, {}
+    few = _first(parts)
+    weights = few.weights / jnp.maximum(jnp.sum(few.weights), 1e-30)
+    sizes = attributions(few)
+    latents = parts.dictionary.config.d_sae
+    count, share = attribution_l0(sizes, unexplained(few), latents)
+    active = jnp.maximum(jnp.sum(sizes != 0), 1).astype(sizes.dtype)
+    square = jnp.sum(sizes**2) / active
+    old = running["attribution_square"]
+    running["attribution_square"] = _MEMORY * old + (1 - _MEMORY) * square
+    effects = {
+        "attribution_l0": weights @ jnp.mean(count, axis=1),
+        "unexplained_share": weights @ jnp.mean(share, axis=1),
+    }
+    return running, effects
+
+
+def _first(parts: Parts) -> Parts:
+    """The first few examples of a batch."""
+    rows = {"acts", "target", "grads", "weights"}
+    few = {name: getattr(parts, name)[:_PROBED] for name in rows}
+    out = jax.tree.map(lambda x: x[:_PROBED], parts.out)
+    return parts._replace(out=out, **few)
+
+
+def _measured(parts: Parts) -> dict[str, Array]:
+    """Codes per example and the share of the variance that is left."""
+    weights, target = parts.weights, parts.target
+    there = jnp.sum(parts.out.values != 0, axis=1).astype(target.dtype)
+    centred = target - (weights @ target)[None, :]
+    whole = jnp.sum(weights * jnp.sum(centred**2, axis=1))
+    rest = jnp.sum(weights * jnp.sum((target - parts.out.recon) ** 2, axis=1))
+    return {"l0": weights @ there, "fvu": rest / jnp.maximum(whole, 1e-30)}
+
+
+def _check(recipe: Recipe, taps: Taps) -> None:
+    config = recipe.dictionary.config
+    if taps.acts.ndim != 2 or taps.acts.shape[1] != config.d_in:
+        raise ValueError(
+            f"update: wanted taps with acts [N, {config.d_in}], got {taps.acts.shape}"
+        )
+    num, out = len(taps.acts), config.d_in if config.d_out is None else config.d_out
+    if config.d_out is not None and taps.targets is None:
+        raise ValueError(
+            f"update: a transcoder needs taps with targets [N, {out}], got none"
+        )
+    if taps.targets is not None and taps.targets.shape != (num, out):
+        raise ValueError(
+            f"update: wanted targets [{num}, {out}], got {taps.targets.shape}"
+        )
+    names = [term.name for term in recipe.objective if term.needs_grads]
+    if names and taps.grads is None:
+        raise ValueError(f"update: {names} need taps with gradients, got none")
+    wanted = (num, recipe.readouts, out)
+    if taps.grads is not None and taps.grads.shape != wanted:
+        raise ValueError(
+            f"update: wanted gradients {wanted}, got {taps.grads.shape}; the trainer "
+            f"was made with readouts={recipe.readouts}"
+        )

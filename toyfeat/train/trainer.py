@@ -1,0 +1,182 @@
+"""A dictionary, an objective and an optimizer as two pure functions."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from toyfeat.train.step import Recipe, learned, update
+from toyfeat.types import (
+    Array,
+    Controller,
+    Dictionary,
+    Objective,
+    Params,
+    Trainer,
+    TrainState,
+)
+
+
+def trainer(
+    dictionary: Dictionary,
+    objective: Objective,
+    optimizer: optax.GradientTransformation | None = None,
+    controller: Controller | None = None,
+    *,
+    readouts: int = 1,
+    normalize: bool = True,
+    center: bool = True,
+    clip: float = 1.0,
+    warm_up: int = 500,
+    dead_after: int = 1000,
+    threshold_rate: float = 0.01,
+    schedule: Callable[[Array], Array] | None = None,
+) -> Trainer:
+    r"""Training of a dictionary as a pair of pure functions.
+
+    ``init(key, **hyper)`` starts a :class:`TrainState`; ``hyper`` overrides defaults
+    by name: the coefficient of every term, ``clip``, ``warm_up``, ``k`` (a dictionary
+    with top-k codes keeps fewer), ``target`` (of the controller), and what
+    ``optax.inject_hyperparams`` made a parameter of the optimizer, such as
+    ``learning_rate``.  ``update(state, taps)`` returns the next state and metrics.
+
+    Everything that makes training robust can be switched off: ``normalize=False``,
+    ``center=False``, ``clip=inf``, ``warm_up=0``, no controller, no
+    :func:`dead_latents` term.
+
+    Args:
+      dictionary: what is trained.
+      objective: terms, or what :func:`attribution_objective` returns.
+      optimizer: optax; ``None`` is Adam at ``learning_rate`` 3e-4, a hyper-parameter.
+      controller: steers the coefficient of one term, after the warm-up.
+      readouts: ``K``, how many gradients an example of the taps has.
+      normalize: divide activations by the centred root mean square of the first
+        batch and gradients by a running one per readout; both are in
+        ``state.running`` and :func:`folded` takes them back out of the parameters.
+      center: start ``b_dec`` at the mean of the first batch.
+      clip: largest norm of the gradient of each tensor.
+      warm_up: steps in which the coefficients of sparsity terms grow from 0.
+      dead_after: steps without firing after which a latent is dead.
+      threshold_rate: of the average of :func:`batch_topk`'s threshold.
+      schedule: step to a factor of every update: decay of the learning rate for a
+        whole population.
+
+    Returns:
+      :class:`Trainer`.  Metrics are ``loss``, every term, ``l0``, ``fvu`` (share of
+      the variance that is not explained), ``dead`` (latents), ``grad_norm``, with
+      gradients ``attribution_l0`` and ``unexplained_share``, with a controller
+      ``factor`` and ``saturated``.
+
+    Raises:
+      ValueError: for terms of one name, a controller of a term that is not there, an
+        unknown hyper-parameter, and in ``update`` for taps that do not fit.
+
+    Example:
+      >>> import jax, optax
+      >>> from toyfeat import Taps, dictionary_objective, standard, trainer
+      >>> sae = standard(8, 32)
+      >>> init, update = trainer(sae, dictionary_objective(sae, sparsity=0.1))
+      >>> acts = jax.random.normal(jax.random.key(0), (64, 8))
+      >>> state = init(jax.random.key(1), learning_rate=1e-2)
+      >>> state, metrics = jax.jit(update)(state, Taps(acts, None, jax.numpy.ones(64)))
+      >>> int(state.step), bool(metrics["fvu"] < 2)
+      (1, True)
+    """
+    names = [term.name for term in objective]
+    if len(set(names)) < len(names):
+        raise ValueError(f"trainer: terms must have different names, got {names}")
+    if controller is not None and controller.term not in names:
+        raise ValueError(
+            f"trainer: the controller steers {controller.term!r}, the objective has "
+            f"{names}"
+        )
+    if optimizer is None:
+        optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=3e-4)
+    recipe = Recipe(
+        dictionary,
+        objective,
+        optimizer,
+        controller,
+        readouts,
+        normalize,
+        center,
+        dead_after,
+        threshold_rate,
+        schedule,
+    )
+    defaults = {term.name: term.coefficient for term in objective}
+    defaults |= {"clip": clip, "warm_up": warm_up}
+    if dictionary.config.k is not None:
+        defaults["k"] = dictionary.config.k
+    if controller is not None:
+        defaults["target"] = controller.target
+    return Trainer(partial(_init, recipe, defaults), partial(update, recipe))
+
+
+def folded(dictionary: Dictionary, state: TrainState) -> Params:
+    """Parameters for activations as they are, from a state whose are scaled.
+
+    Args:
+      dictionary: that was trained.
+      state: from its trainer, of one member.
+
+    Returns:
+      Parameters with ``encode`` and ``decode`` in the units of the taps.  Codes stay
+      in scaled units, so that thresholds do.
+    """
+    del dictionary
+    params, scale = dict(state.params), state.running["target_scale"]
+    params["W_enc"] = params["W_enc"] / state.running["acts_scale"]
+    params["W_dec"] = params["W_dec"] * scale
+    params["b_dec"] = params["b_dec"] * scale
+    return params
+
+
+def _init(
+    recipe: Recipe, defaults: dict[str, float], key: Array, **hyper: Any
+) -> TrainState:
+    dictionary, controller = recipe.dictionary, recipe.controller
+    params = dictionary.init(key)
+    opt_state: Any = recipe.optimizer.init(learned(params)[0])
+    injected = getattr(opt_state, "hyperparams", {})
+    known = {**defaults, **injected}
+    if extra := set(hyper) - set(known):
+        hint = "" if injected else "; wrap the optimizer in optax.inject_hyperparams"
+        raise ValueError(
+            f"trainer: unknown hyper-parameters {sorted(extra)}; known are "
+            f"{sorted(known)}{hint}"
+        )
+    _check_k(dictionary, hyper)
+    kind = params["W_dec"].dtype
+    full = {name: jnp.asarray(hyper.get(name, x), kind) for name, x in known.items()}
+    if injected:
+        mine = {name: full[name] for name in injected}
+        opt_state = opt_state._replace(hyperparams=mine)
+    one = jnp.ones((), kind)
+    running = {
+        "acts_scale": one,
+        "target_scale": one,
+        "grads_square": jnp.zeros(recipe.readouts, kind),
+        "attribution_square": 0 * one,
+        "silent": jnp.zeros(dictionary.config.d_sae, jnp.int32),
+        "factor": one,
+    }
+    start = () if controller is None else controller.init()
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, params, opt_state, start, running, full)
+
+
+def _check_k(dictionary: Dictionary, hyper: dict[str, Any]) -> None:
+    most = dictionary.config.k
+    if "k" not in hyper or most is None or isinstance(hyper["k"], Tracer):
+        return
+    k = np.asarray(hyper["k"])
+    if not np.all((k >= 1) & (k <= most)):
+        raise ValueError(
+            f"trainer: k must be in 1 .. {most}, what the dictionary was made with, "
+            f"got {hyper['k']}"
+        )

@@ -1,19 +1,17 @@
 """Dictionaries to and from the files of SAELens."""
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.dictionary.coding import BY_BATCH, BY_EXAMPLE, of_config
+from toyfeat.dictionary.coding import BY_BATCH, BY_EXAMPLE
+from toyfeat.interop import files
 from toyfeat.types import Dictionary, DictionaryConfig, Params
 
 _VERSION = "6.54.12"  # whose format this is; versions below 6 are read otherwise
 _READ = ("standard", "topk", "abstopk", "jumprelu", "gated")
-_BANDWIDTH = 0.05  # is not in the files
 
 
 def save_saelens(
@@ -31,8 +29,9 @@ def save_saelens(
     ``metadata["training_architecture"]`` names what they were.
 
     Args:
-      path: a folder, made if it is not there; ``cfg.json`` and
-        ``sae_weights.safetensors`` in it are overwritten.
+      path: a folder, made if it is not there; ``sae_weights.safetensors`` and
+        ``cfg.json`` in it are replaced, in that order and only when both are
+        written, so that a failure leaves an older dictionary as it was.
       dictionary: what the parameters belong to.
       params: from ``dictionary.init`` and training.
       metadata: JSON values such as ``model_name`` and ``hook_name``.
@@ -42,13 +41,17 @@ def save_saelens(
         no such architecture (a transcoder with top-k codes).
       ImportError: without safetensors (``pip install "toyfeat[sae]"``).
 
+    Note:
+      The format has one encoder and one decoder; readers that a dictionary has
+      beside them are not saved yet.
+
     References:
       SAELens 6, ``save_inference_model``.
     """
-    save_file = _safetensors("save_saelens").save_file
+    save_file = files.safetensors("save_saelens").save_file
     config = dictionary.config
     tensors = {name: np.asarray(x, np.float32) for name, x in params.items()}
-    _check(config, tensors, "save_saelens")
+    files.check(config, tensors, "save_saelens")
     name, extra = config.architecture, {}
     if name in BY_BATCH:
         tensors, name = _folded(config, tensors), "jumprelu"
@@ -60,29 +63,14 @@ def save_saelens(
         name, extra = _transcoder(name), {**extra, "d_out": config.d_out}
         if name not in ("transcoder", "jumprelu_transcoder"):
             raise ValueError(f"save_saelens: SAELens has no {name}")
-    about = {
-        **(metadata or {}),
-        "sae_lens_version": _VERSION,
-        "training_architecture": config.architecture,
-    }
-    settings = {
-        "architecture": name,
-        "d_in": config.d_in,
-        "d_sae": config.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": config.apply_b_dec_to_input,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        **extra,
-        "metadata": about,
-    }
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=1)  # before a file is touched
+    settings = _settings(config, name, extra, metadata or {})
+    text = json.dumps(settings, indent=1) + "\n"
     arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    save_file(arrays, folder / "sae_weights.safetensors")
-    (folder / "cfg.json").write_text(text + "\n", encoding="utf-8")
+    writers = {
+        "sae_weights.safetensors": lambda part: save_file(arrays, part),
+        "cfg.json": lambda part: part.write_text(text, encoding="utf-8"),
+    }
+    files.replace(Path(path), writers)
 
 
 def load_saelens(path: str | Path) -> tuple[Dictionary, Params]:
@@ -111,35 +99,21 @@ def load_saelens(path: str | Path) -> tuple[Dictionary, Params]:
       >>> again.config == sae.config, bool((same["W_dec"] == params["W_dec"]).all())
       (True, True)
     """
-    load_file = _safetensors("load_saelens").load_file
-    folder = Path(path)
-    for name in ("cfg.json", "sae_weights.safetensors"):
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"load_saelens: there is no {folder / name}")
-    settings = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    load_file = files.safetensors("load_saelens").load_file
+    settings, weights = files.settings_and_weights(
+        "load_saelens", path, "cfg.json", "sae_weights.safetensors"
+    )
     version = str(settings.get("metadata", {}).get("sae_lens_version", "0"))
     if int(version.split(".")[0]) < 6:
         raise ValueError(
-            f"load_saelens: wanted the format of SAELens 6 or newer, {folder} says "
+            f"load_saelens: wanted the format of SAELens 6 or newer, {path} says "
             f"{version}; load it with SAELens and save it again"
         )
-    dictionary = _of_settings(settings)
-    tensors = load_file(folder / "sae_weights.safetensors")
-    _check(dictionary.config, tensors, "load_saelens")
-    return dictionary, {k: jnp.asarray(v, jnp.float32) for k, v in tensors.items()}
+    config = _config(settings)
+    return files.loaded(config, load_file(weights), "load_saelens")
 
 
-def _safetensors(who: str) -> Any:
-    """The library, which is wanted for files only."""
-    try:
-        return importlib.import_module("safetensors.numpy")
-    except ImportError as error:
-        raise ImportError(
-            f'{who}: safetensors is not installed: pip install "toyfeat[sae]"'
-        ) from error
-
-
-def _of_settings(settings: dict[str, Any]) -> Dictionary:
+def _config(settings: dict[str, Any]) -> DictionaryConfig:
     full = str(settings.get("architecture"))
     name = full.removesuffix("_transcoder") if full != "transcoder" else "standard"
     out = settings["d_out"] if "transcoder" in full else None
@@ -155,7 +129,7 @@ def _of_settings(settings: dict[str, Any]) -> Dictionary:
             f"{', '.join(_READ)}, and transcoders of all but gated"
         )
     sizes = settings["d_in"], settings["d_sae"]
-    config = DictionaryConfig(
+    return DictionaryConfig(
         name,
         *sizes,
         d_out=out,
@@ -164,9 +138,32 @@ def _of_settings(settings: dict[str, Any]) -> Dictionary:
             "rescale_acts_by_decoder_norm", False
         ),
         apply_b_dec_to_input=settings.get("apply_b_dec_to_input", out is None),
-        bandwidth=_BANDWIDTH if name == "jumprelu" else 0.0,
+        bandwidth=files.BANDWIDTH if name == "jumprelu" else 0.0,
     )
-    return of_config(config)
+
+
+def _settings(
+    config: DictionaryConfig,
+    name: str,
+    extra: dict[str, Any],
+    metadata: dict[str, Any],
+) -> dict[str, Any]:
+    about = {
+        "sae_lens_version": _VERSION,
+        "training_architecture": config.architecture,
+    }
+    return {
+        "architecture": name,
+        "d_in": config.d_in,
+        "d_sae": config.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": config.apply_b_dec_to_input,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **extra,
+        "metadata": {**metadata, **about},
+    }
 
 
 def _transcoder(name: str) -> str:
@@ -184,21 +181,3 @@ def _folded(config: DictionaryConfig, tensors: dict[str, Any]) -> dict[str, Any]
         "b_dec": tensors["b_dec"],
         "threshold": np.full(config.d_sae, tensors["topk_threshold"], np.float32),
     }
-
-
-def _check(config: DictionaryConfig, tensors: dict[str, Any], who: str) -> None:
-    dim, latents = config.d_in, config.d_sae
-    out = dim if config.d_out is None else config.d_out
-    wanted = {"W_enc": (dim, latents), "W_dec": (latents, out), "b_dec": (out,)}
-    names = {
-        "gated": ("b_gate", "b_mag", "r_mag"),
-        "jumprelu": ("b_enc", "threshold"),
-    }.get(config.architecture, ("b_enc",))
-    wanted |= {name: (latents,) for name in names}
-    if config.architecture in BY_BATCH:
-        wanted["topk_threshold"] = ()
-    found = {name: tuple(np.shape(x)) for name, x in tensors.items()}
-    if found != wanted:
-        raise ValueError(
-            f"{who}: {config.architecture} wants tensors {wanted}, got {found}"
-        )

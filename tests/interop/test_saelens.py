@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,9 +11,8 @@ import pytest
 
 import toyfeat as tf
 
-GOLDEN = (
-    Path(__file__).parent / "golden" / "saelens"
-)  # benchmarks/peers/saelens_golden.py
+# Written by benchmarks/peers/saelens_golden.py.
+GOLDEN = Path(__file__).parents[1] / "golden" / "saelens"
 D, M, K = 6, 16, 3
 OURS = {
     "standard": tf.standard(D, M),
@@ -93,6 +94,10 @@ def test_wrong_files_are_named(tmp_path):
     assert not list(tmp_path.iterdir())
     tf.save_saelens(tmp_path, sae, params)
     good = json.loads((tmp_path / "cfg.json").read_text())
+    for text in ("{", "[1]"):
+        (tmp_path / "cfg.json").write_text(text)
+        with pytest.raises(ValueError, match=r"load_saelens: .*cfg\.json"):
+            tf.load_saelens(tmp_path)
     for change, match in (
         ({"architecture": "temporal"}, "'temporal' is not known here; known are"),
         ({"metadata": {"sae_lens_version": "5.9"}}, "says 5.9"),
@@ -103,6 +108,50 @@ def test_wrong_files_are_named(tmp_path):
         (tmp_path / "cfg.json").write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=match):
             tf.load_saelens(tmp_path)
+
+
+def full_disk(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def half_and_full_disk(_arrays, path):
+    path.write_bytes(b"half of it")
+    full_disk()
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("safetensors.numpy.save_file", full_disk),
+        ("safetensors.numpy.save_file", half_and_full_disk),
+        ("pathlib.Path.write_text", full_disk),
+        ("os.replace", full_disk),
+    ],
+    ids=["weights", "half of the weights", "settings", "names"],
+)
+def test_an_old_dictionary_survives_a_full_disk(where, what, tmp_path, monkeypatch):
+    sae, other = OURS["standard"], tf.topk(D, M, K)
+    params = random_params(sae)
+    tf.save_saelens(tmp_path, sae, params, metadata={"model_name": "old"})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(where, what)
+        with pytest.raises(OSError, match="No space left"):
+            tf.save_saelens(tmp_path, other, random_params(other))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    tf.save_saelens(tmp_path, other, random_params(other))
+    assert tf.load_saelens(tmp_path)[0].config == other.config
+    assert set(before) == {p.name for p in tmp_path.iterdir()}
+
+
+def test_the_weights_appear_before_the_settings(tmp_path, monkeypatch):
+    names, replace = [], os.replace
+    monkeypatch.setattr(
+        "os.replace", lambda a, b: (names.append(b.name), replace(a, b))
+    )
+    sae = OURS["standard"]
+    tf.save_saelens(tmp_path, sae, random_params(sae))
+    assert names == ["sae_weights.safetensors", "cfg.json"]
 
 
 def test_saelens_has_no_transcoder_of_topk(tmp_path):

@@ -1,0 +1,12 @@
+"""Dictionaries to and from the files of other libraries."""
+
+from toyfeat.interop.dictionary_learning import load_dictionary_learning
+from toyfeat.interop.saelens import load_saelens, save_saelens
+from toyfeat.interop.sparsify import load_sparsify
+
+__all__ = [
+    "load_dictionary_learning",
+    "load_saelens",
+    "load_sparsify",
+    "save_saelens",
+]

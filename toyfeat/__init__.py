@@ -39,7 +39,12 @@ from toyfeat.evaluate import (
     random_coverage,
     variance_explained,
 )
-from toyfeat.interop import load_saelens, save_saelens
+from toyfeat.interop import (
+    load_dictionary_learning,
+    load_saelens,
+    load_sparsify,
+    save_saelens,
+)
 from toyfeat.linalg import Products, randomized_svd, stream_svd
 from toyfeat.moments import moments, sketched_moments
 from toyfeat.tap import (
@@ -126,7 +131,9 @@ __all__ = [
     "interaction_edges",
     "joint_pca",
     "jump_relu",
+    "load_dictionary_learning",
     "load_saelens",
+    "load_sparsify",
     "local_interaction_basis",
     "match_features",
     "matryoshka",

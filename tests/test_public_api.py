@@ -12,6 +12,7 @@ PINNED = [
     "controllers",
     "dictionary_objective",
     "objectives",
+    "paired",
     "folded",
     "population",
     "trainer",

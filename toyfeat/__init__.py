@@ -28,6 +28,7 @@ from toyfeat.dictionary import (
     jump_relu,
     matryoshka,
     objectives,
+    paired,
     standard,
     topk,
 )
@@ -140,6 +141,7 @@ __all__ = [
     "moments",
     "objectives",
     "output_preserved",
+    "paired",
     "pca",
     "population",
     "principal_angles",

@@ -11,6 +11,7 @@ from toyfeat.dictionary.architectures import (
     topk,
 )
 from toyfeat.dictionary.attributions import attribution_l0
+from toyfeat.dictionary.paired import paired
 from toyfeat.dictionary.presets import attribution_objective, dictionary_objective
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "jump_relu",
     "matryoshka",
     "objectives",
+    "paired",
     "standard",
     "topk",
 ]

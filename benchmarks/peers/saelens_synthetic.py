@@ -5,7 +5,8 @@
 
 The folder holds ``pool.npy`` [N, D], ``eval.npy`` [E, D], ``features.npy`` [R, D], and
 optionally ``eval_codes.npy`` [E, R] (for F1) and ``order.npy`` [steps, batch] (rows of
-the pool, so that others can train on the same batches). One JSON line an architecture.
+the pool, so that others can train on the same batches). One JSON line an architecture;
+``--save`` keeps the parameters of the start and of the end under SAELens' names.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from sae_lens.synthetic.evals import (
 from sae_lens.training.sae_trainer import SAETrainer
 
 WIDTH, STEPS, BATCH, LR = 128, 1500, 1024, 1e-3
+MATRYOSHKA = {"k": 4, "matryoshka_widths": [16, 64, WIDTH]}
 JUMPRELU = {
     "l0_coefficient": 1.0,
     "jumprelu_bandwidth": 1.0,
@@ -54,9 +56,10 @@ SCALED = {"normalize_activations": "expected_average_only_in"}
 CASES = {
     "topk": ("topk", {"k": 4}),
     "batchtopk": ("batchtopk", {"k": 4}),
-    "matryoshka": (
+    "matryoshka": ("matryoshka_batchtopk", MATRYOSHKA),
+    "matryoshka_aux": (
         "matryoshka_batchtopk",
-        {"k": 4, "matryoshka_widths": [16, 64, 128], "use_matryoshka_aux_loss": True},
+        {**MATRYOSHKA, "use_matryoshka_aux_loss": True},
     ),
     "standard_l1_2": ("standard", {"l1_coefficient": 2.0}),
     "standard_l1_5": ("standard", {"l1_coefficient": 5.0}),
@@ -133,12 +136,13 @@ def trainer_of(sae, provider, steps, batch):
 
 
 def train(architecture, options, data, seed, warm_up=0):
-    """A trained dictionary, its settings, seconds and seconds of CPU."""
+    """A trained dictionary, its start, its settings, (seconds, seconds of CPU)."""
     kind, config = get_sae_training_class(architecture)
     for name in {"l1_warm_up_steps", "l0_warm_up_steps"} & set(config.__annotations__):
         options = {**options, name: warm_up}
     torch.manual_seed(seed)
     sae = kind(config(d_in=data["pool"].shape[1], d_sae=WIDTH, **options))
+    start = arrays(sae)
     pool, order = data["pool"], data["order"]
     trainer = trainer_of(sae, (pool[rows] for rows in order), *order.shape)
     if sae.cfg.normalize_activations == "expected_average_only_in":
@@ -159,7 +163,12 @@ def train(architecture, options, data, seed, warm_up=0):
         "adam_eps": 1e-8,
         "activation_scale": scale,
     }
-    return sae, settings, seconds
+    return sae, start, settings, seconds
+
+
+def arrays(sae):
+    """Parameters as arrays of their own."""
+    return {k: v.numpy().copy() for k, v in sae.state_dict().items()}
 
 
 def codes_metrics(sae, data):
@@ -232,15 +241,17 @@ def main():
         return
     data = load(args.folder, args.order, args.seed)
     for name in args.only:
-        sae, settings, (wall, cpu) = train(*CASES[name], data, args.seed, args.warm_up)
+        sae, start, settings, (wall, cpu) = train(
+            *CASES[name], data, args.seed, args.warm_up
+        )
         answer = {"name": name, "seed": args.seed, **metrics(sae, data)}
         answer.update(seconds=wall, cpu_seconds=cpu, threads=args.threads)
         answer["samples_per_cpu_second"] = data["order"].numel() / cpu
         print(json.dumps({**answer, "settings": settings}), file=answers, flush=True)
         if args.save:
             args.save.mkdir(parents=True, exist_ok=True)
-            params = {k: v.numpy() for k, v in sae.state_dict().items()}
-            np.savez(args.save / f"{name}_{args.seed}.npz", **params)
+            for part, params in {"start": start, "end": arrays(sae)}.items():
+                np.savez(args.save / f"{name}_{args.seed}_{part}.npz", **params)
 
 
 if __name__ == "__main__":

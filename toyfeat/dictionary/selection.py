@@ -7,15 +7,12 @@ import jax.numpy as jnp
 
 from toyfeat.types import Array
 
-_CANDIDATES = 4  # per example, in units of k, among which a batch's cut is sought
+_CANDIDATES = 2  # per example, in units of k, among which a batch's cut is sought
 
 
 def best_of_each(score: Array, k: int) -> tuple[Array, Array]:
-    """The ``k`` largest of each row of ``[N, M]``: their indices, and which are finite.
-
-    Both results of ``top_k`` are used: with one of them alone XLA sorts every row.
-    """
-    top, index = jax.lax.top_k(jax.lax.stop_gradient(score), k)
+    """The ``k`` largest of each row of ``[N, M]``: their indices, and which are finite."""
+    top, index = _top(jax.lax.stop_gradient(score), k)
     return index, jnp.isfinite(top)
 
 
@@ -31,10 +28,15 @@ def cut_of_batch(codes: Array, k: int, fewer: Array | None) -> Array:
     few = _CANDIDATES * k
     if latents < 2 * few:
         return _cut(codes, wanted)
-    top, _ = jax.lax.optimization_barrier(jax.lax.top_k(codes, few))
+    top, _ = _top(codes, few)
     cut = _cut(top, wanted)
     enough = jnp.all(top[:, -1] < cut) | (cut == 0)
     return jax.lax.cond(enough, lambda: cut, lambda: _cut(codes, wanted))
+
+
+def _top(score: Array, k: int) -> tuple[Array, Array]:
+    """``top_k`` behind a barrier: a slice of its results makes XLA sort whole rows."""
+    return jax.lax.optimization_barrier(tuple(jax.lax.top_k(score, k)))
 
 
 def _cut(codes: Array, wanted: Array) -> Array:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -167,7 +168,8 @@ def _init(
     }
     start = () if controller is None else controller.init()
     step = jnp.zeros((), jnp.int32)
-    return TrainState(step, params, opt_state, start, running, full)
+    state = TrainState(step, params, opt_state, start, running, full)
+    return jax.tree.map(jnp.array, state)  # no array twice: states are donated
 
 
 def _check_k(dictionary: Dictionary, hyper: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ def members_lost(
       FloatingPointError: if all of them are.
     """
     good = np.isfinite(loss.astype(np.float64)).reshape(len(loss), -1)
-    whole = good.all(0)
+    whole = np.asarray(good.all(0))
     when = first + np.where(whole, len(loss) - 1, np.argmin(good, axis=0))
     bad = ~whole | ~finite.reshape(-1)
     if bad.all():

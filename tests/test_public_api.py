@@ -7,6 +7,9 @@ import pytest
 import toyfeat as tf
 
 PINNED = [
+    "fit",
+    "load_tree",
+    "save_tree",
     "attribution_l0",
     "attribution_objective",
     "controllers",

@@ -6,6 +6,7 @@ import ...``.
 """
 
 from toyfeat.ablation import ablation_curve, edge_ablation, edges_needed
+from toyfeat.checkpoint import load_tree, save_tree
 from toyfeat.decompose import (
     decode,
     eigengaps,
@@ -59,7 +60,7 @@ from toyfeat.tap import (
     site_shapes,
     tap,
 )
-from toyfeat.train import folded, population, trainer
+from toyfeat.train import fit, folded, population, trainer
 from toyfeat.types import (
     SVD,
     Accumulator,
@@ -121,6 +122,7 @@ __all__ = [
     "eigengaps",
     "encode",
     "explanation",
+    "fit",
     "folded",
     "from_function",
     "from_linen",
@@ -135,6 +137,7 @@ __all__ = [
     "load_dictionary_learning",
     "load_saelens",
     "load_sparsify",
+    "load_tree",
     "local_interaction_basis",
     "match_features",
     "matryoshka",
@@ -150,6 +153,7 @@ __all__ = [
     "randomized_svd",
     "readouts",
     "save_saelens",
+    "save_tree",
     "site_shapes",
     "sketched_moments",
     "standard",

@@ -1,0 +1,279 @@
+"""The host loop of a training: chunks, checkpoints, resumption."""
+
+import json
+import operator
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.checkpoint import checkpoints, newest_checkpoint, save_checkpoint
+from toyfeat.train.chunks import Feed, feed_of, run_chunk
+from toyfeat.train.health import check_saturated, members_lost
+from toyfeat.train.progress import Report, reporting
+from toyfeat.train.termination import terminated
+from toyfeat.types import ArrayBatches, Taps, Trainer, TrainState
+
+OnChunk = Callable[[int, dict[str, np.ndarray]], Any]
+
+
+class _Run(NamedTuple):
+    """What stays the same during a call of :func:`fit`."""
+
+    trainer: Trainer
+    feed: Feed
+    folder: Path | None
+    hyper: dict[str, Any]
+    sizes: dict[str, int]
+    on_chunk: OnChunk | None
+
+
+def fit(
+    trainer: Trainer,
+    state: TrainState,
+    batches: ArrayBatches | Callable[[int], Taps],
+    *,
+    steps: int,
+    directory: str | Path | None = None,
+    chunk: int = 100,
+    checkpoint_every: int = 10,
+    keep: int = 2,
+    progress: bool = True,
+    tensorboard: bool = False,
+    on_chunk: OnChunk | None = None,
+    resume: bool = True,
+) -> TrainState:
+    """Train until ``steps`` updates are done, the first time or after a break.
+
+    ``state = trainer.update(state, batches(step))[0]`` for every step from
+    ``state.step`` to ``steps``, in compiled chunks.  With a ``directory`` the same
+    call goes on where the last one was cut off, at whatever moment, and ends with
+    the very bits of a run that was not.  On SIGTERM (main thread only) the chunk is
+    finished and saved, and the process exits with status 0; inside another ``fit``
+    the inner one saves, and the outer one goes back to its last checkpoint.
+
+    Args:
+      trainer: as of :func:`toyfeat.trainer`.
+      state: where to start, one member or a population; it stays usable.
+      batches: :class:`toyfeat.ArrayBatches`, made on the device inside the compiled
+        loop, or a function of the step on the host, called for the next chunk while
+        the device works on this one, whose arrays keep their shapes.  If it has
+        ``state()`` and ``restore(state)``, JSON values, these go into checkpoints.
+      steps: updates in all, those before the start included.
+      directory: gets ``checkpoint/`` and ``metrics.jsonl``, one line per chunk with
+        the mean of every metric (``null`` where it is not finite).  One run at a
+        time may use it.
+      chunk: updates per compiled call.
+      checkpoint_every: chunks between checkpoints; one is written at the end too.
+      keep: how many of the last checkpoints are kept.
+      progress: show a bar, if standard error is a terminal.
+      tensorboard: write ``directory/tensorboard``.
+      on_chunk: called with the step and the mean of every metric, after a chunk and
+        its checkpoint.
+      resume: go on from the newest whole checkpoint of ``directory``; if false, the
+        directory must not hold a run.
+
+    Returns:
+      The state after ``steps`` updates.
+
+    Raises:
+      FloatingPointError: if the loss or the parameters (of all members) are not
+        finite; the message has the step and the last checkpoint, which is good.
+      FileExistsError: with ``resume=False`` and a directory that holds a run.
+      ValueError: if sizes, shapes, the state's tree or the settings do not fit, or
+        no checkpoint of the directory is whole.
+      TypeError: if an argument is of another kind.
+      OSError: if the disk is full; the last checkpoint is good.
+      ImportError: with ``tensorboard`` and without tensorboardX.
+
+    Warns:
+      UserWarning: for a checkpoint that is damaged and passed over, for members of a
+        population whose loss is not finite, and at the end for members whose
+        controller is saturated.
+
+    Example:
+      >>> def update(state, taps):
+      ...     mean = 0.9 * state.params + 0.1 * taps.acts.mean(0)
+      ...     loss = ((taps.acts - mean[None, :]) ** 2).mean()
+      ...     return state._replace(step=state.step + 1, params=mean), {"loss": loss}
+      >>> init = lambda key: TrainState(jnp.int32(0), jnp.zeros(3), (), (), {}, {})
+      >>> ones = Taps(jnp.ones((4, 3)), None, jnp.ones(4))
+      >>> batches = ArrayBatches(lambda data, step: data, ones)
+      >>> trainer = Trainer(init, update)
+      >>> done = fit(trainer, init(jax.random.key(0)), batches, steps=50, chunk=20)
+      >>> int(done.step), round(float(done.params[0]), 4)
+      (50, 0.9948)
+    """
+    sizes = {"steps": steps, "chunk": chunk, "keep": keep}
+    sizes = _checked_sizes(sizes | {"checkpoint_every": checkpoint_every})
+    state, folder = _own(trainer, state), None if directory is None else Path(directory)
+    hyper = {name: np.asarray(x).tolist() for name, x in state.hyper.items()}
+    run = _Run(trainer, feed_of(batches), folder, hyper, sizes, on_chunk)
+    state = _begun(run, state, resume)
+    first = _step_of(state)
+    if first >= steps:
+        return state
+    look = {"bar": progress, "tensorboard": tensorboard}
+    with (
+        terminated(folder is not None) as asked,
+        reporting(folder, first, steps, **look) as report,
+    ):
+        return _trained(run, state, asked, report)
+
+
+def _trained(
+    run: _Run, state: TrainState, asked: Callable[[], bool], report: Report
+) -> TrainState:
+    """From border to border; the next batches are fetched while the device works."""
+    step, steps = _step_of(state), run.sizes["steps"]
+    warned = np.zeros(np.size(state.step), bool)
+    means: dict[str, np.ndarray] = {}
+    began = time.perf_counter()
+    ready = run.feed.fetch(step, _border(run, step) - step)
+    while step < steps:
+        end = _border(run, step)
+        state, metrics, finite = run_chunk(
+            run.trainer.update,
+            run.feed.take,
+            end - step,
+            state,
+            ready.source,
+            jnp.asarray(step, jnp.int32),
+        )
+        done = ready
+        if end < steps:
+            ready = run.feed.fetch(end, _border(run, end) - end)
+        metrics = {name: np.asarray(x) for name, x in metrics.items()}
+        now = time.perf_counter()
+        means = {name: _mean(x) for name, x in metrics.items()}
+        report(end, now - began, done.examples / (now - began), means)
+        began = now
+        _check_step(state, end)
+        warned |= members_lost(
+            run.folder, metrics["loss"], np.asarray(finite), step, warned
+        )
+        step, stop = end, asked()
+        if stop or _is_due(run, step):
+            _save(run, state, step, done.memory)
+        if run.on_chunk is not None:
+            run.on_chunk(step, means)
+        if stop:
+            return state
+    check_saturated(means)
+    return state
+
+
+def _border(run: _Run, step: int) -> int:
+    """Borders are multiples of the chunk, wherever a run began."""
+    chunk = run.sizes["chunk"]
+    return min(run.sizes["steps"], (step // chunk + 1) * chunk)
+
+
+def _is_due(run: _Run, step: int) -> bool:
+    period = run.sizes["chunk"] * run.sizes["checkpoint_every"]
+    return step == run.sizes["steps"] or step % period == 0
+
+
+def _save(run: _Run, state: TrainState, step: int, memory: str | None) -> None:
+    if run.folder is not None:
+        about = {"hyper": run.hyper, "batches": memory}
+        folder = run.folder / "checkpoint"
+        save_checkpoint(folder, step, state, about, keep=run.sizes["keep"])
+
+
+def _begun(run: _Run, state: TrainState, resume: bool) -> TrainState:
+    """The state to start from, and batches put back to where they were."""
+    first, steps = _step_of(state), run.sizes["steps"]
+    if first > steps:
+        raise ValueError(f"fit: state.step is {first}, past steps = {steps}")
+    if run.folder is None:
+        return state
+    series, lines = run.folder / "checkpoint", run.folder / "metrics.jsonl"
+    if not resume and (checkpoints(series) or lines.exists()):
+        raise FileExistsError(
+            f"fit: resume=False, but {run.folder} holds a run; choose another "
+            "directory, or move that one away"
+        )
+    found = newest_checkpoint(series, state)
+    if found is None:
+        return state
+    _check_hyper(found.about["hyper"], run.hyper, run.folder)
+    if found.step > steps or found.step < first:
+        raise ValueError(
+            f"fit: the newest checkpoint in {series} has step {found.step}, but this "
+            f"call goes from step {first} to {steps}; choose another directory"
+        )
+    memory = found.about["batches"]
+    if (memory is None) != (run.feed.restore is None):
+        there = "no state" if memory is None else "a state"
+        raise ValueError(
+            f"fit: the checkpoint of step {found.step} in {series} holds {there} of "
+            "batches, which does not fit the batches of this call"
+        )
+    if run.feed.restore is not None and found.step < steps:
+        run.feed.restore(json.loads(memory))
+    return found.state
+
+
+def _check_hyper(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    wrong = [
+        f"{name} was {before.get(name)} and is {now.get(name)}"
+        for name in sorted(before | now)
+        if repr(before.get(name)) != repr(now.get(name))
+    ]
+    if wrong:
+        raise ValueError(
+            f"fit: {folder} holds a run with other settings: {'; '.join(wrong)}; "
+            "choose another directory, or the same settings"
+        )
+
+
+def _checked_sizes(sizes: dict[str, Any]) -> dict[str, int]:
+    for name, size in sizes.items():
+        try:
+            wrong = isinstance(size, bool) or operator.index(size) < 1
+        except TypeError:
+            wrong = True
+        if wrong:
+            raise ValueError(f"fit: {name} must be an int of at least 1, got {size!r}")
+    return {name: operator.index(size) for name, size in sizes.items()}
+
+
+def _own(trainer: Any, state: Any) -> TrainState:
+    """A copy that may be donated, of the types that a file gives back."""
+    for value, kind in ((trainer, Trainer), (state, TrainState)):
+        if not isinstance(value, kind):
+            got = type(value).__name__
+            raise TypeError(f"fit: wanted a {kind.__name__}, got a {got}")
+    copy = jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype, copy=True), state)
+    if (
+        copy.step.ndim > 1
+        or copy.step.size == 0
+        or not (copy.step == _step_of(copy)).all()
+    ):
+        raise ValueError(
+            "fit: state.step must be [], or [P] with the same step for all members, "
+            f"got {np.asarray(copy.step)}"
+        )
+    return copy
+
+
+def _step_of(state: TrainState) -> int:
+    return int(np.asarray(state.step).flat[0])
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return np.asarray(values.astype(np.float64).mean(0))
+
+
+def _check_step(state: TrainState, end: int) -> None:
+    if _step_of(state) != end:
+        raise ValueError(
+            f"fit: trainer.update must add 1 to state.step; wanted {end} after the "
+            f"chunk, got {_step_of(state)}"
+        )

@@ -11,7 +11,7 @@ _CANDIDATES = 2  # per example, in units of k, among which a batch's cut is soug
 
 
 def best_of_each(score: Array, k: int) -> tuple[Array, Array]:
-    """The ``k`` largest of each row of ``[N, M]``: their indices, and which are finite."""
+    """Where the ``k`` largest of each row are, and which of them are finite."""
     top, index = _top(jax.lax.stop_gradient(score), k)
     return index, jnp.isfinite(top)
 

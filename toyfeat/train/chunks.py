@@ -98,18 +98,22 @@ def _checked(taps: Any, who: str) -> Taps:
     if not isinstance(taps, Taps):
         raise TypeError(f"fit: {who} must return Taps, got {type(taps).__name__}")
     for name, value in taps._asdict().items():
-        if not hasattr(value, "dtype") and not (name == "grads" and value is None):
+        optional = name in ("grads", "targets") and value is None
+        if not hasattr(value, "dtype") and not optional:
             kind = type(value).__name__
             raise TypeError(f"fit: {who} must hold arrays, got {name} = a {kind}")
     shapes = [None if x is None else tuple(x.shape) for x in taps]
-    acts, grads, weights = shapes
+    acts, grads, weights, targets = shapes
+    written = acts if targets is None else targets
     fits = acts is not None and len(acts) == 2 and weights == acts[:1]
+    fits = fits and written is not None and written[:1] == weights
     if grads is not None and fits:
-        fits = len(grads) == 3 and (grads[0], grads[2]) == acts
+        fits = len(grads) == 3 and (grads[0], grads[2]) == written
     if not fits:
+        more = "" if targets is None else f" and targets {targets}"
         raise ValueError(
             f"fit: {who} must return acts [N, D], grads [N, K, D] or None and weights "
-            f"[N], got shapes {acts}, {grads}, {weights}"
+            f"[N], got shapes {acts}, {grads}, {weights}{more}"
         )
     return taps
 

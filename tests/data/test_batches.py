@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from toyfeat.data.batches import array_batches, store_batches
-from toyfeat.data.permutation import device_words, permuted
+from toyfeat.data.permutation import epoch_words, permuted
 from toyfeat.data.store import open_store
 from toyfeat.data.writing import store_writer
 from toyfeat.types import Taps
@@ -155,18 +155,12 @@ def test_runs_in_a_scan_with_arrays_passed_in():
 def test_the_order_is_that_of_whole_numbers(step, rows, batch):
     batches = jitted(array_batches(numbered(rows), batch=batch, seed=9))
     wanted = []
+    salt = np.asarray(jax.random.bits(jax.random.key(9), (2,), jnp.uint32))
     for position in range(step * batch, step * batch + batch):
         epoch, at = divmod(position, rows)
-        words = order_words(9, epoch)
+        words = epoch_words(salt, np.array(epoch % 2**32, np.uint32)[None])
         wanted.append(permuted(np.array([at], np.uint32), rows, words)[0])
     assert ids_of(batches(step)) == wanted
-
-
-def order_words(seed, epoch, cache={}):  # noqa: B006
-    if (seed, epoch) not in cache:
-        key = jax.random.fold_in(jax.random.key(seed), np.uint32(epoch % 2**32))
-        cache[seed, epoch] = np.asarray(device_words(key))
-    return cache[seed, epoch]
 
 
 def test_with_replacement_every_row_is_as_likely():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.data.permutation import LARGEST, device_words, host_words, permuted
+from toyfeat.data.permutation import LARGEST, epoch_words, host_words, permuted
 from toyfeat.data.store import Store, shard_taps
 from toyfeat.types import Array, Taps
 
@@ -110,21 +110,22 @@ def array_batches(
     _check_batch("array_batches", batch, lengths[0])
     if lengths[0] > LARGEST:
         raise ValueError(f"array_batches: at most {LARGEST} rows, got {lengths[0]}")
-    choice = _drawn_rows if replace else _permuted_rows
-    offsets = jnp.arange(batch, dtype=jnp.uint32)
-    return jax.tree_util.Partial(choice, taps, jax.random.key(seed), offsets)
+    key, offsets = jax.random.key(seed), jnp.arange(batch, dtype=jnp.uint32)
+    if replace:
+        return jax.tree_util.Partial(_drawn_rows, taps, key, offsets)
+    salt = jax.random.bits(key, (2,), jnp.uint32)
+    return jax.tree_util.Partial(_permuted_rows, taps, salt, offsets)
 
 
-def _permuted_rows(taps: Taps, key: Array, offsets: Array, step: int | Array) -> Taps:
+def _permuted_rows(taps: Taps, salt: Array, offsets: Array, step: int | Array) -> Taps:
     num, batch = len(taps.weights), len(offsets)
     epoch, start = _product_divmod(jnp.asarray(step, jnp.uint32), batch, num)
     left = jnp.uint32(num) - start
-    words, after = (
-        device_words(jax.random.fold_in(key, epoch + jnp.uint32(i))) for i in (0, 1)
-    )
-    now = permuted(jnp.minimum(start + offsets, jnp.uint32(num - 1)), num, words)
-    late = jnp.where(offsets < left, jnp.zeros_like(offsets), offsets - left)
-    rows = jnp.where(offsets < left, now, permuted(late, num, after))
+    here = offsets < left
+    index = jnp.where(here, start + offsets, offsets - left)
+    words = epoch_words(salt, epoch), epoch_words(salt, epoch + jnp.uint32(1))
+    words = jnp.where(here[None, None, :], *(x[:, :, None] for x in words))
+    rows = permuted(index, num, words)
     return jax.tree.map(lambda x: x[rows], taps)
 
 

@@ -11,11 +11,8 @@ permutation, unless ``num`` is a handful; five are made.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-
-from toyfeat.types import Array
 
 ROUNDS = 5
 WORDS = 6  # of a round: two hashes of three
@@ -28,9 +25,11 @@ def host_words(*entropy: int) -> np.ndarray:
     return state.astype(np.uint32).reshape(ROUNDS, WORDS)
 
 
-def device_words(key: Array) -> Array:
-    """``[ROUNDS, WORDS]`` random words of a key."""
-    return jax.random.bits(key, (ROUNDS, WORDS), jnp.uint32)
+def epoch_words(salt: Any, epoch: Any) -> Any:
+    """``[ROUNDS, WORDS]`` words of two random ones and an epoch, cheap to compile."""
+    counter = np.arange(ROUNDS * WORDS, dtype=np.uint32).reshape(ROUNDS, WORDS)
+    counter = counter + epoch * np.uint32(ROUNDS * WORDS)
+    return _scrambled(_scrambled(counter ^ salt[0]) + salt[1])
 
 
 def permuted(index: Any, num: int, words: Any) -> Any:
@@ -59,3 +58,10 @@ def _hashed(x: Any, word: Any, block: np.uint32, shift: np.uint32) -> Any:
     x = x ^ (x >> shift)
     x = (x * (word[2] | one)) & mask
     return x ^ (x >> shift)
+
+
+def _scrambled(x: Any) -> Any:
+    """The finaliser of MurmurHash3, a bijection of 32 bits."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))

@@ -1,0 +1,302 @@
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+import textwrap
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from toyfeat.data.store import open_store, shard_taps, store_size, verify_store
+from toyfeat.data.writing import store_writer
+from toyfeat.types import Taps
+
+D, K = 3, 2
+
+
+def some_taps(rows, readouts=K, start=0):
+    rng = np.random.default_rng([7, start, rows])
+    acts = rng.standard_normal((rows, D)).astype(np.float32)
+    grads = None
+    if readouts:
+        grads = rng.standard_normal((rows, readouts, D)).astype(np.float32)
+    return Taps(acts, grads, rng.random(rows).astype(np.float32))
+
+
+def joined(parts):
+    return Taps(
+        *(
+            None if x[0] is None else np.concatenate([np.asarray(y) for y in x])
+            for x in zip(*parts, strict=True)
+        )
+    )
+
+
+def contents(store):
+    return joined([shard_taps(store, i) for i in range(len(store.shards))])
+
+
+def same(found, wanted):
+    for x, y in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("calls", [(1, 2, 3), (25,), (0, 10, 10), (7, 0, 23, 1)])
+@pytest.mark.parametrize("readouts", [None, K])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_come_back_in_order(calls, readouts, dtype, tmp_path):
+    parts = [some_taps(n, readouts, i) for i, n in enumerate(calls)]
+    settings = {"dim": D, "readouts": readouts, "dtype": dtype, "rows_per_shard": 10}
+    about = {"model": "toy", "site": "mlp"}
+    with store_writer(tmp_path / "a" / "b", **settings, metadata=about) as writer:
+        for part in parts:
+            writer.append(Taps(*(x if x is None else jnp.asarray(x) for x in part)))
+        assert writer.rows == sum(calls)
+    store = open_store(tmp_path / "a" / "b")
+    verify_store(store.path)
+    assert store.rows == sum(calls)
+    assert store.metadata == about
+    assert [s.rows for s in store.shards[:-1]] == [10] * (len(store.shards) - 1)
+    wanted = joined(parts)
+    kind = np.dtype(jnp.dtype(dtype))
+    cast = [None if x is None else x.astype(kind) for x in wanted[:2]]
+    same(contents(store), (*cast, wanted.weights))
+    assert contents(store).acts.dtype == kind
+    assert not list(store.path.glob("*.tmp"))
+
+
+def test_the_layout_is_what_is_documented(tmp_path):
+    taps = some_taps(5)
+    with store_writer(tmp_path, dim=D, readouts=K, rows_per_shard=8) as writer:
+        writer.append(taps)
+    about = json.loads((tmp_path / "store.json").read_text())
+    assert about["format"] == "toyfeat store"
+    (shard,) = about["shards"]
+    raw = (tmp_path / shard["file"]).read_bytes()
+    assert hashlib.sha256(raw).hexdigest() == shard["sha256"]
+    at = 0
+    for x in taps:
+        block = x.astype("<f4").tobytes()
+        assert raw[at : at + len(block)] == block
+        at += -(-len(block) // 64) * 64
+    assert len(raw) == at
+    mapped = shard_taps(open_store(tmp_path), 0)
+    with pytest.raises(ValueError, match="read-only"):
+        mapped.acts[0] = 0
+
+
+@pytest.mark.parametrize("rows", [0, 9, 10, 35])
+@pytest.mark.parametrize("readouts", [None, 1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_size_is_known_before(rows, readouts, dtype, tmp_path):
+    shape = {"dim": D, "readouts": readouts, "dtype": dtype, "rows_per_shard": 10}
+    with store_writer(tmp_path, **shape) as writer:
+        writer.append(some_taps(rows, readouts))
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.bin"))
+    assert store_size(rows, **shape) == size
+
+
+def test_stops_leave_no_trace(tmp_path):
+    settings = {"dim": D, "readouts": K, "rows_per_shard": 10}
+    taps = some_taps(47)
+    with store_writer(tmp_path / "once", **settings) as writer:
+        writer.append(taps)
+    for size in (4, 3, 10, 0, 12, 18):
+        with store_writer(tmp_path / "often", **settings) as writer:
+            start = writer.rows
+            writer.append(Taps(*(x[start : start + size] for x in taps)))
+        verify_store(tmp_path / "often")
+        assert open_store(tmp_path / "often").rows == start + size
+    same_files(tmp_path / "once", tmp_path / "often")
+
+
+def same_files(one, other):
+    names = sorted(file.name for file in one.iterdir())
+    assert names == sorted(file.name for file in other.iterdir())
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_writer_that_is_dropped_loses_only_what_filled_no_shard(tmp_path):
+    settings = {"dim": D, "readouts": K, "rows_per_shard": 10}
+    writer = store_writer(tmp_path, **settings)
+    writer.append(some_taps(25))
+    assert writer.rows == 25
+    del writer
+    assert open_store(tmp_path).rows == 20
+    (tmp_path / "shard-000002-10.bin").write_bytes(b"renamed, not recorded")
+    (tmp_path / "shard-000003-10.bin.tmp").write_bytes(b"half")
+    with store_writer(tmp_path, **settings) as writer:
+        assert writer.rows == 20
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import numpy as np
+from toyfeat.data.store import open_store, verify_store
+from toyfeat.data.writing import store_writer
+from toyfeat.types import Taps
+
+ROWS, SETTINGS = 400, {"dim": 3, "readouts": 1, "rows_per_shard": 10}
+acts = np.arange(ROWS * 3, dtype=np.float32).reshape(ROWS, 3)
+TAPS = Taps(acts, -acts[:, None], acts[:, 0])
+
+
+def collect(path):
+    with store_writer(path, **SETTINGS) as writer:
+        while writer.rows < ROWS:
+            at = writer.rows
+            writer.append(Taps(*(x[at : at + 7] for x in TAPS)))
+
+
+random.seed(int(sys.argv[2]))
+path, kills, seen = Path(sys.argv[1]) / "killed", 0, set()
+collect(path.with_name("once"))
+while True:
+    child = os.fork()
+    if child == 0:
+        collect(path)
+        os._exit(0)
+    if kills < 25:
+        time.sleep(random.uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+    kills += 1
+    _, status = os.waitpid(child, 0)
+    if (path / "store.json").exists():
+        store = open_store(path)
+        verify_store(path)
+        seen.add(store.rows)
+    if status == 0:
+        break
+    assert os.WIFSIGNALED(status), status
+    assert all(s.rows == 10 for s in store.shards) if seen else True
+print(kills, len(seen))
+"""
+
+
+def test_killed_at_any_moment_it_goes_on_bit_by_bit(tmp_path):
+    script = textwrap.dedent(KILLED)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    kills, stages = map(int, done.stdout.split())
+    assert kills > 3
+    assert stages > 2
+    same_files(tmp_path / "once", tmp_path / "killed")
+
+
+def test_a_full_disk_is_told_and_harms_nothing(tmp_path):
+    settings = {"dim": 100, "rows_per_shard": 200}
+    taps = Taps(np.ones((500, 100)), None, np.ones(500))
+    writer = store_writer(tmp_path, **settings)
+    writer.append(Taps(*(None if x is None else x[:250] for x in taps)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError,
+            match=r"could not write 80832 bytes of shard-000001-200.bin .* "
+            r"bytes are free\); the 200 rows of earlier shards are whole",
+        ):
+            writer.append(Taps(*(None if x is None else x[250:] for x in taps)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    verify_store(tmp_path)
+    assert open_store(tmp_path).rows == 200
+    assert not list(tmp_path.glob("*.tmp"))
+    with pytest.raises(ValueError, match="writer is closed; call store_writer"):
+        writer.append(taps)
+    writer.close()
+    with store_writer(tmp_path, **settings) as writer:
+        assert writer.rows == 200
+
+
+def test_other_settings_are_refused(tmp_path):
+    good = {"dim": D, "readouts": K, "rows_per_shard": 10, "metadata": {"site": "mlp"}}
+    store_writer(tmp_path, **good).close()
+    store_writer(tmp_path, **good).close()
+    for name, value in {
+        "dim": 4,
+        "readouts": None,
+        "rows_per_shard": 11,
+        "dtype": "bfloat16",
+        "metadata": {"site": "attn"},
+    }.items():
+        with pytest.raises(ValueError, match=f"was begun with {name} = .*, got "):
+            store_writer(tmp_path, **(good | {name: value}))
+    for name, value, match in (
+        ("dim", 0, "dim must be an int above 0, got 0"),
+        ("readouts", 1.5, "readouts must be an int above 0, got 1.5"),
+        ("rows_per_shard", -1, "rows_per_shard must be an int above 0"),
+        ("dtype", "float16", "dtype must be one of .*'bfloat16'.*, got 'float16'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            store_writer(tmp_path / "new", **(good | {name: value}))
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="rows must not be negative, got -1"):
+        store_size(-1, dim=3)
+
+
+def test_only_one_writer_at_a_time(tmp_path):
+    with (
+        store_writer(tmp_path, dim=D),
+        pytest.raises(BlockingIOError, match=r"another writer has .* open"),
+    ):
+        store_writer(tmp_path, dim=D)
+    store_writer(tmp_path, dim=D).close()
+
+
+def test_taps_of_another_kind_are_refused(tmp_path):
+    with store_writer(tmp_path, dim=D, readouts=K) as writer:
+        acts, grads, weights = some_taps(5)
+        for taps, match in (
+            (Taps(acts[:, :2], grads, weights), r"\(\(5, 3\), \(5, 2, 3\), \(5,\)\)"),
+            (Taps(acts, None, weights), r"got \(\(5, 3\), None, \(5,\)\)"),
+            (Taps(acts, grads[:, :1], weights), r"got .*\(5, 1, 3\)"),
+            (Taps(acts, grads, weights[:4]), r"\(4,\)"),
+            (Taps(np.float32(0), grads, weights), "wants acts, grads, weights"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                writer.append(taps)
+        with pytest.raises(TypeError, match="acts must be floating-point, got int32"):
+            writer.append(Taps(acts.astype(np.int32), grads, weights))
+        assert writer.rows == 0
+
+
+def test_damage_is_found_and_named(tmp_path):
+    settings = {"dim": D, "readouts": K, "rows_per_shard": 10}
+    with store_writer(tmp_path, **settings) as writer:
+        writer.append(some_taps(25))
+    files = [tmp_path / shard.file for shard in open_store(tmp_path).shards]
+    whole = [file.read_bytes() for file in files]
+    for i in (1, 2):
+        files[i].write_bytes(whole[i][:40] + b"\x55" + whole[i][41:])
+    open_store(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"2 of 3 shards .*: shard-000001-10.bin, shard-000002-5.bin"
+    ):
+        verify_store(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"shard-000002-5\.bin is not what was written"
+    ):
+        store_writer(tmp_path, **settings)
+    files[1].write_bytes(whole[1][:-1])
+    with pytest.raises(ValueError, match=r"must have 448 bytes for 10 rows, got 447"):
+        open_store(tmp_path)
+    files[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard .*000001-10.bin is missing"):
+        open_store(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no .*store.json"):
+        open_store(tmp_path / "elsewhere")
+    saved = json.loads((tmp_path / "store.json").read_text())
+    (tmp_path / "store.json").write_text(json.dumps(saved | {"version": 2}))
+    with pytest.raises(ValueError, match=r"of version 1, .* version 2"):
+        open_store(tmp_path)

@@ -1,0 +1,1 @@
+"""Where examples come from: synthetic worlds, stores on disk, mixing buffers."""

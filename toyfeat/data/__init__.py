@@ -14,7 +14,7 @@ from toyfeat.data.config import (
     ZipfianFiring,
 )
 from toyfeat.data.files import load_synthetic_model, save_synthetic_model
-from toyfeat.data.sampling import world_batch, world_codes
+from toyfeat.data.sampling import world_acts, world_batch, world_codes
 from toyfeat.data.world import World, synth_sae_bench, synthetic_world
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "save_synthetic_model",
     "synth_sae_bench",
     "synthetic_world",
+    "world_acts",
     "world_batch",
     "world_codes",
 ]

@@ -230,8 +230,8 @@ def _built(kind: Any, fields: dict[str, Any]) -> Any:
     strange = set(fields) - set(kind._fields)
     if strange:
         raise ValueError(
-            f"load_synthetic_model: {kind.__name__} has no {sorted(strange)}; known are "
-            f"{', '.join(kind._fields)}"
+            f"load_synthetic_model: {kind.__name__} has no {sorted(strange)}; known "
+            f"are {', '.join(kind._fields)}"
         )
     return kind(**fields)
 
@@ -275,8 +275,8 @@ def _of_nodes(roots: list[dict[str, Any]], num: int) -> Hierarchy:
         if feature is not None:
             if feature in seen or not 0 <= feature < num:
                 raise ValueError(
-                    f"load_synthetic_model: feature_index {feature} appears twice or is "
-                    f"not in 0 .. {num - 1}"
+                    f"load_synthetic_model: feature_index {feature} appears twice or "
+                    f"is not in 0 .. {num - 1}"
                 )
             seen.add(feature)
             parents[feature], scaled[feature] = parent, scales and parent >= 0

@@ -98,8 +98,8 @@ def check_hierarchy(config: HierarchyConfig) -> None:
     for name, bad in wrong.items():
         if bad:
             raise ValueError(
-                f"synthetic_world: hierarchy has {name}={getattr(config, name)}; wanted "
-                "at least 1 root, 2 children and depth 1, and a portion in [0, 1]"
+                f"synthetic_world: hierarchy has {name}={getattr(config, name)}; "
+                "wanted 1 root, 2 children and depth 1 at least, a portion in [0, 1]"
             )
 
 

@@ -22,6 +22,7 @@ from toyfeat.data.config import (
 from toyfeat.data.hierarchy import Hierarchy, compensation, grown, hierarchy
 from toyfeat.types import Array
 
+_ZIPFIAN = ZipfianFiring()
 _LEAST_OWN = 0.01  # of a feature's variance in the copula, that no other shares
 
 
@@ -57,7 +58,7 @@ def synthetic_world(
     features: int,
     dim: int,
     *,
-    firing_probability: Firing = ZipfianFiring(),
+    firing_probability: Firing = _ZIPFIAN,
     hierarchy: HierarchyConfig | None = None,
     orthogonalization: OrthogonalizationConfig | None = None,
     correlation: CorrelationConfig | None = None,

@@ -20,9 +20,10 @@ from toyfeat.data.config import (
     RandomFiring,
     WorldConfig,
     ZipfianFiring,
+    magnitudes,
 )
 from toyfeat.data.hierarchy import Hierarchy, hierarchy
-from toyfeat.data.world import World, assembled
+from toyfeat.data.world import World, assembled, firing
 
 _CONFIG, _WEIGHTS = "synthetic_model_config.json", "synthetic_model.safetensors"
 _HIERARCHY = "hierarchy.json"
@@ -150,19 +151,17 @@ def _checked(world: World) -> WorldConfig:
             "save_synthetic_model: wanted a world with its configuration, got config="
             "None; make it with synthetic_world or load_synthetic_model"
         )
-    again = assembled(
-        config,
-        world.feature_vectors,
-        world.bias,
-        np.asarray(world.firing_probabilities),
-        None,
-        world.hierarchy,
-    )
-    for name in ("mean_firing_magnitudes", "std_firing_magnitudes"):
-        if not np.array_equal(getattr(again, name), getattr(world, name)):
+    probabilities, _ = firing(config)
+    wanted = {
+        "firing_probabilities": probabilities,
+        "mean_firing_magnitudes": magnitudes(config, "mean_firing_magnitudes"),
+        "std_firing_magnitudes": magnitudes(config, "std_firing_magnitudes"),
+    }
+    for name, values in wanted.items():
+        if not np.allclose(getattr(world, name), values, rtol=1e-4, atol=1e-6):
             raise ValueError(
-                f"save_synthetic_model: {name} are not those of world.config, and the "
-                "format has no place for them"
+                f"save_synthetic_model: {name} are not those of world.config, which is "
+                "all that the format has for them"
             )
     return config
 
@@ -180,7 +179,8 @@ def _check_shapes(config: WorldConfig, tensors: dict[str, np.ndarray]) -> None:
 
 
 def _as_json(config: WorldConfig) -> dict[str, Any]:
-    names = {kind: name for name, kind in (_FIRING | _MAGNITUDE).items()}
+    pairs = (*_FIRING.items(), *_MAGNITUDE.items())
+    names = {kind: name for name, kind in pairs}
 
     def plain(value: Any) -> Any:
         if not hasattr(value, "_asdict"):

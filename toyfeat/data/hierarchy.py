@@ -109,8 +109,11 @@ def hierarchy(parents: np.ndarray, groups: np.ndarray, scaled: np.ndarray) -> Hi
     Raises:
       ValueError: if a feature is its own ancestor.
     """
-    depth = depths(parents)
-    levels = []
+    depth, levels = depths(parents), []
+    members = np.flatnonzero(groups >= 0)  # numbered by their first members
+    order = {g: i for i, g in enumerate(dict.fromkeys(groups[members].tolist()))}
+    groups = np.array(groups)
+    groups[members] = [order[group] for group in groups[members]]
     for at in range(int(depth.max(initial=0)) + 1):
         here = np.flatnonzero(depth == at)
         if at == 0:  # roots and features outside every tree

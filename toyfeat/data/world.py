@@ -249,7 +249,8 @@ def apart(vectors: Array, config: OrthogonalizationConfig) -> Array:
         return vectors + change, state
 
     start = vectors, optimizer.init(vectors)
-    return _unit(jax.lax.fori_loop(0, config.num_steps, step, start)[0])
+    with jax.numpy_dtype_promotion("standard"):  # as optax is written
+        return _unit(jax.lax.fori_loop(0, config.num_steps, step, start)[0])
 
 
 def _copula(

@@ -7,6 +7,7 @@ import pytest
 import toyfeat as tf
 
 PINNED = [
+    "data",
     "fit",
     "load_tree",
     "save_tree",

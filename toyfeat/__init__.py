@@ -5,6 +5,7 @@ the functions; import from the modules of the same name with ``from toyfeat.tap
 import ...``.
 """
 
+from toyfeat import data
 from toyfeat.ablation import ablation_curve, edge_ablation, edges_needed
 from toyfeat.checkpoint import load_tree, save_tree
 from toyfeat.decompose import (
@@ -115,6 +116,7 @@ __all__ = [
     "check_no_mixing",
     "check_taps",
     "controllers",
+    "data",
     "decode",
     "dictionary_objective",
     "edge_ablation",

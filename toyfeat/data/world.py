@@ -168,12 +168,14 @@ def assembled(
                 "synthetic_world: scale_children_by_parent wants parents with mean "
                 f"magnitudes above 0, got {mean[scaling].min()}"
             )
-    per_feature = (probabilities, mean, magnitudes(config, "std_firing_magnitudes"))
+    std = magnitudes(config, "std_firing_magnitudes")
     factor, diag = (None, None) if shared is None else shared
     return World(
         vectors,
         bias,
-        *(jnp.asarray(x, jnp.float32) for x in per_feature),
+        jnp.asarray(probabilities, jnp.float32),
+        jnp.asarray(mean, jnp.float32),
+        jnp.asarray(std, jnp.float32),
         factor,
         diag,
         trees,

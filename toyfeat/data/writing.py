@@ -271,7 +271,11 @@ def _check_taps(store: Store, taps: Taps) -> None:
     rows = taps.acts.shape[0] if taps.acts.ndim else 0
     grads = None if store.readouts is None else (rows, store.readouts, store.dim)
     wanted = (rows, store.dim), grads, (rows,)
-    found = tuple(None if x is None else x.shape for x in taps)
+    if taps.targets is not None:
+        raise ValueError(
+            "append: a store holds one site; write targets to a store of their own"
+        )
+    found = tuple(None if x is None else x.shape for x in taps[:3])
     if found != wanted:
         raise ValueError(
             f"append: the store wants acts, grads, weights of shapes {wanted}, got "

@@ -43,12 +43,18 @@ class Feed(NamedTuple):
     restore: Callable[[Any], Any] | None
 
 
+def _called(batches: Callable[[Array], Taps], step: Array) -> Taps:
+    return batches(step)
+
+
 def feed_of(batches: ArrayBatches | Callable[[int], Taps]) -> Feed:
     """Batches of either kind as one.
 
     Raises:
       TypeError: if they are not batches.
     """
+    if isinstance(batches, jax.tree_util.Partial):  # of toyfeat.data.array_batches
+        batches = ArrayBatches(_called, batches)
     if isinstance(batches, ArrayBatches):
         data = jax.device_put(batches.data)  # once, not with every chunk
         shapes = jax.eval_shape(batches.take, data, jax.ShapeDtypeStruct((), jnp.int32))

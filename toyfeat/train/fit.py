@@ -59,9 +59,10 @@ def fit(
     Args:
       trainer: as of :func:`toyfeat.trainer`.
       state: where to start, one member or a population; it stays usable.
-      batches: :class:`toyfeat.ArrayBatches`, made on the device inside the compiled
-        loop, or a function of the step on the host, called for the next chunk while
-        the device works on this one, whose arrays keep their shapes.  If it has
+      batches: :func:`toyfeat.data.array_batches` or :class:`toyfeat.ArrayBatches`,
+        made on the device inside the compiled loop, or a function of the step on the
+        host, called for the next chunk while the device works on this one, whose
+        arrays keep their shapes.  If it has
         ``state()`` and ``restore(state)``, JSON values, these go into checkpoints.
       steps: updates in all, those before the start included.
       directory: gets ``checkpoint/`` and ``metrics.jsonl``, one line per chunk with

@@ -24,7 +24,7 @@ class Config:
     """What is trained."""
 
     seeds: int = 5
-    steps: int = 6000
+    steps: int = 3000
 
 
 def main(config: Config) -> None:

@@ -120,7 +120,7 @@ def test_positions_of_a_row_are_uniform_over_epochs(window, tmp_path):
     store = a_store(tmp_path, rows, 6)
     batches = store_batches(store, batch=4, seed=1, window=window)
     table = np.zeros((rows, 9))
-    epochs = 180
+    epochs = 90
     for step in range(9 * epochs):
         table[ids_of(batches(step)), step % 9] += 1
     assert (table.sum(1) == epochs).all()

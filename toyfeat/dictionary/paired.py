@@ -26,8 +26,10 @@ def paired(dim: int, latents: int, k: int, *, decoder_norm: float = 0.1) -> Dict
 
     With codes :math:`f = \max(0, (a - b_{dec}) W_{enc} + b_{enc})` and
     :math:`h_k = g_k P`, the ``k`` latents of the largest
-    :math:`f_j^2 |w_j|^2 + \frac 1 K \sum_k h_{kj}^2 |r_j|^2` reconstruct both,
+    :math:`f_j^2 |w_j|^2 \sum_k h_{kj}^2 |r_j|^2` reconstruct both,
     :math:`\hat a = b_{dec} + \sum_j f_j w_j` and :math:`\hat g_k = \sum_j h_{kj} r_j`.
+    The product asks for a latent that is in the activation *and* in the gradients: a
+    sum lets one latent write a feature and another read it.
     Activations and gradients have to be in units of their root mean square, which
     :func:`toyfeat.trainer` sees to; train with :func:`toyfeat.dictionary_objective`.
 
@@ -100,7 +102,7 @@ def _forward(
     score = jax.nn.relu(pre) ** 2 * jnp.sum(rows**2, axis=1)[None, :]
     if grads is not None:
         sizes = jnp.mean((grads @ params["P"]) ** 2, axis=1)
-        score = score + sizes * jnp.sum(readers**2, axis=1)[None, :]
+        score = score * sizes * jnp.sum(readers**2, axis=1)[None, :]
     assert config.k is not None  # of_config checked
     index, here = best_of_each(score, config.k)
     if k is not None:

@@ -20,7 +20,7 @@ class Setting(NamedTuple):
 
     latents: int = 40
     k: int = 2
-    steps: int = 6000
+    steps: int = 3000
     batch: int = 1024
     examples: int = 100_000
     learning_rate: float = 1e-3

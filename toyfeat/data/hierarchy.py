@@ -121,8 +121,13 @@ def hierarchy(parents: np.ndarray, groups: np.ndarray, scaled: np.ndarray) -> Hi
         sets = [here[groups[here] == g] for g in np.unique(groups[here]) if g >= 0]
         levels.append(_level(here, parents, sets))
     trees = _complete(parents, groups, depth)
-    index = tuple(jnp.asarray(x, jnp.int32) for x in (parents, groups))
-    return Hierarchy(*index, jnp.asarray(scaled, bool), tuple(levels), trees)
+    return Hierarchy(
+        jnp.asarray(parents, jnp.int32),
+        jnp.asarray(groups, jnp.int32),
+        jnp.asarray(scaled, bool),
+        tuple(levels),
+        trees,
+    )
 
 
 def depths(parents: np.ndarray) -> np.ndarray:

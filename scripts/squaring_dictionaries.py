@@ -7,7 +7,11 @@ the writers, one of gradients (of half the squared norm of the output) the reade
 a paired dictionary finds both under one index, which two dictionaries trained apart
 do not have.  Coverage, five networks, about a minute each on two CPU cores:
 
-MEASURED
+    median                                 writers  readers
+    dictionary of activations                 .998
+    dictionary of gradients                            .999
+    paired, one assignment                    .998     .999
+    the two apart, by index                   .702     .509
 """
 
 import json

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.dictionary.kernels import affine, scattered, taken, weighted_rows
-from toyfeat.dictionary.selection import best_of_each, cut_of_batch, jumped
+from toyfeat.dictionary.selection import best_of_each, cut_of_batch, first_of, jumped
 from toyfeat.types import Array, Dictionary, DictionaryConfig, Forward, Params
 
 BY_BATCH = ("batchtopk", "matryoshka_batchtopk")
@@ -173,7 +173,7 @@ def _of_few(
     assert config.k is not None  # _check
     index, here = best_of_each(score, config.k)
     if k is not None:
-        here = here & (jnp.arange(config.k)[None, :] < jnp.asarray(k, jnp.int32))
+        here = here & first_of(config.k, k)
     bias, origin = params["b_enc"], _origin(config, params)
     values = taken(acts, origin, params["W_enc"], bias, pre, index)
     if name != "abstopk":

@@ -17,7 +17,7 @@ from toyfeat.dictionary.kernels import (
     taken,
     weighted_rows,
 )
-from toyfeat.dictionary.selection import best_of_each
+from toyfeat.dictionary.selection import best_of_each, first_of
 from toyfeat.types import Array, Dictionary, DictionaryConfig, Forward, Params
 
 
@@ -106,7 +106,7 @@ def _forward(
     assert config.k is not None  # of_config checked
     index, here = best_of_each(score, config.k)
     if k is not None:
-        here = here & (jnp.arange(config.k)[None, :] < k)
+        here = here & first_of(config.k, k)
     values = taken(acts, origin, params["W_enc"], params["b_enc"], pre, index)
     values = jnp.where(here, jax.nn.relu(values), jnp.zeros_like(values))
     recon = weighted_rows(values, index, rows) + origin[None, :]

@@ -16,6 +16,12 @@ def best_of_each(score: Array, k: int) -> tuple[Array, Array]:
     return index, jnp.isfinite(top)
 
 
+def first_of(most: int, fewer: Array) -> Array:
+    """Which of ``most`` places ``[1, most]`` are among the first ``fewer``."""
+    places = jnp.arange(most, dtype=jnp.int32)[None, :]
+    return places < jnp.asarray(fewer, jnp.int32)
+
+
 def cut_of_batch(codes: Array, k: int, fewer: Array | None) -> Array:
     """The ``k N``-th largest of all ``codes [N, M] >= 0``.
 

@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import toyfeat as tf
+
+D, M, N, P = 6, 24, 64, 3
+KINDS = {
+    "standard": (lambda: tf.standard(D, M), {"sparsity": [0.1, 0.5, 2.0]}),
+    "topk": (lambda: tf.topk(D, M, 5), {"k": [2, 3, 5]}),
+    "batch": (lambda: tf.batch_topk(D, M, 4), {"learning_rate": [1e-4, 1e-3, 1e-2]}),
+    "jump": (lambda: tf.jump_relu(D, M), {"target": [2.0, 4.0, 8.0]}),
+    "gated": (lambda: tf.gated(D, M), {"clip": [0.1, 1.0, 10.0]}),
+    "paired": (lambda: tf.paired(D, M, 3), {"k": [1, 2, 3]}),
+}
+
+
+def trained(kind, steps, group=None):
+    make, hyper = KINDS[kind]
+    sae = make()
+    objective = tf.dictionary_objective(sae, sparsity=0.3)
+    control = tf.controllers.target_l0(4.0) if "target" in hyper else None
+    one = tf.trainer(sae, objective, controller=control, warm_up=5, dead_after=7)
+    many = tf.population(one, group=group)
+    keys = jax.random.split(jax.random.key(3), P)
+    float_type = jnp.zeros(()).dtype
+    rng = np.random.default_rng(0)
+    acts = jnp.asarray(rng.normal(size=(steps, N, D)) ** 3, float_type)
+    grads = jnp.asarray(rng.normal(size=(steps, N, 1, D)), float_type)
+    data = tf.Taps(acts, grads, jnp.ones((steps, N), float_type))
+    values = {name: jnp.asarray(v, float_type) for name, v in hyper.items()}
+
+    def run(trainer, state):
+        return jax.jit(lambda s: jax.lax.scan(trainer.update, s, data))(state)
+
+    together = run(many, many.init(keys, **values))
+    alone = [
+        run(one, one.init(keys[i], **{n: v[i] for n, v in values.items()}))
+        for i in range(P)
+    ]
+    return together, alone
+
+
+def compare(together, alone, tolerance):
+    for i, (state, metrics) in enumerate(alone):
+        mine = jax.tree.map(lambda x, i=i: x[i], together[0])
+        for name in ("params", "opt_state", "running", "controller"):
+            a, b = getattr(mine, name), getattr(state, name)
+            for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+                np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(
+            together[1]["loss"][:, i], metrics["loss"], rtol=tolerance
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_member_is_what_it_would_be_alone(kind):
+    compare(*trained(kind, 20), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["topk", "jump"])
+def test_and_stays_so_for_long_in_double_precision(kind):
+    with jax.enable_x64(True):
+        compare(*trained(kind, 200), 1e-9)
+
+
+def test_groups_change_nothing():
+    together, alone = trained("standard", 5, group=1)
+    compare(together, alone, 1e-5)
+
+
+def test_members_differ():
+    (state, _), _ = trained("standard", 5)
+    rows = np.asarray(state.params["W_dec"])
+    assert np.abs(rows[0] - rows[1]).max() > 1e-2
+
+
+def test_errors():
+    sae = tf.topk(D, M, 4)
+    many = tf.population(tf.trainer(sae, tf.dictionary_objective(sae)))
+    keys = jax.random.split(jax.random.key(0), 3)
+    with pytest.raises(ValueError, match=r"one per key \(3\), got shape \(2,\)"):
+        many.init(keys, k=jnp.array([1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"k must be in 1 \.\. 4"):
+        many.init(keys, k=jnp.array([1.0, 2.0, 5.0]))
+    with pytest.raises(ValueError, match="unknown hyper-parameters"):
+        many.init(keys, learning=1.0)
+    grouped = tf.population(tf.trainer(sae, tf.dictionary_objective(sae)), group=2)
+    taps = tf.Taps(jnp.ones((4, D)), None, jnp.ones(4))
+    with pytest.raises(ValueError, match="group 2 does not divide 3"):
+        grouped.update(grouped.init(keys), taps)

@@ -148,7 +148,8 @@ class Dictionary(NamedTuple):
         ``train`` where it acts otherwise in training, ``k`` to keep fewer codes.
       decode: ``(params, codes [N, M]) -> [N, D]``.
       forward: ``(params, acts, *, grads=None, k=None) -> Forward``, codes and
-        reconstruction together, as in training.
+        reconstruction together, as in training; with ``weights=`` too where codes
+        are chosen over a batch, from which an example of weight 0 is left out.
       config: what it is.
     """
 

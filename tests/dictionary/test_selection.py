@@ -38,6 +38,12 @@ def test_the_cut_is_that_of_a_sort(kind):
         assert got == largest(codes, int(12 * fewer))
 
 
+def test_fewer_examples_have_fewer_codes():
+    codes = codes_of("plain").at[5:].set(0)
+    assert cut_of_batch(codes, 2, None, jnp.asarray(5)) == largest(codes, 10)
+    assert cut_of_batch(0 * codes, 2, None, jnp.asarray(0)) == 0
+
+
 def test_the_cut_of_doubles_is_that_of_a_sort():
     with jax.enable_x64(True):
         codes = jnp.asarray(np.random.default_rng(0).uniform(size=(9, 50)))

@@ -107,8 +107,9 @@ def _forward(
     *,
     grads: Array | None = None,
     k: Array | None = None,
+    weights: Array | None = None,
 ) -> Forward:
-    values, index, hidden = _values(config, params, acts, grads, k)
+    values, index, hidden = _values(config, params, acts, grads, k, weights)
     if index is None:
         recon = values @ params["W_dec"]
     else:
@@ -132,6 +133,7 @@ def _values(
     acts: Array,
     grads: Array | None,
     k: Array | None,
+    weights: Array | None = None,
 ) -> tuple[Array, Array | None, Array]:
     """Codes in units of ``W_dec``, where they are, and what decided it."""
     pre = _pre(config, params, acts)
@@ -146,8 +148,11 @@ def _values(
         return jumped(pre, params["threshold"], config.bandwidth), None, pre
     values = jax.nn.relu(pre)
     if config.architecture in BY_BATCH and config.k is not None:
-        codes = values * _units(config, params)[None, :]
-        above = codes >= cut_of_batch(codes, config.k, k)
+        codes, num = values * _units(config, params)[None, :], None
+        if weights is not None:
+            codes = codes * jnp.sign(weights)[:, None]
+            num = jnp.sum(weights > 0)
+        above = codes >= cut_of_batch(codes, config.k, k, num)
         values = jnp.where(above, values, jnp.zeros_like(values))
     return values, None, pre
 

@@ -22,15 +22,19 @@ def first_of(most: int, fewer: Array) -> Array:
     return places < jnp.asarray(fewer, jnp.int32)
 
 
-def cut_of_batch(codes: Array, k: int, fewer: Array | None) -> Array:
-    """The ``k N``-th largest of all ``codes [N, M] >= 0``.
+def cut_of_batch(
+    codes: Array, k: int, fewer: Array | None, num: Array | None = None
+) -> Array:
+    """The ``k num``-th largest of all ``codes [N, M] >= 0``, ``num`` at most ``N``.
 
     It is sought among the largest few of each example first; where one of them may
     have more than that above the cut, among all.
     """
     codes = jax.lax.stop_gradient(codes)
-    num, latents = codes.shape
-    wanted = jnp.asarray(num * (k if fewer is None else fewer), jnp.int32)
+    latents = codes.shape[1]
+    each = jnp.asarray(k if fewer is None else fewer, jnp.float32)
+    wanted = each * jnp.asarray(len(codes) if num is None else num, jnp.float32)
+    wanted = jnp.maximum(wanted.astype(jnp.int32), 1)
     few = _CANDIDATES * k
     if latents < 2 * few:
         return _cut(codes, wanted)

@@ -72,7 +72,7 @@ def update(
         pace = jnp.asarray(recipe.schedule(state.step), norm.dtype)
         changes = jax.tree.map(lambda x: pace * x, changes)
     params: Params = optax.apply_updates(mine, changes)
-    params = params | _averaged(recipe, parts, rest)
+    params = _allowed(params) | _averaged(recipe, parts, rest)
     metrics = {"loss": total, **values, **_measured(parts), "grad_norm": norm}
     running, effects = _counted(state, parts)
     metrics |= effects | {"dead": jnp.sum(running["silent"] >= recipe.dead_after)}
@@ -87,6 +87,8 @@ def _slopes(recipe: Recipe, state: TrainState, batch: Scaled) -> Any:
     mine, rest = learned(state.params)
     coefficients = _coefficients(recipe, state)
     dead = state.running["silent"] >= recipe.dead_after
+    by_batch = recipe.dictionary.config.architecture in BY_BATCH
+    more = {"weights": batch.weights} if by_batch else {}
     seen = 1 - _MEMORY ** state.step.astype(batch.weights.dtype)
     square = state.running["attribution_square"]
     known = (seen > 0) & (square > 0)
@@ -95,7 +97,7 @@ def _slopes(recipe: Recipe, state: TrainState, batch: Scaled) -> Any:
     def loss(mine: dict[str, Array]) -> tuple[Array, tuple[Parts, dict[str, Array]]]:
         params = {**mine, **rest}
         out = recipe.dictionary.forward(
-            params, batch.acts, grads=batch.grads, k=state.hyper.get("k")
+            params, batch.acts, grads=batch.grads, k=state.hyper.get("k"), **more
         )
         parts = Parts(
             recipe.dictionary,
@@ -162,13 +164,11 @@ def _scaled(recipe: Recipe, state: TrainState, taps: Taps) -> tuple[TrainState, 
     params = dict(state.params)
     if recipe.normalize:
         scale = jnp.where(first, _size(acts, weights), running["acts_scale"])
-        running["acts_scale"] = running["target_scale"] = scale
-        acts, target = acts / scale, target / scale
-        if taps.targets is not None:
-            scale = jnp.where(
-                first, _size(taps.targets, weights), state.running["target_scale"]
-            )
-            running["target_scale"], target = scale, taps.targets / scale
+        other = scale  # where one b_dec is in the units of both
+        if recipe.dictionary.config.d_out is not None:
+            other = jnp.where(first, _size(target, weights), running["target_scale"])
+        running["acts_scale"], running["target_scale"] = scale, other
+        acts, target = acts / scale, target / other
     if recipe.center:
         params["b_dec"] = jnp.where(first, weights @ target, params["b_dec"])
     if grads is not None:
@@ -187,8 +187,11 @@ def _scaled(recipe: Recipe, state: TrainState, taps: Taps) -> tuple[TrainState, 
 def _size(values: Array, weights: Array) -> Array:
     """Root mean square entry after centring; 1 if that is 0."""
     centred = values - (weights @ values)[None, :]
-    square = jnp.sum(weights[:, None] * centred**2) / values.shape[1]
-    return jnp.sqrt(jnp.where(square > 0, square, jnp.ones_like(square)))
+    there = jnp.where(weights[:, None] > 0, jnp.abs(centred), 0)
+    most = jnp.max(there)  # squares of what is small or large are not finite
+    most = jnp.where(most > 0, most, jnp.ones_like(most))
+    square = weights @ jnp.mean((there / most) ** 2, axis=1)
+    return most * jnp.sqrt(jnp.where(square > 0, square, jnp.ones_like(square)))
 
 
 def _clipped(most: Array, slope: Array) -> Array:
@@ -196,12 +199,20 @@ def _clipped(most: Array, slope: Array) -> Array:
     return slope * jnp.minimum(1, most / jnp.maximum(norm, 1e-30))
 
 
+def _allowed(params: Params) -> Params:
+    """A threshold below 0 would count codes that are 0."""
+    if "threshold" not in params:
+        return params
+    return {**params, "threshold": jnp.maximum(params["threshold"], 0)}
+
+
 def _averaged(recipe: Recipe, parts: Parts, rest: Params) -> Params:
     """A batch top-k's threshold follows the smallest code that was kept."""
     if recipe.dictionary.config.architecture not in BY_BATCH:
         return rest
     codes, old = parts.out.codes, rest[_THRESHOLD]
-    low = jnp.min(jnp.where(codes > 0, codes, jnp.full_like(codes, jnp.inf)))
+    there = (codes > 0) & (parts.weights > 0)[:, None]
+    low = jnp.min(jnp.where(there, codes, jnp.full_like(codes, jnp.inf)))
     new = old + recipe.threshold_rate * (low - old)
     return {_THRESHOLD: jnp.where(jnp.isfinite(low), new, old)}
 
@@ -221,7 +232,7 @@ def _counted(
         return running, {}
     few = _first(parts)
     weights = few.weights / jnp.maximum(jnp.sum(few.weights), 1e-30)
-    sizes = attributions(few)
+    sizes = attributions(few) * jnp.sign(few.weights)[:, None, None]
     latents = parts.dictionary.config.d_sae
     count, share = attribution_l0(sizes, unexplained(few), latents)
     active = jnp.maximum(jnp.sum(sizes != 0), 1).astype(sizes.dtype)
@@ -236,11 +247,12 @@ def _counted(
 
 
 def _first(parts: Parts) -> Parts:
-    """The first few examples of a batch."""
+    """The first few examples of a batch that count."""
+    few = min(_PROBED, len(parts.weights))
+    _, here = jax.lax.top_k(jnp.sign(parts.weights), few)
     rows = {"acts", "target", "grads", "weights"}
-    few = {name: getattr(parts, name)[:_PROBED] for name in rows}
-    out = jax.tree.map(lambda x: x[:_PROBED], parts.out)
-    return parts._replace(out=out, **few)
+    kept = {name: getattr(parts, name)[here] for name in rows}
+    return parts._replace(out=jax.tree.map(lambda x: x[here], parts.out), **kept)
 
 
 def _measured(parts: Parts) -> dict[str, Array]:
@@ -260,6 +272,8 @@ def _check(recipe: Recipe, taps: Taps) -> None:
             f"update: wanted taps with acts [N, {config.d_in}], got {taps.acts.shape}"
         )
     num, out = len(taps.acts), config.d_in if config.d_out is None else config.d_out
+    if taps.weights.shape != (num,):
+        raise ValueError(f"update: wanted weights [{num}], got {taps.weights.shape}")
     if config.d_out is not None and taps.targets is None:
         raise ValueError(
             f"update: a transcoder needs taps with targets [N, {out}], got none"

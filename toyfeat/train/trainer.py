@@ -126,14 +126,16 @@ def folded(dictionary: Dictionary, state: TrainState) -> Params:
       state: from its trainer, of one member.
 
     Returns:
-      Parameters with ``encode`` and ``decode`` in the units of the taps.  Codes stay
-      in scaled units, so that thresholds do.
+      Parameters with ``encode`` and ``decode`` in the units of the taps.  Codes, and
+      thresholds with them, stay in scaled units, but those of a dictionary with
+      ``rescale_acts_by_decoder_norm`` are in units of what they add.
     """
-    del dictionary
     params, scale = dict(state.params), state.running["target_scale"]
     params["W_enc"] = params["W_enc"] / state.running["acts_scale"]
     params["W_dec"] = params["W_dec"] * scale
     params["b_dec"] = params["b_dec"] * scale
+    if "topk_threshold" in params and dictionary.config.rescale_acts_by_decoder_norm:
+        params["topk_threshold"] = params["topk_threshold"] * scale
     return params
 
 
@@ -152,6 +154,7 @@ def _init(
             f"{sorted(known)}{hint}"
         )
     _check_k(dictionary, hyper)
+    _check_target(hyper)
     kind = params["W_dec"].dtype
     full = {name: jnp.asarray(hyper.get(name, x), kind) for name, x in known.items()}
     if injected:
@@ -182,3 +185,9 @@ def _check_k(dictionary: Dictionary, hyper: dict[str, Any]) -> None:
             f"trainer: k must be in 1 .. {most}, what the dictionary was made with, "
             f"got {hyper['k']}"
         )
+
+
+def _check_target(hyper: dict[str, Any]) -> None:
+    target = hyper.get("target", 1.0)
+    if not isinstance(target, Tracer) and not np.all(np.asarray(target) > 0):
+        raise ValueError(f"trainer: the target must be positive, got {target}")

@@ -1,0 +1,114 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import toyfeat as tf
+from toyfeat.dictionary.attributions import attributions, unexplained
+from toyfeat.types import Parts
+
+D, M, K, N = 5, 18, 3, 9
+ALL = {
+    "standard": lambda: tf.standard(D, M),
+    "topk": lambda: tf.topk(D, M, K),
+    "signed": lambda: tf.topk(D, M, K, signed=True),
+    "batch": lambda: tf.batch_topk(D, M, K),
+    "jump": lambda: tf.jump_relu(D, M),
+    "gated": lambda: tf.gated(D, M),
+}
+
+
+def parts_of(name, readouts):
+    sae, rng = ALL[name](), np.random.default_rng(0)
+    params = {
+        n: jnp.asarray(0.5 * rng.normal(size=x.shape), jnp.float32)
+        for n, x in sorted(sae.init(jax.random.key(0)).items())
+    }
+    acts = jnp.asarray(rng.normal(size=(N, D)), jnp.float32)
+    grads = jnp.asarray(rng.normal(size=(N, readouts, D)), jnp.float32)
+    out = jax.jit(sae.forward)(params, acts, grads=grads)
+    dead, one = jnp.zeros(M, bool), jnp.ones(())
+    weights = jnp.full(N, 1 / N)
+    return Parts(sae, params, acts, acts, out, grads, weights, dead, one, {})
+
+
+def all_codes(parts):
+    values = np.asarray(parts.out.values)
+    if parts.out.index is None:
+        return values
+    codes = np.zeros((N, M), np.float32)
+    np.put_along_axis(codes, np.asarray(parts.out.index), values, 1)
+    return codes
+
+
+@pytest.mark.parametrize("readouts", [1, 3])
+@pytest.mark.parametrize("name", ALL)
+def test_attributions_bias_and_rest_are_the_whole_first_order_effect(name, readouts):
+    parts = parts_of(name, readouts)
+    sizes, rest = attributions(parts), unexplained(parts)
+    b_dec, grads = np.asarray(parts.params["b_dec"]), np.asarray(parts.grads)
+    whole = np.einsum("nd,nkd->nk", np.asarray(parts.acts), grads)
+    got = np.asarray(sizes).sum(-1) + grads @ b_dec + np.asarray(rest)
+    np.testing.assert_allclose(got, whole, atol=2e-5)
+    rows = np.asarray(parts.params["W_dec"], np.float64)
+    full = all_codes(parts)[:, None, :] * (grads @ rows.T)
+    if parts.out.index is not None:
+        index = np.asarray(parts.out.index)[:, None, :].repeat(readouts, 1)
+        full = np.take_along_axis(full, index, 2)
+    np.testing.assert_allclose(sizes, full, atol=1e-5)
+
+
+def by_a_loop(sizes, rest, latents):
+    """The definition, word for word."""
+    sizes = sorted(np.abs(np.asarray(sizes, np.float64)), reverse=True)
+    total = sum(sizes) + abs(float(rest))
+    if total == 0:
+        return 0, 0.0
+    for count in range(len(sizes) + 1):
+        if sum(sizes[:count]) >= 0.95 * total:
+            return count, abs(float(rest)) / total
+    return latents, abs(float(rest)) / total
+
+
+def test_attribution_l0_is_its_definition():
+    rng = np.random.default_rng(2)
+    sizes = rng.normal(size=(120, M)) ** 3 * (rng.uniform(size=(120, M)) < 0.4)
+    rest = 0.3 * rng.normal(size=120) * (rng.uniform(size=120) < 0.5)
+    sizes, rest = sizes.astype(np.float32), rest.astype(np.float32)
+    count, share = jax.jit(tf.attribution_l0)(sizes, rest)
+    want = [by_a_loop(s, r, M) for s, r in zip(sizes, rest, strict=True)]
+    assert len({c for c, _ in want}) > 4
+    assert M in {c for c, _ in want}
+    np.testing.assert_array_equal(count, [c for c, _ in want])
+    np.testing.assert_allclose(share, [s for _, s in want], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rest", "want"),
+    [
+        ([0.0, 0.0, 0.0], 0.0, (0, 0.0)),  # nothing there
+        ([0.0, 0.0, 0.0], 1.0, (7, 1.0)),  # none suffices
+        ([1.0, 1.0, 1.0], -3.0, (7, 0.5)),
+        ([19.0, 0.0, 0.0], 1.0, (1, 0.05)),  # exactly 95 %
+        ([-4.0, 0.0, 0.0], 0.0, (1, 0.0)),
+        ([1.0, -1.0, 1.0], 0.0, (3, 0.0)),
+        ([1e-30, 1e-30, 0.0], 0.0, (2, 0.0)),
+        ([1e30, 1e28, 0.0], 0.0, (1, 0.0)),
+    ],
+)
+def test_attribution_l0_at_its_edges(sizes, rest, want):
+    count, share = tf.attribution_l0(jnp.asarray(sizes), jnp.asarray(rest), 7)
+    assert count == want[0]
+    np.testing.assert_allclose(share, want[1], rtol=1e-6)
+
+
+def test_the_few_latents_that_are_there_give_the_count_of_all():
+    few = parts_of("topk", 2)
+    out = few.out._replace(values=jnp.asarray(all_codes(few)), index=None)
+    many = few._replace(out=out)
+    rest = 0.01 * unexplained(few)  # little, so that counts differ
+    got = tf.attribution_l0(attributions(few), rest, M)
+    want = tf.attribution_l0(attributions(many), rest)
+    assert len(set(np.asarray(got[0]).ravel())) > 1
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4)

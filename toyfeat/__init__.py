@@ -25,6 +25,7 @@ from toyfeat.dictionary import (
     batch_topk,
     controllers,
     dictionary_objective,
+    from_basis,
     gated,
     gradient_topk,
     jump_relu,
@@ -61,7 +62,7 @@ from toyfeat.tap import (
     site_shapes,
     tap,
 )
-from toyfeat.train import fit, folded, population, trainer
+from toyfeat.train import fit, folded, population, scales, trainer
 from toyfeat.types import (
     SVD,
     Accumulator,
@@ -76,6 +77,7 @@ from toyfeat.types import (
     Moments,
     Parts,
     Probed,
+    Scales,
     SketchedMoments,
     SVDInfo,
     Taps,
@@ -103,6 +105,7 @@ __all__ = [
     "Probed",
     "Products",
     "SVDInfo",
+    "Scales",
     "SketchedMoments",
     "Taps",
     "Term",
@@ -126,6 +129,7 @@ __all__ = [
     "explanation",
     "fit",
     "folded",
+    "from_basis",
     "from_function",
     "from_linen",
     "from_nnx",
@@ -156,6 +160,7 @@ __all__ = [
     "readouts",
     "save_saelens",
     "save_tree",
+    "scales",
     "site_shapes",
     "sketched_moments",
     "standard",

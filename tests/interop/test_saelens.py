@@ -85,6 +85,18 @@ def test_thresholds_are_folded_into_a_jump_relu(kind, rescale, tmp_path):
     )
 
 
+def test_a_row_of_zeros_is_folded_without_harm(tmp_path):
+    sae = tf.batch_topk(D, M, K)
+    params = random_params(sae)
+    params["W_dec"] = params["W_dec"].at[3].set(0)
+    tf.save_saelens(tmp_path, sae, params)
+    again, same = tf.load_saelens(tmp_path)
+    acts = jax.random.normal(jax.random.key(1), (50, D))
+    before, after = sae.encode(params, acts), again.encode(same, acts)
+    assert np.any(before[:, 3] != 0)
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
 def with_scale(sae, seed=0):
     return random_params(sae, seed) | {"grad_scale": jnp.array([1e-3, 0.7])}
 

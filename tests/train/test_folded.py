@@ -38,7 +38,7 @@ def single(x):
     return jnp.asarray(x, jnp.float32)
 
 
-def draw(sae, seed):
+def draw(sae, seed, scale=1.0):
     """Taps that are far from unit size and off centre, each readout in its units."""
     rng = np.random.default_rng(seed)
     rows = np.random.default_rng(99).normal(size=(2 * D, D))
@@ -47,7 +47,7 @@ def draw(sae, seed):
     wide = D if sae.config.d_out is None else E
     grads = SIZES[:, None] * rng.normal(size=(N, R, wide))
     targets = None if sae.config.d_out is None else single(5e-3 * acts[:, :E] ** 2)
-    return tf.Taps(single(acts), single(grads), jnp.ones(N), targets)
+    return tf.Taps(single(scale * acts), single(grads), jnp.ones(N), targets)
 
 
 @functools.cache
@@ -63,7 +63,7 @@ def trained(name, steps=8, **options):
     return state, batches
 
 
-def made_up(sae):
+def made_up(sae, scale=1.0):
     """A state as training leaves it, with random parameters and given scales."""
     init, _ = tf.trainer(sae, tf.dictionary_objective(sae), readouts=R)
     state, rng = init(jax.random.key(0)), np.random.default_rng(1)
@@ -74,8 +74,9 @@ def made_up(sae):
         if name in shaken:
             shaken[name] = jnp.abs(shaken[name]) + 0.2
     square = single((1 - 0.99**20) * SIZES**2)
-    target = 37.0 if sae.config.d_out is None else 5.0
-    running = {"acts_scale": single(37.0), "target_scale": single(target)}
+    acts = 37.0 * scale
+    target = acts if sae.config.d_out is None else 5.0
+    running = {"acts_scale": single(acts), "target_scale": single(target)}
     running = state.running | running | {"grads_square": square}
     step = jnp.array(20, jnp.int32)
     return state._replace(step=step, params=shaken, running=running)
@@ -149,6 +150,22 @@ def test_folded_parameters_do_for_taps_what_the_others_do_for_scaled_taps(name):
         if want.grad_recon is not None:
             got = out.grad_recon / of.grads[None, :, None]
             np.testing.assert_allclose(got, want.grad_recon, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["topk", "batch", "gradient", "paired"])
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_folded_parameters_choose_the_same_at_every_scale(name, scale):
+    sae = ALL[name]
+    one, other = (tf.folded(sae, made_up(sae, s)) for s in (1.0, scale))
+    near, far = draw(sae, 50), draw(sae, 50, scale)
+    unit = scale if sae.config.rescale_acts_by_decoder_norm else 1.0
+    for grads in (None, near.grads):
+        want = sae.encode(one, near.acts, grads=grads)
+        got = sae.encode(other, far.acts, grads=grads)
+        np.testing.assert_array_equal(got != 0, want != 0)
+        np.testing.assert_allclose(np.asarray(got) / unit, want, rtol=1e-3, atol=1e-3)
+        out = np.asarray(sae.decode(other, got)) / scale
+        np.testing.assert_allclose(out, sae.decode(one, want), rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["gradient", "gradient plain", "paired"])

@@ -242,6 +242,8 @@ def _units(config: DictionaryConfig, params: Params) -> Array:
 
 
 def lengths(rows: Array) -> Array:
-    """Euclidean lengths of rows; 1 where a row is zero."""
-    squares = jnp.sum(rows**2, axis=1)
-    return jnp.sqrt(jnp.where(squares > 0, squares, jnp.ones_like(squares)))
+    """Euclidean lengths of rows, however long; 1 where a row is zero."""
+    most = jax.lax.stop_gradient(jnp.max(jnp.abs(rows), axis=1))
+    most = jnp.where(most > 0, most, jnp.ones_like(most))
+    squares = jnp.sum((rows / most[:, None]) ** 2, axis=1)
+    return most * jnp.sqrt(jnp.where(squares > 0, squares, jnp.ones_like(squares)))

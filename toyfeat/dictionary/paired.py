@@ -18,6 +18,7 @@ from toyfeat.dictionary.kernels import (
     weighted_rows,
 )
 from toyfeat.dictionary.selection import best_of_each, first_of
+from toyfeat.linalg.precise import nonzero
 from toyfeat.types import Array, Dictionary, DictionaryConfig, Forward, Params
 
 
@@ -100,7 +101,8 @@ def _forward(
         )
     rows, readers, origin = params["W_dec"], params["W_read"], params["b_dec"]
     pre = affine(acts, origin, params["W_enc"], params["b_enc"])
-    score = jax.nn.relu(pre) ** 2 * jnp.sum(rows**2, axis=1)[None, :]
+    relative = rows / nonzero(jnp.max(jnp.abs(rows)))  # squares stay finite
+    score = jax.nn.relu(pre) ** 2 * jnp.sum(relative**2, axis=1)[None, :]
     if grads is not None:
         sizes = jnp.mean((compared(params, grads) @ params["P"]) ** 2, axis=1)
         score = score * sizes * jnp.sum(readers**2, axis=1)[None, :]

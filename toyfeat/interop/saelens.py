@@ -195,7 +195,8 @@ def _settings(
 def _folded(config: DictionaryConfig, tensors: dict[str, Any]) -> dict[str, Any]:
     norm = np.ones(config.d_sae, np.float32)
     if config.rescale_acts_by_decoder_norm:
-        norm = np.linalg.norm(tensors["W_dec"], axis=1)
+        norm = np.linalg.norm(tensors["W_dec"].astype(np.float64), axis=1)
+        norm = np.where(norm > 0, norm, 1).astype(np.float32)
     return {
         "W_enc": tensors["W_enc"] * norm[None, :],
         "b_enc": tensors["b_enc"] * norm,

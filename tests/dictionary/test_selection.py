@@ -3,7 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from toyfeat.dictionary.selection import best_of_each, cut_of_batch, stepped
+from toyfeat.dictionary.selection import (
+    best_of_each,
+    cut_of_batch,
+    largest_level,
+    stepped,
+)
 
 
 def largest(codes, wanted):
@@ -92,3 +97,33 @@ def test_a_step_has_the_kernel_derivative_of_its_threshold_alone():
     near = np.abs(pre - threshold) < width / 2
     want = -(near * change).sum(0) / width
     np.testing.assert_allclose(by_threshold, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["alike", "by size", "rare and loud", "repeated"])
+def test_the_cut_of_a_large_batch_does_not_need_its_sample_to_be_like_it(kind):
+    rng = np.random.default_rng(5)
+    codes = np.maximum(rng.normal(size=(700, 60)), 0)
+    if kind == "by size":
+        codes = codes * np.exp(4 * rng.normal(size=(700, 1)))
+    if kind == "rare and loud":
+        codes[1::50] *= 1e4  # between the examples that are looked at first
+    if kind == "repeated":
+        codes = np.round(codes, 1)  # many ties, at the cut too
+    codes = jnp.asarray(codes, jnp.float32)
+    for k in (1, 5, 29):
+        cut = jax.jit(cut_of_batch, static_argnums=1)(codes, k, None)
+        assert same_codes(cut, codes, 700 * k), k
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_largest_level_is_exact(dtype):
+    values = np.random.default_rng(6).exponential(size=50).astype(dtype)
+    with jax.enable_x64(dtype is np.float64):
+        there, wanted = jnp.asarray(values), jnp.asarray([1, 7, 50])
+
+        def enough(level):
+            reach = there[None, :] >= level[:, None]
+            return jnp.sum(reach, axis=1, dtype=wanted.dtype) >= wanted
+
+        got = largest_level(enough, (3,), there.dtype)
+        np.testing.assert_array_equal(got, np.sort(values)[::-1][[0, 6, 49]])

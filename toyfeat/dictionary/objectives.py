@@ -7,13 +7,14 @@ the target, ``x_hat`` its reconstruction, ``g_k`` the gradients at the original
 activation, which are constants.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from toyfeat.dictionary.attributions import penalised
+from toyfeat.dictionary.attributions import Penalty, penalised
 from toyfeat.dictionary.attributions import unexplained as unexplained_effect
 from toyfeat.dictionary.coding import lengths
 from toyfeat.dictionary.kernels import weighted_rows
@@ -129,10 +130,12 @@ def attribution_sparsity(penalty: str = "l1", *, gamma: float = _GAMMA) -> Term:
             f"got {penalty!r}"
         )
 
-    form = partial(_PENALTIES[penalty], gamma=gamma)
+    form = _PENALTIES[penalty](gamma)
 
     def loss(parts: Parts) -> Array:
-        return penalised(parts, form)
+        plain = penalty == "l1"
+        scale = jnp.ones_like(parts.scale) if plain else parts.scale
+        return penalised(parts, form, scale)
 
     return Term("attribution_sparsity", loss, warm_up=True, needs_grads=True)
 
@@ -236,21 +239,34 @@ def _steps(parts: Parts, who: str) -> Array:
     return stepped(parts.out.hidden_pre, threshold, config.bandwidth)
 
 
-def _l1(sizes: Array, scale: Array, *, gamma: float) -> Array:
-    del scale, gamma
-    return jnp.abs(sizes)
+def _l1(gamma: float) -> Penalty:
+    del gamma
+    return Penalty(jnp.abs, jnp.sign)
 
 
-def _geman_mcclure(sizes: Array, scale: Array, *, gamma: float) -> Array:
-    square = (sizes / scale) ** 2
-    return square / (square + gamma**2)
+def _geman_mcclure(gamma: float) -> Penalty:
+    """``c**2 r`` and ``2 gamma**2 c r**2``: one division an entry serves both."""
+
+    def weight(sizes: Array) -> Array:
+        return 1 / (sizes * sizes + gamma**2)
+
+    def slope(sizes: Array) -> Array:
+        r = weight(sizes)
+        return 2 * gamma**2 * sizes * r * r
+
+    return Penalty(lambda sizes: sizes * sizes * weight(sizes), slope)
 
 
-def _log(sizes: Array, scale: Array, *, gamma: float) -> Array:
-    return jnp.log1p(jnp.abs(sizes) / (scale * gamma)) / jnp.log1p(1 / gamma)
+def _log(gamma: float) -> Penalty:
+    whole = math.log1p(1 / gamma)
+
+    def slope(sizes: Array) -> Array:
+        return jnp.sign(sizes) / (whole * (jnp.abs(sizes) + gamma))
+
+    return Penalty(lambda sizes: jnp.log1p(jnp.abs(sizes) / gamma) / whole, slope)
 
 
-_PENALTIES: dict[str, Callable[..., Array]] = {
+_PENALTIES: dict[str, Callable[[float], Penalty]] = {
     "l1": _l1,
     "geman_mcclure": _geman_mcclure,
     "log": _log,

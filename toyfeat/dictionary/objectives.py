@@ -19,6 +19,7 @@ from toyfeat.dictionary.attributions import unexplained as unexplained_effect
 from toyfeat.dictionary.coding import lengths
 from toyfeat.dictionary.kernels import weighted_rows
 from toyfeat.dictionary.selection import best_of_each, stepped
+from toyfeat.linalg.orthonormal import choose
 from toyfeat.types import Array, Dictionary, Params, Parts, Term
 
 _GAMMA = 0.1  # of the bounded penalties, in units of the usual attribution
@@ -92,13 +93,13 @@ def dead_latents() -> Term:
 
     def loss(parts: Parts) -> Array:
         rest = jax.lax.stop_gradient(parts.target - parts.out.recon)
-        operand = parts.params, parts.acts, rest, parts.dead, parts.weights
-        # Recomputed in the branch: nothing of it is paid while all latents fire.
-        return jax.lax.cond(
-            jnp.any(parts.dead),
-            jax.checkpoint(partial(_silent, parts.dictionary)),
-            lambda *_: jnp.zeros((), rest.dtype),
-            *operand,
+        return _revived(
+            parts.dictionary,
+            parts.params,
+            parts.acts,
+            rest,
+            parts.dead,
+            parts.weights,
         )
 
     return Term("dead_latents", loss)
@@ -208,6 +209,32 @@ def _sparsity(parts: Parts) -> Array:
         return jnp.sum(by_latent * lengths(parts.params["W_dec"]))
     size = lengths(parts.params["W_dec"])[parts.out.index]
     return _mean(parts, jnp.sum(jnp.abs(codes) * size, axis=1))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _revived(dictionary: Dictionary, params: Params, *data: Array) -> Array:
+    """Nothing of it is paid while all latents (of all members) fire."""
+    zero = jnp.zeros((), params["W_dec"].dtype)
+    silent = partial(_silent, dictionary)
+    return choose(jnp.any(data[2]), silent, lambda *_: zero, params, *data)
+
+
+def _revived_forward(dictionary: Dictionary, params: Params, *data: Array) -> tuple:
+    slopes = jax.value_and_grad(partial(_silent, dictionary))
+
+    def nothing(params: Params, *data: Array) -> tuple[Array, Params]:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return jnp.zeros((), data[1].dtype), zeros
+
+    return choose(jnp.any(data[2]), slopes, nothing, params, *data)
+
+
+def _revived_backward(dictionary: Dictionary, kept: Params, change: Array) -> tuple:
+    del dictionary
+    return jax.tree.map(lambda x: change * x, kept), None, None, None, None
+
+
+_revived.defvjp(_revived_forward, _revived_backward)
 
 
 def _silent(

@@ -92,7 +92,7 @@ def cases(tiny: bool) -> list[Case]:
     names = {
         k: tuple(r.name for r in v) for k, v in {1: dense, 2: few, 3: whole}.items()
     }
-    group = Runner("toyfeat standard", "toyfeat", "standard", {"group": min(many, 16)})
+    group = Runner("toyfeat standard", "toyfeat", "standard", {"group": min(many, 4)})
     listed = [
         Case("standard", large, (ours["standard"], *dense), (learning,), 1.2, steps),
         Case("topk", large, (ours["topk"], *few), names[2], 1.25, steps),

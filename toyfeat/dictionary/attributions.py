@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from toyfeat.dictionary.kernels import row_products
+from toyfeat.dictionary.kernels import row_products, transposed_product
 from toyfeat.dictionary.selection import largest_level
 from toyfeat.types import Array, Parts
 
@@ -78,7 +78,8 @@ def _penalised_forward(penalty: Penalty, *args: Array) -> tuple:
         sizes = values * slopes
         loss = share @ jnp.sum(penalty.value(sizes), axis=1)
         by_size = share[:, None] * penalty.slope(sizes)
-        return loss, by_size * slopes, (by_size * values).T @ grads
+        by_rows = transposed_product(by_size * values, grads)
+        return loss, by_size * slopes, by_rows
 
     if grads.shape[1] == 1:
         loss, *by_both = one(grads[:, 0])

@@ -5,7 +5,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from toyfeat.dictionary.kernels import affine, scattered, taken, weighted_rows
+from toyfeat.dictionary.kernels import (
+    affine,
+    decoded,
+    scattered,
+    taken,
+    weighted_rows,
+)
 from toyfeat.dictionary.selection import best_of_each, cut_of_batch, first_of, jumped
 from toyfeat.types import Array, Dictionary, DictionaryConfig, Forward, Params
 
@@ -114,7 +120,7 @@ def _forward(
 ) -> Forward:
     values, index, hidden = _values(config, params, acts, grads, k, weights)
     if index is None:
-        recon = values @ params["W_dec"]
+        recon = decoded(values, params["W_dec"])
     else:
         recon = weighted_rows(values, index, params["W_dec"])
     codes = _codes(config, params, values, index)

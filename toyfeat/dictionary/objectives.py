@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from toyfeat.dictionary.attributions import Penalty, penalised
 from toyfeat.dictionary.attributions import unexplained as unexplained_effect
 from toyfeat.dictionary.coding import lengths
-from toyfeat.dictionary.kernels import weighted_rows
+from toyfeat.dictionary.kernels import decoded, weighted_rows
 from toyfeat.dictionary.selection import best_of_each, stepped
 from toyfeat.linalg.orthonormal import choose
 from toyfeat.types import Array, Dictionary, Params, Parts, Term
@@ -73,7 +73,7 @@ def gate() -> Term:
 
     def loss(parts: Parts) -> Array:
         rows, origin = parts.params["W_dec"], parts.params["b_dec"]
-        recon = jax.nn.relu(parts.out.hidden_pre) @ rows + origin[None, :]
+        recon = decoded(jax.nn.relu(parts.out.hidden_pre), rows) + origin[None, :]
         return _mean(parts, jnp.sum((parts.target - recon) ** 2, axis=1))
 
     return Term("gate", loss)
@@ -192,7 +192,7 @@ def _reconstruction(parts: Parts) -> Array:
     values, rows = parts.out.values, parts.params["W_dec"]
     recon = parts.params["b_dec"][None, :]
     for first, last in zip((0, *widths), widths[:-1], strict=False):
-        recon = recon + values[:, first:last] @ rows[first:last]
+        recon = recon + decoded(values[:, first:last], rows[first:last])
         total = total + _mean(parts, jnp.sum((parts.target - recon) ** 2, axis=1))
     return total
 
@@ -205,7 +205,7 @@ def _sparsity(parts: Parts) -> Array:
     if name == "gated":
         codes = jax.nn.relu(parts.out.hidden_pre)
     if parts.out.index is None:
-        by_latent = parts.weights @ jnp.abs(codes)
+        by_latent = parts.weights @ (jnp.abs(codes) if name == "linear" else codes)
         return jnp.sum(by_latent * lengths(parts.params["W_dec"]))
     size = lengths(parts.params["W_dec"])[parts.out.index]
     return _mean(parts, jnp.sum(jnp.abs(codes) * size, axis=1))

@@ -20,7 +20,7 @@ def population(trainer: Trainer, *, group: int | None = None) -> Trainer:
     Args:
       trainer: of one member.
       group: members that are trained side by side, the groups one after another;
-        ``None`` for all at once.  On a CPU small groups stay in the cache.
+        ``None`` for all at once.  On a CPU groups of about 4 stay in the cache.
 
     Returns:
       :class:`Trainer` whose state and metrics have a leading axis ``P``.

@@ -56,6 +56,13 @@ def learned(params: Params) -> tuple[Params, Params]:
     return {name: x for name, x in params.items() if name != _THRESHOLD}, rest
 
 
+def recipe_of(update: Any) -> Recipe | None:
+    """What an update was made of, or ``None`` if it is another's."""
+    while isinstance(update, partial) and update.args:
+        update = update.args[0]
+    return update if isinstance(update, Recipe) else None
+
+
 def update(
     recipe: Recipe, state: TrainState, taps: Taps
 ) -> tuple[TrainState, dict[str, Array]]:

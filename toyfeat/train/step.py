@@ -10,6 +10,7 @@ import optax
 
 from toyfeat.dictionary.attributions import attribution_l0, attributions, unexplained
 from toyfeat.dictionary.coding import BY_BATCH
+from toyfeat.train.revival import revived
 from toyfeat.types import (
     Array,
     Controller,
@@ -39,6 +40,7 @@ class Recipe(NamedTuple):
     dead_after: int
     threshold_rate: float
     schedule: Callable[[Array], Array] | None
+    revive: int | None = None
 
 
 class Scaled(NamedTuple):
@@ -86,6 +88,10 @@ def update(
     control, running, told = _steered(recipe, state, running, metrics)
     step = state.step + 1
     next_state = TrainState(step, params, opt_state, control, running, state.hyper)
+    if recipe.revive is not None:
+        often = {"every": recipe.revive, "dead_after": recipe.dead_after}
+        next_state, more = revived(parts, next_state, **often)
+        metrics |= more
     return next_state, metrics | told
 
 

@@ -109,7 +109,8 @@ def sweep_table(
 
     Returns:
       One :class:`Member` per member, in order.  Figures are the metrics (``dead``
-      latents among them) and the scores.
+      latents among them) and the scores; the metric of a term, which has the name of
+      its coefficient, is called ``..._loss``.
 
     Raises:
       ValueError: if something has not one value per member.
@@ -131,7 +132,10 @@ def sweep_table(
             varied["start"] = _numbered(values, num)
         elif name not in state.hyper:
             varied[name] = _per_member("settings", name, values, num)
-    figures = {n: _per_member("metrics", n, x, num) for n, x in metrics.items()}
+    figures = {
+        f"{n}_loss" if n in state.hyper else n: _per_member("metrics", n, x, num)
+        for n, x in metrics.items()
+    }
     figures |= {n: _per_member("scores", n, x, num) for n, x in (scores or {}).items()}
     finite = _finite(state, num) & np.isfinite(figures.get("loss", np.zeros(num)))
     finite &= figures.pop("finite", np.ones(num)) > 0

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import toyfeat as tf
+from toyfeat.train.outliers import warn_of_outliers
 
 D, N = 32, 600
 
@@ -93,8 +94,8 @@ def test_errors():
 
 
 @functools.cache  # one compilation for all the data
-def made(center=True, population=False, target_dim=None):
-    sae = tf.standard(D, 4, target_dim=target_dim)
+def made(center=True, population=False):
+    sae = tf.standard(D, 4)
     trainer = tf.trainer(sae, tf.dictionary_objective(sae), center=center)
     if population:
         trainer = tf.population(trainer)
@@ -105,8 +106,6 @@ def made(center=True, population=False, target_dim=None):
 def warned(taps, *, check_data=True, **options):
     """What ``fit`` says before the first step."""
     trainer, state = made(**options)
-    if "target_dim" in options:
-        taps = taps._replace(targets=taps.acts[:, : options["target_dim"]])
     settings = {"chunk": 1, "check_data": check_data}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -125,8 +124,6 @@ def test_fit_warns_once_where_a_mean_will_not_be_taken_away():
     assert "leave trainer(center=True) on" in said
     (said,) = warned(far, population=True, center=False)
     assert "not centred" in said
-    (said,) = warned(far, target_dim=3)  # b_dec is not subtracted
-    assert "subtract the mean of the activations from them" in said
     assert warned(far, center=False, check_data=False) == []
     assert warned(drawn(), center=False) == []
 
@@ -135,3 +132,18 @@ def test_fit_warns_of_massive_dimensions_in_any_case():
     (said,) = warned(drawn(stretched=(5,), by=50.0))
     assert "1 of 32 dimensions (5) have 99% of the variance" in said
     assert warned(drawn(stretched=(5,), by=50.0), check_data=False) == []
+
+
+def test_a_transcoder_and_codes_that_compete_take_less():
+    some = drawn(shifted={3: 1.5 * D**0.5})  # a mean 1.5 times as long
+    narrow, sparse = tf.standard(D, 4).config, tf.topk(D, 4, 2).config
+    writes = tf.standard(D, 4, target_dim=3).config  # b_dec is not subtracted
+    far = drawn(shifted={3: 40.0})
+    warn_of_outliers(some, narrow, center=False)  # -W error
+    warn_of_outliers(some, sparse, center=True)
+    with pytest.warns(UserWarning, match="leave trainer"):
+        warn_of_outliers(some, sparse, center=False)
+    with pytest.warns(UserWarning, match="subtract the mean of the activations"):
+        warn_of_outliers(far, writes, center=True)
+    bad = far._replace(acts=far.acts.at[0, 0].set(jnp.nan))
+    warn_of_outliers(bad, writes, center=True)  # the loss will say it

@@ -51,13 +51,19 @@ def trainers(sweep: Sweep) -> tuple[Dictionary, dict[str, Trainer]]:
     """
     sae = tf.standard(TASK.neurons, sweep.latents)
     plain = tf.attribution_objective(sae, penalty="l1", form="signed")
-    off = {"normalize": False, "center": False, "clip": np.inf, "warm_up": 0}
+    off: dict[str, Any] = {
+        "normalize": False,
+        "center": False,
+        "clip": np.inf,
+        "warm_up": 0,
+    }
     control = tf.controllers.target_l0(sweep.target)
     robust = tf.attribution_objective(sae)
-    warm = {"warm_up": sweep.steps // 20}
     return sae, {
         "published": tf.trainer(sae, plain, **off),
-        "robust": tf.trainer(sae, robust, controller=control, **warm),
+        "robust": tf.trainer(
+            sae, robust, controller=control, warm_up=sweep.steps // 20
+        ),
     }
 
 
@@ -89,7 +95,8 @@ def swept(
         )
         many = tf.population(one, group=sweep.group)
         start = many.init(**settings, attribution_sparsity=settings["sparsity"])
-        state = tf.fit(many, start, batches, steps=sweep.steps, directory=folder / name)
+        options: dict[str, Any] = {"directory": folder / name, "check_data": False}
+        state = tf.fit(many, start, batches, steps=sweep.steps, **options)
         metrics = tf.final_metrics(folder / name, steps=max(1, sweep.steps // 10))
         rows = tf.sweep_table(state, metrics, scores=scores(state.params, truth))
         for row in rows:  # the same as the sparsity

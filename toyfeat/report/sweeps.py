@@ -233,15 +233,7 @@ def _draw_cells(
             f"{names[1]} > 0, got {places.min():g}"
         )
     ticks = [np.unique(column) for column in places.T]
-    cells = np.full((len(ticks[1]), len(ticks[0])), np.nan)
-    cross, ring = np.zeros((2, *cells.shape), bool)
-    for row, column in np.ndindex(cells.shape):
-        here = (places == [ticks[0][column], ticks[1][row]]).all(1)
-        mine = [m for m, there in zip(members, here, strict=True) if there]
-        values = [value_of(m, score) for m in mine if m.finite]
-        cells[row, column] = np.median(values) if values else np.nan
-        cross[row, column] = any(not m.finite for m in mine)
-        ring[row, column] = any(m.saturated for m in mine)
+    cells, cross, ring = _cells(members, places, ticks, score)
     edges = [_edges(values) for values in ticks]
     limits = {"cmap": "viridis" if larger else "viridis_r", **limits}
     image = axis.pcolormesh(*edges, np.ma.masked_invalid(cells), **limits)
@@ -258,6 +250,22 @@ def _draw_cells(
         side.set_ticks(values, [f"{value:.2g}" for value in values])
         side.set_ticks([], minor=True)
     return image
+
+
+def _cells(
+    members: Sequence[Member], places: np.ndarray, ticks: list[np.ndarray], score: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Median score of every cell, whether a run of it diverged or was saturated."""
+    cells = np.full((len(ticks[1]), len(ticks[0])), np.nan)
+    cross, ring = np.zeros((2, *cells.shape), bool)
+    for row, column in np.ndindex(cells.shape):
+        here = (places == [ticks[0][column], ticks[1][row]]).all(1)
+        mine = [m for m, there in zip(members, here, strict=True) if there]
+        values = [value_of(m, score) for m in mine if m.finite]
+        cells[row, column] = np.median(values) if values else np.nan
+        cross[row, column] = any(not m.finite for m in mine)
+        ring[row, column] = any(m.saturated for m in mine)
+    return cells, cross, ring
 
 
 def _edges(values: np.ndarray) -> np.ndarray:

@@ -8,7 +8,9 @@ from jax.core import Tracer
 
 from toyfeat.types import DictionaryConfig, Moments, Outliers, Taps
 
-_LIMIT = 3.0  # of the severity, and of one dimension's ratio
+_LIMIT = 3.0  # of one dimension's ratio
+_SEVERE = 2.0  # of all together, for codes that do not compete
+_SEVERE_FOR_FEW = 1.0  # for the k largest of them
 _MASSIVE = 10.0  # times the median standard deviation
 
 
@@ -21,10 +23,10 @@ def check_outliers(
     :math:`w \cdot \mu` and standard deviation about :math:`|w||\sigma| / \sqrt D`, so
     that among latents the mean is normal with :math:`\gamma = |\mu| / |\sigma|` of
     these: the share that does not fire in a hundred thousand examples is about
-    :math:`\Phi(-4.3 / \gamma)`, none at 1, 8 % at 3, 39 % at 15.  Centring takes
-    :math:`\mu` away (``trainer(center=True)``, the default, for what is no
-    transcoder).  A massive dimension is nearly all that a reconstruction is scored
-    on, centred or not.
+    :math:`\Phi(-4.3 / \gamma)`, none at 1, 8 % at 3, 39 % at 15.  Where only the
+    largest codes count it takes less.  Centring takes :math:`\mu` away
+    (``trainer(center=True)``, the default, for what is no transcoder).  A massive
+    dimension is nearly all that a reconstruction is scored on, centred or not.
 
     Args:
       data: taps of a site, or moments of it; concrete, outside of jit.
@@ -88,8 +90,9 @@ def warn_of_outliers(taps: Taps, config: DictionaryConfig, center: bool) -> None
     if not there.any() or not np.isfinite(np.asarray(taps.acts)[there]).all():
         return  # the loss will say so
     found = check_outliers(taps)
+    severe = _SEVERE if config.k is None else _SEVERE_FOR_FEW
     off = ", or fit(check_data=False) to go on without this look at the first batch"
-    if found.severity > _LIMIT and not (center and config.apply_b_dec_to_input):
+    if found.severity > severe and not (center and config.apply_b_dec_to_input):
         what = "subtract the mean of the activations from them"
         if config.apply_b_dec_to_input:
             what = "leave trainer(center=True) on"

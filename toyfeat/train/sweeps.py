@@ -78,7 +78,7 @@ def final_metrics(directory: str | Path, *, steps: int = 100) -> dict[str, np.nd
     rows = [json.loads(line) for line in lines]
     ends = np.array([row["step"] for row in rows])
     lengths = np.diff(ends, prepend=0)
-    last = np.flatnonzero(ends > ends[-1] - steps)
+    last = [int(i) for i in np.flatnonzero(ends > ends[-1] - steps)]
     found = {}
     for name in rows[-1].keys() - {"step", "seconds", "examples_per_s"}:
         values = np.stack([np.asarray(rows[i][name], np.float64) for i in last])
@@ -186,7 +186,7 @@ def pareto_front(
     there = np.isfinite(points).all(1) & np.array([m.finite for m in members], bool)
     points = points * np.where(np.isin([x, y], list(larger)), -1.0, 1.0)
     front = []
-    for i in np.flatnonzero(there):
+    for i in map(int, np.flatnonzero(there)):
         others = points[there]
         beaten = (others <= points[i]).all(1) & (others < points[i]).any(1)
         if not beaten.any():

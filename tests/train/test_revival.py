@@ -290,6 +290,18 @@ def test_every_optimizer_forgets_those_latents_and_nothing_else(optimizer):
     assert seen >= len(params) - 1
 
 
+def test_without_gradients_readers_stay_as_they_are():
+    sae = ALL["paired"]()
+    objective = (tf.objectives.reconstruction(),)
+    trainer = tf.trainer(sae, objective, warm_up=0, dead_after=5, revive=1)
+    state = planted(trainer.init(jax.random.key(0), learning_rate=0.0))
+    after, told = jax.jit(trainer.update)(state, drawn()._replace(grads=None))
+    assert told["revived"] == DEAD
+    for name in ("W_read", "P"):
+        np.testing.assert_array_equal(after.params[name], state.params[name])
+    assert np.all(np.any(after.params["W_dec"] != state.params["W_dec"], 1)[:DEAD])
+
+
 def test_off_is_as_if_it_were_not_there():
     sae = tf.standard(D, M)
     init, _ = tf.trainer(sae, tf.dictionary_objective(sae))

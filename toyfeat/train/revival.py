@@ -56,42 +56,64 @@ def revived(
     """
     silent = state.running["silent"]
     dead = silent >= dead_after
-    due = (state.step % every == 0) & jnp.any(dead)
-    key = jax.random.fold_in(state.running["key"], state.step)
-    batch = (parts.acts, parts.target, parts.out.recon, parts.grads, parts.weights)
-    old = (state.params, state.opt_state, silent)
-    new = choose(
-        due,
-        partial(_restarted, parts.dictionary),
-        lambda key, batch, dead, old: old,
-        jax.random.key_data(key),
-        batch,
+    # What follows takes part in the pass over all entries that the update makes: a
+    # condition that returned the parameters would copy them in every step.
+    again, fresh = choose(
+        (state.step % every == 0) & jnp.any(dead),
+        partial(_started, parts.dictionary),
+        _nothing,
+        jax.random.fold_in(state.running["key"], state.step),
+        (parts.acts, parts.target, parts.out.recon, parts.grads, parts.weights),
         dead,
-        old,
+        parts.params,
     )
-    params, opt_state, after = new
-    count = jnp.sum(dead & (after < silent))
-    running = {**state.running, "silent": after}
-    state = state._replace(params=params, opt_state=opt_state, running=running)
-    return state, {"revived": count}
+    start = parts.dictionary.init(jax.random.key(0))  # its biases and thresholds
+    start |= {name: x for name, x in state.params.items() if x.ndim == 2} | fresh
+    state = state._replace(
+        params={n: _put(n, again, start[n], x) for n, x in state.params.items()},
+        opt_state=_forgotten(state.opt_state, state.params, again),
+        running={**state.running, "silent": jnp.where(again, 0, silent)},
+    )
+    return state, {"revived": jnp.sum(again)}
 
 
-def _restarted(
-    dictionary: Dictionary, key: Array, batch: Any, dead: Array, old: Any
-) -> Any:
-    params, opt_state, silent = old
+def _nothing(key: Array, batch: Any, dead: Array, params: Params) -> Any:
+    """What :func:`_started` returns where no latent starts again."""
+    del key
+    names = _matrices(params, batch)
+    return dead & False, {name: jnp.zeros_like(params[name]) for name in names}
+
+
+def _matrices(params: Params, batch: Any) -> list[str]:
+    """Tensors of which a latent's part is set from an example."""
+    without = batch[3] is None
+    names = ["W_enc", "W_dec"] if without else ["W_enc", "W_dec", "W_read", "P"]
+    return [name for name in names if name in params]
+
+
+def _started(
+    dictionary: Dictionary, key: Array, batch: Any, dead: Array, params: Params
+) -> tuple[Array, Params]:
+    """Which latents ``[M]`` start again, and matrices in which all of them do."""
     found = _directions(dictionary, params, batch)
-    noise = jax.random.gumbel(jax.random.wrap_key_data(key), found.error.shape)
-    score = jnp.log(found.error) + noise.astype(found.error.dtype)  # -inf without any
+    noise = jax.random.gumbel(key, found.error.shape, found.error.dtype)
+    score = jnp.log(found.error) + noise  # -inf without any
     best, order = jax.lax.top_k(score, min(len(score), len(dead)))
     place = jnp.cumsum(dead) - 1
     last = len(order) - 1
     again = dead & (place <= last) & (best[jnp.minimum(place, last)] > -jnp.inf)
-    given = order[jnp.clip(place, 0, last)]
-    fresh = _fresh(dictionary, params, jax.tree.map(lambda x: x[given], found), dead)
-    params = {n: _put(n, again, fresh[n], x) for n, x in params.items()}
-    opt_state = _forgotten(opt_state, params, again)
-    return params, opt_state, jnp.where(again, 0, silent)
+    given = jax.tree.map(lambda x: x[order[jnp.clip(place, 0, last)]], found)
+    faint = _FAINT if dictionary.config.k is None else 1.0
+    rows = {"W_dec": given.write, "W_enc": faint * given.read}
+    if given.grads is not None:
+        rows |= {"W_read": given.grads, "P": given.grads}
+    fresh = {}
+    for name in _matrices(params, batch):
+        columns = name in _OF_COLUMNS
+        old = params[name].T if columns else params[name]
+        new = (_mean_length(dead, old) * rows[name]).astype(old.dtype)
+        fresh[name] = new.T if columns else new
+    return again, fresh
 
 
 def _directions(dictionary: Dictionary, params: Params, batch: Any) -> Directions:
@@ -108,24 +130,6 @@ def _directions(dictionary: Dictionary, params: Params, batch: Any) -> Direction
         error = jnp.where(jnp.max(sizes, axis=1) > 0, error, jnp.zeros_like(error))
         strong = _unit(jnp.take_along_axis(grads, which[:, None, None], axis=1)[:, 0])
     return Directions(_unit(read), _unit(write), strong, error)
-
-
-def _fresh(
-    dictionary: Dictionary, params: Params, given: Directions, dead: Array
-) -> Params:
-    """Tensors in which every latent starts again, from the example it was given."""
-    fresh = dictionary.init(jax.random.key(0))  # biases and thresholds of the start
-    faint = _FAINT if dictionary.config.k is None else 1.0
-    mean = partial(_mean_length, dead)
-    fresh["W_dec"] = mean(params["W_dec"]) * given.write
-    fresh["W_enc"] = faint * mean(params["W_enc"].T) * given.read.T
-    for name in ("W_read", "P"):
-        if name in params:
-            fresh[name] = params[name]
-    if given.grads is not None:
-        fresh["W_read"] = mean(params["W_read"]) * given.grads
-        fresh["P"] = mean(params["P"].T) * given.grads.T
-    return {name: x.astype(params[name].dtype) for name, x in fresh.items()}
 
 
 def _mean_length(dead: Array, rows: Array) -> Array:

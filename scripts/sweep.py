@@ -4,8 +4,9 @@
 
 A squaring network (20 inputs, 60 neurons, rotated outputs), ReLU dictionaries of 40
 latents, 7 coefficients (of the sparsity and of the attributions) times 5 learning
-rates, one start.  Table, two pictures and ``out/sweep/sweep.html``; two minutes on two
-CPU cores that others shared.  Runs whose decoder rows cover the writers to .9:
+rates, one start.  Table, two pictures and ``out/sweep/sweep.html``; 47 s of CPU time,
+two to six minutes on two cores that others shared.  Runs whose decoder rows cover the
+writers to .9:
 
     published (L1, signed, everything robust off)    14 %
     robust (bounded, positive, controller to 2 codes)  80 %, all but the lowest rate

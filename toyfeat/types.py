@@ -283,6 +283,48 @@ class Trainer(NamedTuple):
     update: Callable[[TrainState, Taps], tuple[TrainState, dict[str, Array]]]
 
 
+class Outliers(NamedTuple):
+    """Dimensions of activations that stand out.
+
+    Attributes:
+      dims: ``[n]`` int, whose mean is far from 0 in units of their standard
+        deviation, the farthest first.
+      ratios: ``[n]``, how far; inf where a dimension does not vary.
+      share: ``n / D``.
+      severity: ``|mean| / |std|``, norms over all dimensions.
+      massive: ``[m]`` int, whose standard deviation is far above the median one, the
+        largest first.
+      spread: the largest standard deviation in units of the median one.
+      massive_variance: share of the variance that the massive dimensions have.
+    """
+
+    dims: np.ndarray
+    ratios: np.ndarray
+    share: float
+    severity: float
+    massive: np.ndarray
+    spread: float
+    massive_variance: float
+
+
+class Member(NamedTuple):
+    """What became of one member of a population.
+
+    Attributes:
+      index: its place in the population.
+      settings: the hyper-parameters in which members differ.
+      figures: metrics at the end of the training, and scores.
+      finite: whether its loss and its parameters stayed finite.
+      saturated: whether its controller was at a limit, the target not reached.
+    """
+
+    index: int
+    settings: dict[str, float]
+    figures: dict[str, float]
+    finite: bool = True
+    saturated: bool = False
+
+
 class ArrayBatches(NamedTuple):
     """Batches that are taken from arrays on the device, inside a compiled loop.
 

@@ -186,6 +186,8 @@ def test_members_that_are_lost_are_reported_once_and_the_others_go_on(tmp_path):
     assert w[0].filename == __file__
     assert bits(done.params) == bits(fit(TINY, POPULATION, a_batch, **arguments).params)
     loss = [row["loss"] for row in lines(tmp_path)]
+    finite = [row["finite"] for row in lines(tmp_path)]
+    assert finite == [[True] * 3, *[[False, True, False]] * 3]
     assert loss[1][0] is None
     assert loss[1][1] == pytest.approx(loss[1][1])
     assert loss[3][2] is None
@@ -193,13 +195,57 @@ def test_members_that_are_lost_are_reported_once_and_the_others_go_on(tmp_path):
         fit(spoiled(5, (0, 1, 2)), POPULATION, a_batch, **arguments)
 
 
-def test_controllers_at_their_bounds_are_reported_at_the_end():
+def diverging():
+    """The trainer, whose member of the largest rate diverges from step 5 on."""
+
+    def update(state, taps):
+        after, metrics = TINY.update(state, taps)
+        bad = (state.step >= 5) & (state.hyper["rate"] > 0.1)
+        worse = jnp.where(bad[:, None], jnp.inf, after.params["w"])
+        return after._replace(params=after.params | {"w": worse}), metrics
+
+    return Trainer(TINY.init, update)
+
+
+def test_a_run_with_a_lost_member_goes_on_after_a_kill_with_the_same_bits(tmp_path):
+    arguments = {"steps": 12, "chunk": 2, "checkpoint_every": 1}
+
+    def killed(step):
+        if step == 10:
+            raise KeyboardInterrupt
+        return a_batch(step)
+
+    trainer = diverging()
+    with pytest.warns(UserWarning, match=r"members 2 \(step 5\) of 3"):
+        whole = fit(trainer, POPULATION, a_batch, directory=tmp_path / "a", **arguments)
+    with (
+        pytest.warns(UserWarning, match="the others go on"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        fit(trainer, POPULATION, killed, directory=tmp_path / "b", **arguments)
+    with pytest.warns(UserWarning, match=r"members 2 \(step 8\)"):  # and says it again
+        again = fit(trainer, POPULATION, a_batch, directory=tmp_path / "b", **arguments)
+    assert bits(again) == bits(whole)
+    alone = fit(TINY, POPULATION, a_batch, steps=12, chunk=2)
+    good = jax.tree.map(lambda x: x[:2], (whole.params, alone.params))
+    assert bits(good[0]) == bits(good[1])
+    assert not np.isfinite(whole.params["w"][2]).any()
+    rows = [
+        [(row["step"], row["finite"]) for row in lines(tmp_path / name)]
+        for name in ("a", "b")
+    ]
+    assert rows[0] == rows[1]
+    assert rows[0][-1] == (12, [True, True, False])
+
+
+def test_controllers_at_their_bounds_are_reported_at_the_end(tmp_path):
     trainer = tiny(saturated=0.04)
     with pytest.warns(
         UserWarning, match=r"controller of members \[1, 2\] was sat"
     ) as w:
-        fit(trainer, POPULATION, a_batch, steps=4, chunk=2)
+        fit(trainer, POPULATION, a_batch, steps=4, chunk=2, directory=tmp_path)
     assert len(w) == 1
+    assert [row["saturated"] for row in lines(tmp_path)] == [[0.0, 1.0, 1.0]] * 2
     with pytest.warns(UserWarning, match="the controller was saturated"):
         fit(trainer, START, a_batch, steps=4, chunk=2)
     fit(tiny(saturated=1.0), START, a_batch, steps=4, chunk=2)  # -W error
@@ -223,6 +269,24 @@ def test_a_bar_only_on_a_terminal(monkeypatch):
         text = terminal.getvalue()
         said = ("4/4", "examples/s", "loss ", "lowest loss")
         assert all((word in text) == shown for word in said), text
+
+
+def test_the_bar_says_what_is_wrong(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    arguments = {"steps": 4, "chunk": 2}
+    with pytest.warns(UserWarning, match="saturated"):
+        fit(tiny(saturated=0.04), POPULATION, a_batch, **arguments)
+    assert "saturated 2 of 3" in sys.stderr.getvalue()
+    assert "not finite" not in sys.stderr.getvalue()
+    with pytest.warns(UserWarning, match="no longer finite"):
+        fit(spoiled(0, (1,)), POPULATION, a_batch, **arguments)
+    assert "not finite 1 of 3" in sys.stderr.getvalue()
 
 
 def test_tensorboard(tmp_path, monkeypatch):

@@ -32,19 +32,37 @@ def figure_of(case: Case, net: Measured, params: Params) -> Any:
       ImportError: without matplotlib, naming the extra.
     """
     net, readers = jax.tree.map(np.asarray, (net, net.truth.readers))
-    figure = _figure_class()(figsize=(14.5, 3.7), layout="constrained")
+    drawn = figure(14.5, 3.7)
     if case.task.features > 1:
-        axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
+        axes = drawn.subplots(1, 3, width_ratios=(1, 1, 1.2))
         _draw_matches(axes[0], net.grads_pca, readers, "gradient PCs")
         _draw_matches(axes[1], net.acts_pca, readers, "activation PCs")
         _draw_spectra(axes[2], net)
     else:
-        axes = figure.subplots(1, 4)
+        axes = drawn.subplots(1, 4)
         _draw_plane(axes[0], net, readers[0], params)
         _draw_spectra(axes[1], net)
         _draw_scores(axes[2], net, 1)
         _draw_scores(axes[3], net, 2)
-    return figure
+    return drawn
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, not registered with pyplot; sizes in inches.
+
+    Raises:
+      ImportError: without matplotlib, naming the extra.
+    """
+    return _figure_class()(figsize=(width, height), layout="constrained")
+
+
+def plain_ticks(side: Any) -> None:
+    """Label a logarithmic axis 1, 2, 5, 10 and so on."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    side.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    side.set_major_formatter(StrMethodFormatter("{x:g}"))
+    side.set_minor_formatter(NullFormatter())
 
 
 def png(figure: Any) -> bytes:

@@ -11,7 +11,7 @@ import numpy as np
 
 from toyfeat.types import Array, ArrayBatches, Taps, TrainState
 
-RESERVED = ("step", "seconds", "examples_per_s")
+RESERVED = ("step", "seconds", "examples_per_s", "finite")
 """Names of a line of metrics that are not the trainer's."""
 
 

@@ -13,8 +13,10 @@ import numpy as np
 
 from toyfeat.checkpoint import checkpoints, newest_checkpoint, save_checkpoint
 from toyfeat.train.chunks import Feed, feed_of, run_chunk
-from toyfeat.train.health import check_saturated, members_lost
+from toyfeat.train.health import check_saturated, finite_members, members_lost
+from toyfeat.train.outliers import warn_of_outliers
 from toyfeat.train.progress import Report, reporting
+from toyfeat.train.step import recipe_of
 from toyfeat.train.termination import terminated
 from toyfeat.types import ArrayBatches, Taps, Trainer, TrainState
 
@@ -30,6 +32,7 @@ class _Run(NamedTuple):
     hyper: dict[str, Any]
     sizes: dict[str, int]
     on_chunk: OnChunk | None
+    check_data: bool
 
 
 def fit(
@@ -46,6 +49,7 @@ def fit(
     tensorboard: bool = False,
     on_chunk: OnChunk | None = None,
     resume: bool = True,
+    check_data: bool = True,
 ) -> TrainState:
     """Train until ``steps`` updates are done, the first time or after a break.
 
@@ -66,20 +70,23 @@ def fit(
         ``state()`` and ``restore(state)``, JSON values, these go into checkpoints.
       steps: updates in all, those before the start included.
       directory: gets ``checkpoint/`` and ``metrics.jsonl``, one line per chunk with
-        the mean of every metric (``null`` where it is not finite).  One run at a
-        time may use it.
+        the mean of every metric (``null`` where it is not finite) and whether each
+        member is ``finite``.  One run at a time may use it.
       chunk: updates per compiled call.
       checkpoint_every: chunks between checkpoints; one is written at the end too.
       keep: how many of the last checkpoints are kept.
       progress: show a bar, if standard error is a terminal.
       tensorboard: write ``directory/tensorboard``.
-      on_chunk: called with the step and the mean of every metric, after a chunk and
-        its checkpoint.
+      on_chunk: called with the step, the mean of every metric and ``finite``, after
+        a chunk and its checkpoint.
       resume: go on from the newest whole checkpoint of ``directory``; if false, the
         directory must not hold a run.
+      check_data: look at the first batch with :func:`check_outliers`, before the
+        first step of a trainer of :func:`toyfeat.trainer`.
 
     Returns:
-      The state after ``steps`` updates.
+      The state after ``steps`` updates.  Members of a population that diverged stay
+      in it as they are; :func:`sweep_table` marks them.
 
     Raises:
       FloatingPointError: if the loss or the parameters (of all members) are not
@@ -93,7 +100,8 @@ def fit(
 
     Warns:
       UserWarning: for a checkpoint that is damaged and passed over, for members of a
-        population whose loss is not finite, and at the end for members whose
+        population whose loss is not finite, for activations whose mean or whose
+        massive dimensions will spoil the training, and at the end for members whose
         controller is saturated.
 
     Example:
@@ -113,7 +121,7 @@ def fit(
     sizes = _checked_sizes(sizes | {"checkpoint_every": checkpoint_every})
     state, folder = _own(trainer, state), None if directory is None else Path(directory)
     hyper = {name: np.asarray(x).tolist() for name, x in state.hyper.items()}
-    run = _Run(trainer, feed_of(batches), folder, hyper, sizes, on_chunk)
+    run = _Run(trainer, feed_of(batches), folder, hyper, sizes, on_chunk, check_data)
     state = _begun(run, state, resume)
     first = _step_of(state)
     if first >= steps:
@@ -135,6 +143,7 @@ def _trained(
     means: dict[str, np.ndarray] = {}
     began = time.perf_counter()
     ready = run.feed.fetch(step, _border(run, step) - step)
+    _look_at(run, ready.source, step)
     while step < steps:
         end = _border(run, step)
         state, metrics, finite = run_chunk(
@@ -149,14 +158,13 @@ def _trained(
         if end < steps:
             ready = run.feed.fetch(end, _border(run, end) - end)
         metrics = {name: np.asarray(x) for name, x in metrics.items()}
-        now = time.perf_counter()
+        finite, now = np.asarray(finite), time.perf_counter()
         means = {name: _mean(x) for name, x in metrics.items()}
+        means["finite"] = finite_members(metrics["loss"], finite)
         report(end, now - began, done.examples / (now - began), means)
         began = now
         _check_step(state, end)
-        warned |= members_lost(
-            run.folder, metrics["loss"], np.asarray(finite), step, warned
-        )
+        warned |= members_lost(run.folder, metrics["loss"], finite, step, warned)
         step, stop = end, asked()
         if stop or _is_due(run, step):
             _save(run, state, step, done.memory)
@@ -166,6 +174,18 @@ def _trained(
             return state
     check_saturated(means)
     return state
+
+
+def _look_at(run: _Run, source: Any, step: int) -> None:
+    """The first batch, before the first update."""
+    recipe = recipe_of(run.trainer.update)
+    if step or recipe is None or not run.check_data:
+        return
+    if run.feed.take is None:
+        taps = jax.tree.map(lambda x: x[0], source)
+    else:
+        taps = jax.jit(run.feed.take)(source, jnp.asarray(step, jnp.int32))
+    warn_of_outliers(taps, recipe.dictionary.config, recipe.center)
 
 
 def _border(run: _Run, step: int) -> int:

@@ -8,6 +8,16 @@ import numpy as np
 from toyfeat.checkpoint import checkpoints
 
 
+def finite_members(loss: np.ndarray, finite: np.ndarray) -> np.ndarray:
+    """Which members ``[]`` or ``[P]`` are whole at the end of a chunk.
+
+    Args:
+      loss: of every update, ``[steps]`` or ``[steps, P]``.
+      finite: whether the parameters are, at its end.
+    """
+    return np.asarray(np.isfinite(loss.astype(np.float64)).all(0) & finite)
+
+
 def members_lost(
     folder: Path | None,
     loss: np.ndarray,
@@ -16,6 +26,9 @@ def members_lost(
     warned: np.ndarray,
 ) -> np.ndarray:
     """Which members are lost in a chunk; new ones are reported.
+
+    The others go on: members share nothing but the batch.  A member that is lost is
+    trained on with them, at the same cost, and whatever it holds is saved.
 
     Raises:
       FloatingPointError: if all of them are.

@@ -56,16 +56,19 @@ def population(trainer: Trainer, *, group: int | None = None) -> Trainer:
         spread = {n: jnp.broadcast_to(v, (num,)) for n, v in whole.items()}
         return jax.vmap(lambda key, values: trainer.init(key, **values))(keys, spread)
 
-    update: Callable[..., Any] = jax.vmap(trainer.update, in_axes=(0, None))
+    return Trainer(init, partial(_together, trainer.update, group))
+
+
+def _together(
+    update: Callable[..., Any], group: int | None, state: TrainState, taps: Taps
+) -> tuple[TrainState, dict[str, Array]]:
+    """An update of every member, all at once or group by group."""
+    every: Callable[..., Any] = jax.vmap(update, in_axes=(0, None))
     if group is None:
-        return Trainer(init, update)
-
-    def grouped(state: TrainState, taps: Taps) -> tuple[TrainState, dict[str, Array]]:
-        num = len(state.step)
-        if num % group:
-            raise ValueError(f"population: group {group} does not divide {num} members")
-        split = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), state)
-        done = jax.lax.map(lambda part: update(part, taps), split)
-        return jax.tree.map(lambda x: x.reshape(num, *x.shape[2:]), done)
-
-    return Trainer(init, grouped)
+        return every(state, taps)
+    num = len(state.step)
+    if num % group:
+        raise ValueError(f"population: group {group} does not divide {num} members")
+    split = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), state)
+    done = jax.lax.map(lambda part: every(part, taps), split)
+    return jax.tree.map(lambda x: x.reshape(num, *x.shape[2:]), done)

@@ -86,7 +86,7 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _bar(start: int, steps: int) -> Iterator[Report]:
-    """A bar with the rate, the time left and the (lowest) loss."""
+    """A bar with the rate, the time left, the (lowest) loss and what is wrong."""
     progress = importlib.import_module("rich.progress")
     console = importlib.import_module("rich.console").Console(file=sys.stderr)
     columns = (
@@ -96,9 +96,11 @@ def _bar(start: int, steps: int) -> Iterator[Report]:
         progress.TimeRemainingColumn(),
         progress.TextColumn("{task.fields[rate]}"),
         progress.TextColumn("{task.fields[loss]}"),
+        progress.TextColumn("[bold red]{task.fields[trouble]}"),
     )
     with progress.Progress(*columns, console=console) as bar:
-        task = bar.add_task("fit", total=steps, completed=start, rate="", loss="")
+        empty = {"rate": "", "loss": "", "trouble": ""}
+        task = bar.add_task("fit", total=steps, completed=start, **empty)
 
         def report(
             step: int, seconds: float, rate: float, means: dict[str, np.ndarray]
@@ -107,9 +109,18 @@ def _bar(start: int, steps: int) -> Iterator[Report]:
             lowest = np.min(loss, where=np.isfinite(loss), initial=np.inf)
             said = "loss" if loss.ndim == 0 else "lowest loss"
             shown = {"rate": f"{rate:,.0f} examples/s", "loss": f"{said} {lowest:.4g}"}
-            bar.update(task, completed=step, **shown)
+            bar.update(task, completed=step, trouble=_trouble(means), **shown)
 
         yield report
+
+
+def _trouble(means: dict[str, np.ndarray]) -> str:
+    """Members that are lost, controllers at their limits."""
+    lost = ~np.atleast_1d(means.get("finite", np.ones((), bool))).astype(bool)
+    stuck = np.atleast_1d(means.get("saturated", np.zeros(()))) > 0.5
+    counts = {"not finite": lost.sum(), "saturated": stuck.sum()}
+    of = f" {{}} of {lost.size}" if lost.size > 1 else ""
+    return ", ".join(what + of.format(n) for what, n in counts.items() if n)
 
 
 @contextlib.contextmanager

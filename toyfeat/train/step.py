@@ -11,6 +11,7 @@ import optax
 from toyfeat.dictionary.attributions import attribution_l0, attributions, unexplained
 from toyfeat.dictionary.coding import BY_BATCH
 from toyfeat.dictionary.counting import number_of, smallest_positive
+from toyfeat.train.revival import revived
 from toyfeat.train.scales import MEMORY, gradient_scale
 from toyfeat.types import (
     Array,
@@ -40,6 +41,7 @@ class Recipe(NamedTuple):
     dead_after: int
     threshold_rate: float
     schedule: Callable[[Array], Array] | None
+    revive: int | None = None
 
 
 class Scaled(NamedTuple):
@@ -55,6 +57,13 @@ def learned(params: Params) -> tuple[Params, Params]:
     """Parameters that have a gradient, and the others."""
     rest = {name: x for name, x in params.items() if name == _THRESHOLD}
     return {name: x for name, x in params.items() if name != _THRESHOLD}, rest
+
+
+def recipe_of(update: Any) -> Recipe | None:
+    """What an update was made of, or ``None`` if it is another's."""
+    while isinstance(update, partial) and update.args:
+        update = update.args[0]
+    return update if isinstance(update, Recipe) else None
 
 
 def update(
@@ -80,6 +89,10 @@ def update(
     control, running, told = _steered(recipe, state, running, metrics)
     step = state.step + 1
     next_state = TrainState(step, params, opt_state, control, running, state.hyper)
+    if recipe.revive is not None:
+        often = {"every": recipe.revive, "dead_after": recipe.dead_after}
+        next_state, more = revived(parts, next_state, **often)
+        metrics |= more
     return next_state, metrics | told
 
 

@@ -35,6 +35,7 @@ def trainer(
     dead_after: int = 1000,
     threshold_rate: float = 0.01,
     schedule: Callable[[Array], Array] | None = None,
+    revive: int | None = None,
 ) -> Trainer:
     r"""Training of a dictionary as a pair of pure functions.
 
@@ -64,16 +65,20 @@ def trainer(
       threshold_rate: of the average of :func:`batch_topk`'s threshold.
       schedule: step to a factor of every update: decay of the learning rate for a
         whole population.
+      revive: steps between which dead latents start again from examples that are
+        reconstructed badly, beside or instead of :func:`dead_latents`; ``None`` for
+        never.
 
     Returns:
       :class:`Trainer`.  Metrics are ``loss``, every term, ``l0``, ``fvu`` (share of
       the variance that is not explained), ``dead`` (latents), ``grad_norm``, with
       gradients ``attribution_l0`` and ``unexplained_share``, with a controller
-      ``factor`` and ``saturated``.
+      ``factor`` and ``saturated``, with ``revive`` the number that was ``revived``.
 
     Raises:
-      ValueError: for terms of one name, a controller of a term that is not there, an
-        unknown hyper-parameter, and in ``update`` for taps that do not fit.
+      ValueError: for terms of one name, a controller of a term that is not there, a
+        ``revive`` that is not positive, an unknown hyper-parameter, and in
+        ``update`` for taps that do not fit.
 
     Example:
       >>> import jax, optax
@@ -85,6 +90,12 @@ def trainer(
       >>> state, metrics = jax.jit(update)(state, Taps(acts, None, jax.numpy.ones(64)))
       >>> int(state.step), bool(metrics["fvu"] < 2)
       (1, True)
+
+    References:
+      Bricken et al. (2023), "Towards monosemanticity", appendix on neuron
+      resampling, for ``revive``; there an example is drawn by the square of its
+      loss, here by its squared error, no example twice, and where codes compete (a
+      dictionary with ``k``) the encoder is not made shorter.
     """
     names = [term.name for term in objective]
     if len(set(names)) < len(names):
@@ -94,6 +105,8 @@ def trainer(
             f"trainer: the controller steers {controller.term!r}, the objective has "
             f"{names}"
         )
+    if revive is not None and not revive >= 1:
+        raise ValueError(f"trainer: revive must be None or at least 1, got {revive}")
     if optimizer is None:
         optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=3e-4)
     recipe = Recipe(
@@ -107,6 +120,7 @@ def trainer(
         dead_after,
         threshold_rate,
         schedule,
+        revive,
     )
     defaults = {term.name: term.coefficient for term in objective}
     defaults |= {"clip": clip, "warm_up": warm_up}
@@ -147,6 +161,8 @@ def _init(
         "silent": jnp.zeros(dictionary.config.d_sae, jnp.int32),
         "factor": one,
     }
+    if recipe.revive is not None:
+        running["key"] = jax.random.fold_in(key, 1)
     start = () if controller is None else controller.init()
     step = jnp.zeros((), jnp.int32)
     state = TrainState(step, params, opt_state, start, running, full)

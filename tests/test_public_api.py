@@ -22,6 +22,7 @@ PINNED = [
     "trainer",
     "ArrayBatches",
     "Controller",
+    "Detection",
     "Forward",
     "Parts",
     "Term",
@@ -63,6 +64,7 @@ PINNED = [
     "check_no_mixing",
     "check_taps",
     "decode",
+    "detection",
     "encode",
     "explanation",
     "from_function",
@@ -82,6 +84,7 @@ PINNED = [
     "site_shapes",
     "stream_svd",
     "tap",
+    "uniqueness",
     "variance_explained",
 ]
 

@@ -19,6 +19,7 @@ from toyfeat.decompose import (
     local_interaction_basis,
     pca,
 )
+from toyfeat.detection import detection, uniqueness
 from toyfeat.dictionary import (
     attribution_l0,
     attribution_objective,
@@ -68,6 +69,7 @@ from toyfeat.types import (
     ArrayBatches,
     Basis,
     Controller,
+    Detection,
     Diagnostics,
     Dictionary,
     DictionaryConfig,
@@ -93,6 +95,7 @@ __all__ = [
     "ArrayBatches",
     "Basis",
     "Controller",
+    "Detection",
     "Diagnostics",
     "Dictionary",
     "DictionaryConfig",
@@ -118,6 +121,7 @@ __all__ = [
     "controllers",
     "data",
     "decode",
+    "detection",
     "dictionary_objective",
     "edge_ablation",
     "edges_needed",
@@ -163,5 +167,6 @@ __all__ = [
     "tap",
     "topk",
     "trainer",
+    "uniqueness",
     "variance_explained",
 ]

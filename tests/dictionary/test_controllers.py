@@ -95,7 +95,7 @@ def test_one_step_is_its_formula():
         smooth = 0.75 * smooth + 0.25 * np.log(measured)
         seen = 0.75 * seen + 0.25
         error = smooth / seen - np.log(8.0)
-        whole += 0.2 * 0.4 * np.tanh(error / 0.4) + 0.5 * (error - before)
+        whole += 0.2 * np.tanh(error) + 0.5 * (error - before)
         before = error
         np.testing.assert_allclose(factor, np.exp(whole), rtol=1e-5)
 

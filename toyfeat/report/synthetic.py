@@ -164,10 +164,10 @@ def _trainer(name: str, recipe: Recipe) -> tuple[Dictionary, tf.Trainer]:
         dictionary = tf.matryoshka(*sizes, recipe.l0, widths=recipe.widths)
     else:
         control = tf.controllers.target_l0(float(recipe.l0))
-        options = {"threshold": 1.0, "bandwidth": 1.0, "decoder_norm": 0.5}
-        dictionary = {
-            "standard": lambda: tf.standard(*sizes),
-            "jump_relu": lambda: tf.jump_relu(*sizes, **options),
-        }[name]()
+        dictionary = tf.standard(*sizes)
+    if name == "jump_relu":
+        dictionary = tf.jump_relu(
+            *sizes, threshold=1.0, bandwidth=1.0, decoder_norm=0.5
+        )
     objective = tf.dictionary_objective(dictionary)
     return dictionary, tf.trainer(dictionary, objective, controller=control)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import toyfeat as tf
-from toyfeat.dictionary.attributions import attributions, unexplained
+from toyfeat.dictionary.attributions import attributions, penalised, unexplained
 from toyfeat.types import Parts
 
 D, M, K, N = 5, 18, 3, 9
@@ -112,3 +112,58 @@ def test_the_few_latents_that_are_there_give_the_count_of_all():
     assert len(set(np.asarray(got[0]).ravel())) > 1
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4)
+
+
+def geman_mcclure(sizes, scale):
+    return (sizes / scale) ** 2 / ((sizes / scale) ** 2 + 0.01)
+
+
+def absolute(sizes, scale):
+    del scale
+    return jnp.abs(sizes)
+
+
+@pytest.mark.parametrize("penalty", [geman_mcclure, absolute])
+@pytest.mark.parametrize("readouts", [1, 3])
+@pytest.mark.parametrize("name", ["standard", "topk"])
+def test_penalties_and_their_slopes_are_those_of_all_attributions(
+    name, readouts, penalty
+):
+    parts = parts_of(name, readouts)
+    weights = jnp.asarray(np.random.default_rng(4).dirichlet(np.ones(N)), jnp.float32)
+    parts = parts._replace(weights=weights, scale=jnp.asarray(0.7))
+
+    def ours(values, rows):
+        out = parts.out._replace(values=values)
+        params = {**parts.params, "W_dec": rows}
+        return 3 * penalised(parts._replace(out=out, params=params), penalty)
+
+    def whole(values, rows):  # the definition, by a dense einsum
+        codes = values
+        if parts.out.index is not None:
+            codes = jnp.zeros((N, M)).at[jnp.arange(N)[:, None], parts.out.index]
+            codes = codes.set(values)
+        sizes = codes[:, None, :] * jnp.einsum("nkd,md->nkm", parts.grads, rows)
+        sizes = penalty(sizes, parts.scale)
+        return 3 * jnp.einsum("n,nkm->", weights, sizes) / readouts
+
+    args = parts.out.values, parts.params["W_dec"]
+    got = jax.jit(jax.value_and_grad(ours, (0, 1)))(*args)
+    want = jax.jit(jax.value_and_grad(whole, (0, 1)))(*args)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), got, want)
+    np.testing.assert_allclose(jax.jit(ours)(*args), want[0], rtol=1e-5)  # no slope
+
+
+def test_no_array_of_readouts_by_latents_is_made():
+    parts = parts_of("standard", 3)
+
+    def loss(values, rows):
+        out = parts.out._replace(values=values)
+        params = {**parts.params, "W_dec": rows}
+        return penalised(parts._replace(out=out, params=params), geman_mcclure)
+
+    args = parts.out.values, parts.params["W_dec"]
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile().as_text()
+    assert f"f32[{N},{M}]" in text
+    assert f"f32[{N},3,{M}]" not in text
+    assert f"f32[3,{N},{M}]" not in text

@@ -3,11 +3,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from toyfeat.dictionary.selection import best_of_each, cut_of_batch, stepped
+from toyfeat.dictionary.selection import (
+    best_of_each,
+    cut_of_batch,
+    largest_level,
+    stepped,
+)
 
 
 def largest(codes, wanted):
     return np.sort(np.asarray(codes).ravel())[::-1][wanted - 1]
+
+
+def same_codes(cut, codes, wanted):
+    """Whether a cut and the last of so many codes choose the same ones."""
+    codes = np.asarray(codes)
+    return bool(np.all((codes >= np.asarray(cut)) == (codes >= largest(codes, wanted))))
 
 
 def codes_of(kind, num=12, latents=40):
@@ -32,22 +43,22 @@ KINDS = ("plain", "one row has them all", "tiny", "huge", "mostly zero", "narrow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cut_is_that_of_a_sort(kind):
     codes, run = codes_of(kind), jax.jit(cut_of_batch, static_argnums=1)
-    assert run(codes, 2, None) == largest(codes, 24)
+    assert same_codes(run(codes, 2, None), codes, 24)
     for fewer in (1.0, 1.5, 2.0):
         got = run(codes, 2, jnp.asarray(fewer, jnp.float32))
-        assert got == largest(codes, int(12 * fewer))
+        assert same_codes(got, codes, int(12 * fewer))
 
 
 def test_fewer_examples_have_fewer_codes():
     codes = codes_of("plain").at[5:].set(0)
-    assert cut_of_batch(codes, 2, None, jnp.asarray(5)) == largest(codes, 10)
+    assert same_codes(cut_of_batch(codes, 2, None, jnp.asarray(5)), codes, 10)
     assert cut_of_batch(0 * codes, 2, None, jnp.asarray(0)) == 0
 
 
 def test_the_cut_of_doubles_is_that_of_a_sort():
     with jax.enable_x64(True):
         codes = jnp.asarray(np.random.default_rng(0).uniform(size=(9, 50)))
-        assert cut_of_batch(codes, 3, None) == largest(codes, 27)
+        assert same_codes(cut_of_batch(codes, 3, None), codes, 27)
 
 
 def test_each_of_a_batch_has_its_own_cut():
@@ -56,7 +67,7 @@ def test_each_of_a_batch_has_its_own_cut():
     fewer = jnp.asarray([1.0, 2.0, 1.0])
     got = jax.vmap(cut_of_batch, (0, None, 0))(codes, 2, fewer)
     for cut, c, k in zip(got, codes, fewer, strict=True):
-        assert cut == largest(c, int(12 * k))
+        assert same_codes(cut, c, int(12 * k))
 
 
 def test_ties_at_the_cut_are_all_at_or_above_it():
@@ -86,3 +97,33 @@ def test_a_step_has_the_kernel_derivative_of_its_threshold_alone():
     near = np.abs(pre - threshold) < width / 2
     want = -(near * change).sum(0) / width
     np.testing.assert_allclose(by_threshold, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["alike", "by size", "rare and loud", "repeated"])
+def test_the_cut_of_a_large_batch_does_not_need_its_sample_to_be_like_it(kind):
+    rng = np.random.default_rng(5)
+    codes = np.maximum(rng.normal(size=(700, 60)), 0)
+    if kind == "by size":
+        codes = codes * np.exp(4 * rng.normal(size=(700, 1)))
+    if kind == "rare and loud":
+        codes[1::50] *= 1e4  # between the examples that are looked at first
+    if kind == "repeated":
+        codes = np.round(codes, 1)  # many ties, at the cut too
+    codes = jnp.asarray(codes, jnp.float32)
+    for k in (1, 5, 29):
+        cut = jax.jit(cut_of_batch, static_argnums=1)(codes, k, None)
+        assert same_codes(cut, codes, 700 * k), k
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_largest_level_is_exact(dtype):
+    values = np.random.default_rng(6).exponential(size=50).astype(dtype)
+    with jax.enable_x64(dtype is np.float64):
+        there, wanted = jnp.asarray(values), jnp.asarray([1, 7, 50])
+
+        def enough(level):
+            reach = there[None, :] >= level[:, None]
+            return jnp.sum(reach, axis=1, dtype=wanted.dtype) >= wanted
+
+        got = largest_level(enough, (3,), there.dtype)
+        np.testing.assert_array_equal(got, np.sort(values)[::-1][[0, 6, 49]])

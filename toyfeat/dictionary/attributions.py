@@ -1,12 +1,19 @@
 """First-order effects of latents on readouts."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from toyfeat.dictionary.kernels import row_products
+from toyfeat.dictionary.selection import largest_level
 from toyfeat.types import Array, Parts
 
 _SHARE = 0.95  # of the whole first-order effect that the counted latents have
+
+Penalty = Callable[[Array, Array], Array]
+"""``(attributions, scale) -> penalties``, elementwise."""
 
 
 def attributions(parts: Parts) -> Array:
@@ -24,6 +31,76 @@ def attributions(parts: Parts) -> Array:
     else:
         slopes = by_readout(parts.grads, index, rows)
     return values[:, None, :] * slopes
+
+
+def penalised(parts: Parts, penalty: Penalty) -> Array:
+    """Mean over examples and readouts of ``sum_j penalty(A[k, j], scale)``."""
+    out, scale, weights = parts.out, parts.scale, parts.weights
+    if out.index is not None:
+        sizes = penalty(attributions(parts), scale)
+        return weights @ jnp.mean(jnp.sum(sizes, axis=2), axis=1)
+    assert parts.grads is not None
+    rows = parts.params["W_dec"]
+    return _penalised(penalty, out.values, rows, parts.grads, weights, scale)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _penalised(
+    penalty: Penalty,
+    values: Array,
+    rows: Array,
+    grads: Array,
+    weights: Array,
+    scale: Array,
+) -> Array:
+    """One readout after the other, so that no ``[N, K, M]`` is made.
+
+    The derivative is taken along with each, so that no ``[N, M]`` of it is kept.
+    """
+    one = partial(_of_readout, penalty, values, rows, weights / grads.shape[1], scale)
+    if grads.shape[1] == 1:
+        return one(grads[:, 0])
+    return jnp.sum(jax.lax.map(one, jnp.swapaxes(grads, 0, 1)))
+
+
+def _of_readout(
+    penalty: Penalty,
+    values: Array,
+    rows: Array,
+    weights: Array,
+    scale: Array,
+    grads: Array,
+) -> Array:
+    sizes = penalty(values * (grads @ rows.T), scale)
+    return weights @ jnp.sum(sizes, axis=1)
+
+
+def _penalised_forward(penalty: Penalty, *args: Array) -> tuple:
+    values, rows, grads, weights, scale = args
+    weights = weights / grads.shape[1]
+
+    def one(grads: Array) -> tuple[Array, tuple[Array, Array]]:
+        loss = partial(_of_readout, penalty)
+        of_both = jax.value_and_grad(loss, argnums=(0, 1))
+        return of_both(values, rows, weights, scale, grads)
+
+    if grads.shape[1] == 1:
+        return one(grads[:, 0])
+
+    def add(total: tuple, grads: Array) -> tuple:
+        return jax.tree.map(jnp.add, total, one(grads)), None
+
+    start = jax.tree.map(jnp.zeros_like, (weights[0], (values, rows)))
+    return jax.lax.scan(add, start, jnp.swapaxes(grads, 0, 1))[0]
+
+
+def _penalised_backward(penalty: Penalty, kept: tuple, change: Array) -> tuple:
+    del penalty
+    values, rows = kept
+    return change * values, change * rows, None, None, None
+
+
+_penalised.defvjp(_penalised_forward, _penalised_backward)
 
 
 def unexplained(parts: Parts) -> Array:
@@ -57,13 +134,25 @@ def attribution_l0(
       (2.0, 0.0)
     """
     most = attributions.shape[-1] if latents is None else latents
-    sizes = -jnp.sort(-jnp.abs(attributions), axis=-1)
-    so_far = jnp.cumsum(sizes, axis=-1)
-    rest = jnp.abs(unexplained)
-    total = so_far[..., -1] + rest
+    sizes, rest = jnp.abs(attributions), jnp.abs(unexplained)
+    whole = jnp.sum(sizes, axis=-1)
+    total = whole + rest
     wanted = _SHARE * total
-    count = 1 + jnp.sum(so_far < wanted[..., None], axis=-1)
-    count = jnp.where(so_far[..., -1] < wanted, most, count)
+
+    def enough(level: Array) -> Array:
+        return _sum_where(sizes, sizes >= level[..., None]) >= wanted
+
+    # Ties share a level: as many of them count as are needed beside what is larger.
+    level = largest_level(enough, wanted.shape, wanted.dtype)
+    larger = sizes > level[..., None]
+    missing = wanted - _sum_where(sizes, larger)
+    ties = missing / jnp.where(level > 0, level, jnp.ones_like(level))
+    count = jnp.sum(larger, axis=-1).astype(wanted.dtype) + jnp.ceil(ties)
+    count = jnp.where(whole < wanted, jnp.full_like(count, most), count)
     none = total == 0
-    count = jnp.where(none, 0, count).astype(attributions.dtype)
+    count = jnp.where(none, jnp.zeros_like(count), count)
     return count, rest / jnp.where(none, jnp.ones_like(total), total)
+
+
+def _sum_where(sizes: Array, there: Array) -> Array:
+    return jnp.sum(jnp.where(there, sizes, jnp.zeros_like(sizes)), axis=-1)

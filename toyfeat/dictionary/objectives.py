@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from toyfeat.dictionary.attributions import attributions
+from toyfeat.dictionary.attributions import penalised
 from toyfeat.dictionary.attributions import unexplained as unexplained_effect
 from toyfeat.dictionary.coding import lengths
 from toyfeat.dictionary.kernels import weighted_rows
@@ -129,10 +129,10 @@ def attribution_sparsity(penalty: str = "l1", *, gamma: float = _GAMMA) -> Term:
             f"got {penalty!r}"
         )
 
+    form = partial(_PENALTIES[penalty], gamma=gamma)
+
     def loss(parts: Parts) -> Array:
-        sizes = attributions(parts)
-        values = _PENALTIES[penalty](sizes, parts.scale, gamma)
-        return _mean(parts, jnp.mean(jnp.sum(values, axis=2), axis=1))
+        return penalised(parts, form)
 
     return Term("attribution_sparsity", loss, warm_up=True, needs_grads=True)
 
@@ -236,21 +236,21 @@ def _steps(parts: Parts, who: str) -> Array:
     return stepped(parts.out.hidden_pre, threshold, config.bandwidth)
 
 
-def _l1(sizes: Array, scale: Array, gamma: float) -> Array:
+def _l1(sizes: Array, scale: Array, *, gamma: float) -> Array:
     del scale, gamma
     return jnp.abs(sizes)
 
 
-def _geman_mcclure(sizes: Array, scale: Array, gamma: float) -> Array:
+def _geman_mcclure(sizes: Array, scale: Array, *, gamma: float) -> Array:
     square = (sizes / scale) ** 2
     return square / (square + gamma**2)
 
 
-def _log(sizes: Array, scale: Array, gamma: float) -> Array:
+def _log(sizes: Array, scale: Array, *, gamma: float) -> Array:
     return jnp.log1p(jnp.abs(sizes) / (scale * gamma)) / jnp.log1p(1 / gamma)
 
 
-_PENALTIES: dict[str, Callable[[Array, Array, float], Array]] = {
+_PENALTIES: dict[str, Callable[..., Array]] = {
     "l1": _l1,
     "geman_mcclure": _geman_mcclure,
     "log": _log,

@@ -10,6 +10,7 @@ import optax
 
 from toyfeat.dictionary.attributions import attribution_l0, attributions, unexplained
 from toyfeat.dictionary.coding import BY_BATCH
+from toyfeat.dictionary.counting import number_of, smallest_positive
 from toyfeat.types import (
     Array,
     Controller,
@@ -210,9 +211,8 @@ def _averaged(recipe: Recipe, parts: Parts, rest: Params) -> Params:
     """A batch top-k's threshold follows the smallest code that was kept."""
     if recipe.dictionary.config.architecture not in BY_BATCH:
         return rest
-    codes, old = parts.out.codes, rest[_THRESHOLD]
-    there = (codes > 0) & (parts.weights > 0)[:, None]
-    low = jnp.min(jnp.where(there, codes, jnp.full_like(codes, jnp.inf)))
+    old = rest[_THRESHOLD]
+    low = smallest_positive(parts.out.codes * jnp.sign(parts.weights)[:, None])
     new = old + recipe.threshold_rate * (low - old)
     return {_THRESHOLD: jnp.where(jnp.isfinite(low), new, old)}
 
@@ -258,7 +258,7 @@ def _first(parts: Parts) -> Parts:
 def _measured(parts: Parts) -> dict[str, Array]:
     """Codes per example and the share of the variance that is left."""
     weights, target = parts.weights, parts.target
-    there = jnp.sum(parts.out.values != 0, axis=1).astype(target.dtype)
+    there = number_of(parts.out.values != 0).astype(target.dtype)
     centred = target - (weights @ target)[None, :]
     whole = jnp.sum(weights * jnp.sum(centred**2, axis=1))
     rest = jnp.sum(weights * jnp.sum((target - parts.out.recon) ** 2, axis=1))

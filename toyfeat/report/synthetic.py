@@ -169,5 +169,5 @@ def _trainer(name: str, recipe: Recipe) -> tuple[Dictionary, tf.Trainer]:
         dictionary = tf.jump_relu(
             *sizes, threshold=1.0, bandwidth=1.0, decoder_norm=0.5
         )
-    objective = tf.dictionary_objective(dictionary)
-    return dictionary, tf.trainer(dictionary, objective, controller=control)
+    objective, options = tf.dictionary_objective(dictionary), {"controller": control}
+    return dictionary, tf.trainer(dictionary, objective, center=False, **options)

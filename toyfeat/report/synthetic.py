@@ -169,5 +169,6 @@ def _trainer(name: str, recipe: Recipe) -> tuple[Dictionary, tf.Trainer]:
         dictionary = tf.jump_relu(
             *sizes, threshold=1.0, bandwidth=1.0, decoder_norm=0.5
         )
-    objective, options = tf.dictionary_objective(dictionary), {"controller": control}
-    return dictionary, tf.trainer(dictionary, objective, center=False, **options)
+    objective = tf.dictionary_objective(dictionary)
+    made = tf.trainer(dictionary, objective, controller=control, center=False)
+    return dictionary, made

@@ -69,7 +69,8 @@ class Case(NamedTuple):
 
 def peers(*names: str) -> tuple[Runner, ...]:
     """Peers from ``library architecture``."""
-    return tuple(Runner(name, *name.split(" ")) for name in names)
+    pairs = [name.split(" ") for name in names]
+    return tuple(Runner(" ".join(pair), pair[0], pair[1]) for pair in pairs)
 
 
 def cases(tiny: bool) -> list[Case]:

@@ -115,7 +115,8 @@ def main() -> None:
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             answer = {"seconds": wall, "cpu_seconds": cpu}
         elif op == "save" and ready is not None:
-            np.savez(order["path"], **ready.params())
+            params = {name: np.asarray(x) for name, x in ready.params().items()}
+            np.savez(order["path"], allow_pickle=False, **params)
         print(json.dumps(answer), flush=True)
 
 

@@ -26,6 +26,7 @@ from toyfeat.dictionary import (
     batch_topk,
     controllers,
     dictionary_objective,
+    from_basis,
     gated,
     gradient_topk,
     jump_relu,
@@ -62,7 +63,7 @@ from toyfeat.tap import (
     site_shapes,
     tap,
 )
-from toyfeat.train import fit, folded, population, trainer
+from toyfeat.train import fit, folded, population, scales, trainer
 from toyfeat.types import (
     SVD,
     Accumulator,
@@ -78,6 +79,7 @@ from toyfeat.types import (
     Moments,
     Parts,
     Probed,
+    Scales,
     SketchedMoments,
     SVDInfo,
     Taps,
@@ -106,6 +108,7 @@ __all__ = [
     "Probed",
     "Products",
     "SVDInfo",
+    "Scales",
     "SketchedMoments",
     "Taps",
     "Term",
@@ -130,6 +133,7 @@ __all__ = [
     "explanation",
     "fit",
     "folded",
+    "from_basis",
     "from_function",
     "from_linen",
     "from_nnx",
@@ -160,6 +164,7 @@ __all__ = [
     "readouts",
     "save_saelens",
     "save_tree",
+    "scales",
     "site_shapes",
     "sketched_moments",
     "standard",

@@ -90,7 +90,8 @@ class DictionaryConfig(NamedTuple):
 
     Attributes:
       architecture: ``"standard"``, ``"topk"``, ``"abstopk"``, ``"gradient_topk"``,
-        ``"batchtopk"``, ``"matryoshka_batchtopk"``, ``"jumprelu"`` or ``"gated"``.
+        ``"batchtopk"``, ``"matryoshka_batchtopk"``, ``"jumprelu"``, ``"gated"``,
+        ``"paired"`` or ``"linear"``.
       d_in: width of the activations that are read.
       d_sae: how many features.
       d_out: width of what is written, or ``None`` if that is ``d_in``.
@@ -252,6 +253,21 @@ class TrainState(NamedTuple):
     controller: Any
     running: dict[str, Array]
     hyper: dict[str, Array]
+
+
+class Scales(NamedTuple):
+    """The units in which a dictionary was trained.
+
+    Attributes:
+      acts: ``[]``, what activations were divided by.
+      target: ``[]``, what the targets were divided by, which is ``acts`` unless the
+        dictionary is a transcoder.
+      grads: ``[K]``, what the gradients of each readout were divided by.
+    """
+
+    acts: Array
+    target: Array
+    grads: Array
 
 
 class Trainer(NamedTuple):

@@ -52,6 +52,7 @@ SPARSE = {
     "topk_bfloat16": {"num_latents": M},
     "topk_by_factor": {"expansion_factor": 2, "normalize_decoder": False},
     "transcoder": {"num_latents": M, "transcode": True},
+    "multi_topk": {"expansion_factor": 4, "multi_topk": True},  # 4 k must be there
 }
 
 

@@ -121,6 +121,15 @@ def test_a_batch_keeps_k_codes_per_example_on_average():
     assert len(set(counts.tolist())) > 1
 
 
+def test_equal_codes_of_a_batch_are_kept_or_left_together():
+    sae, (acts, _) = ALL["batch"](), data()
+    params, copies = random_params(sae), jnp.repeat(acts[:5], 3, axis=0)
+    codes = sae.encode(params, copies, train=True)
+    np.testing.assert_array_equal(codes, jnp.repeat(codes[::3], 3, axis=0))
+    count = int((codes != 0).sum())
+    assert K * N <= count < K * N + 3  # of three equal ones perhaps one is wanted
+
+
 def test_gradients_change_which_codes_are_kept_but_not_their_values():
     sae, (acts, grads) = ALL["gradient"](), data()
     params = random_params(sae)

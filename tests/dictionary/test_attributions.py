@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 import toyfeat as tf
-from toyfeat.dictionary.attributions import attributions, penalised, unexplained
+from toyfeat.dictionary.attributions import (
+    Penalty,
+    attributions,
+    penalised,
+    unexplained,
+)
 from toyfeat.types import Parts
 
 D, M, K, N = 5, 18, 3, 9
@@ -114,16 +119,17 @@ def test_the_few_latents_that_are_there_give_the_count_of_all():
         np.testing.assert_allclose(x, y, rtol=1e-4)
 
 
-def geman_mcclure(sizes, scale):
-    return (sizes / scale) ** 2 / ((sizes / scale) ** 2 + 0.01)
+def geman_mcclure(sizes):
+    return sizes**2 / (sizes**2 + 0.01)
 
 
-def absolute(sizes, scale):
-    del scale
-    return jnp.abs(sizes)
+PENALTIES = {
+    "geman": Penalty(geman_mcclure, lambda c: 0.02 * c / (c**2 + 0.01) ** 2),
+    "absolute": Penalty(lambda c: c * jnp.sign(c), jnp.sign),
+}
 
 
-@pytest.mark.parametrize("penalty", [geman_mcclure, absolute])
+@pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("readouts", [1, 3])
 @pytest.mark.parametrize("name", ["standard", "topk"])
 def test_penalties_and_their_slopes_are_those_of_all_attributions(
@@ -131,12 +137,13 @@ def test_penalties_and_their_slopes_are_those_of_all_attributions(
 ):
     parts = parts_of(name, readouts)
     weights = jnp.asarray(np.random.default_rng(4).dirichlet(np.ones(N)), jnp.float32)
-    parts = parts._replace(weights=weights, scale=jnp.asarray(0.7))
+    parts, scale = parts._replace(weights=weights), jnp.asarray(0.7)
+    penalty = PENALTIES[penalty]
 
     def ours(values, rows):
         out = parts.out._replace(values=values)
         params = {**parts.params, "W_dec": rows}
-        return 3 * penalised(parts._replace(out=out, params=params), penalty)
+        return 3 * penalised(parts._replace(out=out, params=params), penalty, scale)
 
     def whole(values, rows):  # the definition, by a dense einsum
         codes = values
@@ -144,7 +151,7 @@ def test_penalties_and_their_slopes_are_those_of_all_attributions(
             codes = jnp.zeros((N, M)).at[jnp.arange(N)[:, None], parts.out.index]
             codes = codes.set(values)
         sizes = codes[:, None, :] * jnp.einsum("nkd,md->nkm", parts.grads, rows)
-        sizes = penalty(sizes, parts.scale)
+        sizes = penalty.value(sizes / scale)
         return 3 * jnp.einsum("n,nkm->", weights, sizes) / readouts
 
     args = parts.out.values, parts.params["W_dec"]
@@ -160,7 +167,8 @@ def test_no_array_of_readouts_by_latents_is_made():
     def loss(values, rows):
         out = parts.out._replace(values=values)
         params = {**parts.params, "W_dec": rows}
-        return penalised(parts._replace(out=out, params=params), geman_mcclure)
+        parts_now = parts._replace(out=out, params=params)
+        return penalised(parts_now, PENALTIES["geman"], jnp.ones(()))
 
     args = parts.out.values, parts.params["W_dec"]
     text = jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile().as_text()

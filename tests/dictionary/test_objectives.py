@@ -414,3 +414,17 @@ def test_errors():
         objectives.quadratic_l0(3.0).loss(parts)
     with pytest.raises(ValueError, match="only of a paired dictionary"):
         objectives.gradient_reconstruction().loss(parts)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5])
+@pytest.mark.parametrize("name", ["l1", "geman_mcclure", "log"])
+def test_the_slope_of_a_penalty_is_that_of_its_value(name, gamma):
+    penalty = objectives._PENALTIES[name](gamma)
+    sizes = np.concatenate([-np.geomspace(1e-3, 1e3, 40), np.geomspace(1e-3, 1e3, 40)])
+    with jax.enable_x64(True):
+        sizes = jnp.asarray(sizes)
+        want = jax.vmap(jax.grad(penalty.value))(sizes)
+        np.testing.assert_allclose(penalty.slope(sizes), want, rtol=1e-7)
+    assert (
+        float(penalty.value(jnp.zeros(()))) == float(penalty.slope(jnp.zeros(()))) == 0
+    )

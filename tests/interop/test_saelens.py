@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import toyfeat as tf
 
@@ -23,12 +25,18 @@ OURS = {
     "gated": tf.gated(D, M),
     "transcoder": tf.standard(D, M, target_dim=4),
     "jump transcoder": tf.jump_relu(D, M, target_dim=4),
+    "gradient": tf.gradient_topk(D, M, K, weight=2.5),
+    "gradient plain": tf.gradient_topk(
+        D, M, K, weight=2.5, rescale_acts_by_decoder_norm=False
+    ),
+    "paired": tf.paired(D, M, K),
 }
+ALL_FILES = {"toyfeat.safetensors", "sae_weights.safetensors", "cfg.json"}
 
 
-def random_params(sae):
+def random_params(sae, seed=0):
     params = sae.init(jax.random.key(0))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     return {k: v + jnp.asarray(rng.random(v.shape), v.dtype) for k, v in params.items()}
 
 
@@ -77,11 +85,164 @@ def test_thresholds_are_folded_into_a_jump_relu(kind, rescale, tmp_path):
     )
 
 
-def test_a_choice_by_gradients_is_saved_as_topk(tmp_path):
-    sae = tf.gradient_topk(D, M, K)
+def test_a_row_of_zeros_is_folded_without_harm(tmp_path):
+    sae = tf.batch_topk(D, M, K)
+    params = random_params(sae)
+    params["W_dec"] = params["W_dec"].at[3].set(0)
+    tf.save_saelens(tmp_path, sae, params)
+    again, same = tf.load_saelens(tmp_path)
+    acts = jax.random.normal(jax.random.key(1), (50, D))
+    before, after = sae.encode(params, acts), again.encode(same, acts)
+    assert np.any(before[:, 3] != 0)
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
+def with_scale(sae, seed=0):
+    return random_params(sae, seed) | {"grad_scale": jnp.array([1e-3, 0.7])}
+
+
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def of_saelens_alone(folder):
+    """What is read without what is ours in the metadata, as SAELens reads it."""
+    path = folder / "cfg.json"
+    settings = json.loads(path.read_text())
+    settings["metadata"].pop("training_architecture")
+    path.write_text(json.dumps(settings))
+    return tf.load_saelens(folder)
+
+
+def assert_equal(params, want):
+    assert set(params) == set(want)
+    for name, value in want.items():
+        np.testing.assert_array_equal(params[name], value)
+
+
+@pytest.mark.parametrize("name", ["gradient", "gradient plain", "paired"])
+def test_scales_of_gradients_come_back_and_choose_the_same(name, tmp_path):
+    sae = OURS[name]
+    params = with_scale(sae)
+    tf.save_saelens(tmp_path, sae, params)
+    again, same = tf.load_saelens(tmp_path)
+    assert again.config == sae.config
+    assert_equal(same, params)
+    rng = np.random.default_rng(1)
+    acts = jnp.asarray(rng.normal(size=(50, D)), jnp.float32)
+    grads = jnp.asarray(rng.normal(size=(50, 2, D)), jnp.float32)
+    codes = sae.encode(params, acts, grads=grads)
+    np.testing.assert_array_equal(again.encode(same, acts, grads=grads), codes)
+    assert np.any((codes != 0) != (sae.encode(params, acts) != 0))
+    init = jax.eval_shape(again.init, jax.random.key(0))
+    assert set(init) == set(params) - {"grad_scale"}
+
+
+@pytest.mark.parametrize("name", ["gradient", "gradient plain", "paired"])
+def test_a_choice_by_gradients_is_topk_to_saelens(name, tmp_path):
+    sae = OURS[name]
+    params = with_scale(sae)
+    about = {"model_name": "toy", "training_architecture_details": {"gradient": 1}}
+    tf.save_saelens(tmp_path, sae, params, metadata=about)
+    settings = json.loads((tmp_path / "cfg.json").read_text())
+    assert (settings["architecture"], settings["k"]) == ("topk", K)
+    assert settings["metadata"]["training_architecture"] == sae.config.architecture
+    assert settings["metadata"]["model_name"] == "toy"
+    plain, tensors = of_saelens_alone(tmp_path)
+    rescaled = name != "gradient plain"
+    topk = tf.topk(D, M, K, rescale_acts_by_decoder_norm=rescaled)
+    assert plain.config == topk.config
+    four = ("W_enc", "b_enc", "W_dec", "b_dec")
+    assert_equal(tensors, {name: params[name] for name in four})
+    acts = jax.random.normal(jax.random.key(1), (50, D))
+    codes, want = plain.encode(tensors, acts), sae.encode(params, acts)
+    np.testing.assert_array_equal(codes != 0, want != 0)
+    length = np.linalg.norm(params["W_dec"], axis=1) if name == "paired" else 1.0
+    np.testing.assert_allclose(codes, np.asarray(want) * length, rtol=1e-5)
+    got, want = plain.decode(tensors, codes), sae.decode(params, want)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_beside_is_there_only_where_it_is_needed(tmp_path):
+    sae = OURS["paired"]
     tf.save_saelens(tmp_path, sae, random_params(sae))
-    again, _ = tf.load_saelens(tmp_path)
-    assert again.config == tf.topk(D, M, K).config
+    assert names_in(tmp_path) == ALL_FILES
+    assert set(load_file(tmp_path / "toyfeat.safetensors")) == {"W_read", "P"}
+    old = (tmp_path / "toyfeat.safetensors").read_bytes()
+    for name in ("topk", "gradient"):
+        plain, params = OURS[name], random_params(OURS[name])
+        tf.save_saelens(tmp_path, sae, random_params(sae))
+        metadata = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
+        tf.save_saelens(tmp_path, plain, params, metadata=metadata)
+        assert names_in(tmp_path) == ALL_FILES - {"toyfeat.safetensors"}
+        (tmp_path / "toyfeat.safetensors").write_bytes(old)  # as if it had stayed
+        again, same = tf.load_saelens(tmp_path)
+        assert again.config == plain.config
+        assert_equal(same, params)
+
+
+@pytest.mark.parametrize("name", ["gradient", "paired"])
+def test_files_of_two_dictionaries_are_not_read_as_one(name, tmp_path):
+    sae = OURS[name]
+    one, two = with_scale(sae), with_scale(sae, seed=1)
+    two["grad_scale"] = 2 * two["grad_scale"]
+    tf.save_saelens(tmp_path / "one", sae, one)
+    for part in ("toyfeat.safetensors", "sae_weights.safetensors"):
+        tf.save_saelens(tmp_path / "two", sae, two)
+        shutil.copy(tmp_path / "one" / part, tmp_path / "two" / part)
+        match = rf"not of one {sae.config.architecture} dictionary: .* save the dict"
+        with pytest.raises(ValueError, match=match):
+            tf.load_saelens(tmp_path / "two")
+    tf.save_saelens(tmp_path / "two", sae, two)
+    (tmp_path / "two" / "toyfeat.safetensors").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"no .*toyfeat.safetensors, which hold"
+    ):
+        tf.load_saelens(tmp_path / "two")
+    assert of_saelens_alone(tmp_path / "two")[0].config.architecture == "topk"
+    path = tmp_path / "one" / "cfg.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"apply_b_dec_to_input": False}))
+    if name == "paired":  # which always subtracts it
+        with pytest.raises(ValueError, match="weights or settings were changed"):
+            tf.load_saelens(tmp_path / "one")
+
+
+def test_weights_that_were_only_written_anew_still_fit(tmp_path):
+    sae = OURS["paired"]
+    params = with_scale(sae)
+    tf.save_saelens(tmp_path, sae, params)
+    path = tmp_path / "sae_weights.safetensors"
+    turned = {k: v for k, v in sorted(load_file(path).items(), reverse=True)}
+    save_file(turned, path, metadata={"format": "pt"})
+    assert_equal(tf.load_saelens(tmp_path)[1], params)
+
+
+@pytest.mark.parametrize("last", range(3))
+def test_a_save_that_is_cut_off_never_mixes_readers_and_writers(
+    last, tmp_path, monkeypatch
+):
+    sae, replace, calls = OURS["paired"], os.replace, []
+
+    def cut_off(part, path):
+        calls.append(path)
+        if len(calls) > last:
+            raise KeyboardInterrupt
+        replace(part, path)
+
+    old, new = with_scale(sae), with_scale(sae, seed=1)
+    tf.save_saelens(tmp_path, sae, old)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            tf.save_saelens(tmp_path, sae, new)
+    if last == 0:
+        assert_equal(tf.load_saelens(tmp_path)[1], old)
+    else:
+        with pytest.raises(ValueError, match="not of one paired dictionary"):
+            tf.load_saelens(tmp_path)
+    tf.save_saelens(tmp_path, sae, new)
+    assert_equal(tf.load_saelens(tmp_path)[1], new)
 
 
 def test_wrong_files_are_named(tmp_path):
@@ -129,8 +290,11 @@ def half_and_full_disk(_arrays, path):
     ],
     ids=["weights", "half of the weights", "settings", "names"],
 )
-def test_an_old_dictionary_survives_a_full_disk(where, what, tmp_path, monkeypatch):
-    sae, other = OURS["standard"], tf.topk(D, M, K)
+@pytest.mark.parametrize(("old", "new"), [("standard", "topk"), ("paired", "gradient")])
+def test_an_old_dictionary_survives_a_full_disk(
+    old, new, where, what, tmp_path, monkeypatch
+):
+    sae, other = OURS[old], OURS[new]
     params = random_params(sae)
     tf.save_saelens(tmp_path, sae, params, metadata={"model_name": "old"})
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -141,7 +305,7 @@ def test_an_old_dictionary_survives_a_full_disk(where, what, tmp_path, monkeypat
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     tf.save_saelens(tmp_path, other, random_params(other))
     assert tf.load_saelens(tmp_path)[0].config == other.config
-    assert set(before) == {p.name for p in tmp_path.iterdir()}
+    assert names_in(tmp_path) == ALL_FILES - {"toyfeat.safetensors"}
 
 
 def test_the_weights_appear_before_the_settings(tmp_path, monkeypatch):
@@ -152,12 +316,26 @@ def test_the_weights_appear_before_the_settings(tmp_path, monkeypatch):
     sae = OURS["standard"]
     tf.save_saelens(tmp_path, sae, random_params(sae))
     assert names == ["sae_weights.safetensors", "cfg.json"]
+    sae = OURS["paired"]
+    tf.save_saelens(tmp_path, sae, random_params(sae))
+    assert names[2:] == ["toyfeat.safetensors", *names[:2]]
 
 
-def test_saelens_has_no_transcoder_of_topk(tmp_path):
-    sae = tf.topk(D, M, K, target_dim=4)
-    with pytest.raises(ValueError, match="SAELens has no topk_transcoder"):
-        tf.save_saelens(tmp_path, sae, random_params(sae))
+def test_what_saelens_does_not_have_is_named(tmp_path):
+    for make, name in ((tf.topk, "topk"), (tf.gradient_topk, "topk")):
+        sae = make(D, M, K, target_dim=4)
+        with pytest.raises(ValueError, match=f"SAELens has no {name}_transcoder"):
+            tf.save_saelens(tmp_path, sae, random_params(sae))
+    eye, none = jnp.eye(D), jnp.zeros(D)
+    basis = tf.Basis(none, eye, eye, none, tf.Diagnostics(*(jnp.array(D),) * 4))
+    with pytest.raises(
+        ValueError, match=r"no linear architecture; .*toyfeat.save_tree"
+    ):
+        tf.save_saelens(tmp_path, *tf.from_basis(basis))
+    sae = tf.topk(D, M, K)
+    with pytest.raises(ValueError, match="save_saelens: topk wants tensors"):
+        tf.save_saelens(tmp_path, sae, with_scale(sae))
+    assert not names_in(tmp_path)
 
 
 def test_without_safetensors_the_extra_is_named(monkeypatch, tmp_path):

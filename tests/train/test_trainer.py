@@ -90,22 +90,6 @@ def test_gradients_are_in_units_of_each_readout_s_running_size():
     np.testing.assert_allclose(told["unexplained"][2], want, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_folded_parameters_do_the_same_for_acts_as_they_are(name):
-    sae, trainer = make(name, warm_up=0)
-    batches = [draw(i, scale=20.0) for i in range(6)]
-    state, _ = trained(trainer, batches, learning_rate=0.01)
-    params, scale = tf.folded(sae, state), state.running["acts_scale"]
-    acts = draw(7, scale=20.0).acts
-    for train in (False, True):
-        codes = sae.encode(state.params, acts / scale, train=train)
-        inner = sae.decode(state.params, codes)
-        outer = sae.encode(params, acts, train=train)
-        assert np.any(outer)
-        np.testing.assert_array_equal(outer != 0, codes != 0)
-        same(sae.decode(params, outer) / scale, inner, atol=1e-4)
-
-
 def test_a_transcoder_is_folded_in_two_units():
     sae = tf.topk(D, M, K, target_dim=4)
     trainer = tf.trainer(sae, tf.dictionary_objective(sae))

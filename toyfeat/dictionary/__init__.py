@@ -11,6 +11,7 @@ from toyfeat.dictionary.architectures import (
     topk,
 )
 from toyfeat.dictionary.attributions import attribution_l0
+from toyfeat.dictionary.linear import from_basis
 from toyfeat.dictionary.paired import paired
 from toyfeat.dictionary.presets import attribution_objective, dictionary_objective
 
@@ -20,6 +21,7 @@ __all__ = [
     "batch_topk",
     "controllers",
     "dictionary_objective",
+    "from_basis",
     "gated",
     "gradient_topk",
     "jump_relu",

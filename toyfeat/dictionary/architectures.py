@@ -116,7 +116,9 @@ def gradient_topk(
       dim: as in :func:`topk`.
       latents: as in :func:`topk`.
       k: as in :func:`topk`.
-      weight: :math:`\beta`, in units of one over the gradients' size.
+      weight: :math:`\beta`, in units of one over the gradients' size, which is 1
+        for :func:`toyfeat.trainer` and ``grad_scale [K]`` in parameters that
+        :func:`toyfeat.folded` returns.
       rescale_acts_by_decoder_norm: as in :func:`topk`.
       target_dim: as in :func:`topk`.
       decoder_norm: as in :func:`topk`.
@@ -147,6 +149,10 @@ def batch_topk(
     decoder_norm: float = 0.1,
 ) -> Dictionary:
     """The ``k N`` largest codes of a batch of ``N``; later those above a threshold.
+
+    Codes that are equal to the smallest that is kept are kept too, so that equal
+    examples have equal codes; SAELens keeps exactly ``k N`` of them and leaves it to
+    the sort which.  Codes that are 0 do not count in either.
 
     Args:
       dim: as in :func:`topk`.

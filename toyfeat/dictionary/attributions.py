@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,17 @@ from toyfeat.types import Array, Parts
 
 _SHARE = 0.95  # of the whole first-order effect that the counted latents have
 
-Penalty = Callable[[Array, Array], Array]
-"""``(attributions, scale) -> penalties``, elementwise."""
+
+class Penalty(NamedTuple):
+    """A function of one number and its derivative, elementwise on arrays.
+
+    Attributes:
+      value: of attributions in units of their usual size.
+      slope: its derivative.
+    """
+
+    value: Callable[[Array], Array]
+    slope: Callable[[Array], Array]
 
 
 def attributions(parts: Parts) -> Array:
@@ -33,71 +43,59 @@ def attributions(parts: Parts) -> Array:
     return values[:, None, :] * slopes
 
 
-def penalised(parts: Parts, penalty: Penalty) -> Array:
-    """Mean over examples and readouts of ``sum_j penalty(A[k, j], scale)``."""
-    out, scale, weights = parts.out, parts.scale, parts.weights
+def penalised(parts: Parts, penalty: Penalty, scale: Array) -> Array:
+    """Mean over examples and readouts of ``sum_j penalty(A[k, j] / scale)``."""
+    out, weights = parts.out, parts.weights
     if out.index is not None:
-        sizes = penalty(attributions(parts), scale)
+        sizes = penalty.value(attributions(parts) / scale)
         return weights @ jnp.mean(jnp.sum(sizes, axis=2), axis=1)
     assert parts.grads is not None
-    rows = parts.params["W_dec"]
-    return _penalised(penalty, out.values, rows, parts.grads, weights, scale)
+    grads, rows = parts.grads / scale, parts.params["W_dec"]
+    return _penalised(penalty, out.values, rows, grads, weights)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _penalised(
-    penalty: Penalty,
-    values: Array,
-    rows: Array,
-    grads: Array,
-    weights: Array,
-    scale: Array,
+    penalty: Penalty, values: Array, rows: Array, grads: Array, weights: Array
 ) -> Array:
-    """One readout after the other, so that no ``[N, K, M]`` is made.
+    """One readout after the other, so that no ``[N, K, M]`` is made."""
 
-    The derivative is taken along with each, so that no ``[N, M]`` of it is kept.
-    """
-    one = partial(_of_readout, penalty, values, rows, weights / grads.shape[1], scale)
+    def one(grads: Array) -> Array:
+        return weights @ jnp.sum(penalty.value(values * (grads @ rows.T)), axis=1)
+
     if grads.shape[1] == 1:
         return one(grads[:, 0])
-    return jnp.sum(jax.lax.map(one, jnp.swapaxes(grads, 0, 1)))
-
-
-def _of_readout(
-    penalty: Penalty,
-    values: Array,
-    rows: Array,
-    weights: Array,
-    scale: Array,
-    grads: Array,
-) -> Array:
-    sizes = penalty(values * (grads @ rows.T), scale)
-    return weights @ jnp.sum(sizes, axis=1)
+    return jnp.mean(jax.lax.map(one, jnp.swapaxes(grads, 0, 1)))
 
 
 def _penalised_forward(penalty: Penalty, *args: Array) -> tuple:
-    values, rows, grads, weights, scale = args
-    weights = weights / grads.shape[1]
+    """The derivatives by values and rows are taken along with each readout."""
+    values, rows, grads, weights = args
+    share = weights / grads.shape[1]
 
-    def one(grads: Array) -> tuple[Array, tuple[Array, Array]]:
-        loss = partial(_of_readout, penalty)
-        of_both = jax.value_and_grad(loss, argnums=(0, 1))
-        return of_both(values, rows, weights, scale, grads)
+    def one(grads: Array) -> tuple[Array, Array, Array]:
+        slopes = grads @ rows.T
+        sizes = values * slopes
+        loss = share @ jnp.sum(penalty.value(sizes), axis=1)
+        by_size = share[:, None] * penalty.slope(sizes)
+        return loss, by_size * slopes, (by_size * values).T @ grads
 
     if grads.shape[1] == 1:
-        return one(grads[:, 0])
+        loss, *by_both = one(grads[:, 0])
+        return loss, tuple(by_both)
 
     def add(total: tuple, grads: Array) -> tuple:
         return jax.tree.map(jnp.add, total, one(grads)), None
 
-    start = jax.tree.map(jnp.zeros_like, (weights[0], (values, rows)))
-    return jax.lax.scan(add, start, jnp.swapaxes(grads, 0, 1))[0]
+    start = jax.tree.map(jnp.zeros_like, (weights[0], values, rows))
+    loss, *by_both = jax.lax.scan(add, start, jnp.swapaxes(grads, 0, 1))[0]
+    return loss, tuple(by_both)
 
 
 def _penalised_backward(penalty: Penalty, kept: tuple, change: Array) -> tuple:
     del penalty
-    values, rows = kept
-    return change * values, change * rows, None, None, None
+    by_values, by_rows = kept
+    return change * by_values, change * by_rows, None, None
 
 
 _penalised.defvjp(_penalised_forward, _penalised_backward)

@@ -15,6 +15,9 @@ BY_BATCH = ("batchtopk", "matryoshka_batchtopk")
 BY_EXAMPLE = ("topk", "abstopk", "gradient_topk")
 """Architectures that choose the ``k`` codes of every example."""
 
+BY_GRADIENTS = ("gradient_topk", "paired")
+"""Architectures that look at gradients to choose, if they are given any."""
+
 
 def of_config(
     config: DictionaryConfig, *, decoder_norm: float = 0.1, threshold: float = 0.01
@@ -172,6 +175,7 @@ def _of_few(
     if name == "abstopk":
         score = jnp.abs(score)
     if name == "gradient_topk" and grads is not None:
+        grads = compared(params, grads)
         slopes = jnp.einsum("nkd,md->nkm", grads, params["W_dec"]) / units[None, None]
         effect = jnp.sqrt(jnp.mean(slopes**2, axis=1))
         score = jax.nn.relu(score) * (1 + config.gradient_weight * effect)
@@ -184,6 +188,24 @@ def _of_few(
     if name != "abstopk":
         values = jax.nn.relu(values)
     return jnp.where(here, values, jnp.zeros_like(values)), index
+
+
+def compared(params: Params, grads: Array) -> Array:
+    """Gradients ``[N, K, D]`` in the units in which they are compared.
+
+    Raises:
+      ValueError: if the parameters have scales of another number of readouts.
+    """
+    scale = params.get("grad_scale")
+    if scale is None:
+        return grads
+    if grads.ndim != 3 or scale.shape not in ((1,), (grads.shape[1],)):
+        raise ValueError(
+            f"encode: the parameters hold grad_scale {scale.shape}, one per readout, "
+            f"and gradients are {grads.shape}; set grad_scale to the root mean square "
+            "of each of these readouts, [K] or [1]"
+        )
+    return grads / scale[None, :, None]
 
 
 def _pre(config: DictionaryConfig, params: Params, acts: Array) -> Array:
@@ -220,6 +242,8 @@ def _units(config: DictionaryConfig, params: Params) -> Array:
 
 
 def lengths(rows: Array) -> Array:
-    """Euclidean lengths of rows; 1 where a row is zero."""
-    squares = jnp.sum(rows**2, axis=1)
-    return jnp.sqrt(jnp.where(squares > 0, squares, jnp.ones_like(squares)))
+    """Euclidean lengths of rows, however long; 1 where a row is zero."""
+    most = jax.lax.stop_gradient(jnp.max(jnp.abs(rows), axis=1))
+    most = jnp.where(most > 0, most, jnp.ones_like(most))
+    squares = jnp.sum((rows / most[:, None]) ** 2, axis=1)
+    return most * jnp.sqrt(jnp.where(squares > 0, squares, jnp.ones_like(squares)))

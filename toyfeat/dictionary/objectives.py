@@ -7,17 +7,19 @@ the target, ``x_hat`` its reconstruction, ``g_k`` the gradients at the original
 activation, which are constants.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from toyfeat.dictionary.attributions import penalised
+from toyfeat.dictionary.attributions import Penalty, penalised
 from toyfeat.dictionary.attributions import unexplained as unexplained_effect
 from toyfeat.dictionary.coding import lengths
 from toyfeat.dictionary.kernels import weighted_rows
 from toyfeat.dictionary.selection import best_of_each, stepped
+from toyfeat.linalg.orthonormal import choose
 from toyfeat.types import Array, Dictionary, Params, Parts, Term
 
 _GAMMA = 0.1  # of the bounded penalties, in units of the usual attribution
@@ -91,13 +93,13 @@ def dead_latents() -> Term:
 
     def loss(parts: Parts) -> Array:
         rest = jax.lax.stop_gradient(parts.target - parts.out.recon)
-        operand = parts.params, parts.acts, rest, parts.dead, parts.weights
-        # Recomputed in the branch: nothing of it is paid while all latents fire.
-        return jax.lax.cond(
-            jnp.any(parts.dead),
-            jax.checkpoint(partial(_silent, parts.dictionary)),
-            lambda *_: jnp.zeros((), rest.dtype),
-            *operand,
+        return _revived(
+            parts.dictionary,
+            parts.params,
+            parts.acts,
+            rest,
+            parts.dead,
+            parts.weights,
         )
 
     return Term("dead_latents", loss)
@@ -129,10 +131,12 @@ def attribution_sparsity(penalty: str = "l1", *, gamma: float = _GAMMA) -> Term:
             f"got {penalty!r}"
         )
 
-    form = partial(_PENALTIES[penalty], gamma=gamma)
+    form = _PENALTIES[penalty](gamma)
 
     def loss(parts: Parts) -> Array:
-        return penalised(parts, form)
+        plain = penalty == "l1"
+        scale = jnp.ones_like(parts.scale) if plain else parts.scale
+        return penalised(parts, form, scale)
 
     return Term("attribution_sparsity", loss, warm_up=True, needs_grads=True)
 
@@ -207,6 +211,32 @@ def _sparsity(parts: Parts) -> Array:
     return _mean(parts, jnp.sum(jnp.abs(codes) * size, axis=1))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _revived(dictionary: Dictionary, params: Params, *data: Array) -> Array:
+    """Nothing of it is paid while all latents (of all members) fire."""
+    zero = jnp.zeros((), params["W_dec"].dtype)
+    silent = partial(_silent, dictionary)
+    return choose(jnp.any(data[2]), silent, lambda *_: zero, params, *data)
+
+
+def _revived_forward(dictionary: Dictionary, params: Params, *data: Array) -> tuple:
+    slopes = jax.value_and_grad(partial(_silent, dictionary))
+
+    def nothing(params: Params, *data: Array) -> tuple[Array, Params]:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return jnp.zeros((), data[1].dtype), zeros
+
+    return choose(jnp.any(data[2]), slopes, nothing, params, *data)
+
+
+def _revived_backward(dictionary: Dictionary, kept: Params, change: Array) -> tuple:
+    del dictionary
+    return jax.tree.map(lambda x: change * x, kept), None, None, None, None
+
+
+_revived.defvjp(_revived_forward, _revived_backward)
+
+
 def _silent(
     dictionary: Dictionary,
     params: Params,
@@ -236,21 +266,34 @@ def _steps(parts: Parts, who: str) -> Array:
     return stepped(parts.out.hidden_pre, threshold, config.bandwidth)
 
 
-def _l1(sizes: Array, scale: Array, *, gamma: float) -> Array:
-    del scale, gamma
-    return jnp.abs(sizes)
+def _l1(gamma: float) -> Penalty:
+    del gamma
+    return Penalty(jnp.abs, jnp.sign)
 
 
-def _geman_mcclure(sizes: Array, scale: Array, *, gamma: float) -> Array:
-    square = (sizes / scale) ** 2
-    return square / (square + gamma**2)
+def _geman_mcclure(gamma: float) -> Penalty:
+    """``c**2 r`` and ``2 gamma**2 c r**2``: one division an entry serves both."""
+
+    def weight(sizes: Array) -> Array:
+        return 1 / (sizes * sizes + gamma**2)
+
+    def slope(sizes: Array) -> Array:
+        r = weight(sizes)
+        return 2 * gamma**2 * sizes * r * r
+
+    return Penalty(lambda sizes: sizes * sizes * weight(sizes), slope)
 
 
-def _log(sizes: Array, scale: Array, *, gamma: float) -> Array:
-    return jnp.log1p(jnp.abs(sizes) / (scale * gamma)) / jnp.log1p(1 / gamma)
+def _log(gamma: float) -> Penalty:
+    whole = math.log1p(1 / gamma)
+
+    def slope(sizes: Array) -> Array:
+        return jnp.sign(sizes) / (whole * (jnp.abs(sizes) + gamma))
+
+    return Penalty(lambda sizes: jnp.log1p(jnp.abs(sizes) / gamma) / whole, slope)
 
 
-_PENALTIES: dict[str, Callable[..., Array]] = {
+_PENALTIES: dict[str, Callable[[float], Penalty]] = {
     "l1": _l1,
     "geman_mcclure": _geman_mcclure,
     "log": _log,

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from toyfeat.dictionary.coding import of_config
+from toyfeat.dictionary.coding import compared, of_config
 from toyfeat.dictionary.kernels import (
     affine,
     row_products,
@@ -18,6 +18,7 @@ from toyfeat.dictionary.kernels import (
     weighted_rows,
 )
 from toyfeat.dictionary.selection import best_of_each, first_of
+from toyfeat.linalg.precise import nonzero
 from toyfeat.types import Array, Dictionary, DictionaryConfig, Forward, Params
 
 
@@ -42,7 +43,8 @@ def paired(dim: int, latents: int, k: int, *, decoder_norm: float = 0.1) -> Dict
     Returns:
       :class:`Dictionary` with the parameters of :func:`toyfeat.standard`, the readers
       ``W_read [M, D]`` and ``P [D, M]``.  Without gradients ``encode`` chooses by
-      the activations alone.
+      the activations alone.  If ``grad_scale [K]`` is there, which
+      :func:`toyfeat.folded` adds, gradients are divided by it in the score.
 
     Raises:
       ValueError: if a size is not positive or ``k`` is not in ``1 .. latents``.
@@ -99,9 +101,10 @@ def _forward(
         )
     rows, readers, origin = params["W_dec"], params["W_read"], params["b_dec"]
     pre = affine(acts, origin, params["W_enc"], params["b_enc"])
-    score = jax.nn.relu(pre) ** 2 * jnp.sum(rows**2, axis=1)[None, :]
+    relative = rows / nonzero(jnp.max(jnp.abs(rows)))  # squares stay finite
+    score = jax.nn.relu(pre) ** 2 * jnp.sum(relative**2, axis=1)[None, :]
     if grads is not None:
-        sizes = jnp.mean((grads @ params["P"]) ** 2, axis=1)
+        sizes = jnp.mean((compared(params, grads) @ params["P"]) ** 2, axis=1)
         score = score * sizes * jnp.sum(readers**2, axis=1)[None, :]
     assert config.k is not None  # of_config checked
     index, here = best_of_each(score, config.k)

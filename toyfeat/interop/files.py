@@ -10,7 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.dictionary.coding import BY_BATCH, of_config
+from toyfeat.dictionary.coding import BY_BATCH, BY_GRADIENTS, of_config
+from toyfeat.dictionary.paired import paired
 from toyfeat.types import Dictionary, DictionaryConfig, Params
 
 BANDWIDTH = 0.05
@@ -56,7 +57,11 @@ def loaded(
     config: DictionaryConfig, tensors: dict[str, Any], who: str
 ) -> tuple[Dictionary, Params]:
     """The dictionary of a configuration with its tensors, float32."""
-    dictionary = of_config(config)
+    if config.architecture == "paired":
+        assert config.k is not None  # whose files have it
+        dictionary = paired(config.d_in, config.d_sae, config.k)
+    else:
+        dictionary = of_config(config)
     check(config, tensors, who)
     return dictionary, {k: jnp.asarray(v, jnp.float32) for k, v in tensors.items()}
 
@@ -73,20 +78,30 @@ def check(config: DictionaryConfig, tensors: dict[str, Any], who: str) -> None:
     wanted |= {name: (latents,) for name in names}
     if config.architecture in BY_BATCH:
         wanted["topk_threshold"] = ()
+    if config.architecture == "paired":
+        wanted |= {"W_read": (latents, dim), "P": (dim, latents)}
     found = {name: tuple(np.shape(x)) for name, x in tensors.items()}
+    scale = found.get("grad_scale", ())  # of as many readouts as there were
+    if config.architecture in BY_GRADIENTS and len(scale) == 1:
+        wanted["grad_scale"] = scale
     if found != wanted:
         raise ValueError(
             f"{who}: {config.architecture} wants tensors {wanted}, got {found}"
         )
 
 
-def replace(folder: Path, writers: dict[str, Callable[[Path], object]]) -> None:
+def replace(
+    folder: Path,
+    writers: dict[str, Callable[[Path], object]],
+    gone: tuple[str, ...] = (),
+) -> None:
     """Files of a folder, written beside the old ones, which go when all are whole.
 
     Args:
       folder: made if it is not there.
       writers: file name to what writes that file at a path; the order of the
         names is the order in which the files appear.
+      gone: names of files that are removed when all are there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: folder / f".{name}.part" for name in writers}
@@ -95,6 +110,8 @@ def replace(folder: Path, writers: dict[str, Callable[[Path], object]]) -> None:
             write(parts[name])
         for name, part in parts.items():
             os.replace(part, folder / name)
+        for name in gone:
+            (folder / name).unlink(missing_ok=True)
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)

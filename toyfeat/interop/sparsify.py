@@ -17,14 +17,12 @@ _NAMES = {
 }
 _ABSENT = {
     "skip_connection": "a linear path beside the codes, which no dictionary here has",
-    "multi_topk": "a loss with 4 k codes, which is not known here; it changes training "
-    "alone, so set it to false in cfg.json to read the dictionary",
     "signed": "codes of both signs, which sparsify no longer has",
 }
 _KNOWN = (
     *_ABSENT,
-    *("activation", "d_in", "expansion_factor", "k", "normalize_decoder"),
-    *("num_latents", "transcode"),
+    *("activation", "d_in", "expansion_factor", "k", "multi_topk"),
+    *("normalize_decoder", "num_latents", "transcode"),
 )
 
 
@@ -32,7 +30,10 @@ def load_sparsify(path: str | Path) -> tuple[Dictionary, Params]:
     """Read a sparse autoencoder or transcoder that sparsify saved.
 
     It is :func:`toyfeat.topk` with codes as they are (not in units of their rows),
-    and with ``target_dim`` where it was trained to transcode.
+    and with ``target_dim`` where it was trained to transcode.  ``multi_topk`` is a
+    second loss with ``4 k`` codes; ``encode`` and ``decode`` of sparsify keep ``k`` in
+    any case, and so does what is read (``forward`` of sparsify returns the
+    reconstruction by ``4 k`` then).
 
     Args:
       path: the folder of one hook point with ``cfg.json`` and ``sae.safetensors``.

@@ -2,6 +2,7 @@
 
 from toyfeat.train.fit import fit
 from toyfeat.train.population import population
-from toyfeat.train.trainer import folded, trainer
+from toyfeat.train.scales import folded, scales
+from toyfeat.train.trainer import trainer
 
-__all__ = ["fit", "folded", "population", "trainer"]
+__all__ = ["fit", "folded", "population", "scales", "trainer"]

@@ -11,6 +11,7 @@ import optax
 from toyfeat.dictionary.attributions import attribution_l0, attributions, unexplained
 from toyfeat.dictionary.coding import BY_BATCH
 from toyfeat.dictionary.counting import number_of, smallest_positive
+from toyfeat.train.scales import MEMORY, gradient_scale
 from toyfeat.types import (
     Array,
     Controller,
@@ -22,7 +23,6 @@ from toyfeat.types import (
     TrainState,
 )
 
-_MEMORY = 0.99  # of running statistics, per step
 _PROBED = 64  # examples on which attributions are measured
 _THRESHOLD = "topk_threshold"  # of a batch top-k: averaged, not learned
 
@@ -90,7 +90,7 @@ def _slopes(recipe: Recipe, state: TrainState, batch: Scaled) -> Any:
     dead = state.running["silent"] >= recipe.dead_after
     by_batch = recipe.dictionary.config.architecture in BY_BATCH
     more = {"weights": batch.weights} if by_batch else {}
-    seen = 1 - _MEMORY ** state.step.astype(batch.weights.dtype)
+    seen = 1 - MEMORY ** state.step.astype(batch.weights.dtype)
     square = state.running["attribution_square"]
     known = (seen > 0) & (square > 0)
     scale = jnp.sqrt(jnp.where(known, square / jnp.where(known, seen, 1), 1))
@@ -176,10 +176,9 @@ def _scaled(recipe: Recipe, state: TrainState, taps: Taps) -> tuple[TrainState, 
         grads = jax.lax.stop_gradient(grads)
         if recipe.normalize:
             square = jnp.einsum("n,nkd->k", weights, grads**2) / grads.shape[2]
-            square = _MEMORY * running["grads_square"] + (1 - _MEMORY) * square
+            square = MEMORY * running["grads_square"] + (1 - MEMORY) * square
             running["grads_square"] = square
-            seen = 1 - _MEMORY ** (state.step + 1).astype(square.dtype)
-            size = jnp.sqrt(jnp.where(square > 0, square / seen, jnp.ones_like(square)))
+            size = gradient_scale(square, state.step + 1)
             grads = grads / size[None, :, None]
     state = state._replace(running=running, params=params)
     return state, Scaled(acts, target, grads, weights)
@@ -238,7 +237,7 @@ def _counted(
     active = jnp.maximum(jnp.sum(sizes != 0), 1).astype(sizes.dtype)
     square = jnp.sum(sizes**2) / active
     old = running["attribution_square"]
-    running["attribution_square"] = _MEMORY * old + (1 - _MEMORY) * square
+    running["attribution_square"] = MEMORY * old + (1 - MEMORY) * square
     effects = {
         "attribution_l0": weights @ jnp.mean(count, axis=1),
         "unexplained_share": weights @ jnp.mean(share, axis=1),

@@ -16,7 +16,6 @@ from toyfeat.types import (
     Controller,
     Dictionary,
     Objective,
-    Params,
     Trainer,
     TrainState,
 )
@@ -56,8 +55,8 @@ def trainer(
       controller: steers the coefficient of one term, after the warm-up.
       readouts: ``K``, how many gradients an example of the taps has.
       normalize: divide activations by the centred root mean square of the first
-        batch and gradients by a running one per readout; both are in
-        ``state.running`` and :func:`folded` takes them back out of the parameters.
+        batch and gradients by a running one per readout; :func:`toyfeat.scales` tells
+        them and :func:`toyfeat.folded` takes them back out of the parameters.
       center: start ``b_dec`` at the mean of the first batch; where sparse features
         make up most of the mean, a batch top-k loses latents by it.
       clip: largest norm of the gradient of each tensor.
@@ -117,27 +116,6 @@ def trainer(
     if controller is not None:
         defaults["target"] = controller.target
     return Trainer(partial(_init, recipe, defaults), partial(update, recipe))
-
-
-def folded(dictionary: Dictionary, state: TrainState) -> Params:
-    """Parameters for activations as they are, from a state whose are scaled.
-
-    Args:
-      dictionary: that was trained.
-      state: from its trainer, of one member.
-
-    Returns:
-      Parameters with ``encode`` and ``decode`` in the units of the taps.  Codes, and
-      thresholds with them, stay in scaled units, but those of a dictionary with
-      ``rescale_acts_by_decoder_norm`` are in units of what they add.
-    """
-    params, scale = dict(state.params), state.running["target_scale"]
-    params["W_enc"] = params["W_enc"] / state.running["acts_scale"]
-    params["W_dec"] = params["W_dec"] * scale
-    params["b_dec"] = params["b_dec"] * scale
-    if "topk_threshold" in params and dictionary.config.rescale_acts_by_decoder_norm:
-        params["topk_threshold"] = params["topk_threshold"] * scale
-    return params
 
 
 def _init(

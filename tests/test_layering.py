@@ -19,6 +19,7 @@ LEVELS = {
     "dictionary": 3,
     "train": 4,
     "evaluate": 4,
+    "detection": 4,
     "ablation": 4,
     "interop": 4,
     "report": 5,

@@ -32,6 +32,7 @@ PINNED = [
     "Outliers",
     "ArrayBatches",
     "Controller",
+    "Detection",
     "Forward",
     "Parts",
     "Term",
@@ -73,6 +74,7 @@ PINNED = [
     "check_no_mixing",
     "check_taps",
     "decode",
+    "detection",
     "encode",
     "explanation",
     "from_function",
@@ -92,6 +94,7 @@ PINNED = [
     "site_shapes",
     "stream_svd",
     "tap",
+    "uniqueness",
     "variance_explained",
 ]
 

@@ -19,6 +19,7 @@ from toyfeat.decompose import (
     local_interaction_basis,
     pca,
 )
+from toyfeat.detection import detection, uniqueness
 from toyfeat.dictionary import (
     attribution_l0,
     attribution_objective,
@@ -80,6 +81,7 @@ from toyfeat.types import (
     ArrayBatches,
     Basis,
     Controller,
+    Detection,
     Diagnostics,
     Dictionary,
     DictionaryConfig,
@@ -108,6 +110,7 @@ __all__ = [
     "ArrayBatches",
     "Basis",
     "Controller",
+    "Detection",
     "Diagnostics",
     "Dictionary",
     "DictionaryConfig",
@@ -137,6 +140,7 @@ __all__ = [
     "controllers",
     "data",
     "decode",
+    "detection",
     "dictionary_objective",
     "edge_ablation",
     "edges_needed",
@@ -188,5 +192,6 @@ __all__ = [
     "tap",
     "topk",
     "trainer",
+    "uniqueness",
     "variance_explained",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.decompose import covariance, decode, encode
-from toyfeat.matching import assignment, subspaces, unit_rows
+from toyfeat.matching import assignment, nearest, subspaces, unit_rows
 from toyfeat.types import (
     Array,
     ArrayLike,
@@ -72,7 +72,7 @@ def match_features(
         similarity[space.members] = space.shared(unit, chosen) / len(space.members)
     given = chosen >= 0
     index = np.where(given, rows[np.where(given, chosen, 0)] if len(rows) else -1, -1)
-    best = np.max([np.linalg.norm(unit @ s.basis.T, axis=1) for s in spaces], axis=0)
+    best = nearest(unit, spaces)
     pairs = min(len(rows), len(true))
     return Match(
         index=index,

@@ -56,15 +56,38 @@ def assignment(unit: np.ndarray, spaces: list[Subspace], num: int) -> np.ndarray
       ``[F]``, the row of each truth, -1 for none.
     """
     score = np.zeros((len(unit), num))
-    for space in spaces:
+    alone, grouped = _apart(spaces)
+    score[:, [space.members[0] for space in alone]] = _cosines(unit, alone)
+    for space in grouped:
         score[:, space.members] = _place_scores(unit @ space.basis.T, space)
     rows, slots = linear_sum_assignment(score, maximize=True)
     chosen = np.full(num, -1)
     useful = score[rows, slots] > 0
     chosen[slots[useful]] = rows[useful]
-    if all(len(space.members) == 1 for space in spaces):
+    if not grouped:
         return chosen
     return _exchanged(unit, spaces, chosen)
+
+
+def nearest(unit: np.ndarray, spaces: list[Subspace]) -> np.ndarray:
+    """``[R]``, the cosine of each unit row with the subspace nearest to it."""
+    alone, grouped = _apart(spaces)
+    best = np.max(_cosines(unit, alone), axis=1, initial=0.0)
+    for space in grouped:
+        best = np.maximum(best, np.linalg.norm(unit @ space.basis.T, axis=1))
+    return best
+
+
+def _apart(spaces: list[Subspace]) -> tuple[list[Subspace], list[Subspace]]:
+    """Truths that stand alone, and the others."""
+    alone = [space for space in spaces if len(space.members) == 1]
+    return alone, [space for space in spaces if len(space.members) > 1]
+
+
+def _cosines(unit: np.ndarray, alone: list[Subspace]) -> np.ndarray:
+    """``[R, len(alone)]``, in one product: there may be thousands."""
+    rows = [space.basis for space in alone]
+    return np.abs(unit @ np.concatenate([np.zeros((0, unit.shape[1])), *rows]).T)
 
 
 def _place_scores(coordinates: np.ndarray, space: Subspace) -> np.ndarray:

@@ -504,3 +504,18 @@ class Match(NamedTuple):
     mcc: float
     precision: float
     found: int
+
+
+class Detection(NamedTuple):
+    """How well latents tell where features fire; means over the latents.
+
+    Attributes:
+      precision: share of a latent's firings at which its feature fires, 0 if it
+        never does.
+      recall: share of the feature's firings at which the latent does.
+      f1: harmonic mean of the two, latent by latent.
+    """
+
+    precision: float
+    recall: float
+    f1: float

@@ -60,23 +60,44 @@ def test_a_target_that_is_out_of_reach_is_told(floor):
 def test_from_the_limit_it_comes_back():
     control = controllers.target_l0(8.0, limit=100.0, **FAST)
     state = control.init()._replace(log_factor=single(np.log(100.0)))
-    for _ in range(30):
+    for _ in range(60):
         state, factor, saturated = control.update(state, single(1.0), single(8.0))
     assert not saturated
     assert factor < 50
+
+
+def test_a_count_that_moves_at_its_own_speed_is_not_overrun():
+    """A threshold goes up or down by so much a step, however large the factor."""
+    control = controllers.target_l0(4.0)
+
+    def step(carry, _):
+        state, count = carry
+        state, factor, _ = control.update(state, jnp.exp(count), single(4.0))
+        rest = jnp.log(factor) + 0.5 * (count - np.log(4.0))  # 0 where it stays
+        count = count - 0.002 * jnp.tanh(rest)
+        return (state, count), (jnp.exp(count), factor)
+
+    start = control.init(), single(np.log(200.0))
+    _, told = jax.jit(lambda c: jax.lax.scan(step, c, None, 5000))(start)
+    counts, factor = told
+    assert factor.max() < 20
+    assert counts.min() > 3.2
+    np.testing.assert_allclose(counts[-250:], 4.0, rtol=0.05)
 
 
 def test_one_step_is_its_formula():
     gains = {"integral": 0.2, "proportional": 0.5, "memory": 4.0}
     control = controllers.target_l0(8.0, **gains)
     state, whole, smooth, seen = control.init(), 0.0, 0.0, 0.0
+    before = np.log(32.0 / 8.0)  # it starts without a jump
     for measured in (32.0, 3.0, 8.0):
         state, factor, _ = control.update(state, single(measured), single(8.0))
         smooth = 0.75 * smooth + 0.25 * np.log(measured)
         seen = 0.75 * seen + 0.25
-        error = np.tanh(smooth / seen - np.log(8.0))
-        whole += 0.2 * error
-        np.testing.assert_allclose(factor, np.exp(whole + 0.5 * error), rtol=1e-5)
+        error = smooth / seen - np.log(8.0)
+        whole += 0.2 * np.tanh(error) + 0.5 * (error - before)
+        before = error
+        np.testing.assert_allclose(factor, np.exp(whole), rtol=1e-5)
 
 
 def test_nothing_at_all_is_too_few_and_finite():

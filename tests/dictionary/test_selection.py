@@ -26,6 +26,8 @@ def codes_of(kind, num=12, latents=40):
     codes = np.maximum(rng.normal(size=(num, latents)), 0)
     if kind == "one row has them all":  # more than the candidates of a row
         codes[0] += 100
+    if kind == "most rows have none":  # the few that have some have many
+        codes[3:] = 0
     if kind == "tiny":
         codes = codes * 1e-30
     if kind == "huge":
@@ -38,6 +40,7 @@ def codes_of(kind, num=12, latents=40):
 
 
 KINDS = ("plain", "one row has them all", "tiny", "huge", "mostly zero", "narrow")
+KINDS += ("most rows have none",)
 
 
 @pytest.mark.parametrize("kind", KINDS)

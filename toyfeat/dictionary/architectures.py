@@ -233,7 +233,11 @@ def jump_relu(
     r"""Codes above a learned threshold, :math:`f = \max(0, pre) [pre > \theta]`.
 
     The derivative by the threshold is a kernel estimate,
-    :math:`-\theta / \epsilon` where ``pre`` is within :math:`\epsilon / 2`.
+    :math:`-\theta / \epsilon` where ``pre`` is within :math:`\epsilon / 2`.  The
+    defaults are SAELens'.  A threshold moves by about a learning rate a step, and from
+    .01 it takes thousands of them to few codes; for activations of a variance of 1 per
+    entry, as :func:`toyfeat.trainer` makes them, ``threshold=1, bandwidth=1,
+    decoder_norm=0.5`` (SynthSAEBench's) start nearer.
 
     Args:
       dim: as in :func:`standard`.

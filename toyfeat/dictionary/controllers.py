@@ -1,4 +1,15 @@
-"""Coefficients that find their own value: a target in, a factor out."""
+r"""Coefficients that find their own value: a target in, a factor out.
+
+With :math:`e_t` the logarithm of what is measured, averaged, less that of the target,
+the logarithm of the factor changes by
+
+.. math:: k_i \tanh(e_t) + k_p \, (e_t - e_{t - 1})
+
+in every step: a PI controller that starts without a jump.  The two balance where the
+measured comes nearer at a pace of :math:`k_i / k_p` a step, so that the factor does
+not run away from a count that follows slowly, such as that of learned thresholds.  The
+defaults, one in 600 steps, are for thousands of steps; ``integral=0.015`` suits 1000.
+"""
 
 from typing import NamedTuple
 
@@ -7,14 +18,13 @@ import jax.numpy as jnp
 from toyfeat.types import Array, Controller
 
 _LIMIT = 1e4  # how far the factor may move from 1, either way
-_WIDEST = 1.0  # error in logarithms above which the controller goes at full speed
 
 
 class Steering(NamedTuple):
     """State of a controller.
 
     Attributes:
-      log_factor: ``[]``, the integral.
+      log_factor: ``[]``, the logarithm of the factor.
       smooth: ``[]``, the logarithm of what is measured, averaged.
       seen: ``[]``, the weight of that average.
     """
@@ -32,8 +42,8 @@ def target_l0(target: float, *, term: str = "sparsity", **gains: float) -> Contr
         ``init(key, target=)`` overrides.
       term: whose coefficient is steered.
       gains: ``integral`` (change of the log factor per step and unit of log
-        error), ``proportional``, ``memory`` (of the average, in steps) and
-        ``limit``.
+        error), ``proportional`` (per unit of change of the log error), ``memory``
+        (of the average, in steps) and ``limit``.
 
     Returns:
       :class:`Controller`.
@@ -101,7 +111,7 @@ def _controller(
     sign: float,
     gains: dict[str, float],
 ) -> Controller:
-    known = {"integral": 0.01, "proportional": 0.0, "memory": 20.0, "limit": _LIMIT}
+    known = {"integral": 0.005, "proportional": 3.0, "memory": 20.0, "limit": _LIMIT}
     if extra := set(gains) - set(known):
         raise ValueError(
             f"controller: unknown gains {sorted(extra)}; known are {sorted(known)}"
@@ -121,11 +131,12 @@ def _controller(
         now = jnp.log(jnp.maximum(measured, 1e-3 * target) + tiny)
         smooth = keep * state.smooth + (1 - keep) * now
         seen = keep * state.seen + (1 - keep)
-        error = sign * (smooth / seen - jnp.log(target))
-        error = _WIDEST * jnp.tanh(error / _WIDEST)
-        whole = state.log_factor + gains["integral"] * error
+        level, known = smooth / seen, state.seen > 0
+        before = jnp.where(known, state.smooth / jnp.where(known, state.seen, 1), level)
+        error = sign * (level - jnp.log(target))
+        change = gains["proportional"] * sign * (level - before)
+        whole = state.log_factor + gains["integral"] * jnp.tanh(error) + change
         whole = jnp.clip(whole, -most, most)
-        factor = jnp.exp(whole + gains["proportional"] * error)
-        return Steering(whole, smooth, seen), factor, jnp.abs(whole) >= most
+        return Steering(whole, smooth, seen), jnp.exp(whole), jnp.abs(whole) >= most
 
     return Controller(term, measures, target, init, update)

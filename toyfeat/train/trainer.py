@@ -58,7 +58,8 @@ def trainer(
       normalize: divide activations by the centred root mean square of the first
         batch and gradients by a running one per readout; :func:`toyfeat.scales` tells
         them and :func:`toyfeat.folded` takes them back out of the parameters.
-      center: start ``b_dec`` at the mean of the first batch.
+      center: start ``b_dec`` at the mean of the first batch; where sparse features
+        make up most of the mean, a batch top-k loses latents by it.
       clip: largest norm of the gradient of each tensor.
       warm_up: steps in which the coefficients of sparsity terms grow from 0.
       dead_after: steps without firing after which a latent is dead.

@@ -15,7 +15,6 @@ SKETCHES = ["incremental", "frequent_directions"]
 CASES = [(method, True) for method in METHODS]
 CASES += [("gram", False), ("incremental", False)]
 J = np.arange(DIM)
-slow = pytest.mark.slow
 
 SPECTRA = {
     "flat": np.ones(DIM),
@@ -242,13 +241,7 @@ def test_scale_of_rows_is_scale_of_values(method, scale, center):
 
 
 @pytest.mark.parametrize(
-    ("method", "center"),
-    [
-        ("gram", False),
-        ("gram", True),
-        ("incremental", True),
-        pytest.param("frequent_directions", True, marks=slow),
-    ],
+    ("method", "center"), [("gram", False), *((method, True) for method in METHODS)]
 )
 def test_counts_are_right_past_2_to_the_24_rows(method, center):
     doublings, rank = 21, 4
@@ -266,10 +259,7 @@ def test_counts_are_right_past_2_to_the_24_rows(method, center):
     np.testing.assert_allclose(variance, s[:rank] ** 2 / SIZE, rtol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["gram", pytest.param("incremental", marks=slow), "frequent_directions"],
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_two_long_streams_of_other_means_are_merged(method):
     doublings, rank = 18, 5
     parts = [
@@ -311,9 +301,7 @@ def test_gram_says_that_squares_overflow():
 @pytest.mark.parametrize(
     ("sizes", "center"), [(50, False), (250, False), (1000, False), (250, True)]
 )
-@pytest.mark.parametrize(
-    "seed", [0, *[pytest.param(seed, marks=slow) for seed in (1, 2)]]
-)
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", ["power_half", "power_one", "geometric_slow"])
 def test_incremental_is_near_the_best_on_rows_in_random_order(
     name, seed, sizes, center
@@ -330,7 +318,7 @@ def test_incremental_is_near_the_best_on_rows_in_random_order(
 def test_incremental_is_near_the_best_when_parts_are_merged():
     rows = with_spectrum(SPECTRA["power_one"])
     acc = compiled(method="incremental", width=2 * RANK, center=True)
-    states = [fold(acc, part) for part in pieces(rows, 2 * SIZE)]
+    states = [fold(acc, part) for part in pieces(rows, SIZE)]
     for merge in MERGES.values():
         got = acc.finish(merge(acc, states))
         residual, best = left_over(got, rows, True)
@@ -382,9 +370,9 @@ def one_direction_after_the_other(values, each=25, seed=0):
     return rows.reshape(-1, DIM).astype(np.float32)
 
 
-def small_ones_after_large_ones(many=20_000):
+def small_ones_after_large_ones():
     """Rows that fill the sketch, then many small ones of a new direction."""
-    rows = np.zeros((many, DIM), np.float32)
+    rows = np.zeros((20_000, DIM), np.float32)
     rows[np.arange(L), np.arange(L)] = 1.0
     rows[L:, L] = 0.04
     return rows
@@ -401,19 +389,7 @@ ORDERS = {
     "directions_flat": lambda: one_direction_after_the_other(np.ones(DIM)),
     "repeated": lambda: np.tile(with_spectrum(SPECTRA["power_half"], 50), (20, 1)),
     "small_after_large": small_ones_after_large_ones,
-    "some_small_after_large": lambda: small_ones_after_large_ones(8_000),
 }
-
-
-def alternating(values):
-    """Every order with one of two values; with the other one it is slow.
-
-    So is the order that is a longer edition of another one.
-    """
-    names = [name for name in ORDERS if name != "small_after_large"]
-    usual = {(name, values[i % 2]) for i, name in enumerate(names)}
-    cases = [(name, value) for value in values for name in ORDERS]
-    return [pytest.param(*case, marks=() if case in usual else slow) for case in cases]
 
 
 def covariance_error(got, rows):
@@ -430,7 +406,8 @@ def bound_of(rows, width):
     return np.min(tails / (width - k)), 2e-6 * s[0] ** 2
 
 
-@pytest.mark.parametrize(("order", "sizes"), alternating([10, 250]))
+@pytest.mark.parametrize("sizes", [10, 250])
+@pytest.mark.parametrize("order", ORDERS)
 def test_frequent_directions_holds_its_bound_in_any_order(order, sizes):
     rows = ORDERS[order]()
     acc = compiled(rank=L, width=L, method="frequent_directions")
@@ -440,7 +417,8 @@ def test_frequent_directions_holds_its_bound_in_any_order(order, sizes):
     check_shape_of_answer(got)
 
 
-@pytest.mark.parametrize(("order", "parts"), alternating([4, 2]))
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("order", ORDERS)
 def test_frequent_directions_holds_its_bound_when_merged(order, parts):
     rows = ORDERS[order]()
     acc = compiled(rank=L, width=L, method="frequent_directions")
@@ -451,7 +429,7 @@ def test_frequent_directions_holds_its_bound_when_merged(order, parts):
 
 
 def test_a_spiteful_order_defeats_incremental_but_not_frequent_directions():
-    rows = small_ones_after_large_ones(8_000)
+    rows = small_ones_after_large_ones()
     bound, _ = bound_of(rows, L)
     error = {
         method: covariance_error(
@@ -754,21 +732,13 @@ def test_pca_whitens(method):
     np.testing.assert_allclose(mine, want, rtol=0, atol=1e-3)
 
 
-def assert_pca_of_many_rows(method, many):
-    x = np.random.default_rng(0).random((many, 3), dtype=np.float32)
+@pytest.mark.parametrize("method", PCA)
+def test_pca_of_many_rows(method):
+    x = np.random.default_rng(0).random((100_000, 3), dtype=np.float32)
     got = svd_of(pca(3, method), x, 50)
     want = np.sqrt(np.linalg.eigvalsh(len(x) * np.cov(x.T, bias=True))[::-1])
     tol = 1e-6 if method == "gram" else 1e-4
     np.testing.assert_allclose(f64(got.s), want, rtol=tol)
-
-
-@pytest.mark.parametrize("method", ["gram", pytest.param("incremental", marks=slow)])
-def test_pca_of_many_rows(method):
-    assert_pca_of_many_rows(method, 100_000)
-
-
-def test_incremental_pca_of_thousands_of_rows():
-    assert_pca_of_many_rows("incremental", 10_000)
 
 
 # --- errors --------------------------------------------------------------------

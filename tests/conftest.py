@@ -1,3 +1,18 @@
+import os
+from importlib.metadata import version
+
+# The threads of OpenBLAS, which does the small decompositions, wait by spinning: where
+# every core runs a worker of the tests, that took thirty times the work itself.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# The tests compile thousands of small programs and run most of them once.  These make
+# that cost half; child processes inherit them.  XLA_FLAGS= tests what users run.
+if version("jaxlib") < "0.13":  # an unknown flag would end the process
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    )
+
 import jax
 import pytest
 

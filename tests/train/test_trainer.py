@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,7 @@ def draw(seed=0, num=N, scale=3.0, grad_scale=0.02):
     return tf.Taps(single(scale * acts), single(grads), single(weights))
 
 
+@functools.cache  # the same trainer is compiled once
 def make(name, **options):
     sae = ALL[name]()
     objective = tf.attribution_objective(sae, dead_latents=0.1)

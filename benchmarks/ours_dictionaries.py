@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import toyfeat as tf
 from toyfeat.train.chunks import run_chunk
@@ -43,13 +44,19 @@ def dictionary(order: dict[str, Any]) -> tf.Dictionary:
 
 
 def trainer(order: dict[str, Any]) -> tf.Trainer:
-    """Adam, clipping and the usual terms; nothing that the peers do not do."""
+    """Adam, clipped as SAELens does it, and the usual terms; nothing besides."""
     sae, l1 = dictionary(order), order.get("l1", 1.0)
     objective = tf.dictionary_objective(sae, sparsity=l1)
     if order.get("attribution"):
         objective = tf.attribution_objective(sae, sparsity=l1, dead_latents=1.0)
-    plain = {"normalize": False, "center": False, "warm_up": 0}
-    done = tf.trainer(sae, objective, readouts=order.get("readouts", 1), **plain)
+    plain = {"normalize": False, "center": False, "warm_up": 0, "clip": np.inf}
+    adam = optax.inject_hyperparams(
+        lambda learning_rate: optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adam(learning_rate)
+        )
+    )
+    readouts = order.get("readouts", 1)
+    done = tf.trainer(sae, objective, adam(3e-4), readouts=readouts, **plain)
     if order.get("members", 1) == 1:
         return done
     return tf.population(done, group=order.get("group"))

@@ -80,3 +80,8 @@ def test_errors():
         tf.uniqueness(found[:, 1:], truth)
     with pytest.raises(ValueError, match="at least one found"):
         tf.uniqueness(found[:0], truth)
+
+
+def test_no_batches_are_not_a_score():
+    with pytest.raises(ValueError, match="got no pair of codes"):
+        tf.detection(np.eye(3), np.eye(3), iter(()))

@@ -59,7 +59,7 @@ def detection(
       :class:`Detection`.
 
     Raises:
-      ValueError: if shapes do not fit.
+      ValueError: if shapes do not fit, or there are no batches.
 
     Example:
       >>> import jax.numpy as jnp
@@ -74,6 +74,7 @@ def detection(
     best = jnp.asarray(_nearest("detection", found, truth))
     shapes = len(best), len(np.asarray(truth))
     hits, fired, planted_fired = (np.zeros(len(best)) for _ in range(3))
+    seen = 0
     for codes, planted in batches:
         codes, planted = jnp.asarray(codes), jnp.asarray(planted)
         fits = codes.ndim == planted.ndim == 2 and len(codes) == len(planted)
@@ -82,10 +83,16 @@ def detection(
                 f"detection: wanted codes [N, {shapes[0]}] and planted codes "
                 f"[N, {shapes[1]}], got shapes {codes.shape} and {planted.shape}"
             )
+        seen += len(codes)
         counts = _counts(codes, planted, best)
         hits, fired, planted_fired = (
             total + np.asarray(count)
             for total, count in zip((hits, fired, planted_fired), counts, strict=True)
+        )
+    if not seen:
+        raise ValueError(
+            "detection: got no pair of codes and planted codes; a generator that was "
+            "used before is empty"
         )
     precision, recall = _share(hits, fired), _share(hits, planted_fired)
     both = _share(2 * precision * recall, precision + recall)

@@ -1,7 +1,7 @@
 """Whether SAELens makes of ``save_saelens``' files what toyfeat makes of them.
 
-    python benchmarks/peers/saelens_reads.py write /tmp/sae       # where toyfeat is
-    benchmarks/peers/.venv/bin/python benchmarks/peers/saelens_reads.py read /tmp/sae
+    python benchmarks/peers/saelens_reads.py write out/sae       # where toyfeat is
+    benchmarks/peers/.venv/bin/python benchmarks/peers/saelens_reads.py read out/sae
 
 ``write`` saves a small dictionary of every architecture and its codes and
 reconstructions of random activations; ``read`` loads them by SAELens and prints the

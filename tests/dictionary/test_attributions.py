@@ -13,6 +13,12 @@ from toyfeat.dictionary.attributions import (
 from toyfeat.types import Parts
 
 D, M, K, N = 5, 18, 3, 9
+
+
+def single(x):
+    return jnp.asarray(x, jnp.float32)
+
+
 ALL = {
     "standard": lambda: tf.standard(D, M),
     "topk": lambda: tf.topk(D, M, K),
@@ -175,3 +181,15 @@ def test_no_array_of_readouts_by_latents_is_made():
     assert f"f32[{N},{M}]" in text
     assert f"f32[{N},3,{M}]" not in text
     assert f"f32[3,{N},{M}]" not in text
+
+
+def test_equal_attributions_are_never_more_than_there_are():
+    num, size = np.meshgrid(np.arange(1, 41), [0.1, 0.3, 1 / 3, 0.7, 1e-3])
+    num, size = num.ravel(), size.ravel()
+    sizes = np.where(np.arange(40) < num[:, None], size[:, None], 0)
+    rest = num * size / 19  # at the very border of 95 %
+    count = np.asarray(tf.attribution_l0(single(sizes), single(rest))[0])
+    assert np.all((count <= num) | (count == 40))  # none suffices, by rounding
+    count = np.asarray(tf.attribution_l0(single(sizes), single(0 * rest))[0])
+    assert np.all(count <= np.ceil(0.95 * num + 1e-4))
+    assert np.all(count >= np.ceil(0.95 * num - 1e-4))

@@ -127,3 +127,12 @@ def test_errors():
         controllers.reconstruction_budget(0.0)
     with pytest.raises(ValueError, match=r"unknown gains \['speed'\]; known are .*'m"):
         controllers.target_attribution_l0(3.0, speed=1.0)
+
+
+@pytest.mark.parametrize(
+    "gain",
+    [{"memory": 0.5}, {"limit": 0.5}, {"integral": -1.0}, {"proportional": np.nan}],
+)
+def test_gains_that_steer_nowhere_are_refused(gain):
+    with pytest.raises(ValueError, match=f"controller: {next(iter(gain))} must be"):
+        controllers.target_l0(4.0, **gain)

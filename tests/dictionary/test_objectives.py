@@ -428,3 +428,9 @@ def test_the_slope_of_a_penalty_is_that_of_its_value(name, gamma):
     assert (
         float(penalty.value(jnp.zeros(()))) == float(penalty.slope(jnp.zeros(()))) == 0
     )
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.0, np.nan])
+def test_a_bounded_penalty_needs_a_width(gamma):
+    with pytest.raises(ValueError, match="gamma must be positive and finite"):
+        objectives.attribution_sparsity("log", gamma=gamma)

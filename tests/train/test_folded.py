@@ -77,7 +77,8 @@ def made_up(sae, scale=1.0):
     acts = 37.0 * scale
     target = acts if sae.config.d_out is None else 5.0
     running = {"acts_scale": single(acts), "target_scale": single(target)}
-    running = state.running | running | {"grads_square": square}
+    one = jnp.ones_like(square)
+    running = state.running | running | {"grads_square": square, "grads_unit": one}
     step = jnp.array(20, jnp.int32)
     return state._replace(step=step, params=shaken, running=running)
 
@@ -114,7 +115,8 @@ def test_scales_are_1_where_nothing_was_scaled():
 def test_members_of_a_population_have_scales_and_are_folded_as_they_are_alone():
     sae = ALL["paired"]
     one = made_up(sae)
-    two = one._replace(running=jax.tree.map(lambda x: 3 * x, one.running), step=1)
+    more = {n: x if x.dtype == bool else 3 * x for n, x in one.running.items()}
+    two = one._replace(running=more, step=1)
     both = jax.tree.map(lambda *x: jnp.stack(list(map(jnp.asarray, x))), one, two)
     alone = [tf.scales(jax.tree.map(jnp.asarray, state)) for state in (one, two)]
     assert tf.scales(both).grads.shape == (2, R)

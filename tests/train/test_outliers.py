@@ -147,3 +147,11 @@ def test_a_transcoder_and_codes_that_compete_take_less():
         warn_of_outliers(far, writes, center=True)
     bad = far._replace(acts=far.acts.at[0, 0].set(jnp.nan))
     warn_of_outliers(bad, writes, center=True)  # the loss will say it
+
+
+def test_moments_that_are_not_finite_are_refused():
+    acc = tf.moments(4, grads=False)
+    acts = jnp.ones((9, 4)).at[0, 0].set(jnp.nan)
+    stats = acc.finish(acc.update(acc.init(), tf.Taps(acts, None, jnp.ones(9))))
+    with pytest.raises(ValueError, match="not all finite"):
+        tf.check_outliers(stats)

@@ -181,3 +181,22 @@ def test_members_that_are_not_finite_are_on_no_front():
         tf.pareto_front(rows, "x", "z")
     with pytest.raises(ValueError, match=r"larger names \['l0'\], not x or y"):
         tf.pareto_front(rows, "x", "y", larger=["l0"])
+
+
+@pytest.mark.parametrize(
+    ("axes", "match"),
+    [
+        ({"seed": [0, 2**32]}, "a seed must fit 32 bits"),
+        ({"learning_rate": [1e300]}, "values that float32 has"),
+        ({"keys": [1, 2]}, "keys come of seed"),
+    ],
+)
+def test_a_grid_that_would_be_another_is_refused(axes, match):
+    with pytest.raises(ValueError, match=match):
+        tf.grid(**axes)
+
+
+def test_the_first_chunk_counts_by_its_length_wherever_the_run_began(tmp_path):
+    lines = ['{"step": 950, "loss": 3.0}', '{"step": 1000, "loss": 1.0}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert tf.final_metrics(tmp_path, steps=100)["loss"] == 2.0

@@ -145,8 +145,10 @@ def attribution_l0(
     level = largest_level(enough, wanted.shape, wanted.dtype)
     larger = sizes > level[..., None]
     missing = wanted - _sum_where(sizes, larger)
-    ties = missing / jnp.where(level > 0, level, jnp.ones_like(level))
-    count = jnp.sum(larger, axis=-1).astype(wanted.dtype) + jnp.ceil(ties)
+    ties = jnp.ceil(missing / jnp.where(level > 0, level, jnp.ones_like(level)))
+    there = jnp.sum(sizes == level[..., None], axis=-1).astype(wanted.dtype)
+    ties = jnp.minimum(ties, there)  # sums in another order are rounded otherwise
+    count = jnp.sum(larger, axis=-1).astype(wanted.dtype) + ties
     count = jnp.where(whole < wanted, jnp.full_like(count, most), count)
     none = total == 0
     count = jnp.where(none, jnp.zeros_like(count), count)

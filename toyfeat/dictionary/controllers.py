@@ -11,6 +11,7 @@ not run away from a count that follows slowly, such as that of learned threshold
 defaults, one in 600 steps, are for thousands of steps; ``integral=0.015`` suits 1000.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -119,6 +120,13 @@ def _controller(
     if not target > 0:
         raise ValueError(f"controller: the target must be positive, got {target}")
     gains = known | gains
+    least = {"integral": 0.0, "proportional": 0.0, "memory": 1.0, "limit": 1.0}
+    for name, low in least.items():
+        if not low <= gains[name] < math.inf:
+            raise ValueError(
+                f"controller: {name} must be finite and at least {low:g}, got "
+                f"{gains[name]}"
+            )
     keep, most = 1 - 1 / gains["memory"], jnp.log(gains["limit"])
 
     def init() -> Steering:

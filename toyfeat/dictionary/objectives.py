@@ -119,7 +119,7 @@ def attribution_sparsity(penalty: str = "l1", *, gamma: float = _GAMMA) -> Term:
       gamma: what counts as small, of a bounded form.
 
     Raises:
-      ValueError: for another penalty.
+      ValueError: for another penalty, or a ``gamma`` that is not positive.
 
     References:
       Olah et al. (April 2024), "Attribution dictionary learning", term 3; Geman and
@@ -131,6 +131,10 @@ def attribution_sparsity(penalty: str = "l1", *, gamma: float = _GAMMA) -> Term:
             f"got {penalty!r}"
         )
 
+    if not 0 < gamma < math.inf:
+        raise ValueError(
+            f"attribution_sparsity: gamma must be positive and finite, got {gamma}"
+        )
     form = _PENALTIES[penalty](gamma)
 
     def loss(parts: Parts) -> Array:
@@ -213,7 +217,7 @@ def _sparsity(parts: Parts) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _revived(dictionary: Dictionary, params: Params, *data: Array) -> Array:
-    """Nothing of it is paid while all latents (of all members) fire."""
+    """While all latents (of all members) fire, only slopes of 0 are added."""
     zero = jnp.zeros((), params["W_dec"].dtype)
     silent = partial(_silent, dictionary)
     return choose(jnp.any(data[2]), silent, lambda *_: zero, params, *data)

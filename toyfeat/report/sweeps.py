@@ -5,6 +5,7 @@ several methods can be looked at side by side.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,8 @@ def write_sweep(
     write_whole(folder / "sweep.json", text + "\n")
     lines = table_lines(families, figures)
     body = [page.paragraph(text) for text in argument]
+    if bad := [slug for slug in pictures if not re.fullmatch(r"[\w-]+", slug)]:
+        raise ValueError(f"write_sweep: a slug must be a plain name, got {bad[0]!r}")
     for slug, (drawn, caption) in pictures.items():
         image = png(drawn)
         (folder / f"{slug}.png").write_bytes(image)

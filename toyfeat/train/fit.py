@@ -92,8 +92,9 @@ def fit(
       FloatingPointError: if the loss or the parameters (of all members) are not
         finite; the message has the step and the last checkpoint, which is good.
       FileExistsError: with ``resume=False`` and a directory that holds a run.
-      ValueError: if sizes, shapes, the state's tree or the settings do not fit, or
-        no checkpoint of the directory is whole.
+      ValueError: if sizes, shapes, the state's tree or the settings do not fit, a
+        weight of the first batch is negative, or no checkpoint of the directory is
+        whole.
       TypeError: if an argument is of another kind.
       OSError: if the disk is full; the last checkpoint is good.
       ImportError: with ``tensorboard`` and without tensorboardX.
@@ -185,6 +186,12 @@ def _look_at(run: _Run, source: Any, step: int) -> None:
         taps = jax.tree.map(lambda x: x[0], source)
     else:
         taps = jax.jit(run.feed.take)(source, jnp.asarray(step, jnp.int32))
+    weights = np.asarray(taps.weights)
+    if not np.all(weights >= 0):
+        raise ValueError(
+            f"fit: weights must not be negative or NaN, got {weights.min()} in the "
+            f"batch of step {step}"
+        )
     warn_of_outliers(taps, recipe.dictionary.config, recipe.center)
 
 

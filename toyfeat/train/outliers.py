@@ -87,8 +87,17 @@ def warn_of_outliers(taps: Taps, config: DictionaryConfig, center: bool) -> None
       center: whether ``b_dec`` starts at the mean.
     """
     there = np.asarray(taps.weights) > 0
-    if not there.any() or not np.isfinite(np.asarray(taps.acts)[there]).all():
+    acts = np.asarray(taps.acts)[there]
+    if not np.isfinite(acts).all():
         return  # the loss will say so
+    if len(acts) == 0 or np.all(acts == acts[0]):
+        what = "differ in nothing" if len(acts) else "have no weight"
+        warnings.warn(
+            f"fit: the examples of the first batch {what}; there is nothing to learn "
+            "from them, nor a scale",
+            stacklevel=5,
+        )
+        return
     found = check_outliers(taps)
     severe = _SEVERE if config.k is None else _SEVERE_FOR_FEW
     off = ", or fit(check_data=False) to go on without this look at the first batch"
@@ -131,19 +140,19 @@ def _mean_and_std(data: Taps | Moments) -> tuple[np.ndarray, np.ndarray]:
         acts = np.asarray(data.acts, np.float64)[weights > 0]
         weights = weights[weights > 0]
         total = weights.sum()
-        if not np.isfinite(acts).all():
-            raise ValueError(
-                "check_outliers: activations are not all finite; see check_taps"
-            )
-        if total > 0:
-            mean = weights @ acts / total
-            return mean, np.sqrt(weights @ (acts - mean) ** 2 / total)
-    elif (total := float(np.asarray(data.weight))) > 0:
-        scatter = np.diagonal(np.asarray(data.scatter, np.float64))
-        return np.asarray(data.mean, np.float64), np.sqrt(
-            np.maximum(scatter, 0) / total
+        mean = weights @ acts / total if total > 0 else np.zeros(acts.shape[1:])
+        square = weights @ (acts - mean) ** 2
+    else:
+        total = float(np.asarray(data.weight))
+        mean = np.asarray(data.mean, np.float64)
+        square = np.diagonal(np.asarray(data.scatter, np.float64))
+    if not total > 0:
+        raise ValueError("check_outliers: no example has weight")
+    if not (np.isfinite(mean).all() and np.isfinite(square).all()):
+        raise ValueError(
+            "check_outliers: activations are not all finite; see check_taps"
         )
-    raise ValueError("check_outliers: no example has weight")
+    return mean, np.sqrt(np.maximum(square, 0) / total)
 
 
 def _over(part: float, whole: float) -> float:

@@ -31,17 +31,23 @@ def scales(state: TrainState) -> Scales:
       True
     """
     running = state.running
-    grads = gradient_scale(running["grads_square"], state.step)
+    square, unit = running["grads_square"], running["grads_unit"]
+    grads = gradient_scale(square, unit, state.step)
     return Scales(running["acts_scale"], running["target_scale"], grads)
 
 
-def gradient_scale(square: Array, step: Array) -> Array:
-    """Root of a running mean square ``[..., K]`` after ``step [...]`` updates."""
+def gradient_scale(square: Array, unit: Array, step: Array) -> Array:
+    """Root mean square ``[..., K]`` after ``step [...]`` updates.
+
+    ``square`` is the running mean square in units of ``unit`` squared, so that it is
+    finite and not 0 for gradients of any size.
+    """
     seen = 1 - MEMORY ** step.astype(square.dtype)
     seen = jnp.broadcast_to(seen[..., None], square.shape)
     there = square > 0
     one = jnp.ones_like(square)
-    return jnp.sqrt(jnp.where(there, square, one) / jnp.where(there, seen, one))
+    root = jnp.sqrt(jnp.where(there, square, one) / jnp.where(there, seen, one))
+    return jnp.where(there, unit, one) * root
 
 
 def folded(dictionary: Dictionary, state: TrainState) -> Params:

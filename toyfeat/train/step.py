@@ -11,6 +11,7 @@ import optax
 from toyfeat.dictionary.attributions import attribution_l0, attributions, unexplained
 from toyfeat.dictionary.coding import BY_BATCH
 from toyfeat.dictionary.counting import number_of, smallest_positive
+from toyfeat.linalg.precise import nonzero
 from toyfeat.train.revival import revived
 from toyfeat.train.scales import MEMORY, gradient_scale
 from toyfeat.types import (
@@ -174,8 +175,10 @@ def _scaled(recipe: Recipe, state: TrainState, taps: Taps) -> tuple[TrainState, 
     acts, grads = taps.acts, taps.grads
     target = acts if taps.targets is None else taps.targets
     weights = taps.weights / jnp.maximum(jnp.sum(taps.weights), 1e-30)
-    first, running = state.step == 0, dict(state.running)
-    params = dict(state.params)
+    acts, target = _counting(acts, weights), _counting(target, weights)
+    running, params = dict(state.running), dict(state.params)
+    first = ~running["begun"]  # up to the first batch that varies
+    running["begun"] = running["begun"] | _varies(acts, weights)
     if recipe.normalize:
         scale = jnp.where(first, _size(acts, weights), running["acts_scale"])
         other = scale  # where one b_dec is in the units of both
@@ -186,15 +189,30 @@ def _scaled(recipe: Recipe, state: TrainState, taps: Taps) -> tuple[TrainState, 
     if recipe.center:
         params["b_dec"] = jnp.where(first, weights @ target, params["b_dec"])
     if grads is not None:
-        grads = jax.lax.stop_gradient(grads)
+        grads = _counting(jax.lax.stop_gradient(grads), weights)
         if recipe.normalize:
-            square = jnp.einsum("n,nkd->k", weights, grads**2) / grads.shape[2]
+            most, unit = jnp.max(jnp.abs(grads), axis=(0, 2)), running["grads_unit"]
+            unit = jnp.where(unit > 0, unit, most)  # of the first that is not 0
+            relative = grads / nonzero(unit)[None, :, None]
+            square = jnp.einsum("n,nkd->k", weights, relative**2) / grads.shape[2]
             square = MEMORY * running["grads_square"] + (1 - MEMORY) * square
-            running["grads_square"] = square
-            size = gradient_scale(square, state.step + 1)
-            grads = grads / size[None, :, None]
+            running |= {"grads_unit": unit, "grads_square": square}
+            size = gradient_scale(square, jnp.ones_like(unit), state.step + 1)
+            grads = relative / size[None, :, None]
     state = state._replace(running=running, params=params)
     return state, Scaled(acts, target, grads, weights)
+
+
+def _counting(values: Array, weights: Array) -> Array:
+    """0 in place of what has no weight, which may be anything."""
+    there = (weights > 0).reshape(-1, *(1,) * (values.ndim - 1))
+    return jnp.where(there, values, jnp.zeros_like(values))
+
+
+def _varies(values: Array, weights: Array) -> Array:
+    """Whether examples that have weight differ."""
+    first = values[jnp.argmax(weights > 0)]
+    return jnp.any((values != first[None, :]) & (weights > 0)[:, None])
 
 
 def _size(values: Array, weights: Array) -> Array:

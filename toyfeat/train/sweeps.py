@@ -44,6 +44,15 @@ def grid(*, seed: Any = 0, **axes: Any) -> dict[str, Array]:
             )
     if whole["seed"].dtype.kind == "f":
         raise ValueError(f"grid: a seed is an int, got {seed!r}")
+    if np.any(np.abs(whole["seed"]) > np.iinfo(np.int32).max):
+        raise ValueError(f"grid: a seed must fit 32 bits, got {seed!r}")
+    most = np.finfo(np.float32).max
+    for name, values in whole.items():
+        if name == "keys" or np.any(np.abs(values) > most):
+            raise ValueError(
+                f"grid: {name} must be the name of a hyper-parameter (keys come of "
+                f"seed) with values that float32 has, got {axes.get(name)!r}"
+            )
     flat = [x.ravel() for x in np.meshgrid(*whole.values(), indexing="ij")]
     keys = jax.vmap(jax.random.key)(jnp.asarray(flat[0]))
     return {"keys": keys} | {
@@ -78,9 +87,11 @@ def final_metrics(directory: str | Path, *, steps: int = 100) -> dict[str, np.nd
     rows = [json.loads(line) for line in lines]
     ends = np.array([row["step"] for row in rows])
     lengths = np.diff(ends, prepend=0)
+    if len(lengths) > 1:  # the first chunk may not have begun at 0
+        lengths[0] = min(lengths[0], lengths[1:].max())
     last = [int(i) for i in np.flatnonzero(ends > ends[-1] - steps)]
     found = {}
-    for name in rows[-1].keys() - {"step", "seconds", "examples_per_s"}:
+    for name in (n for n in rows[-1] if n not in ("step", "seconds", "examples_per_s")):
         values = np.stack([np.asarray(rows[i][name], np.float64) for i in last])
         found[name] = np.average(values, axis=0, weights=lengths[last])
         if name == "finite":

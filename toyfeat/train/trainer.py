@@ -56,8 +56,9 @@ def trainer(
       controller: steers the coefficient of one term, after the warm-up.
       readouts: ``K``, how many gradients an example of the taps has.
       normalize: divide activations by the centred root mean square of the first
-        batch and gradients by a running one per readout; :func:`toyfeat.scales` tells
-        them and :func:`toyfeat.folded` takes them back out of the parameters.
+        batch whose examples differ and gradients by a running one per readout;
+        :func:`toyfeat.scales` tells them and :func:`toyfeat.folded` takes them back
+        out of the parameters.
       center: start ``b_dec`` at the mean of the first batch; where sparse features
         make up most of the mean, a batch top-k loses latents by it.
       clip: largest norm of the gradient of each tensor.
@@ -157,6 +158,8 @@ def _init(
     running = {
         "acts_scale": one,
         "target_scale": one,
+        "begun": jnp.zeros((), bool),
+        "grads_unit": jnp.zeros(recipe.readouts, kind),
         "grads_square": jnp.zeros(recipe.readouts, kind),
         "attribution_square": 0 * one,
         "silent": jnp.zeros(dictionary.config.d_sae, jnp.int32),

@@ -42,8 +42,9 @@ def revived(
     Its decoder row is the example, as long as those of latents that fire are on the
     mean; its encoder the same direction, as long as theirs or, where codes do not
     compete, a fifth of it; everything else of it is as at the start, the optimizer's
-    memory of it 0.  In other steps nothing of this is computed, in a population only
-    where one of its members has dead latents; members do not see each other.
+    memory of it 0.  In other steps, in a population those in which no member has
+    dead latents, nothing is drawn, and only a selection between old and new is left;
+    members do not see each other.
 
     Args:
       parts: of the batch, from before the update.

@@ -26,7 +26,7 @@ from toyfeat import data
 
 THREADS = 2
 SAME = 0.05  # relative difference of what is left unexplained, to SAELens
-TINY = ("batch_topk", "population", "attribution standard")
+TINY = ("batch_topk", "population")
 OURS = Path(sys.executable), HERE / "ours_dictionaries.py"
 THEIRS = PEERS, HERE / "peers" / "dictionaries.py"
 
@@ -111,7 +111,7 @@ def cases(tiny: bool) -> list[Case]:
             (group, *dense),
             names[1],
             4.0,
-            max(2, short // 4),
+            max(2, short // 2),
         ),
     ]
     for name, runner in ours.items():

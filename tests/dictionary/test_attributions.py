@@ -130,8 +130,8 @@ def geman_mcclure(sizes):
 
 
 PENALTIES = {
-    "geman": Penalty(geman_mcclure, lambda c: 0.02 * c / (c**2 + 0.01) ** 2),
-    "absolute": Penalty(lambda c: c * jnp.sign(c), jnp.sign),
+    "geman": Penalty(geman_mcclure, lambda c, _: 0.02 * c / (c**2 + 0.01) ** 2),
+    "absolute": Penalty(lambda c: c * jnp.sign(c), lambda c, _: jnp.sign(c)),
 }
 
 

@@ -19,11 +19,11 @@ class Penalty(NamedTuple):
 
     Attributes:
       value: of attributions in units of their usual size.
-      slope: its derivative.
+      slope: its derivative, from the attributions and the values.
     """
 
     value: Callable[[Array], Array]
-    slope: Callable[[Array], Array]
+    slope: Callable[[Array, Array], Array]
 
 
 def attributions(parts: Parts) -> Array:
@@ -76,8 +76,9 @@ def _penalised_forward(penalty: Penalty, *args: Array) -> tuple:
     def one(grads: Array) -> tuple[Array, Array, Array]:
         slopes = grads @ rows.T
         sizes = values * slopes
-        loss = share @ jnp.sum(penalty.value(sizes), axis=1)
-        by_size = share[:, None] * penalty.slope(sizes)
+        penalties = penalty.value(sizes)
+        loss = share @ jnp.sum(penalties, axis=1)
+        by_size = share[:, None] * penalty.slope(sizes, penalties)
         by_rows = transposed_product(by_size * values, grads)
         return loss, by_size * slopes, by_rows
 

@@ -272,26 +272,30 @@ def _steps(parts: Parts, who: str) -> Array:
 
 def _l1(gamma: float) -> Penalty:
     del gamma
-    return Penalty(jnp.abs, jnp.sign)
+    return Penalty(jnp.abs, lambda sizes, _: jnp.sign(sizes))
 
 
 def _geman_mcclure(gamma: float) -> Penalty:
-    """``c**2 r`` and ``2 gamma**2 c r**2``: one division an entry serves both."""
+    """The slope is ``2 c (1 - value)**2 / gamma**2``: one division an entry for both.
 
-    def weight(sizes: Array) -> Array:
-        return 1 / (sizes * sizes + gamma**2)
+    Where ``c`` is many ``gamma`` that has few digits, and is next to nothing.
+    """
 
-    def slope(sizes: Array) -> Array:
-        r = weight(sizes)
-        return 2 * gamma**2 * sizes * r * r
+    def value(sizes: Array) -> Array:
+        return sizes * sizes * (1 / (sizes * sizes + gamma**2))
 
-    return Penalty(lambda sizes: sizes * sizes * weight(sizes), slope)
+    def slope(sizes: Array, values: Array) -> Array:
+        rest = 1 - values
+        return (2 / gamma**2) * sizes * rest * rest
+
+    return Penalty(value, slope)
 
 
 def _log(gamma: float) -> Penalty:
     whole = math.log1p(1 / gamma)
 
-    def slope(sizes: Array) -> Array:
+    def slope(sizes: Array, values: Array) -> Array:
+        del values
         return jnp.sign(sizes) / (whole * (jnp.abs(sizes) + gamma))
 
     return Penalty(lambda sizes: jnp.log1p(jnp.abs(sizes) / gamma) / whole, slope)

@@ -49,12 +49,12 @@ class Config:
 
 def main(config: Config) -> None:
     """Train, score, draw."""
+    sweep = brittleness.Sweep(config.coefficients, config.learning_rates)
+    sweep = brittleness.checked(sweep._replace(steps=config.steps))
     output_folder(config.out)
     start, seed = time.perf_counter(), config.seed
     network = dictionaries.trained(seed, steps=config.network_steps)
     taps, truth = dictionaries.tapped(seed, *network, config.examples)
-    sweep = brittleness.Sweep(config.coefficients, config.learning_rates)
-    sweep = sweep._replace(steps=config.steps)
     families = brittleness.swept(config.out, taps, truth, sweep, seed=seed)
     header = settings(vars(config), seconds=time.perf_counter() - start)
     console = Console(width=max(120, Console().width))

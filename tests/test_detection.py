@@ -85,3 +85,16 @@ def test_errors():
 def test_no_batches_are_not_a_score():
     with pytest.raises(ValueError, match="got no pair of codes"):
         tf.detection(np.eye(3), np.eye(3), iter(()))
+
+
+@pytest.mark.parametrize("place", ["found", "truth", "codes", "planted"])
+def test_what_is_not_finite_is_refused(place):
+    names = ("found", "truth", "codes", "planted")
+    parts = dict(zip(names, example(), strict=True))
+    parts[place][2, 1] = np.nan
+    pair = [(parts["codes"], parts["planted"])]
+    with pytest.raises(ValueError, match=r"detection: .* must be finite"):
+        tf.detection(parts["found"], parts["truth"], pair)
+    if place in ("found", "truth"):
+        with pytest.raises(ValueError, match=r"uniqueness: .* must be finite"):
+            tf.uniqueness(parts["found"], parts["truth"])

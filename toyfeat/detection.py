@@ -25,7 +25,7 @@ def uniqueness(found: ArrayLike, truth: ArrayLike) -> float:
       over ``R``; 1 if no two have the same.
 
     Raises:
-      ValueError: if shapes do not fit, or either has no rows.
+      ValueError: if shapes do not fit, either has no rows, or a value is not finite.
 
     Example:
       >>> import numpy as np
@@ -59,7 +59,8 @@ def detection(
       :class:`Detection`.
 
     Raises:
-      ValueError: if shapes do not fit, or there are no batches.
+      ValueError: if shapes do not fit, there are no batches, or a direction or code
+        is not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,6 +84,8 @@ def detection(
                 f"detection: wanted codes [N, {shapes[0]}] and planted codes "
                 f"[N, {shapes[1]}], got shapes {codes.shape} and {planted.shape}"
             )
+        if not (jnp.isfinite(codes).all() and jnp.isfinite(planted).all()):
+            raise ValueError("detection: codes must be finite; the dictionary diverged")
         seen += len(codes)
         counts = _counts(codes, planted, best)
         hits, fired, planted_fired = (
@@ -123,6 +126,8 @@ def _nearest(who: str, found: ArrayLike, truth: ArrayLike) -> np.ndarray:
             f"{who}: wanted at least one found and one true direction, got "
             f"{len(found)} and {len(truth)}"
         )
+    if not (np.isfinite(found).all() and np.isfinite(truth).all()):
+        raise ValueError(f"{who}: directions must be finite; the dictionary diverged")
     norms = np.linalg.norm(truth, axis=1)
     unit = truth / np.where(norms > 0, norms, 1)[:, None]
     return np.argmax(np.abs(found @ unit.T), axis=1)

@@ -134,7 +134,7 @@ def test_wrong_files_are_named(tmp_path):
         data.load_synthetic_model(tmp_path)
 
 
-def test_without_safetensors_the_extra_is_named(monkeypatch, tmp_path):
+def test_without_safetensors_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(ImportError, match=r"pip install \"toyfeat\[sae\]\""):
-        data.load_synthetic_model(tmp_path)
+        data.load_synthetic_model(GOLDEN / "plain")

@@ -338,7 +338,28 @@ def test_what_saelens_does_not_have_is_named(tmp_path):
     assert not names_in(tmp_path)
 
 
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    sae = tf.standard(D, M)
+    params = sae.init(jax.random.key(0))
+    params["b_dec"] = params["b_dec"].at[1].set(jnp.nan)
+    with pytest.raises(ValueError, match="save_saelens: b_dec must be finite"):
+        tf.save_saelens(tmp_path, sae, params)
+    assert not names_in(tmp_path)
+
+
+def test_a_file_that_is_cut_off_is_named(tmp_path):
+    sae = OURS["paired"]
+    for name in ("sae_weights.safetensors", "toyfeat.safetensors"):
+        tf.save_saelens(tmp_path, sae, with_scale(sae))
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(ValueError, match=f"{name} is not a whole safetensors"):
+            tf.load_saelens(tmp_path)
+
+
 def test_without_safetensors_the_extra_is_named(monkeypatch, tmp_path):
+    sae = tf.standard(D, M)
+    tf.save_saelens(tmp_path, sae, sae.init(jax.random.key(0)))
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(ImportError, match=r"pip install \"toyfeat\[sae\]\""):
         tf.load_saelens(tmp_path)

@@ -91,7 +91,7 @@ def test_missing_files_and_other_tensors_are_named(tmp_path):
             load_sparsify(folder)
 
 
-def test_without_safetensors_the_extra_is_named(monkeypatch, tmp_path):
+def test_without_safetensors_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(ImportError, match=r"pip install \"toyfeat\[sae\]\""):
-        load_sparsify(tmp_path)
+        load_sparsify(GOLDEN / "topk")

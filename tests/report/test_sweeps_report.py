@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from toyfeat.report import brittleness
 from toyfeat.report.sweeps import (
     brittleness_figure,
     front_figure,
@@ -129,6 +130,21 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"install toyfeat\[plot\]"):
         front_figure({"a": family()}, "l0", "fvu")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"coefficients": (0.1,)}, r"coefficients must be two positive .* got \(0\.1,"),
+        ({"learning_rates": (1e-3, 0.0)}, "learning_rates must be two positive"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+    ],
+)
+def test_a_sweep_is_checked_before_anything_is_trained(change, match):
+    sweep = brittleness.Sweep((0.1, 1.0), (1e-3, 1e-2))
+    assert brittleness.checked(sweep) == sweep
+    with pytest.raises(ValueError, match=match):
+        brittleness.checked(sweep._replace(**change))
 
 
 def test_the_script_writes_all_of_it(tmp_path, monkeypatch, capsys):

@@ -558,6 +558,17 @@ def test_a_run_of_other_settings_is_named(tmp_path):
     assert [row["step"] for row in lines(tmp_path)] == [2, 4, 6]
 
 
+def test_a_run_that_began_from_another_key_is_reported(tmp_path):
+    arguments = {"chunk": 2, "directory": tmp_path}
+    moved = START._replace(params=jax.tree.map(lambda x: x + 1, START.params))
+    fit(TINY, START, a_batch, steps=4, **arguments)
+    with pytest.warns(UserWarning, match="began from other parameters") as caught:
+        again = fit(TINY, moved, a_batch, steps=6, **arguments)
+    assert caught[0].filename == __file__
+    assert bits(again) == bits(fit(TINY, START, a_batch, steps=6, chunk=2))
+    fit(TINY, START, a_batch, steps=8, **arguments)  # still the run of START
+
+
 def test_resume_false_starts_where_there_is_nothing(tmp_path):
     fit(TINY, START, a_batch, steps=4, chunk=2, directory=tmp_path, resume=False)
     assert [row["step"] for row in lines(tmp_path)] == [2, 4]

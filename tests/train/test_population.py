@@ -82,7 +82,7 @@ def test_errors():
     keys = jax.random.split(jax.random.key(0), 3)
     with pytest.raises(ValueError, match=r"one per key \(3\), got shape \(2,\)"):
         many.init(keys, k=jnp.array([1.0, 2.0]))
-    with pytest.raises(ValueError, match=r"k must be in 1 \.\. 4"):
+    with pytest.raises(ValueError, match=r"k must be a whole number in 1 \.\. 4"):
         many.init(keys, k=jnp.array([1.0, 2.0, 5.0]))
     with pytest.raises(ValueError, match="unknown hyper-parameters"):
         many.init(keys, learning=1.0)

@@ -381,8 +381,8 @@ def test_errors_of_hyper_parameters():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match=r"unknown hyper-parameters \['lambda'\]; kno"):
         trainer.init(key, **{"lambda": 1.0})
-    for k in (K + 1, 0, -2):
-        with pytest.raises(ValueError, match=f"k must be in 1 .. {K}, .* got {k}"):
+    for k in (K + 1, 0, -2, 1.5):
+        with pytest.raises(ValueError, match=f"whole number in 1 .. {K}, .* got {k}"):
             trainer.init(key, k=k)
     fixed = tf.trainer(sae, tf.dictionary_objective(sae), optax.adam(1e-3))
     with pytest.raises(
@@ -393,6 +393,43 @@ def test_errors_of_hyper_parameters():
     steered = tf.trainer(sae, tf.dictionary_objective(sae), None, control)
     with pytest.raises(ValueError, match="target must be positive, got -1"):
         steered.init(key, target=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("hyper", "kind", "match"),
+    [
+        ({"clip": 0.0}, ValueError, r"the clip must be positive, got 0\.0"),
+        ({"clip": [1.0, np.nan]}, ValueError, "the clip must be positive"),
+        ({"warm_up": -1}, ValueError, "warm_up must not be negative, got -1"),
+        ({"learning_rate": -1e-3}, ValueError, "learning_rate must not be negative"),
+        ({"sparsity": np.nan}, ValueError, "sparsity must be finite, got nan"),
+        ({"learning_rate": np.inf}, ValueError, "learning_rate must be finite"),
+        ({"sparsity": "0.1"}, TypeError, "sparsity must be a number, got '0.1'"),
+        ({"sparsity": None}, TypeError, "sparsity must be a number, got None"),
+    ],
+)
+def test_hyper_parameters_with_which_nothing_can_be_trained(hyper, kind, match):
+    _, trainer = make("standard")
+    with pytest.raises(kind, match=match):
+        trainer.init(jax.random.key(0), **hyper)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"readouts": 0}, "readouts must be an int of at least 1, got 0"),
+        ({"dead_after": -5}, "dead_after must be an int of at least 1, got -5"),
+        ({"threshold_rate": 0.0}, r"threshold_rate must be in \(0, 1\], got 0"),
+        ({"clip": -1.0}, "the clip must be positive, got -1"),
+        ({"warm_up": -1}, "warm_up must not be negative"),
+    ],
+)
+def test_settings_with_which_nothing_can_be_trained(settings, match):
+    sae = ALL["standard"]()
+    with pytest.raises(ValueError, match=match):
+        tf.trainer(sae, tf.dictionary_objective(sae), **settings)
+    with pytest.raises(ValueError, match="sparsity must be finite, got nan"):
+        tf.trainer(sae, tf.dictionary_objective(sae, sparsity=np.nan))
 
 
 def test_errors_of_taps():

@@ -1,6 +1,5 @@
 """Synthetic worlds to and from the folders of SAELens."""
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from toyfeat.data.config import (
     magnitudes,
 )
 from toyfeat.data.hierarchy import Hierarchy, hierarchy
+from toyfeat.data.tensors import library, tensors_of
 from toyfeat.data.world import World, assembled, firing
 
 _CONFIG, _WEIGHTS = "synthetic_model_config.json", "synthetic_model.safetensors"
@@ -54,7 +54,7 @@ def save_synthetic_model(path: str | Path, world: World) -> None:
     References:
       SAELens 6, ``SyntheticModel.save``.
     """
-    save_file = _safetensors("save_synthetic_model").save_file
+    save_file = library("save_synthetic_model").save_file
     config = _checked(world)
     tensors = {
         "feature_vectors": world.feature_vectors,
@@ -104,7 +104,6 @@ def load_synthetic_model(path: str | Path) -> World:
       >>> same.config == world.config
       True
     """
-    load_file = _safetensors("load_synthetic_model").load_file
     folder = Path(path)
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).exists():
@@ -112,9 +111,8 @@ def load_synthetic_model(path: str | Path) -> World:
                 f"load_synthetic_model: there is no {folder / name}"
             )
     config = _of_json(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
-    tensors = {
-        k: np.asarray(v, np.float32) for k, v in load_file(folder / _WEIGHTS).items()
-    }
+    found = tensors_of(folder / _WEIGHTS, "load_synthetic_model")
+    tensors = {name: np.asarray(x, np.float32) for name, x in found.items()}
     _check_shapes(config, tensors)
     trees = None
     if (folder / _HIERARCHY).exists():
@@ -127,16 +125,6 @@ def load_synthetic_model(path: str | Path) -> World:
     vectors, bias = (jnp.asarray(tensors[k]) for k in ("feature_vectors", "bias"))
     probabilities = tensors["firing_probabilities"]
     return assembled(config, vectors, bias, probabilities, shared, trees)
-
-
-def _safetensors(who: str) -> Any:
-    """The library, which is wanted for files only."""
-    try:
-        return importlib.import_module("safetensors.numpy")
-    except ImportError as error:
-        raise ImportError(
-            f'{who}: safetensors is not installed: pip install "toyfeat[sae]"'
-        ) from error
 
 
 def _write(path: Path, value: Any) -> None:

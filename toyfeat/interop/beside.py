@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from toyfeat.data.tensors import tensors_of
 from toyfeat.dictionary.coding import BY_GRADIENTS
 from toyfeat.types import DictionaryConfig
 
@@ -45,7 +46,6 @@ def together(
     config: DictionaryConfig,
     tensors: dict[str, np.ndarray],
     metadata: dict[str, Any],
-    load_file: Any,
 ) -> tuple[DictionaryConfig, dict[str, np.ndarray]]:
     """What :func:`apart` was given; files that it did not make stay as they are.
 
@@ -71,7 +71,7 @@ def together(
                 f"load_saelens: there is no {folder / NAME}, which holds tensors of "
                 f"this {name} dictionary that SAELens does not know; {way_out}"
             )
-        tensors = tensors | load_file(folder / NAME)
+        tensors = tensors | tensors_of(folder / NAME, "load_saelens")
     same = _DIGEST not in about or about[_DIGEST] == digest(tensors)
     if not same or apart(full, tensors)[0] != config:
         raise ValueError(

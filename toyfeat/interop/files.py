@@ -1,6 +1,5 @@
 """What reading and writing dictionaries of every library have in common."""
 
-import importlib
 import json
 import os
 from collections.abc import Callable
@@ -16,16 +15,6 @@ from toyfeat.types import Dictionary, DictionaryConfig, Params
 
 BANDWIDTH = 0.05
 """Of a threshold's derivative, where the files do not tell it."""
-
-
-def safetensors(who: str) -> Any:
-    """The library, which is wanted for files only."""
-    try:
-        return importlib.import_module("safetensors.numpy")
-    except ImportError as error:
-        raise ImportError(
-            f'{who}: safetensors is not installed: pip install "toyfeat[sae]"'
-        ) from error
 
 
 def settings_and_weights(

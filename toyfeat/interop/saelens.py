@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from toyfeat.data.tensors import library, tensors_of
 from toyfeat.dictionary.coding import BY_BATCH, BY_EXAMPLE
 from toyfeat.interop import beside, files
 from toyfeat.types import Dictionary, DictionaryConfig, Params
@@ -45,17 +46,21 @@ def save_saelens(
         training's architecture and its details are set here.
 
     Raises:
-      ValueError: if the parameters are not those of the dictionary, or SAELens has
-        no such architecture (a linear one, a transcoder with top-k codes).
+      ValueError: if the parameters are not those of the dictionary or not finite, or
+        SAELens has no such architecture (a linear one, a transcoder with top-k codes).
       ImportError: without safetensors (``pip install "toyfeat[sae]"``).
 
     References:
       SAELens 6, ``save_inference_model``.
     """
-    save_file = files.safetensors("save_saelens").save_file
+    save_file = library("save_saelens").save_file
     _check_known(dictionary.config)
     tensors = {name: np.asarray(x, np.float32) for name, x in params.items()}
     files.check(dictionary.config, tensors, "save_saelens")
+    if bad := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
+        raise ValueError(
+            f"save_saelens: {', '.join(bad)} must be finite; the training diverged"
+        )
     config, extra, about = beside.apart(dictionary.config, tensors)
     about["training_architecture"] = dictionary.config.architecture
     tensors = {name: x for name, x in tensors.items() if name not in extra}
@@ -105,7 +110,6 @@ def load_saelens(path: str | Path) -> tuple[Dictionary, Params]:
       >>> again.config == sae.config, bool((same["W_dec"] == params["W_dec"]).all())
       (True, True)
     """
-    load_file = files.safetensors("load_saelens").load_file
     settings, weights = files.settings_and_weights(
         "load_saelens", path, "cfg.json", "sae_weights.safetensors"
     )
@@ -116,9 +120,9 @@ def load_saelens(path: str | Path) -> tuple[Dictionary, Params]:
             f"load_saelens: wanted the format of SAELens 6 or newer, {path} says "
             f"{version}; load it with SAELens and save it again"
         )
-    config, tensors = beside.together(
-        Path(path), _config(settings), load_file(weights), metadata, load_file
-    )
+    tensors = tensors_of(weights, "load_saelens")
+    config = _config(settings)
+    config, tensors = beside.together(Path(path), config, tensors, metadata)
     return files.loaded(config, tensors, "load_saelens")
 
 

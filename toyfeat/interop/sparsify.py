@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from toyfeat.data.tensors import tensors_of
 from toyfeat.interop import files
 from toyfeat.types import Dictionary, DictionaryConfig, Params
 
@@ -65,12 +66,11 @@ def load_sparsify(path: str | Path) -> tuple[Dictionary, Params]:
     References:
       Belrose et al., sparsify 1.3.3 (``eai-sparsify``), ``SparseCoder``.
     """
-    load_file = files.safetensors(_WHO).load_file
     settings, weights = files.settings_and_weights(
         _WHO, path, "cfg.json", "sae.safetensors"
     )
     config = _config(settings)
-    state = load_file(weights)
+    state = tensors_of(weights, _WHO)
     if set(state) != set(_NAMES):
         raise ValueError(
             f"{_WHO}: wanted tensors {sorted(_NAMES)}, got {sorted(state)}"

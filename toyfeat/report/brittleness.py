@@ -41,6 +41,28 @@ class Sweep(NamedTuple):
     group: int | None = None
 
 
+def checked(sweep: Sweep) -> Sweep:
+    """The sweep itself.
+
+    Raises:
+      ValueError: for an axis with fewer than two values or one that is not positive,
+        and for sizes below 1: before anything is trained.
+    """
+    for name in ("coefficients", "learning_rates"):
+        values = np.asarray(getattr(sweep, name), float)
+        if len(np.unique(values)) < 2 or not np.all(np.isfinite(values) & (values > 0)):
+            raise ValueError(
+                f"sweep: {name} must be two positive numbers or more, got "
+                f"{getattr(sweep, name)}"
+            )
+    for name in ("latents", "steps", "batch"):
+        if getattr(sweep, name) < 1:
+            raise ValueError(
+                f"sweep: {name} must be at least 1, got {getattr(sweep, name)}"
+            )
+    return sweep
+
+
 def trainers(sweep: Sweep) -> tuple[Dictionary, dict[str, Trainer]]:
     """A dictionary, and the two ways to train it.
 

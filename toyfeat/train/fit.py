@@ -3,6 +3,8 @@
 import json
 import operator
 import time
+import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +35,7 @@ class _Run(NamedTuple):
     sizes: dict[str, int]
     on_chunk: OnChunk | None
     check_data: bool
+    start: dict[str, int] | None
 
 
 def fit(
@@ -79,8 +82,9 @@ def fit(
       tensorboard: write ``directory/tensorboard``.
       on_chunk: called with the step, the mean of every metric and ``finite``, after
         a chunk and its checkpoint.
-      resume: go on from the newest whole checkpoint of ``directory``; if false, the
-        directory must not hold a run.
+      resume: go on from the newest whole checkpoint of ``directory``, which takes
+        the place of ``state``; that the batches are those of before is not checked.
+        If false, the directory must not hold a run.
       check_data: look at the first batch with :func:`check_outliers`, before the
         first step of a trainer of :func:`toyfeat.trainer`.
 
@@ -100,7 +104,8 @@ def fit(
       ImportError: with ``tensorboard`` and without tensorboardX.
 
     Warns:
-      UserWarning: for a checkpoint that is damaged and passed over, for members of a
+      UserWarning: for a checkpoint that is damaged and passed over, for a directory
+        whose run began from other parameters (another key), for members of a
         population whose loss is not finite, for activations whose mean or whose
         massive dimensions will spoil the training, and at the end for members whose
         controller is saturated.
@@ -122,8 +127,10 @@ def fit(
     sizes = _checked_sizes(sizes | {"checkpoint_every": checkpoint_every})
     state, folder = _own(trainer, state), None if directory is None else Path(directory)
     hyper = {name: np.asarray(x).tolist() for name, x in state.hyper.items()}
-    run = _Run(trainer, feed_of(batches), folder, hyper, sizes, on_chunk, check_data)
-    state = _begun(run, state, resume)
+    start = None if folder is None else _start_of(state)
+    feed = feed_of(batches)
+    run = _Run(trainer, feed, folder, hyper, sizes, on_chunk, check_data, start)
+    run, state = _begun(run, state, resume)
     first = _step_of(state)
     if first >= steps:
         return state
@@ -208,18 +215,18 @@ def _is_due(run: _Run, step: int) -> bool:
 
 def _save(run: _Run, state: TrainState, step: int, memory: str | None) -> None:
     if run.folder is not None:
-        about = {"hyper": run.hyper, "batches": memory}
+        about = {"hyper": run.hyper, "batches": memory, "start": run.start}
         folder = run.folder / "checkpoint"
         save_checkpoint(folder, step, state, about, keep=run.sizes["keep"])
 
 
-def _begun(run: _Run, state: TrainState, resume: bool) -> TrainState:
-    """The state to start from, and batches put back to where they were."""
+def _begun(run: _Run, state: TrainState, resume: bool) -> tuple[_Run, TrainState]:
+    """The run and the state to start from, batches put back to where they were."""
     first, steps = _step_of(state), run.sizes["steps"]
     if first > steps:
         raise ValueError(f"fit: state.step is {first}, past steps = {steps}")
     if run.folder is None:
-        return state
+        return run, state
     series, lines = run.folder / "checkpoint", run.folder / "metrics.jsonl"
     if not resume and (checkpoints(series) or lines.exists()):
         raise FileExistsError(
@@ -228,7 +235,7 @@ def _begun(run: _Run, state: TrainState, resume: bool) -> TrainState:
         )
     found = newest_checkpoint(series, state)
     if found is None:
-        return state
+        return run, state
     _check_hyper(found.about["hyper"], run.hyper, run.folder)
     if found.step > steps or found.step < first:
         raise ValueError(
@@ -244,7 +251,26 @@ def _begun(run: _Run, state: TrainState, resume: bool) -> TrainState:
         )
     if run.feed.restore is not None and found.step < steps:
         run.feed.restore(json.loads(memory))
-    return found.state
+    start = found.about.get("start", run.start)
+    if start["step"] == first and start != run.start:
+        warnings.warn(
+            f"fit: {run.folder} holds a run that began from other parameters (another "
+            "key, device or version), and that run goes on; choose another directory "
+            "to begin from these",
+            stacklevel=3,
+        )
+    return run._replace(start=start), found.state
+
+
+def _start_of(state: TrainState) -> dict[str, int]:
+    """Step and checksum of the parameters that a run began from."""
+    checksum = 0
+    for leaf in jax.tree.leaves(state.params):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        values = np.ascontiguousarray(leaf).reshape(-1)
+        checksum = zlib.crc32(values.view(np.uint8), checksum)
+    return {"step": _step_of(state), "crc32": checksum}
 
 
 def _check_hyper(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

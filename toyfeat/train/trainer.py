@@ -79,8 +79,10 @@ def trainer(
 
     Raises:
       ValueError: for terms of one name, a controller of a term that is not there, a
-        ``revive`` that is not positive, an unknown hyper-parameter, and in
-        ``update`` for taps that do not fit.
+        ``revive`` that is not positive, an unknown hyper-parameter, a setting that
+        is not finite or out of its range, and in ``update`` for taps that do not
+        fit.
+      TypeError: for a hyper-parameter that is not a number.
 
     Example:
       >>> import jax, optax
@@ -109,6 +111,16 @@ def trainer(
         )
     if revive is not None and not revive >= 1:
         raise ValueError(f"trainer: revive must be None or at least 1, got {revive}")
+    sizes = {"readouts": readouts, "dead_after": dead_after}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"trainer: {name} must be an int of at least 1, got {size}"
+            )
+    if not 0 < threshold_rate <= 1:
+        raise ValueError(
+            f"trainer: threshold_rate must be in (0, 1], got {threshold_rate}"
+        )
     if optimizer is None:
         optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=3e-4)
     recipe = Recipe(
@@ -130,6 +142,7 @@ def trainer(
         defaults["k"] = dictionary.config.k
     if controller is not None:
         defaults["target"] = controller.target
+    _check_hyper(defaults)
     return Trainer(partial(_init, recipe, defaults), partial(update, recipe))
 
 
@@ -148,7 +161,7 @@ def _init(
             f"{sorted(known)}{hint}"
         )
     _check_k(dictionary, hyper)
-    _check_target(hyper)
+    _check_hyper(hyper)
     kind = params["W_dec"].dtype
     full = {name: jnp.asarray(hyper.get(name, x), kind) for name, x in known.items()}
     if injected:
@@ -178,14 +191,24 @@ def _check_k(dictionary: Dictionary, hyper: dict[str, Any]) -> None:
     if "k" not in hyper or most is None or isinstance(hyper["k"], Tracer):
         return
     k = np.asarray(hyper["k"])
-    if not np.all((k >= 1) & (k <= most)):
+    if not np.all((k >= 1) & (k <= most) & (k == np.floor(k))):
         raise ValueError(
-            f"trainer: k must be in 1 .. {most}, what the dictionary was made with, "
-            f"got {hyper['k']}"
+            f"trainer: k must be a whole number in 1 .. {most}, what the dictionary "
+            f"was made with, got {hyper['k']}"
         )
 
 
-def _check_target(hyper: dict[str, Any]) -> None:
-    target = hyper.get("target", 1.0)
-    if not isinstance(target, Tracer) and not np.all(np.asarray(target) > 0):
-        raise ValueError(f"trainer: the target must be positive, got {target}")
+def _check_hyper(hyper: dict[str, Any]) -> None:
+    """Raises a ValueError for a value with which nothing can be trained."""
+    for name, value in hyper.items():
+        if isinstance(value, Tracer):
+            continue
+        values = np.asarray(value)
+        if values.dtype.kind not in "biuf":
+            raise TypeError(f"trainer: {name} must be a number, got {value!r}")
+        if name in ("target", "clip") and not np.all(values > 0):
+            raise ValueError(f"trainer: the {name} must be positive, got {value}")
+        if name in ("warm_up", "learning_rate") and not np.all(values >= 0):
+            raise ValueError(f"trainer: {name} must not be negative, got {value}")
+        if name != "clip" and not np.all(np.isfinite(values)):
+            raise ValueError(f"trainer: {name} must be finite, got {value}")

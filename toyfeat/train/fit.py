@@ -269,7 +269,7 @@ def _start_of(state: TrainState) -> dict[str, int]:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         values = np.ascontiguousarray(leaf).reshape(-1)  # bfloat16 has no buffer
-        checksum = zlib.crc32(memoryview(values.view(np.uint8)), checksum)
+        checksum = zlib.crc32(values.view(np.uint8).data, checksum)
     return {"step": _step_of(state), "crc32": checksum}
 
 

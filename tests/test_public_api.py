@@ -7,6 +7,13 @@ import pytest
 import toyfeat as tf
 
 PINNED = [
+    "consensus",
+    "circular_planes",
+    "Consensus",
+    "Description",
+    "Found",
+    "Subject",
+    "Task",
     "data",
     "fit",
     "load_tree",

@@ -485,6 +485,111 @@ class Truth(NamedTuple):
     group: ArrayLike | None = None
 
 
+class Subject(NamedTuple):
+    """A model whose features are wanted: what a method may see of a task.
+
+    Attributes:
+      probed: the model.
+      params: its parameters.
+      sample: ``(key, num) -> inputs`` with leading axis ``num``; ``num`` is static.
+      site: where the features are looked for.
+    """
+
+    probed: Probed
+    params: Params
+    sample: Callable[[Array, int], Inputs]
+    site: str
+
+
+class Task(NamedTuple):
+    """A model with planted features, and everything needed to score a method on it.
+
+    The first four fields are a :class:`Subject`, which ``planted.blind`` takes out.
+
+    Attributes:
+      probed: the model.
+      params: its parameters.
+      sample: ``(key, num) -> inputs``.
+      site: where the features are.
+      truth: readers and writers of the features at the site.
+      side: ``"readers"`` or ``"writers"``, the one that the task is about.
+      name: of the task.
+      features: ``(params, inputs) -> [B, F]``, how much each feature is there.
+      fit: share of the variance of its targets that the model leaves; 0 where the
+        model is the definition.
+      ignored: ``[Q, D]`` orthonormal rows that span structure of the activations
+        that the model does not read, or ``None``.
+      about: a paragraph, what is planted and what makes it hard.
+      limits: what no method could know.
+    """
+
+    probed: Probed
+    params: Params
+    sample: Callable[[Array, int], Inputs]
+    site: str
+    truth: Truth
+    side: str
+    name: str
+    features: Callable[[Params, Inputs], Array]
+    fit: float
+    ignored: Array | None
+    about: str
+    limits: str
+
+
+class Found(NamedTuple):
+    """What a method took for the features of a model, in pairs.
+
+    Attributes:
+      readers: ``[R, D]``, one covector per row.
+      writers: ``[R, D]``, one vector per row.
+    """
+
+    readers: Array
+    writers: Array
+
+
+class Description(NamedTuple):
+    """How :func:`toyfeat.consensus` describes gradients; one default for all models.
+
+    Attributes:
+      examples: that are tapped.
+      directions: random directions of the output per example.
+      codes: ``k`` of the dictionaries, each of which is trained.
+      repeats: random starts of each.
+      latents: per dimension that the gradients span.
+      most: latents at most.
+      steps: of training.
+      batch: gradients per step.
+      learning_rate: of Adam.
+    """
+
+    examples: int = 20_000
+    directions: int = 4
+    codes: tuple[int, ...] = (1, 2, 4)
+    repeats: int = 2
+    latents: int = 8
+    most: int = 512
+    steps: int = 2000
+    batch: int = 256
+    learning_rate: float = 3e-3
+
+
+class Consensus(NamedTuple):
+    """What :func:`toyfeat.consensus` found.
+
+    Attributes:
+      found: readers and their writers.
+      support: ``[R]`` int, in how many of the descriptions a reader recurred; 0 for
+        the two rows of a circular plane, which have no direction of their own.
+      descriptions: how many there were.
+    """
+
+    found: Found
+    support: np.ndarray
+    descriptions: int
+
+
 class Match(NamedTuple):
     """A one-to-one assignment of found directions to true ones.
 

@@ -1,5 +1,6 @@
 """Statistics to bases: directions that are read, and directions that are written."""
 
+from toyfeat.decompose.circles import circular_planes
 from toyfeat.decompose.codes import decode, eigengaps, encode, explanation
 from toyfeat.decompose.interaction import (
     interaction_edges,
@@ -13,6 +14,7 @@ from toyfeat.decompose.second_moments import (
 )
 
 __all__ = [
+    "circular_planes",
     "covariance",
     "decode",
     "eigengaps",

@@ -1,0 +1,237 @@
+r"""Features of a model that independent descriptions of its gradients agree on.
+
+Gradients of one example are combinations of the readers that are active in it.  Which
+combinations, and how many readers, depends on the readout and on the model; a
+dictionary that is trained with the wrong ones finds something else, but something else
+every time.  So the gradients of two readouts are described by several dictionaries
+each, and what recurs is kept.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.data import array_batches
+from toyfeat.decompose.circles import circular_planes
+from toyfeat.decompose.second_moments import covariance
+from toyfeat.dictionary import dictionary_objective, topk
+from toyfeat.moments import moments
+from toyfeat.tap import readouts, tap
+from toyfeat.tap.readouts import Readout
+from toyfeat.train import fit, population, trainer
+from toyfeat.types import (
+    Array,
+    ArrayLike,
+    Consensus,
+    Description,
+    Found,
+    Outputs,
+    Subject,
+    Taps,
+)
+
+_USED = 1e-3  # of the largest energy, below which a latent does not describe anything
+_CHUNK = 5000
+
+
+DEFAULT = Description()
+
+
+def consensus(
+    key: Array,
+    subject: Subject,
+    *,
+    description: Description = DEFAULT,
+    support: int = 2,
+    cosine: float = 0.95,
+) -> Consensus:
+    r"""Readers of a model, by the agreement of dictionaries of its gradients.
+
+    Two readouts are tapped: half the squared norm of the output, whose gradient
+    :math:`J^\top y` weighs every reader by what it adds to the output (the only one
+    that tells readers apart behind a linear read-out), and random directions
+    :math:`J^\top u` (the only one that tells apart features that always come
+    together).  Each is described by TopK dictionaries of several ``k`` and starts, all
+    trained at once, and a direction is a reader if dictionaries agree on it within
+    ``cosine``.  Circles, which no sparse code describes, are looked for in the first
+    readout by :func:`circular_planes`.  Writers are the regression patterns
+    :math:`\Sigma r` of the readers.
+
+    Args:
+      key: random key.
+      subject: the model, its inputs and the site.
+      description: how gradients are described.
+      support: descriptions in which a reader has to recur.
+      cosine: from where on two directions are the same.
+
+    Returns:
+      :class:`Consensus`; readers that recur most often come first, planes at the end.
+
+    Raises:
+      ValueError: if the support or the cosine is out of range, or all gradients are 0.
+
+    Example:
+      >>> import jax
+      >>> from toyfeat.models import planted
+      >>> task = planted.product_space(jax.random.key(0), colours=2, shapes=2, dim=6)
+      >>> few = Description(examples=500, steps=100)
+      >>> subject = planted.blind(task)
+      >>> found = consensus(jax.random.key(1), subject, description=few).found
+      >>> found.readers.shape[1], found.readers.shape == found.writers.shape
+      (6, True)
+
+    References:
+      Meinshausen and Bühlmann (2010), "Stability selection"; Haufe et al. (2014),
+      equation 6, for the writers.
+    """
+    total = 2 * len(description.codes) * description.repeats
+    if not (1 <= support <= total and 0 < cosine < 1):
+        raise ValueError(
+            f"consensus: wanted support in 1 .. {total}, the number of descriptions, "
+            f"and cosine in (0, 1), got {support} and {cosine}"
+        )
+    parts = jax.random.split(key, 6)
+    inputs = subject.sample(parts[0], description.examples)
+    random = readouts.random_directions(parts[1], description.directions, "gaussian")
+    described: list[np.ndarray] = []
+    planes = np.zeros((0, 0))
+    for i, readout in enumerate((readouts.scalar(half_square), random)):
+        taps = _tapped(subject, inputs, readout)
+        rows = gradient_rows(taps)
+        described += dictionaries(parts[2 + i], rows, description, signed=i > 0)
+        if not i:
+            planes = np.asarray(circular_planes(parts[4], rows))
+            stats = moments(taps.acts.shape[1])
+            spread = covariance(stats.finish(stats.update(stats.init(), taps)))
+    directions, counts = recurring(described, support=support, cosine=cosine)
+    readers = jnp.asarray(np.concatenate([directions, planes]), float)
+    found = Found(readers, readers @ spread)
+    counts = np.concatenate([counts, np.zeros(len(planes), int)])
+    return Consensus(found, counts, len(described))
+
+
+def half_square(output: Outputs) -> Array:
+    """Half the squared norm of everything in one output."""
+    return jnp.stack([jnp.sum(x**2) for x in jax.tree.leaves(output)]).sum() / 2
+
+
+def gradient_rows(taps: Taps) -> Array:
+    """Gradients of all readouts that are not 0, ``[n, D]``, in units of their size."""
+    assert taps.grads is not None
+    rows = np.asarray(taps.grads).reshape(-1, taps.grads.shape[-1])
+    largest = np.abs(rows).max(initial=0.0)
+    if not (np.isfinite(largest) and largest > 0):
+        raise ValueError(
+            "consensus: gradients must be finite and not all 0, the largest is "
+            f"{largest}"
+        )
+    rows = rows / largest
+    lengths = np.linalg.norm(rows, axis=1)
+    size = np.sqrt(np.mean(lengths**2))
+    rows = rows[lengths > 1e-6 * size]
+    return jnp.asarray(rows / np.sqrt(np.mean(rows**2)))
+
+
+def dictionaries(
+    key: Array, rows: Array, description: Description, *, signed: bool
+) -> list[np.ndarray]:
+    """Rows of the decoders ``[M_i, D]``, of unit length, of latents that are used."""
+    dim = rows.shape[1]
+    latents = int(np.clip(description.latents * _rank(rows), 16, description.most))
+    codes = [min(k, latents) for k in description.codes]
+    sae = topk(dim, latents, max(codes), signed=signed)
+    many = population(trainer(sae, dictionary_objective(sae), center=False))
+    start, order = jax.random.split(key)
+    every = np.repeat(np.array(codes, float), description.repeats)
+    rate = np.full(len(every), description.learning_rate)
+    state = many.init(
+        jax.random.split(start, len(every)),
+        k=jnp.asarray(every, float),
+        learning_rate=jnp.asarray(rate, float),
+    )
+    taps = Taps(rows, None, jnp.ones(len(rows)))
+    batch = min(description.batch, len(rows))
+    seed = int(jax.random.randint(order, (), 0, 2**31 - 1))
+    state = fit(
+        many,
+        state,
+        array_batches(taps, batch=batch, seed=seed),
+        steps=description.steps,
+        progress=False,
+        check_data=False,
+    )
+    some = rows[:_CHUNK] / state.running["acts_scale"][0]
+    codes_of = jax.vmap(lambda params, k: sae.encode(params, some, k=k))
+    found = codes_of(state.params, state.hyper["k"])
+    energy = np.asarray(jnp.mean(found**2, axis=1))
+    decoders = np.asarray(state.params["W_dec"], np.float64)
+    squares = np.sum(decoders**2, axis=2)
+    energy = energy * squares
+    return [
+        w[e > _USED * e.max()] / np.sqrt(s[e > _USED * e.max()])[:, None]
+        for w, e, s in zip(decoders, energy, squares, strict=True)
+    ]
+
+
+def recurring(
+    described: Sequence[ArrayLike], *, support: int, cosine: float
+) -> tuple[np.ndarray, np.ndarray]:
+    r"""Directions that several sets of unit rows have in common.
+
+    The direction with most neighbours (:math:`|\cos|` of at least ``cosine``) in other
+    sets is replaced by the leading direction of them all, they are taken away, and so
+    on.
+
+    Args:
+      described: sets of unit rows ``[R_i, D]``.
+      support: sets in which a direction has to be.
+      cosine: from where on two directions are the same.
+
+    Returns:
+      Unit rows ``[R, D]`` and in how many sets each was, most first.
+
+    Example:
+      >>> import numpy as np
+      >>> recurring([np.eye(3)[:2], np.eye(3)[1:]], support=2, cosine=0.9)[0].round(3)
+      array([[0., 1., 0.]])
+    """
+    rows = np.concatenate([np.asarray(one, np.float64) for one in described])
+    origin = np.repeat(np.arange(len(described)), [len(one) for one in described])
+    near = np.abs(rows @ rows.T) >= cosine
+    member = origin[:, None] == np.arange(len(described))[None, :]
+    counts = near.astype(np.float32) @ member  # neighbours in every set
+    left = np.ones(len(rows), bool)
+    found, supports = [], []
+    while left.any():
+        in_sets = np.where(left, (counts > 0.5).sum(1), 0)
+        best = int(in_sets.argmax())
+        if in_sets[best] < support:
+            break
+        here = left & near[best]
+        _, _, vt = np.linalg.svd(rows[here], full_matrices=False)
+        found.append(vt[0] * np.sign(vt[0] @ rows[best]))
+        supports.append(int(in_sets[best]))
+        counts -= near[:, here].astype(np.float32) @ member[here]
+        left &= ~here
+    empty = np.zeros((0, rows.shape[1]))
+    return np.stack(found) if found else empty, np.array(supports, int)
+
+
+def _tapped(subject: Subject, inputs: object, readout: Readout) -> Taps:
+    one = tap(
+        subject.probed,
+        subject.params,
+        inputs,
+        sites=subject.site,
+        readout=readout,
+        batch_size=_CHUNK,
+    )
+    return one[subject.site]
+
+
+def _rank(rows: Array) -> int:
+    some = np.asarray(rows[: 2 * _CHUNK], np.float64)
+    values = np.linalg.eigvalsh(some.T @ some)
+    return int(np.sum(values > 1e-6 * values[-1]))

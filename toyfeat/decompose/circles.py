@@ -1,0 +1,109 @@
+"""Planes in which vectors run along a circle."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.types import Array, ArrayLike
+
+_RANK = 1e-6  # of the largest eigenvalue, below which a direction is not there
+_ROWS = 4000  # that are looked at; a fourth moment needs no more
+
+
+def circular_planes(
+    key: Array,
+    rows: ArrayLike,
+    *,
+    starts: int = 512,
+    steps: int = 200,
+    tolerance: float = 1.1,
+) -> Array:
+    r"""Planes on which the length of a vector's part is constant.
+
+    In coordinates :math:`z` of unit second moment, a plane :math:`P` is circular if
+    :math:`E |P z|^4 / (E |P z|^2)^2 = 1`, the least it can be; it is 2 for normal
+    vectors and more for sparse ones.  Many random planes descend to a minimum by the
+    fixed point of FastICA, and those that get to it are returned.  Inside a plane no
+    direction is preferred.
+
+    Args:
+      key: random key.
+      rows: ``[N, D]``, such as gradients; not centred here.
+      starts: random planes to begin with.
+      steps: of the fixed point.
+      tolerance: largest ratio that counts as circular.
+
+    Returns:
+      ``[2 P, D]`` unit rows, two for every plane, the roundest first; the rows that
+      the circles are made of, not those that measure them.
+
+    Raises:
+      ValueError: if the rows are not a finite matrix.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> turn = jnp.arange(500.0)
+      >>> rows = jnp.stack([jnp.cos(turn), jnp.sin(turn), 0 * turn], axis=1)
+      >>> circular_planes(jax.random.key(0), rows, starts=4).shape
+      (2, 3)
+
+    References:
+      Hyvärinen (1999), "Fast and robust fixed-point algorithms for independent
+      component analysis"; Engels et al. (2024), "Not all language model features are
+      linear", arXiv 2405.14860, for circular features.
+    """
+    table = np.asarray(rows, np.float64)
+    if table.ndim != 2 or not np.isfinite(table).all():
+        raise ValueError(
+            f"circular_planes: wanted finite rows [N, D], got shape {table.shape}"
+        )
+    coordinates, back = _whitened(table)
+    rank = len(back)
+    if rank < 2:
+        return jnp.zeros((0, table.shape[1]))
+    some = coordinates[
+        np.linspace(0, len(table) - 1, min(len(table), _ROWS)).astype(int)
+    ]
+    begin = jax.random.normal(key, (starts, 2, rank))
+    planes, ratio = _descended(steps, begin, jnp.asarray(some, begin.dtype))
+    kept: list[np.ndarray] = []
+    for i in np.argsort(ratio):
+        plane = np.asarray(planes[i], np.float64)
+        if not ratio[i] <= tolerance:
+            break
+        if all(np.linalg.norm(plane @ other.T, 2) < 0.5 for other in kept):
+            kept.append(plane)
+    found = np.concatenate([np.zeros((0, rank)), *kept]) @ back
+    norms = np.linalg.norm(found, axis=1, keepdims=True)
+    return jnp.asarray(found / np.where(norms > 0, norms, 1), float)
+
+
+def _whitened(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates ``[N, R]`` of unit second moment, and ``[R, D]`` back."""
+    values, vectors = np.linalg.eigh(rows.T @ rows / max(1, len(rows)))
+    there = values > _RANK * max(values[-1], np.finfo(np.float64).tiny)
+    size, vectors = np.sqrt(values[there]), vectors[:, there]
+    return rows @ (vectors / size), (vectors * size).T
+
+
+@partial(jax.jit, static_argnums=0)
+def _descended(steps: int, planes: Array, rows: Array) -> tuple[Array, Array]:
+    """Planes ``[S, 2, R]`` after the fixed point, and their ratios ``[S]``."""
+
+    def parts(planes: Array) -> tuple[Array, Array]:
+        inside = jnp.einsum("spr,nr->snp", planes, rows)
+        return inside, jnp.sum(inside**2, axis=2)
+
+    def step(planes: Array, _: Any) -> tuple[Array, None]:
+        inside, square = parts(planes)
+        pull = jnp.einsum("snp,sn,nr->spr", inside, square, rows) / len(rows)
+        u, _, vt = jnp.linalg.svd(pull - 4 * planes, full_matrices=False)
+        return u @ vt, None
+
+    u, _, vt = jnp.linalg.svd(planes, full_matrices=False)
+    planes = jax.lax.scan(step, u @ vt, None, length=steps)[0]
+    square = parts(planes)[1]
+    return planes, jnp.mean(square**2, axis=1) / jnp.mean(square, axis=1) ** 2

@@ -1,0 +1,298 @@
+"""Tasks whose activations have structure that the model does not read.
+
+References:
+  Chughtai and Bushnaq (2025), "Activation space interpretability may be doomed",
+  examples 1, 2 and 3.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.models.planted import heads
+from toyfeat.models.planted.heads import dot, dual, unit
+from toyfeat.types import Array, Params, Task, Truth
+
+
+def ignored_structure(
+    key: Array,
+    *,
+    dim: int = 32,
+    features: int = 20,
+    manifold: int = 8,
+    probability: float = 0.08,
+    size: float = 4.0,
+    tilt: float = 1.0,
+) -> Task:
+    """A surface of large variance beside sparse features; the model reads only these.
+
+    The activations are sparse codes times writers, plus a point of a torus that
+    lives in ``manifold`` dimensions and moves independently of the codes.  Writers
+    lean into these dimensions, readers are orthogonal to them.
+
+    Args:
+      key: random key of the task.
+      dim: width ``D`` of the activations.
+      features: ``F``, at most ``dim - manifold``.
+      manifold: dimensions of the surface, even.
+      probability: of a feature to be there.
+      size: root mean square of the surface, in units of one feature's.
+      tilt: length of a writer's part in the surface's dimensions.
+
+    Returns:
+      :class:`toyfeat.types.Task`, ``ignored`` are the surface's dimensions.
+
+    Raises:
+      ValueError: if the sizes do not fit.
+
+    Example:
+      >>> import jax
+      >>> task = ignored_structure(jax.random.key(0))
+      >>> inputs = task.subject.sample(jax.random.key(1), 5)
+      >>> task.subject.probed(task.subject.params, inputs, {})[0].shape
+      (5, 20)
+    """
+    if manifold < 2 or manifold % 2 or not 1 <= features <= dim - manifold:
+        raise ValueError(
+            "ignored_structure: wanted an even manifold >= 2 and features in 1 .. "
+            f"dim - manifold, got dim {dim}, manifold {manifold}, features {features}"
+        )
+    basis, rows, lean, mix = jax.random.split(key, 4)
+    axes = heads.rotation(basis, dim)
+    surface, rest = axes[:manifold], axes[manifold:]
+    readers = unit(dot(jax.random.normal(rows, (features, dim - manifold)), rest))
+    leaning = unit(jax.random.normal(lean, (features, manifold)))
+    writers = dual(readers) + tilt * dot(leaning, surface)
+    params = heads.head(mix, readers, 0.1)
+    params |= {"writers": writers, "surface": size * surface * (2 / manifold) ** 0.5}
+    return heads.task(
+        "ignored structure",
+        _on_surface,
+        params,
+        partial(_codes_and_angles, features, probability),
+        Truth(readers, writers, jnp.full(features, probability)),
+        ignored=surface,
+        about=f"{features} sparse features in {dim} dimensions, and a torus of "
+        f"{manifold} dimensions with {size:g} times the spread of a feature that the "
+        "model never reads. What the activations show first is the torus.",
+        limits="Writers are defined up to what the other features' activations "
+        "explain; readers exactly.",
+    )
+
+
+def _codes_and_angles(
+    features: int, probability: float, key: Array, num: int
+) -> dict[str, Array]:
+    codes, angles = jax.random.split(key)
+    return {
+        "codes": heads.sparse(codes, (num, features), probability),
+        "angles": jax.random.uniform(angles, (num, 2), maxval=2 * jnp.pi),
+    }
+
+
+def _on_surface(params: Params, inputs: dict[str, Array]) -> Array:
+    surface, angles = params["surface"], inputs["angles"]
+    pairs = np.arange(len(surface) // 2)
+    # The waves (1, 0), (0, 1), (1, 1), (1, -1), (2, 0), ... of the two angles.
+    turns = np.array([[1, 0], [0, 1], [1, 1], [1, -1]])[pairs % 4]
+    turns = turns * (1 + pairs // 4)[:, None]
+    phase = dot(angles, jnp.asarray(turns.T, angles.dtype))
+    waves = jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=1)
+    return dot(inputs["codes"], params["writers"]) + dot(waves, surface)
+
+
+def tiled_curve(
+    key: Array,
+    *,
+    dim: int = 32,
+    harmonics: int = 12,
+    reads: int = 8,
+    share: float = 0.2,
+    decay: float = 0.5,
+) -> Task:
+    """A closed curve in many dimensions, of which the model reads a few directions.
+
+    The activation is a point of a curve with ``harmonics`` frequencies; each reader
+    is active on the ``share`` of the curve that lies farthest along it.
+
+    Args:
+      key: random key of the task.
+      dim: width ``D``, at least ``2 * harmonics``.
+      harmonics: frequencies of the curve.
+      reads: ``F``.
+      share: of the curve on which a reader is active.
+      decay: amplitude of frequency ``h`` is ``h ** -decay``.
+
+    Returns:
+      :class:`toyfeat.types.Task`; writers are the regression patterns of the readers.
+
+    Raises:
+      ValueError: if the sizes do not fit.
+
+    References:
+      Haufe et al. (2014), equation 6, for the writers.
+    """
+    if not (1 <= 2 * harmonics <= dim and reads >= 1 and 0 < share < 1):
+        raise ValueError(
+            "tiled_curve: wanted dim >= 2 * harmonics, reads >= 1 and share in (0, 1), "
+            f"got dim {dim}, harmonics {harmonics}, reads {reads}, share {share}"
+        )
+    basis, rows, mix = jax.random.split(key, 3)
+    span = heads.rotation(basis, dim)[: 2 * harmonics]
+    order = jnp.arange(1, harmonics + 1, dtype=jnp.result_type(float))
+    curve = span * jnp.tile(order**-decay, 2)[:, None]
+    readers = unit(dot(jax.random.normal(rows, (reads, 2 * harmonics)), span))
+    everywhere = _on_curve({"curve": curve}, jnp.linspace(0, 2 * jnp.pi, 4096)[:-1])
+    threshold = jnp.quantile(dot(everywhere, readers.T), 1 - share, axis=0)
+    params = heads.head(mix, readers, threshold) | {"curve": curve}
+    writers = (
+        dot(dot(readers, curve.T), curve) / 2
+    )  # the covariance is curve^T curve / 2
+    return heads.task(
+        "tiled curve",
+        _on_curve,
+        params,
+        _angles,
+        Truth(readers, writers, jnp.full(reads, share)),
+        about=f"A closed curve through {2 * harmonics} dimensions, read along {reads} "
+        f"directions, each active on {share:.0%} of it. A dictionary of the "
+        "activations tiles the curve.",
+        limits="Activations never leave the curve, so writers are regression patterns.",
+    )
+
+
+def _angles(key: Array, num: int) -> Array:
+    return jax.random.uniform(key, (num,), maxval=2 * jnp.pi)
+
+
+def _on_curve(params: Params, angles: Array) -> Array:
+    curve = params["curve"]
+    order = jnp.arange(1, len(curve) // 2 + 1, dtype=angles.dtype)
+    phase = angles[:, None] * order[None, :]
+    return dot(jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=1), curve)
+
+
+def product_space(
+    key: Array, *, dim: int = 24, colours: int = 6, shapes: int = 6
+) -> Task:
+    """Every example has one colour and one shape; the model reads the two apart.
+
+    The activation is ``size (colour + shape)`` with one size for both, so that a
+    dictionary with a latent for every pair uses one code where the truth uses two.
+
+    Args:
+      key: random key of the task.
+      dim: width ``D``, at least ``colours + shapes``.
+      colours: how many.
+      shapes: how many.
+
+    Returns:
+      :class:`toyfeat.types.Task`, colours first.
+
+    Raises:
+      ValueError: if the sizes do not fit.
+    """
+    num = colours + shapes
+    if min(colours, shapes) < 2 or num > dim:
+        raise ValueError(
+            "product_space: wanted colours and shapes of at least 2, together at most "
+            f"dim, got {colours}, {shapes} and dim {dim}"
+        )
+    rows, mix = jax.random.split(key)
+    writers = unit(jax.random.normal(rows, (num, dim)))
+    readers = dual(writers)
+    params = heads.head(mix, readers, 0.1) | {"writers": writers}
+    frequency = jnp.repeat(
+        jnp.array([1 / colours, 1 / shapes]), jnp.array([colours, shapes])
+    )
+    return heads.task(
+        "product space",
+        _of_codes,
+        params,
+        partial(_products, colours, shapes),
+        Truth(readers, writers, frequency),
+        about=f"{colours} colours times {shapes} shapes in {dim} dimensions, read as "
+        f"{num} features. One latent per pair is the sparser description of the "
+        "activations.",
+        limits="Adding a vector to all colours and taking it from all shapes changes "
+        "no activation of size 1: writers are known up to that, readers exactly.",
+    )
+
+
+def _products(colours: int, shapes: int, key: Array, num: int) -> Array:
+    size, colour, shape = jax.random.split(key, 3)
+    pairs = [
+        jax.nn.one_hot(jax.random.randint(one, (num,), 0, most), most)
+        for one, most in ((colour, colours), (shape, shapes))
+    ]
+    size = jax.random.uniform(size, (num, 1), minval=0.5, maxval=1.5)
+    return size * jnp.concatenate(pairs, axis=1)
+
+
+def _of_codes(params: Params, codes: Array) -> Array:
+    return dot(codes, params["writers"])
+
+
+def quiet_and_loud(
+    key: Array,
+    *,
+    dim: int = 32,
+    quiet: int = 12,
+    loud: int = 24,
+    probability: float = 0.08,
+    quietness: float = 0.1,
+    idleness: float = 0.02,
+) -> Task:
+    """Features of small activation and large effect among large ones of small effect.
+
+    Args:
+      key: random key of the task.
+      dim: width ``D``.
+      quiet: how many features matter, at most ``dim``.
+      loud: how many large ones hardly do; with the quiet ones they may exceed ``dim``.
+      probability: of any feature to be there.
+      quietness: length of a quiet feature's writer; a loud one's is 1.
+      idleness: effect of a loud feature, of a quiet one it is 1.
+
+    Returns:
+      :class:`toyfeat.types.Task` whose truth is the quiet features.
+
+    Raises:
+      ValueError: if the sizes do not fit.
+    """
+    if not (1 <= quiet < dim and loud >= 1):
+        raise ValueError(
+            "quiet_and_loud: wanted quiet in 1 .. dim - 1 and loud >= 1, got dim "
+            f"{dim}, quiet {quiet}, loud {loud}"
+        )
+    rows, other, mix = jax.random.split(key, 3)
+    own = min(dim - 1, 3 * quiet // 2 + 1)  # dimensions of the quiet ones
+    span = heads.rotation(rows, dim)
+    noisy = unit(dot(jax.random.normal(other, (loud, dim - own)), span[own:]))
+    small = unit(dot(jax.random.normal(mix, (quiet, own)), span[:own]))
+    writers = quietness * small
+    readers = dual(writers)
+    params = heads.head(
+        jax.random.fold_in(mix, 1),
+        jnp.concatenate([readers, noisy]),
+        0.1,
+        jnp.concatenate([jnp.ones(quiet), jnp.full(loud, idleness)]),
+    )
+    params |= {"writers": jnp.concatenate([writers, noisy])}
+    return heads.task(
+        "quiet but strong",
+        _of_codes,
+        params,
+        partial(_independent, quiet + loud, probability),
+        Truth(readers, writers, jnp.full(quiet, probability)),
+        ignored=span[own:],
+        about=f"{quiet} features {1 / quietness:g} times smaller than {loud} others, "
+        f"with {1 / idleness:g} times their effect.",
+        limits="Nothing is hidden: readers and writers are known up to their lengths.",
+    )
+
+
+def _independent(features: int, probability: float, key: Array, num: int) -> Array:
+    return heads.sparse(key, (num, features), probability)

@@ -1,0 +1,111 @@
+r"""Modular addition by waves, written down instead of trained.
+
+Residual stream after the MLP: planes :math:`(\cos w_k (a + b), \sin w_k (a + b))`,
+which the unembedding reads, and the embeddings of both summands, which it does not.
+
+References:
+  Nanda et al. (2023), arXiv 2301.05217; Gromov (2023), arXiv 2301.02679, whose
+  quadratic network gives the planes in closed form.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from toyfeat.models.planted.heads import SITE, dot, rotation, unit
+from toyfeat.tap import from_split
+from toyfeat.types import Array, Params, Task, Truth
+
+
+def modular_addition(
+    key: Array, *, modulus: int = 59, frequencies: int = 5, dim: int = 48
+) -> Task:
+    r"""Logits of :math:`(a + b) \bmod p` from a few frequencies.
+
+    Args:
+      key: random key of the task.
+      modulus: ``p``, odd.
+      frequencies: how many of the ``(p - 1) / 2``; their amplitudes are U[.7, 1.3].
+      dim: width ``D``, at least ``6 * frequencies``.
+
+    Returns:
+      :class:`toyfeat.types.Task` with one group per frequency.
+
+    Raises:
+      ValueError: if the sizes do not fit.
+    """
+    if modulus % 2 == 0 or not 1 <= frequencies <= (modulus - 1) // 2:
+        raise ValueError(
+            "modular_addition: wanted an odd modulus and 1 .. (modulus - 1) / 2 "
+            f"frequencies, got {modulus} and {frequencies}"
+        )
+    if 6 * frequencies > dim:
+        raise ValueError(
+            f"modular_addition: wanted dim >= 6 * frequencies = {6 * frequencies}, got "
+            f"{dim}"
+        )
+    chosen, rows, size, basis = jax.random.split(key, 4)
+    every = jnp.arange(1, (modulus - 1) // 2 + 1)
+    waves = jnp.sort(jax.random.permutation(chosen, every)[:frequencies])
+    num = 2 * frequencies
+    axes = rotation(basis, dim)
+    readers = unit(
+        dot(jax.random.normal(rows, (num, dim - 2 * num)), axes[: dim - 2 * num])
+    )
+    inside = jnp.linalg.pinv(readers).T
+    amplitude = jax.random.uniform(size, (frequencies,), minval=0.7, maxval=1.3)
+    angles = 2 * jnp.pi * waves[:, None] * jnp.arange(modulus)[None, :] / modulus
+    table = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)  # [K, 2, p]
+    table = (amplitude[:, None, None] * table).reshape(num, modulus)
+    params = {
+        "angle": 2 * jnp.pi * waves / modulus,
+        "embed": 2.0 * axes[dim - 2 * num :],
+        "writers": inside,
+        "unembed": dot(readers.T, table),
+    }
+    group = jnp.repeat(jnp.arange(frequencies), 2)
+    return Task(
+        _PROBED,
+        params,
+        partial(_pairs, modulus),
+        SITE,
+        Truth(readers, inside, jnp.ones(num), group),
+        "readers",
+        "modular addition",
+        _planes,
+        0.0,
+        axes[dim - 2 * num :],
+        f"Logits of a + b mod {modulus} from {frequencies} frequencies, beside the "
+        "embeddings of a and b, which are larger and not read.",
+        "Features are planes: no direction inside of one is preferred, and only the "
+        "plane is scored.",
+    )
+
+
+def _pairs(modulus: int, key: Array, num: int) -> Array:
+    return jax.random.randint(key, (num, 2), 0, modulus)
+
+
+def _waves(angle: Array, number: Array) -> Array:
+    phase = number[:, None] * angle[None, :]
+    both = jnp.stack([jnp.cos(phase), jnp.sin(phase)], axis=2)
+    return both.reshape(len(number), -1)
+
+
+def _planes(params: Params, pairs: Array) -> Array:
+    return _waves(params["angle"], pairs.sum(1).astype(params["angle"].dtype))
+
+
+def _prefix(params: Params, pairs: Array) -> Array:
+    numbers = pairs.astype(params["angle"].dtype)
+    of_both = [_waves(params["angle"], numbers[:, i]) for i in (0, 1)]
+    embedded = dot(jnp.concatenate(of_both, axis=1), params["embed"])
+    return dot(_planes(params, pairs), params["writers"]) + embedded
+
+
+def _suffix(params: Params, acts: Array) -> Array:
+    return dot(acts, params["unembed"])
+
+
+_PROBED = from_split(_prefix, _suffix, site=SITE)

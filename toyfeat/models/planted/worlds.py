@@ -1,0 +1,105 @@
+"""A synthetic world with a network that reads some of its features.
+
+References:
+  Chanin and Garriga-Alonso, SynthSAEBench, arXiv 2602.14687, for the world.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.data import HierarchyConfig, LinearMagnitude, synthetic_world, world_codes
+from toyfeat.data.config import FoldedNormalMagnitude, ZipfianFiring
+from toyfeat.data.world import World
+from toyfeat.models.planted import heads
+from toyfeat.models.planted.heads import dot, unit
+from toyfeat.types import Array, Params, Task, Truth
+
+
+def world_with_head(
+    key: Array,
+    *,
+    features: int = 512,
+    dim: int = 64,
+    read: int = 64,
+    composed: int = 32,
+    parts: int = 3,
+    threshold: float = 0.6,
+) -> Task:
+    """A hierarchical world, of which a network reads a few features and sums of others.
+
+    Of the world's features the network reads ``read`` alone, and ``composed`` sums of
+    ``parts`` others, which it does not tell apart; what it never reads is the rest.
+
+    Args:
+      key: random key of the task; not traced.
+      features: of the world.
+      dim: width ``D``.
+      read: features that are read alone.
+      composed: sums that are read.
+      parts: features in a sum.
+      threshold: under which a reader is silent, so that the interference of features
+        in superposition stays small.
+
+    Returns:
+      :class:`toyfeat.types.Task`; the features of the model are the ``read``, then the
+      ``composed`` ones; ``ignored`` is ``None`` as the world fills the space.
+
+    Raises:
+      ValueError: if the world has too few features.
+    """
+    used = read + composed * parts
+    if used > features or min(read, composed, parts) < 1:
+        raise ValueError(
+            "world_with_head: wanted at least one of read, composed and parts, and "
+            f"read + composed * parts <= features = {features}, got {read}, "
+            f"{composed}, {parts}"
+        )
+    made, chosen, mix = jax.random.split(key, 3)
+    world = synthetic_world(
+        made,
+        features,
+        dim,
+        firing_probability=ZipfianFiring(max_prob=0.1, min_prob=0.01),
+        hierarchy=HierarchyConfig(
+            total_root_nodes=max(1, features // 32),
+            branching_factor=4,
+            max_depth=2,
+        ),
+        std_firing_magnitudes=FoldedNormalMagnitude(mean=0.2, std=0.1),
+        mean_firing_magnitudes=LinearMagnitude(start=1.5, end=1.0),
+        bias=0.0,
+    )
+    order = np.asarray(jax.random.permutation(chosen, features))[:used]
+    alone, sums = order[:read], order[read:].reshape(composed, parts)
+    rows = world.feature_vectors
+    readers = unit(jnp.concatenate([rows[alone], rows[sums].sum(1)]))
+    params = heads.head(mix, readers, threshold) | {"world": world}
+    rate = jnp.concatenate(
+        [
+            world.firing_probabilities[alone],
+            world.firing_probabilities[sums].sum(1),
+        ]
+    )
+    return heads.task(
+        "world with a head",
+        _of_world,
+        params,
+        partial(_codes, world),
+        Truth(readers, readers, rate),
+        about=f"A hierarchical world of {features} features in {dim} dimensions; the "
+        f"network reads {read} of them alone and {composed} sums of {parts}, "
+        f"{used / features:.0%} in all.",
+        limits="The parts of a sum are not told apart by the model, and nothing it "
+        "computes could tell them.",
+    )
+
+
+def _codes(world: World, key: Array, num: int) -> Array:
+    return world_codes(key, world, num)
+
+
+def _of_world(params: Params, codes: Array) -> Array:
+    return dot(codes, params["world"].feature_vectors)

@@ -7,6 +7,9 @@ import pytest
 import toyfeat as tf
 
 PINNED = [
+    "active_features",
+    "scores",
+    "Scores",
     "consensus",
     "circular_planes",
     "Consensus",

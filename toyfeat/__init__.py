@@ -54,6 +54,7 @@ from toyfeat.interop import (
 )
 from toyfeat.linalg import Products, randomized_svd, stream_svd
 from toyfeat.moments import moments, sketched_moments
+from toyfeat.scoring import active_features, scores
 from toyfeat.tap import (
     check_no_mixing,
     check_taps,
@@ -98,6 +99,7 @@ from toyfeat.types import (
     Parts,
     Probed,
     Scales,
+    Scores,
     SketchedMoments,
     Subject,
     SVDInfo,
@@ -134,6 +136,7 @@ __all__ = [
     "Products",
     "SVDInfo",
     "Scales",
+    "Scores",
     "SketchedMoments",
     "Subject",
     "Taps",
@@ -143,6 +146,7 @@ __all__ = [
     "Trainer",
     "Truth",
     "ablation_curve",
+    "active_features",
     "attribution_l0",
     "attribution_objective",
     "batch_topk",
@@ -198,6 +202,7 @@ __all__ = [
     "save_saelens",
     "save_tree",
     "scales",
+    "scores",
     "site_shapes",
     "sketched_moments",
     "standard",

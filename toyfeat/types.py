@@ -549,6 +549,30 @@ class Found(NamedTuple):
     writers: Array
 
 
+class Scores(NamedTuple):
+    """How good what a method found in a task is.
+
+    Attributes:
+      readers: coverage of the true readers by the found ones.
+      writers: coverage of the true writers.
+      precision: share of the found rows, on the side of the task, whose best
+        ``|cos|`` with any truth reaches .9.
+      found: ``R``, how many pairs.
+      random: coverage of the task's side by as many random directions.
+      ignored: share of the dimensions of ignored structure that were returned.
+      preserved: share of the variance of the output that is left when every
+        activation is replaced by what a few of the found features carry.
+    """
+
+    readers: float
+    writers: float
+    precision: float
+    found: int
+    random: float
+    ignored: float
+    preserved: float
+
+
 class Description(NamedTuple):
     """How :func:`toyfeat.consensus` describes gradients; one default for all models.
 

@@ -1,0 +1,166 @@
+"""Methods times tasks: tables, a picture and a page of what each method found."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from toyfeat.report import page
+from toyfeat.report.figures import data_uri, figure, png
+from toyfeat.report.rows import html_lines, print_lines, write_whole
+
+ORACLE = "oracle"
+"""The method that starts at the truth; its coverage is a task's ceiling."""
+
+SHOWN = ("precision", "found", "random", "ignored", "preserved", "seconds")
+
+
+def coverage(row: Mapping[str, Any]) -> float:
+    """Coverage of the side that the row's task is about."""
+    return float(row[row["side"]])
+
+
+def medians(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    """``(task, method)`` to the median coverage over seeds."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        values.setdefault((row["case"], row["method"]), []).append(coverage(row))
+    return {pair: median(found) for pair, found in values.items()}
+
+
+def summary_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Methods down, tasks across, median coverage of each task's side.
+
+    Args:
+      rows: what ``benchmarks/leaderboard.py`` writes.
+
+    Returns:
+      A heading line and a line per method; the best of a column that is no oracle has
+      a star.
+    """
+    table, tasks, methods = medians(rows), *_names(rows)
+    best = {
+        task: max(table.get((task, m), 0.0) for m in methods if m != ORACLE)
+        for task in tasks
+        if any(m != ORACLE for m in methods)
+    }
+    lines: list[tuple[str, ...]] = [("method", *tasks)]
+    for method in methods:
+        cells = []
+        for task in tasks:
+            value = table.get((task, method))
+            star = "*" if method != ORACLE and value == best.get(task) else ""
+            cells.append("" if value is None else f"{value:.3f}{star}")
+        lines.append((method, *cells))
+    return lines
+
+
+def task_lines(rows: Sequence[Mapping[str, Any]], task: str) -> list[tuple[str, ...]]:
+    """Every score of one task: medians over seeds, coverage with its range."""
+    mine = [row for row in rows if row["case"] == task]
+    lines: list[tuple[str, ...]] = [
+        ("method", "readers", "range", "writers", "range", *SHOWN)
+    ]
+    for method in _names(mine)[1]:
+        here = [row for row in mine if row["method"] == method]
+        cells = []
+        for side in ("readers", "writers"):
+            values = [row[side] for row in here]
+            cells += [f"{median(values):.3f}", f"{min(values):.3f}-{max(values):.3f}"]
+        cells += [f"{median([row[name] for row in here]):.3g}" for name in SHOWN]
+        lines.append((method, *cells))
+    return lines
+
+
+def heat_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Median coverage of every method on every task.
+
+    Returns:
+      A matplotlib figure, not registered with pyplot.
+
+    Raises:
+      ImportError: without matplotlib, naming the extra.
+    """
+    table, tasks, methods = medians(rows), *_names(rows)
+    values = np.array([[table.get((t, m), np.nan) for t in tasks] for m in methods])
+    drawn = figure(2.6 + 0.72 * len(tasks), 1.6 + 0.34 * len(methods))
+    axis = drawn.subplots()
+    shades = np.ma.masked_invalid(values)
+    image = axis.imshow(shades, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axis.set_facecolor("#e4e4e4")
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            colour = "white" if value < 0.6 else "black"
+            axis.text(
+                j, i, f"{value:.2f}", ha="center", va="center", color=colour, size=7
+            )
+    axis.set_xticks(range(len(tasks)), tasks, rotation=40, ha="right", size=8)
+    axis.set_yticks(range(len(methods)), methods, size=8)
+    drawn.colorbar(image, ax=axis, label="coverage of the true features", shrink=0.8)
+    return drawn
+
+
+def write_leaderboard(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    argument: Sequence[str],
+    header: Mapping[str, Any],
+    about: Mapping[str, str] | None = None,
+    verdicts: Sequence[tuple[str, ...]] = (),
+    console: Console | None = None,
+) -> Path:
+    """Write ``leaderboard.json``, ``leaderboard.png`` and ``leaderboard.html``.
+
+    Args:
+      folder: an existing folder.
+      rows: of every task, method and seed.
+      argument: paragraphs of plain text above the picture.
+      header: settings, beside the rows in the JSON.
+      about: task to a paragraph.
+      verdicts: a heading line and lines on bars.
+      console: where to print the tables; ``None`` for nowhere.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      ValueError: if there are no rows.
+    """
+    if not rows:
+        raise ValueError("write_leaderboard: there are no rows")
+    text = json.dumps({**header, "rows": list(rows)}, indent=1, allow_nan=False)
+    write_whole(folder / "leaderboard.json", text + "\n")
+    image = png(heat_figure(rows))
+    (folder / "leaderboard.png").write_bytes(image)
+    caption = "Coverage of the side that each task is about, median over seeds."
+    body = [page.paragraph(part) for part in argument]
+    body += [page.picture(data_uri(image), caption)]
+    sections = [page.section("All methods on all tasks", body)]
+    if verdicts:
+        sections.append(page.section("Bars", [page.table(html_lines(verdicts))]))
+    for task in _names(rows)[0]:
+        parts = [page.paragraph(about[task])] if about and task in about else []
+        parts.append(page.table(html_lines(task_lines(rows, task))))
+        sections.append(page.section(task, parts))
+    footer = ", ".join(f"{name}: {value}" for name, value in header.items())
+    title = "What every method finds in models with known features"
+    page.write_page(folder / "leaderboard.html", title, sections, footer)
+    if console is not None:
+        print_lines(summary_lines(rows), console)
+        if verdicts:
+            console.print()
+            print_lines(verdicts, console)
+    return folder / "leaderboard.html"
+
+
+def _names(rows: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Tasks and methods, as they come; the oracle last."""
+    rows = list(rows)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods.sort(key=lambda name: name == ORACLE)
+    return list(dict.fromkeys(row["case"] for row in rows)), methods

@@ -114,9 +114,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     for task in names if GENERAL in methods else ():
         value = table.get((task, GENERAL), 0.0)
         if task == WORLD:
-            others = [table.get((task, m), 0.0) for m in methods if m in METHODS]
-            rivals = {m: table.get((task, m), 0.0) for m in METHODS if m not in OURS}
-            best = max(rivals.values()) if others else 0.0
+            best = max(table.get((task, m), 0.0) for m in METHODS if m not in OURS)
             least = min(best + 0.1, best + (1 - best) / 2)
             add(f"{GENERAL} beats all", task, value, f">= {least:.3f}", value >= least)
         elif (task, leaderboard.ORACLE) in table:
@@ -196,7 +194,7 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed, small tasks")
     parser.add_argument("--seeds", type=int, default=None, help="5, or 1 if quick")
     parser.add_argument("--root", type=int, default=0, help="root of all task keys")

@@ -140,7 +140,7 @@ def independent(
     seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
     model = FastICA(rank, whiten="unit-variance", max_iter=300, random_state=seed)
     model.fit(rows)
-    parts = np.asarray(model.mixing_.T, np.float32)
+    parts = np.asarray(model.mixing_, np.float32).T
     if of_gradients:
         readers = jnp.asarray(parts)
         return Found(readers, readers @ covariance(taps))

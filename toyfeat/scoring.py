@@ -48,7 +48,8 @@ def scores(key: Array, task: Task, found: Found, *, examples: int = 1000) -> Sco
     """
     readers, writers = (np.asarray(x, np.float64) for x in found)
     true = {"readers": task.truth.readers, "writers": task.truth.writers}
-    width = np.shape(true[task.side])[1]
+    side = np.asarray(true[task.side], np.float64)
+    width = side.shape[1]
     if readers.shape != writers.shape or readers.ndim != 2 or readers.shape[1] != width:
         raise ValueError(
             f"scores: wanted readers and writers [R, {width}], got shapes "
@@ -63,14 +64,13 @@ def scores(key: Array, task: Task, found: Found, *, examples: int = 1000) -> Sco
     group = task.truth.group
     rows = {"readers": readers, "writers": writers}
     coverage, precision = {}, 0.0
-    for side, truth in true.items():
-        coverage[side] = 0.0
+    for name, truth in true.items():
+        coverage[name] = 0.0
         if truth is not None:
-            match = match_features(rows[side], truth, group=group)
-            coverage[side] = match.coverage
-            precision = match.precision if side == task.side else precision
+            match = match_features(rows[name], truth, group=group)
+            coverage[name] = match.coverage
+            precision = match.precision if name == task.side else precision
     inputs, draws = jax.random.split(key)
-    side = np.asarray(true[task.side])
     num = len(readers)
     return Scores(
         coverage["readers"],

@@ -19,30 +19,34 @@ from toyfeat.types import Array, Params, Task, Truth
 def ignored_structure(
     key: Array,
     *,
-    dim: int = 32,
+    dim: int = 56,
     features: int = 20,
+    parts: int = 2,
     manifold: int = 8,
-    probability: float = 0.08,
+    probability: float = 0.05,
     size: float = 4.0,
     tilt: float = 1.0,
 ) -> Task:
-    """A surface of large variance beside sparse features; the model reads only these.
+    """A surface of large variance and differences that the model does not read.
 
-    The activations are sparse codes times writers, plus a point of a torus that
-    lives in ``manifold`` dimensions and moves independently of the codes.  Writers
-    lean into these dimensions, readers are orthogonal to them.
+    The activations are sparse sources times their writers, plus a point of a torus
+    that lives in ``manifold`` dimensions and moves independently of them.  Writers
+    lean into these dimensions, readers are orthogonal to them, and each reads the sum
+    of ``parts`` sources, which the model does not tell apart.
 
     Args:
       key: random key of the task.
       dim: width ``D`` of the activations.
-      features: ``F``, at most ``dim - manifold``.
+      features: ``F``; ``features * parts`` is at most ``dim - manifold``.
+      parts: sources of a feature.
       manifold: dimensions of the surface, even.
-      probability: of a feature to be there.
-      size: root mean square of the surface, in units of one feature's.
+      probability: of a source to be there.
+      size: root mean square of the surface, in units of one source's.
       tilt: length of a writer's part in the surface's dimensions.
 
     Returns:
-      :class:`toyfeat.types.Task`, ``ignored`` are the surface's dimensions.
+      :class:`toyfeat.types.Task`, ``ignored`` are the surface's dimensions; a
+      feature's writer is the sum of its sources'.
 
     Raises:
       ValueError: if the sizes do not fit.
@@ -50,35 +54,43 @@ def ignored_structure(
     Example:
       >>> import jax
       >>> task = ignored_structure(jax.random.key(0))
-      >>> inputs = task.subject.sample(jax.random.key(1), 5)
-      >>> task.subject.probed(task.subject.params, inputs, {})[0].shape
+      >>> inputs = task.sample(jax.random.key(1), 5)
+      >>> task.probed(task.params, inputs, {})[0].shape
       (5, 20)
     """
-    if manifold < 2 or manifold % 2 or not 1 <= features <= dim - manifold:
+    sources = features * parts
+    if manifold < 2 or manifold % 2 or not 1 <= sources <= dim - manifold or parts < 1:
         raise ValueError(
-            "ignored_structure: wanted an even manifold >= 2 and features in 1 .. "
-            f"dim - manifold, got dim {dim}, manifold {manifold}, features {features}"
+            "ignored_structure: wanted an even manifold >= 2 and features * parts in "
+            f"1 .. dim - manifold, got dim {dim}, manifold {manifold}, features "
+            f"{features}, parts {parts}"
         )
     basis, rows, lean, mix = jax.random.split(key, 4)
     axes = heads.rotation(basis, dim)
     surface, rest = axes[:manifold], axes[manifold:]
-    readers = unit(dot(jax.random.normal(rows, (features, dim - manifold)), rest))
-    leaning = unit(jax.random.normal(lean, (features, manifold)))
-    writers = dual(readers) + tilt * dot(leaning, surface)
+    plain = unit(dot(jax.random.normal(rows, (sources, dim - manifold)), rest))
+    leaning = unit(jax.random.normal(lean, (sources, manifold)))
+    writers = plain + tilt * dot(leaning, surface)
+    readers = dual(plain).reshape(features, parts, dim).sum(1)
     params = heads.head(mix, readers, 0.1)
     params |= {"writers": writers, "surface": size * surface * (2 / manifold) ** 0.5}
+    chance = 1 - (1 - probability) ** parts
     return heads.task(
         "ignored structure",
         _on_surface,
         params,
-        partial(_codes_and_angles, features, probability),
-        Truth(readers, writers, jnp.full(features, probability)),
+        partial(_codes_and_angles, sources, probability),
+        Truth(
+            readers,
+            writers.reshape(features, parts, dim).sum(1),
+            jnp.full(features, chance),
+        ),
         ignored=surface,
-        about=f"{features} sparse features in {dim} dimensions, and a torus of "
-        f"{manifold} dimensions with {size:g} times the spread of a feature that the "
-        "model never reads. What the activations show first is the torus.",
-        limits="Writers are defined up to what the other features' activations "
-        "explain; readers exactly.",
+        about=f"{features} features in {dim} dimensions, each a sum of {parts} sparse "
+        f"sources, and a torus of {manifold} dimensions with {size:g} times the spread "
+        "of a source. The model reads neither the torus nor what tells the sources of "
+        "a sum apart.",
+        limits="Nothing that the model computes tells the sources of a sum apart.",
     )
 
 

@@ -25,6 +25,7 @@ from rich.console import Console
 import toyfeat as tf
 from toyfeat.models import planted
 from toyfeat.report import leaderboard
+from toyfeat.report.planted import describe, task_figure
 from toyfeat.types import Array, Task
 
 TASKS: dict[str, Callable[[Array], Task]] = {
@@ -62,10 +63,17 @@ QUICK: dict[str, Callable[[Array], Task]] = {
         planted.world_with_head, features=128, dim=32, read=24, composed=8
     ),
 }
+TINY = {"product space": partial(planted.product_space, colours=2, shapes=2, dim=6)}
+SIZES = {
+    "full": (TASKS, Budget(), 5),
+    "quick": (QUICK, Budget(6000, 500, 256), 1),
+    "tiny": (TINY, Budget(400, 20, 64), 1),
+}
+"""Size to tasks, budget of a method and seeds."""
+
 WORLD = "world with a head"
 HARD = tuple(TASKS)[:8]  # tasks that activations alone must not solve
 EASY = 0.8
-BUDGETS = {False: Budget(), True: Budget(6000, 500, 256)}
 GENERAL = "consensus"
 ARGUMENT = (
     "Each task is a model whose features are known: the directions that its own "
@@ -132,58 +140,51 @@ def verdicts(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 def main() -> None:
     """Measure what is missing, then print and write all of it."""
     options = parsed()
-    tasks = QUICK if options.quick else TASKS
-    wanted = options.tasks.split(",") if options.tasks else list(tasks)
-    methods = options.methods.split(",") if options.methods else [*METHODS, "oracle"]
-    for what, known, names in (
-        ("task", tasks, wanted),
-        ("method", [*METHODS, leaderboard.ORACLE], methods),
-    ):
-        if unknown := [name for name in names if name not in known]:
-            raise SystemExit(f"no {what} {unknown[0]!r}; there are {', '.join(known)}")
-    folder = Path(options.out + ("-quick" if options.quick else ""))
+    tasks, budget, _ = SIZES[options.size]
+    folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    path, budget = folder / "rows.jsonl", BUDGETS[options.quick]
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    rows = [json.loads(line) for line in text.splitlines()]
-    done = {(one["case"], one["method"], one["seed"]) for one in rows}
-    about: dict[str, str] = {}
-    for seed in range(options.seeds):
-        for name in wanted:
-            missing = [m for m in methods if (name, m, seed) not in done]
-            if not missing and name in about:
+    rows = kept(folder / "rows.jsonl", options, budget)
+    pages: dict[str, tuple[str, Any]] = {}
+    methods = options.methods
+    pairs = [(seed, name) for seed in range(options.seeds) for name in options.tasks]
+    for seed, name in pairs:
+        jax.clear_caches()  # a process can map only so many programs
+        key = jax.random.key(options.root)
+        key = jax.random.fold_in(key, 1000 * seed + list(TASKS).index(name))
+        done = {(one["case"], one["method"], one["seed"]) for one in rows}
+        missing = [m for m in methods if (name, m, seed) not in done]
+        if not missing and name in pages:
+            continue
+        task = tasks[name](key)
+        if name not in pages:
+            pages[name] = (describe(task), task_figure(key, task))
+        for method in missing:
+            try:
+                one = measured(task, name, method, seed, budget)
+            except ImportError as error:
+                print(f"{method} is left out: {error}")
+                methods = [m for m in methods if m != method]
                 continue
-            index = list(TASKS).index(name)
-            key = jax.random.fold_in(jax.random.key(options.root), 1000 * seed + index)
-            task = tasks[name](key)
-            about.setdefault(name, f"{task.about} {task.limits}")
-            for method in missing:
-                try:
-                    one = measured(task, name, method, seed, budget)
-                except ImportError as error:
-                    print(f"{method} is left out: {error}")
-                    methods = [m for m in methods if m != method]
-                    continue
-                rows.append(one)
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(one) + "\n")
-                shown = f"{leaderboard.coverage(one):.3f}, {one['seconds']:.1f} s"
-                print(f"{name}, {method}, seed {seed}: {shown}", flush=True)
-    header = {"budget": budget._asdict(), "seeds": options.seeds, "root": options.root}
+            rows.append(one)
+            with (folder / "rows.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(one) + "\n")
+            shown = f"{leaderboard.coverage(one):.3f}, {one['seconds']:.1f} s"
+            print(f"{name}, {method}, seed {seed}: {shown}", flush=True)
     mine = [
-        r
-        for r in rows
-        if r["case"] in wanted and r["method"] in methods and r["seed"] < options.seeds
+        one
+        for one in rows
+        if one["case"] in options.tasks
+        and one["method"] in methods
+        and one["seed"] < options.seeds
     ]
-    console = Console(width=max(200, Console().width))
-    bars = verdicts(mine)
+    console = Console(width=max(220, Console().width))
     page = leaderboard.write_leaderboard(
         folder,
         mine,
         argument=ARGUMENT,
-        header=header,
-        about=about,
-        verdicts=bars,
+        header={"size": options.size, "seeds": options.seeds, "root": options.root},
+        tasks=pages,
+        verdicts=verdicts(mine),
         console=console,
     )
     print(f"the page is {page}")
@@ -192,21 +193,52 @@ def main() -> None:
         Path(options.json).write_text(lines, encoding="utf-8")
 
 
+def kept(path: Path, options: argparse.Namespace, budget: Budget) -> list[dict]:
+    """Rows that were measured before, under the same settings."""
+    settings = path.with_name("settings.json")
+    now = {"size": options.size, "root": options.root, "budget": budget._asdict()}
+    if settings.exists() and json.loads(settings.read_text(encoding="utf-8")) != now:
+        raise SystemExit(
+            f"leaderboard: {path.parent} holds rows of other settings; give another "
+            "--out, or move that folder away"
+        )
+    settings.write_text(json.dumps(now) + "\n", encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = [line for line in text.splitlines() if line.endswith("}")]
+    return [json.loads(line) for line in lines]
+
+
 def parsed() -> argparse.Namespace:
-    """The command line."""
+    """The command line, checked."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, small tasks")
-    parser.add_argument("--seeds", type=int, default=None, help="5, or 1 if quick")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="one seed, small tasks")
+    size.add_argument("--tiny", action="store_true", help="only to see that it runs")
+    parser.add_argument("--seeds", type=int, help="5, or 1 if quick or tiny")
     parser.add_argument("--root", type=int, default=0, help="root of all task keys")
     parser.add_argument("--tasks", help="names, separated by commas")
     parser.add_argument("--methods", help="names, separated by commas")
-    parser.add_argument("--out", default="out/leaderboard", help="folder")
+    parser.add_argument("--out", help="folder, out/leaderboard by default")
     parser.add_argument("--json", help="also write the rows there, one per line")
     options = parser.parse_args()
-    if options.seeds is None:
-        options.seeds = 1 if options.quick else 5
+    options.size = "quick" if options.quick else "tiny" if options.tiny else "full"
+    tasks, _, seeds = SIZES[options.size]
+    options.seeds = seeds if options.seeds is None else options.seeds
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    every = {"tasks": list(tasks), "methods": [*METHODS, leaderboard.ORACLE]}
+    for what, known in every.items():
+        text = getattr(options, what)
+        names = known if text is None else text.split(",")
+        if unknown := [name for name in names if name not in known]:
+            some = ", ".join(known)
+            parser.error(f"--{what}: there is no {unknown[0]!r}; there are {some}")
+        setattr(options, what, names)
+    if options.out is None:
+        name = (
+            "leaderboard" if options.size == "full" else f"leaderboard-{options.size}"
+        )
+        options.out = f"out/{name}"
     return options
 
 

@@ -11,6 +11,34 @@ ROOT = Path(__file__).parents[1]
 LIMITS = {"tap.py": 1e-5, "controllers.py": 1.0}  # of errors; others 1e-2
 
 
+def test_the_leaderboard_runs_every_method_and_goes_on(tmp_path):
+    command = [sys.executable, "benchmarks/leaderboard.py", "--tiny", "--seeds", "2"]
+    command += ["--out", str(tmp_path)]
+    few = [*command, "--methods", "random,TopK"]
+    outputs = []
+    for arguments in (few, command, command):
+        done = subprocess.run(
+            arguments,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert outputs[1].count("seed 0") == outputs[0].count("seed 0") + 14  # not again
+    assert "seed" not in outputs[2].replace("seeds", "")
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len({(row["method"], row["seed"]) for row in rows}) == len(rows)
+    assert {"consensus", "oracle", "LIB", "four-term loss"} <= {
+        r["method"] for r in rows
+    }
+    assert all(0 <= row["readers"] <= 1 and row["seconds"] > 0 for row in rows)
+    assert (tmp_path / "leaderboard.html").stat().st_size > 20_000
+
+
 @pytest.mark.parametrize(
     "name",
     [

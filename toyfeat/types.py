@@ -518,7 +518,7 @@ class Task(NamedTuple):
       fit: share of the variance of its targets that the model leaves; 0 where the
         model is the definition.
       ignored: ``[Q, D]`` orthonormal rows that span structure of the activations
-        that the model does not read, or ``None``.
+        that the model reads not at all, or hardly, or ``None``.
       about: a paragraph, what is planted and what makes it hard.
       limits: what no method could know.
     """

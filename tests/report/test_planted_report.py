@@ -26,9 +26,8 @@ TINY = {
 
 
 @cache
-def task_of(name):  # some are made by promoting, which no picture needs
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        return getattr(planted, name)(jax.random.key(0), **TINY[name])
+def task_of(name):
+    return getattr(planted, name)(jax.random.key(0), **TINY[name])
 
 
 def test_every_task_is_drawn_below():

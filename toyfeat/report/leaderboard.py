@@ -110,7 +110,7 @@ def write_leaderboard(
     *,
     argument: Sequence[str],
     header: Mapping[str, Any],
-    about: Mapping[str, str] | None = None,
+    tasks: Mapping[str, tuple[str, Any]] | None = None,
     verdicts: Sequence[tuple[str, ...]] = (),
     console: Console | None = None,
 ) -> Path:
@@ -121,7 +121,7 @@ def write_leaderboard(
       rows: of every task, method and seed.
       argument: paragraphs of plain text above the picture.
       header: settings, beside the rows in the JSON.
-      about: task to a paragraph.
+      tasks: task to a paragraph and a matplotlib figure.
       verdicts: a heading line and lines on bars.
       console: where to print the tables; ``None`` for nowhere.
 
@@ -144,7 +144,10 @@ def write_leaderboard(
     if verdicts:
         sections.append(page.section("Bars", [page.table(html_lines(verdicts))]))
     for task in _names(rows)[0]:
-        parts = [page.paragraph(about[task])] if about and task in about else []
+        parts = []
+        if tasks and task in tasks:
+            text, drawn = tasks[task]
+            parts = [page.paragraph(text), page.picture(data_uri(png(drawn)), task)]
         parts.append(page.table(html_lines(task_lines(rows, task))))
         sections.append(page.section(task, parts))
     footer = ", ".join(f"{name}: {value}" for name, value in header.items())

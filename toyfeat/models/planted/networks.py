@@ -63,12 +63,14 @@ def squares(
     Returns:
       :class:`toyfeat.types.Task`.
     """
+    what = (
+        "The square of one input" if features == 1 else f"{features} squares of inputs"
+    )
     return _task(
         "x²" if features == 1 else "squares",
         key,
         Spec(features, (neurons,), low=low, **spec),
-        f"{features} squares of inputs from {low:g} to 1, by {neurons} ReLUs that "
-        "approximate them together.",
+        f"{what} from {low:g} to 1, by {neurons} ReLUs that approximate it together.",
     )
 
 
@@ -245,8 +247,8 @@ def _trained(spec: Spec, key: Array) -> tuple[Params, Array, Array]:
     x = _inputs(spec, jax.random.fold_in(stream, spec.steps), _EXAMPLES)
     y, acts = outputs(params, x)
     wanted = dot(x**2, mix)
-    fit = jnp.sum((y - wanted) ** 2) / jnp.sum((wanted - wanted.mean(0)) ** 2)
-    centred = acts - acts.mean(0)
+    fit = jnp.sum((y - wanted) ** 2) / jnp.sum((wanted - wanted.mean(0)[None, :]) ** 2)
+    centred = acts - acts.mean(0)[None, :]
     return whole(params), fit, dot(centred.T, centred) / _EXAMPLES
 
 
@@ -399,5 +401,5 @@ def _squeezed(
     carry = params, optimizer.init(params)
     params, _ = jax.lax.scan(step, carry, jnp.arange(steps))[0]
     x = _uniform(features, probability, jax.random.fold_in(stream, steps), _EXAMPLES)
-    left = error(params, x) * len(x) / jnp.sum((x - x.mean(0)) ** 2)
+    left = error(params, x) * len(x) / jnp.sum((x - x.mean(0)[None, :]) ** 2)
     return params, left

@@ -7,7 +7,7 @@ every time.  So the gradients of two readouts are described by several dictionar
 each, and what recurs is kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -135,9 +135,27 @@ def gradient_rows(taps: Taps) -> Array:
 
 
 def dictionaries(
-    key: Array, rows: Array, description: Description, *, signed: bool
+    key: Array,
+    rows: Array,
+    description: Description,
+    *,
+    signed: bool,
+    settings: Mapping[str, ArrayLike] | None = None,
 ) -> list[np.ndarray]:
-    """Rows of the decoders ``[M_i, D]``, of unit length, of latents that are used."""
+    """Train every dictionary of a description, all at once.
+
+    Args:
+      key: random key.
+      rows: ``[N, D]``, in units of their size.
+      description: which dictionaries.
+      signed: whether codes have a sign.
+      settings: hyper-parameter to ``[S]`` values; the whole description is trained
+        with each of them, instead of its learning rate and the defaults.
+
+    Returns:
+      Rows of the decoders ``[M_i, D]``, of unit length, of latents that are used:
+      dictionaries of the first setting, then of the next.
+    """
     dim = rows.shape[1]
     latents = int(np.clip(description.latents * _rank(rows), 16, description.most))
     codes = [min(k, latents) for k in description.codes]
@@ -145,11 +163,16 @@ def dictionaries(
     many = population(trainer(sae, dictionary_objective(sae), center=False))
     start, order = jax.random.split(key)
     every = np.repeat(np.array(codes, float), description.repeats)
-    rate = np.full(len(every), description.learning_rate)
+    given = {"learning_rate": [description.learning_rate], **(settings or {})}
+    num = max(np.size(values) for values in given.values())
+    hyper = {
+        name: jnp.asarray(np.repeat(np.broadcast_to(x, num), len(every)), float)
+        for name, x in given.items()
+    }
     state = many.init(
-        jax.random.split(start, len(every)),
-        k=jnp.asarray(every, float),
-        learning_rate=jnp.asarray(rate, float),
+        jax.random.split(start, num * len(every)),
+        k=jnp.asarray(np.tile(every, num), float),
+        **hyper,
     )
     taps = Taps(rows, None, jnp.ones(len(rows)))
     batch = min(description.batch, len(rows))

@@ -187,7 +187,7 @@ def _on_curve(params: Params, angles: Array) -> Array:
 
 
 def product_space(
-    key: Array, *, dim: int = 24, colours: int = 6, shapes: int = 6
+    key: Array, *, dim: int = 24, colours: int = 8, shapes: int = 8
 ) -> Task:
     """Every example has one colour and one shape; the model reads the two apart.
 

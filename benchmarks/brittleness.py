@@ -1,0 +1,369 @@
+"""How far methods depend on settings that nobody knows how to set.
+
+    python benchmarks/brittleness.py [--quick] [--json PATH]
+
+On planted tasks, over a grid that was fixed before the first run: the coefficient
+(three decades), the learning rate (a tenth to ten times), random starts, the scale of
+the output and so of the gradients (1e-3 to 1e3), and the readout.  Success (a) is a run
+that is finite and covers the readers within 10 % of the best that any run reached on
+that task; (b) also has the number of codes that was asked for, within 10 %.
+
+- ``published``: the four-term loss as it was written down, on raw activations and
+  gradients, one coefficient for the sparsity and the attributions.  For (b) it is given
+  its best coefficient at every other setting.  The better of decoder and encoder
+  counts.
+- ``robust``: our four-term loss with a controller, coefficients as they begin.
+- ``consensus``: its only coefficient is that of the dead latents' loss, and it has no
+  readout to choose; its codes are top-k, so that (b) is (a).
+
+Writes maps and ``out/brittleness/brittleness.html``; what was swept is kept there, and
+the same command goes on.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from harness import row
+from leaderboard import TASKS
+from rich.console import Console
+
+import toyfeat as tf
+from toyfeat.consensus import dictionaries, gradient_rows, half_square, recurring
+from toyfeat.report.rows import output_folder
+from toyfeat.report.sweeps import brittleness_figure, write_sweep
+from toyfeat.tap.readouts import Readout
+from toyfeat.types import Array, Member, Subject, Taps, Task, Trainer, TrainState
+
+
+class Grid(NamedTuple):
+    """What is swept, and how long every run is."""
+
+    tasks: tuple[str, ...] = (
+        "ignored structure",
+        "product space",
+        "circuits 20/60",
+        "quiet but strong",
+    )
+    coefficients: tuple[float, ...] = (0.03, 0.3, 3.0, 30.0)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    starts: int = 2
+    scales: tuple[float, ...] = (1e-3, 1.0, 1e3)
+    steps: int = 2000
+    examples: int = 20_000
+
+
+QUICK = Grid(("product space",), (0.03, 30.0), (3e-4, 3e-2), 1, (1e-3, 1e3), 1000, 6000)
+GRIDS = {
+    "full": Grid(),
+    "quick": QUICK,
+    "tiny": QUICK._replace(scales=(1e3,), steps=10, examples=300),
+}
+NEAR = 0.1  # of the best coverage and of the codes that were asked for
+SETTINGS = ("learning_rate", "coefficient", "scale", "readout", "start")
+
+
+class Run(NamedTuple):
+    """One point of the grid and what became of it."""
+
+    learning_rate: float
+    coefficient: float
+    scale: float
+    readout: str
+    start: int
+    finite: bool
+    coverage: float
+    codes: float
+
+
+Sweep = Callable[[Task, float, Grid], Iterator[Run]]
+
+
+def readouts(key: Array) -> dict[str, Readout]:
+    """Those that a user of the four-term loss may choose from."""
+    return {
+        "half square": tf.readouts.scalar(half_square),
+        "random direction": tf.readouts.random_directions(key, 1, "gaussian"),
+    }
+
+
+def tapped(
+    key: Array, task: Task, readout: Readout, scale: float, examples: int
+) -> Taps:
+    """Activations and gradients of the model with its output times ``scale``."""
+
+    def probed(params: Any, inputs: Any, probes: Any) -> Any:
+        outputs, acts = task.probed(params, inputs, probes)
+        return jax.tree.map(lambda x: scale * x, outputs), acts
+
+    subject = Subject(probed, task.params, task.sample, task.site)
+    inputs = subject.sample(key, examples)
+    every = tf.tap(
+        subject.probed,
+        subject.params,
+        inputs,
+        sites=subject.site,
+        readout=readout,
+        batch_size=5000,
+    )
+    return every[subject.site]
+
+
+def cells_of(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Every learning rate with every coefficient."""
+    pairs = [(rate, c) for rate in grid.rates for c in grid.coefficients]
+    rates, coefficients = np.array(pairs).T
+    return rates, coefficients
+
+
+def covered(found: np.ndarray, task: Task) -> float:
+    """Coverage of the readers, 0 for what is not finite."""
+    assert task.truth.readers is not None
+    if not (len(found) and np.isfinite(found).all()):
+        return 0.0
+    return tf.match_features(found, task.truth.readers).coverage
+
+
+def published(task: Task, target: float, grid: Grid) -> Iterator[Run]:
+    """The four-term loss as it was written down."""
+    del target
+    width = len(np.asarray(task.truth.readers)[0])
+    sae = tf.standard(width, int(np.clip(4 * width, 16, 512)))
+    objective = tf.attribution_objective(sae, penalty="l1", form="signed")
+    off: dict[str, Any] = {
+        "normalize": False,
+        "center": False,
+        "clip": np.inf,
+        "warm_up": 0,
+    }
+    yield from four_terms(task, grid, tf.trainer(sae, objective, **off))
+
+
+def robust(task: Task, target: float, grid: Grid) -> Iterator[Run]:
+    """Our four-term loss, steered to the codes that were asked for."""
+    width = len(np.asarray(task.truth.readers)[0])
+    sae = tf.standard(width, int(np.clip(4 * width, 16, 512)))
+    control = tf.controllers.target_l0(target)
+    one = tf.trainer(
+        sae,
+        tf.attribution_objective(sae),
+        controller=control,
+        warm_up=grid.steps // 10,
+    )
+    yield from four_terms(task, grid, one)
+
+
+def four_terms(task: Task, grid: Grid, one: Trainer) -> Iterator[Run]:
+    """An attribution dictionary over the whole grid."""
+    many = tf.population(one)
+    rates, coefficients = cells_of(grid)
+    for scale in grid.scales:
+        inputs, drawn = jax.random.split(jax.random.key(1))
+        for name, readout in readouts(drawn).items():
+            taps = tapped(inputs, task, readout, scale, grid.examples)
+            for start in range(grid.starts):
+                keys = jax.random.split(jax.random.key(start), len(rates))
+                state = many.init(
+                    keys,
+                    learning_rate=jnp.asarray(rates, float),
+                    sparsity=jnp.asarray(coefficients, float),
+                    attribution_sparsity=jnp.asarray(coefficients, float),
+                )
+                state, codes = trained(many, state, taps, grid, start)
+                decoders = np.asarray(state.params["W_dec"])
+                encoders = np.asarray(state.params["W_enc"]).swapaxes(1, 2)
+                for i, (rate, c) in enumerate(zip(rates, coefficients, strict=True)):
+                    sides = decoders[i], encoders[i]
+                    finite = all(np.isfinite(side).all() for side in sides)
+                    best = max(covered(side, task) for side in sides) if finite else 0.0
+                    where = (float(rate), float(c), scale, name, start)
+                    yield Run(*where, finite, best, float(codes[i]))
+
+
+def trained(
+    many: Trainer, state: TrainState, taps: Taps, grid: Grid, seed: int
+) -> tuple[TrainState, np.ndarray]:
+    """A population at its end, and codes per example over the last tenth."""
+    last: list[np.ndarray] = []
+    batches = tf.data.array_batches(taps, batch=256, seed=seed)
+    try:
+        state = tf.fit(
+            many,
+            state,
+            batches,
+            steps=grid.steps,
+            chunk=max(1, grid.steps // 10),
+            progress=False,
+            check_data=False,
+            on_chunk=lambda _, metrics: last.append(metrics["l0"]),
+        )
+    except FloatingPointError:  # of all members
+        lost = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.params)
+        return state._replace(params=lost), np.zeros(len(state.step))
+    return state, np.nan_to_num(last[-1])
+
+
+def consensus(task: Task, target: float, grid: Grid) -> Iterator[Run]:
+    """The consensus over the whole grid, in one population per readout."""
+    rates, coefficients = cells_of(grid)
+    settings = {"learning_rate": rates, "dead_latents": coefficients}
+    description = tf.Description(examples=grid.examples, steps=grid.steps)
+    each = len(description.codes) * description.repeats
+    for scale in grid.scales:
+        for start in range(grid.starts):
+            parts = jax.random.split(jax.random.key(start), 4)
+            random = tf.readouts.random_directions(parts[1], 4, "gaussian")
+            described = []
+            for i, readout in enumerate((tf.readouts.scalar(half_square), random)):
+                taps = tapped(parts[0], task, readout, scale, grid.examples)
+                rows, key = gradient_rows(taps), parts[2 + i]
+                options = {"signed": i > 0, "settings": settings}
+                described.append(dictionaries(key, rows, description, **options))
+            for i, (rate, c) in enumerate(zip(rates, coefficients, strict=True)):
+                part = slice(i * each, (i + 1) * each)
+                mine = described[0][part] + described[1][part]
+                found, _ = recurring(mine, support=2, cosine=0.95)
+                where = (float(rate), float(c), scale, "both", start)
+                yield Run(*where, True, covered(found, task), target)
+
+
+FAMILIES: dict[str, Sweep] = {
+    "published": published,
+    "robust": robust,
+    "consensus": consensus,
+}
+
+
+def good(run: Run, best: float) -> bool:
+    """Success (a)."""
+    return run.finite and run.coverage >= (1 - NEAR) * best
+
+
+def sparse(run: Run, target: float) -> bool:
+    """The codes that were asked for."""
+    return abs(run.codes - target) <= NEAR * target
+
+
+def shares(
+    runs: list[Run], best: float, target: float, *, choose: bool
+) -> tuple[float, float]:
+    """Success shares (a) and (b); with ``choose`` (b) takes the best coefficient."""
+    a = float(np.mean([good(run, best) for run in runs]))
+    cells: dict[tuple[Any, ...], list[bool]] = {}
+    for i, run in enumerate(runs):
+        place = (run.learning_rate, run.scale, run.readout, run.start)
+        place = place if choose else (i,)
+        both = good(run, best) and sparse(run, target)
+        cells.setdefault(place, []).append(both)
+    return a, float(np.mean([any(some) for some in cells.values()]))
+
+
+def swept(
+    path: Path, sweep: Sweep, task: Task, target: float, grid: Grid
+) -> tuple[list[Run], float]:
+    """The runs of a family, and seconds; kept in a file."""
+    if not path.exists():
+        jax.clear_caches()
+        begun = time.perf_counter()
+        runs = list(sweep(task, target, grid))
+        seconds = time.perf_counter() - begun
+        text = json.dumps({"grid": grid, "seconds": seconds, "runs": runs})
+        part = path.with_suffix(".part")
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(path)
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    if kept["grid"] != json.loads(json.dumps(grid)):
+        raise SystemExit(f"brittleness: {path} is of another grid; move it away")
+    return [Run(*one) for one in kept["runs"]], kept["seconds"]
+
+
+def members_of(runs: list[Run], best: float) -> list[Member]:
+    """Runs as the maps want them."""
+    return [
+        Member(
+            i,
+            {"learning_rate": run.learning_rate, "coefficient": run.coefficient},
+            {"share of the best": run.coverage / best, "codes": run.codes},
+            run.finite,
+        )
+        for i, run in enumerate(runs)
+    ]
+
+
+def slug(name: str) -> str:
+    """A plain file name."""
+    return name.replace(" ", "-").replace("/", "-")
+
+
+def main() -> None:
+    """Sweep what is missing, then print and write all of it."""
+    options = parsed()
+    grid, folder = GRIDS[options.size], Path(options.out)
+    output_folder(folder)
+    lines, families, pictures = [], {}, {}
+    for name in grid.tasks:
+        index = list(TASKS).index(name)
+        task = TASKS[name](jax.random.fold_in(jax.random.key(0), index))
+        target = float(tf.active_features(jax.random.key(2), task))
+        every = {
+            family: swept(
+                folder / f"{slug(name)}-{family}.json", sweep, task, target, grid
+            )
+            for family, sweep in FAMILIES.items()
+        }
+        best = max(run.coverage for runs, _ in every.values() for run in runs)
+        mine = {}
+        for family, (runs, seconds) in every.items():
+            a, b = shares(runs, best, target, choose=family == "published")
+            print(f"{name:18} {family:10} (a) {a:4.0%}  (b) {b:4.0%}  {len(runs)} runs")
+            figures = {"best": best, "target": target, "a": a, "b": b}
+            more = {"ours_s": seconds, "ratio": None, "error": None}
+            lines.append(row(name, {"runs": len(runs)}, family, **figures, **more))
+            mine[family] = members_of(runs, best)
+            families[f"{name}: {family}"] = mine[family]
+        axes = ("coefficient", "learning_rate")
+        drawn = brittleness_figure(
+            mine, *axes, score="share of the best", good=1 - NEAR
+        )
+        caption = f"{name}: coverage of the readers, as a share of the best run's."
+        pictures[slug(name)] = (drawn, caption)
+    page = write_sweep(
+        folder,
+        families,
+        pictures,
+        title="How far methods depend on their settings",
+        argument=[" ".join(part.split()) for part in str(__doc__).split("\n\n")[2:4]],
+        header={"grid": options.size},
+        console=Console(width=120) if options.table else None,
+    )
+    print(f"the page is {page.replace(folder / 'brittleness.html')}")
+    if options.json:
+        text = "".join(json.dumps(one) + "\n" for one in lines)
+        Path(options.json).write_text(text, encoding="utf-8")
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="one task, a small grid")
+    size.add_argument("--tiny", action="store_true", help="only to see that it runs")
+    parser.add_argument("--out", help="folder, out/brittleness by default")
+    parser.add_argument("--json", help="also write the shares there, one per line")
+    parser.add_argument("--table", action="store_true", help="print every run")
+    options = parser.parse_args()
+    options.size = "quick" if options.quick else "tiny" if options.tiny else "full"
+    if options.out is None:
+        full = options.size == "full"
+        options.out = "out/brittleness" + ("" if full else f"-{options.size}")
+    return options
+
+
+if __name__ == "__main__":
+    main()

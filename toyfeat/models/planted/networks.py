@@ -245,8 +245,10 @@ def _trained(spec: Spec, key: Array) -> tuple[Params, Array, Array]:
     x = _inputs(spec, jax.random.fold_in(stream, spec.steps), _EXAMPLES)
     y, acts = outputs(params, x)
     wanted = dot(x**2, mix)
-    fit = jnp.sum((y - wanted) ** 2) / jnp.sum((wanted - wanted.mean(0)) ** 2)
-    centred = acts - acts.mean(0)
+    fit = jnp.sum((y - wanted) ** 2) / jnp.sum(
+        (wanted - wanted.mean(0, keepdims=True)) ** 2
+    )
+    centred = acts - acts.mean(0, keepdims=True)
     return whole(params), fit, dot(centred.T, centred) / _EXAMPLES
 
 
@@ -399,5 +401,5 @@ def _squeezed(
     carry = params, optimizer.init(params)
     params, _ = jax.lax.scan(step, carry, jnp.arange(steps))[0]
     x = _uniform(features, probability, jax.random.fold_in(stream, steps), _EXAMPLES)
-    left = error(params, x) * len(x) / jnp.sum((x - x.mean(0)) ** 2)
+    left = error(params, x) * len(x) / jnp.sum((x - x.mean(0, keepdims=True)) ** 2)
     return params, left

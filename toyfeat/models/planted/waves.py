@@ -55,11 +55,12 @@ def modular_addition(
     )
     inside = jnp.linalg.pinv(readers).T
     amplitude = jax.random.uniform(size, (frequencies,), minval=0.7, maxval=1.3)
-    angles = 2 * jnp.pi * waves[:, None] * jnp.arange(modulus)[None, :] / modulus
+    angle = 2 * jnp.pi * waves.astype(float) / modulus
+    angles = angle[:, None] * jnp.arange(modulus, dtype=angle.dtype)[None, :]
     table = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)  # [K, 2, p]
     table = (amplitude[:, None, None] * table).reshape(num, modulus)
     params = {
-        "angle": 2 * jnp.pi * waves / modulus,
+        "angle": angle,
         "embed": 2.0 * axes[dim - 2 * num :],
         "writers": inside,
         "unembed": dot(readers.T, table),

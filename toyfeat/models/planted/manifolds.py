@@ -50,8 +50,8 @@ def ignored_structure(
     Example:
       >>> import jax
       >>> task = ignored_structure(jax.random.key(0))
-      >>> inputs = task.subject.sample(jax.random.key(1), 5)
-      >>> task.subject.probed(task.subject.params, inputs, {})[0].shape
+      >>> inputs = task.sample(jax.random.key(1), 5)
+      >>> task.probed(task.params, inputs, {})[0].shape
       (5, 20)
     """
     if manifold < 2 or manifold % 2 or not 1 <= features <= dim - manifold:

@@ -217,7 +217,8 @@ def recurring(
 
     Example:
       >>> import numpy as np
-      >>> recurring([np.eye(3)[:2], np.eye(3)[1:]], support=2, cosine=0.9)[0].round(3)
+      >>> sets = [np.eye(3)[:2], np.eye(3)[1:]]
+      >>> np.abs(recurring(sets, support=2, cosine=0.9)[0]).round(3)
       array([[0., 1., 0.]])
     """
     rows = np.concatenate([np.asarray(one, np.float64) for one in described])

@@ -100,7 +100,8 @@ def circuits(
     Returns:
       :class:`toyfeat.types.Task`.
     """
-    probability = min(1.0, 1 / features) if probability is None else probability
+    if probability is None:
+        probability = 1 / max(1, features)
     more = {"clipped": features >= neurons, "probability": probability} | spec
     return _task(
         f"circuits {features} in {neurons}",
@@ -135,7 +136,8 @@ def cross_layer(
     Returns:
       :class:`toyfeat.types.Task`.
     """
-    probability = min(1.0, 1.5 / features) if probability is None else probability
+    if probability is None:
+        probability = min(1.0, 1.5 / max(1, features))
     return _task(
         "cross-layer",
         key,

@@ -1,0 +1,157 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import toyfeat as tf
+
+FEW = {"starts": 192, "steps": 60}
+
+
+def circle(turn):
+    return np.stack([np.cos(turn), np.sin(turn)], axis=1)
+
+
+def mixing(rng, num, dim):
+    """Rows far from orthogonal, with a condition number of 6."""
+    left = np.linalg.qr(rng.normal(size=(num, num)))[0]
+    right = np.linalg.qr(rng.normal(size=(dim, dim)))[0][:num]
+    return left * np.linspace(0.5, 3.0, num) @ right
+
+
+def example(waves, alone, dim, *, others=0, seed=0, num=4000):
+    """Circles of one angle and of independent ones, mixed, beside sparse codes."""
+    rng = np.random.default_rng(seed)
+    turn = 2 * np.pi * np.arange(num) / num
+    parts = [circle(wave * turn) for wave in waves]
+    parts += [circle(rng.permutation(turn)) for _ in range(alone)]
+    parts.append(rng.normal(size=(num, others)) * (rng.random((num, others)) < 0.6))
+    codes = np.concatenate(parts, axis=1)
+    rows = mixing(rng, codes.shape[1], dim)
+    planes = rows[: codes.shape[1] - others].reshape(-1, 2, dim)
+    return codes @ rows, planes, np.linalg.pinv(rows).T[: 2 * len(planes)]
+
+
+def closeness(found, planes):
+    """``[planes, found]``, the smaller principal cosine of every pair of planes."""
+    found = np.asarray(found, np.float64).reshape(-1, 2, planes.shape[2])
+    mine, true = (
+        [np.linalg.qr(plane.T)[0] for plane in planes] for planes in (found, planes)
+    )
+    return np.array(
+        [[np.linalg.svd(a.T @ b, compute_uv=False).min() for b in mine] for a in true]
+    )
+
+
+PLANTED = {
+    "one": ((1,), 0, 2, 0),
+    "independent": ((), 3, 6, 0),
+    "one angle, several frequencies": ((1, 2, 6), 0, 6, 0),
+    "both": ((1, 2), 2, 8, 0),
+    "in more dimensions than are spanned": ((1, 2), 1, 13, 0),
+    "beside sparse codes": ((2, 5), 1, 9, 3),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planes_of_circles_are_found(name, key):
+    waves, alone, dim, others = PLANTED[name]
+    rows, planes, _ = example(waves, alone, dim, others=others)
+    found = tf.circular_planes(key, jnp.asarray(rows, float), **FEW)
+    assert found.shape == (2 * len(planes), dim)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+    near = closeness(found, planes)
+    assert near.max(1).min() > 0.99
+    assert sorted(near.argmax(1)) == list(range(len(planes)))
+
+
+def test_rows_are_those_that_circles_are_made_of_not_those_that_measure_them(key):
+    rows, planes, measuring = example((1, 2), 1, 6)
+    found = tf.circular_planes(key, rows, **FEW)
+    assert closeness(found, planes).max(1).min() > 0.99
+    assert closeness(found, measuring.reshape(-1, 2, 6)).max(1).max() < 0.95
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
+def test_scale_does_not_matter(scale, key):
+    rows, planes, _ = example((1, 2), 1, 8)
+    found = tf.circular_planes(key, jnp.asarray(rows * scale, jnp.float32), **FEW)
+    assert len(found) == 2 * len(planes)
+    assert closeness(found, planes).max(1).min() > 0.99
+
+
+def test_the_key_decides_the_result_but_not_the_planes(key):
+    rows, planes, _ = example((1, 2), 1, 6)
+    one, same = (tf.circular_planes(key, rows, **FEW) for _ in range(2))
+    other = tf.circular_planes(jax.random.key(1), rows, **FEW)
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 0.01
+    assert closeness(other, planes).max(1).min() > 0.99
+
+
+@pytest.mark.parametrize("dim", [2, 4, 7])
+@pytest.mark.parametrize("kind", ["normal", "sparse", "laplace", "sphere"])
+def test_what_has_no_circles_gives_no_plane(kind, dim, key):
+    rng = np.random.default_rng(dim)
+    rows = rng.normal(size=(2000, dim))
+    if kind == "sparse":
+        rows *= rng.random(rows.shape) < 0.2
+    elif kind == "laplace":
+        rows = rng.laplace(size=rows.shape)
+    elif kind == "sphere":
+        rows = rng.normal(size=(2000, dim + 1))
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    found = tf.circular_planes(key, rows, **FEW)
+    assert found.shape == (0, rows.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "planes"), [(1.27, 0), (1.31, 1)], ids=["below", "above"]
+)
+def test_tolerance_is_the_ratio_of_moments(tolerance, planes, key):
+    """Of a radius that is U[.5, 1.5] the ratio is 1.5125 / (13 / 12)² = 1.289."""
+    rng = np.random.default_rng(0)
+    radius = 0.5 + rng.permutation(4000) / 4000
+    rows = radius[:, None] * circle(2 * np.pi * np.arange(4000) / 4000)
+    found = tf.circular_planes(key, rows, tolerance=tolerance, **FEW)
+    assert len(found) == 2 * planes
+
+
+def test_the_roundest_plane_comes_first(key):
+    rng = np.random.default_rng(0)
+    turn = 2 * np.pi * np.arange(4000) / 4000
+    rough = (1 + 0.2 * rng.choice([-1, 1], 4000))[:, None] * circle(turn)
+    rows = np.concatenate([rough, circle(rng.permutation(turn))], axis=1)
+    found = tf.circular_planes(key, rows, tolerance=1.2, **FEW)
+    assert found.shape == (4, 4)
+    near = closeness(found, np.eye(4).reshape(2, 2, 4))
+    assert near.argmax(1).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.ones((20, 1)),
+        np.outer(np.arange(20.0), [1.0, 2.0, 3.0]),
+        np.zeros((20, 3)),
+        np.zeros((0, 3)),
+    ],
+    ids=["one column", "rank one", "zero", "no rows"],
+)
+def test_less_than_two_dimensions_have_no_plane(rows, key):
+    found = tf.circular_planes(key, rows, **FEW)
+    assert found.shape == (0, rows.shape[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused(bad, key):
+    rows = np.ones((5, 3))
+    rows[1, 2] = bad
+    with pytest.raises(ValueError, match=r"circular_planes: wanted finite rows \[N, D"):
+        tf.circular_planes(key, rows)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4)])
+def test_rows_are_a_matrix(shape, key):
+    with pytest.raises(ValueError, match=r"circular_planes: .* got shape \("):
+        tf.circular_planes(key, np.ones(shape))

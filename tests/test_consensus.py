@@ -1,0 +1,261 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import toyfeat as tf
+from toyfeat.consensus import dictionaries, gradient_rows, half_square, recurring
+from toyfeat.models import planted
+
+FEW = tf.Description(examples=1000, steps=300, batch=64, learning_rate=1e-2)
+TASKS = {
+    "product_space": {"dim": 8, "colours": 3, "shapes": 3},
+    "quiet_and_loud": {"dim": 10, "quiet": 4, "loud": 6, "probability": 0.15},
+}
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def by_loops(sets, support, cosine):
+    """Direction by direction, as it is described."""
+    left = [(i, row) for i, rows in enumerate(sets) for row in rows]
+    found, supports = [], []
+    while left:
+        near = [
+            [other for other in left if abs(row @ other[1]) >= cosine]
+            for _, row in left
+        ]
+        most = [len({i for i, _ in others}) for others in near]
+        best = int(np.argmax(most))
+        if most[best] < support:
+            break
+        rows = np.array([row for _, row in near[best]])
+        found.append(np.linalg.eigh(rows.T @ rows)[1][:, -1])
+        supports.append(most[best])
+        gone = {id(other[1]) for other in near[best]}
+        left = [other for other in left if id(other[1]) not in gone]
+    return np.array(found), supports
+
+
+@pytest.mark.parametrize("support", [1, 2, 3])
+@pytest.mark.parametrize("cosine", [0.7, 0.95])
+@pytest.mark.parametrize("seed", range(3))
+def test_recurring_is_what_loops_find(seed, cosine, support):
+    rng = np.random.default_rng(seed)
+    sets = [unit(rng.normal(size=(num, 3))) for num in (5, 9, 7, 0, 6)]
+    oracle, supports = by_loops(sets, support, cosine)
+    found, counts = recurring(sets, support=support, cosine=cosine)
+    assert counts.tolist() == supports
+    assert found.shape == (len(supports), 3)
+    if supports:
+        same = np.abs(np.sum(found * oracle, axis=1))
+        np.testing.assert_allclose(same, 1, rtol=1e-9)
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-9)
+
+
+def test_sign_does_not_matter():
+    rng = np.random.default_rng(0)
+    rows = unit(rng.normal(size=(4, 6)))
+    sets = [rows, unit(-rows + 0.01 * rng.normal(size=rows.shape))]
+    found, counts = recurring(sets, support=2, cosine=0.95)
+    assert counts.tolist() == [2] * 4
+    assert np.abs(found @ rows.T).max(0).min() > 0.999
+
+
+def test_support_is_counted_in_different_sets_only():
+    rows = np.eye(3)
+    found, counts = recurring(
+        [rows[[0, 0, 0, 1]], rows[[1, 2, 2]]], support=2, cosine=0.9
+    )
+    assert counts.tolist() == [2]
+    np.testing.assert_allclose(np.abs(found), rows[1:2], atol=1e-12)
+
+
+def test_what_recurs_most_comes_first():
+    rows = np.eye(4)
+    sets = [rows[[0, 1, 2]], rows[[1, 2]], rows[[2, 3]]]
+    found, counts = recurring(sets, support=1, cosine=0.9)
+    assert counts.tolist() == [3, 2, 1, 1]
+    np.testing.assert_allclose(np.abs(found), rows[[2, 1, 0, 3]], atol=1e-12)
+
+
+def test_a_direction_is_the_middle_of_its_neighbours():
+    turn = np.array([0.1, 0.2, 0.3])
+    rows = np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    found, counts = recurring([rows[:1], rows[1:2], rows[2:]], support=3, cosine=0.99)
+    assert counts.tolist() == [3]
+    np.testing.assert_allclose(np.abs(found @ rows.T), np.cos([[0.1, 0, 0.1]]))
+
+
+def test_nothing_that_recurs_is_no_row():
+    rows = np.eye(4)
+    found, counts = recurring([rows[:2], rows[2:]], support=2, cosine=0.9)
+    assert found.shape == (0, 4)
+    assert counts.shape == (0,)
+
+
+def taps(grads, dtype=jnp.float32):
+    grads = jnp.asarray(grads, dtype)
+    return tf.Taps(
+        jnp.zeros((len(grads), grads.shape[-1])), grads, jnp.ones(len(grads))
+    )
+
+
+@pytest.fixture
+def grads():
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(30, 2, 5))
+    grads[3] = grads[7, 1] = 0
+    grads[9, 0] *= 1e-9
+    return grads
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_gradients_that_are_there_have_unit_entries_at_any_scale(scale, grads):
+    rows = grads.reshape(-1, 5)
+    rows = rows[np.linalg.norm(rows, axis=1) > 1e-6]
+    assert len(rows) == 60 - 4
+    found = gradient_rows(taps(scale * grads))
+    oracle = rows / np.sqrt(np.mean(rows**2))
+    np.testing.assert_allclose(found, oracle, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_gradients_must_be_finite_and_there(bad, grads):
+    grads = 0 * grads
+    grads[5, 1, 2] = bad
+    with pytest.raises(ValueError, match="gradients must be finite and not all 0"):
+        gradient_rows(taps(grads))
+
+
+def test_half_a_square_is_over_everything_in_an_output():
+    rng = np.random.default_rng(0)
+    leaves = [rng.normal(size=shape) for shape in ((), (3,), (2, 4))]
+    a, b, c = (jnp.asarray(leaf, float) for leaf in leaves)
+    oracle = sum(np.sum(leaf**2) for leaf in leaves) / 2
+    for output in ((a, b, c), {"x": a, "y": [b, {"z": c}]}):
+        assert float(half_square(output)) == pytest.approx(oracle, rel=1e-6)
+    np.testing.assert_allclose(jax.grad(half_square)(c), c, rtol=1e-6)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_dictionaries_are_unit_rows_of_latents_that_are_used(signed, key):
+    rng = np.random.default_rng(0)
+    true = np.linalg.qr(rng.normal(size=(6, 6)))[0][:4]
+    codes = rng.uniform(0.5, 1.5, (1000, 1)) * np.eye(4)[rng.integers(4, size=1000)]
+    if signed:
+        codes *= rng.choice([-1, 1], size=(1000, 1))
+    few = FEW._replace(codes=(1, 30), repeats=2, latents=1)
+    described = dictionaries(key, jnp.asarray(codes @ true, float), few, signed=signed)
+    assert len(described) == 4
+    for one in described:
+        assert one.shape[1] == 6
+        assert 1 <= len(one) <= 16
+        np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1, rtol=1e-5)
+    near = np.abs(np.concatenate(described[:2]) @ true.T)  # those of one code each
+    assert near.max(0).min() > 0.99
+    assert max(len(one) for one in described[:2]) < 16
+    assert np.abs(described[2][0] - described[3][0]).max() > 1e-3
+
+
+@functools.cache
+def task(name):
+    return getattr(planted, name)(jax.random.key(0), **TASKS[name])
+
+
+def scaled(subject, factor):
+    def probed(params, inputs, probes):
+        outputs, acts = subject.probed(params, inputs, probes)
+        return factor * outputs, acts
+
+    return subject._replace(probed=probed)
+
+
+def recorded(subject, seen):
+    def sample(key, num):
+        seen.append(subject.sample(key, num))
+        return seen[-1]
+
+    return subject._replace(sample=sample)
+
+
+@functools.cache
+def found(name):
+    """What is found, and the inputs it was found with."""
+    seen = []
+    subject = recorded(planted.blind(task(name)), seen)
+    return tf.consensus(jax.random.key(1), subject, description=FEW), seen[0]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_readers_are_found(name):
+    result, truth = found(name)[0], task(name).truth
+    assert tf.match_features(result.found.readers, truth.readers).coverage >= 0.95
+    assert result.descriptions == 12
+    assert result.found.readers.shape == result.found.writers.shape
+    assert result.support.shape == result.found.readers.shape[:1]
+    assert np.all(np.diff(result.support) <= 0)
+    assert result.support.max() <= 12
+    assert result.support.min() >= 2
+    lengths = np.linalg.norm(result.found.readers, axis=1)
+    np.testing.assert_allclose(lengths, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_writers_are_the_readers_times_the_covariance(name):
+    (result, inputs), subject = found(name), planted.blind(task(name))
+    acts = subject.probed(subject.params, inputs, {})[1][subject.site]
+    assert acts.shape == (FEW.examples, TASKS[name]["dim"])
+    spread = np.cov(np.asarray(acts, np.float64).T, bias=True)
+    oracle = np.asarray(result.found.readers, np.float64) @ spread
+    close = {"rtol": 1e-3, "atol": 1e-5 * np.abs(spread).max()}
+    np.testing.assert_allclose(result.found.writers, oracle, **close)
+
+
+@pytest.mark.parametrize("power", [0, -20, 20])
+def test_the_same_key_finds_the_same_in_any_unit_of_the_outputs(power):
+    result, _ = found("quiet_and_loud")
+    subject = scaled(planted.blind(task("quiet_and_loud")), 2.0**power)
+    again = tf.consensus(jax.random.key(1), subject, description=FEW)
+    np.testing.assert_array_equal(result.support, again.support)
+    for one, two in zip(result.found, again.found, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_planes_come_last_and_have_no_support():
+    waves = planted.modular_addition(
+        jax.random.key(2), modulus=13, frequencies=2, dim=12
+    )
+    few = FEW._replace(steps=20, repeats=1)
+    result = tf.consensus(jax.random.key(1), planted.blind(waves), description=few)
+    assert result.descriptions == 6
+    assert result.support[-4:].tolist() == [0] * 4
+    assert np.all(result.support[:-4] >= 2)
+    planes, truth = result.found.readers[-4:], waves.truth
+    assert tf.match_features(planes, truth.readers, group=truth.group).coverage > 0.95
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ({"support": 0}, r"wanted support in 1 \.\. 12.* got 0 and 0.95"),
+        ({"support": 13}, "got 13 and 0.95"),
+        ({"cosine": 0.0}, r"cosine in \(0, 1\), got 2 and 0.0"),
+        ({"cosine": 1.0}, "got 2 and 1.0"),
+    ],
+)
+def test_support_and_cosine_must_be_possible(bad, match, key):
+    with pytest.raises(ValueError, match=f"^consensus: .*{match}"):
+        tf.consensus(key, planted.blind(task("product_space")), description=FEW, **bad)
+
+
+@pytest.mark.parametrize("factor", [0.0, np.nan])
+def test_a_model_without_gradients_is_refused(factor, key):
+    subject = scaled(planted.blind(task("product_space")), factor)
+    few = FEW._replace(examples=20)
+    with pytest.raises(ValueError, match="consensus: gradients must be finite and not"):
+        tf.consensus(key, subject, description=few)

@@ -39,6 +39,28 @@ def test_the_leaderboard_runs_every_method_and_goes_on(tmp_path):
     assert (tmp_path / "leaderboard.html").stat().st_size > 20_000
 
 
+def test_brittleness_is_swept_once_and_drawn(tmp_path):
+    path = tmp_path / "shares.jsonl"
+    command = [sys.executable, "benchmarks/brittleness.py", "--tiny", "--out"]
+    command += [str(tmp_path / "out"), "--json", str(path)]
+    texts = []
+    for _ in range(2):
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        texts.append(path.read_text())
+    assert texts[0] == texts[1]  # kept, not swept again
+    rows = [json.loads(line) for line in texts[0].splitlines()]
+    methods = [row["method"] for row in rows]
+    assert methods == ["published", "robust", "consensus"]
+    assert [row["size"]["runs"] for row in rows] == [8, 8, 4]
+    assert all(0 <= row["b"] <= row["a"] <= 1 for row in rows[1:])
+    assert all(0 < row["best"] <= 1 and row["target"] == 2 for row in rows)
+    assert (tmp_path / "out" / "product-space.png").stat().st_size > 5000
+    assert (tmp_path / "out" / "brittleness.html").stat().st_size > 20_000
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -9,6 +9,7 @@ import numpy as np
 
 from toyfeat.consensus import half_square
 from toyfeat.evaluate import match_features, random_coverage
+from toyfeat.linalg.precise import nonzero
 from toyfeat.tap import readouts, tap
 from toyfeat.types import Array, Found, Scores, Task
 
@@ -20,9 +21,9 @@ def scores(key: Array, task: Task, found: Found, *, examples: int = 1000) -> Sco
 
     ``preserved`` is measured at matched sparsity: as many writers per example as the
     task has features at a time, the same number for all methods, those with the largest
-    attributions :math:`|(w_j \cdot (a - \bar a)) (w_j \cdot g)|` for unit writers and
-    :math:`g` the gradient of half the squared output; the activation is replaced by its
-    projection on them, around the mean.
+    attributions :math:`|(w_j \cdot a) (w_j \cdot g)|` for unit writers and :math:`g`
+    the gradient of half the squared output; the activation is replaced by its
+    projection on them and on the mean activation.
 
     Args:
       key: random key of the inputs and of random directions.
@@ -84,7 +85,22 @@ def scores(key: Array, task: Task, found: Found, *, examples: int = 1000) -> Sco
 
 
 def active_features(key: Array, task: Task, examples: int = 1000) -> int:
-    """How many planted features an example has, the mean over those that have any."""
+    """How many planted features an example has, the mean over those that have any.
+
+    Args:
+      key: random key of the inputs.
+      task: with its truth.
+      examples: how many inputs.
+
+    Returns:
+      Rounded up, and 1 at least.
+
+    Example:
+      >>> import jax
+      >>> from toyfeat.models import planted
+      >>> active_features(jax.random.key(0), planted.product_space(jax.random.key(0)))
+      2
+    """
     values = np.asarray(task.features(task.params, task.sample(key, examples)))
     counts = np.sum(np.abs(values) > 1e-6 * np.abs(values).max(initial=1e-30), axis=1)
     return max(1, math.ceil(counts[counts > 0].mean())) if counts.any() else 1
@@ -115,9 +131,8 @@ def _preserved(key: Array, task: Task, writers: np.ndarray, examples: int) -> fl
     assert taps.grads is not None
     num = min(active_features(key, task, examples), len(writers))
     unit = writers / np.linalg.norm(writers, axis=1, keepdims=True)
-    middle = jnp.mean(taps.acts, axis=0)[None, :]
     rows = jnp.asarray(unit, taps.acts.dtype)
-    spliced = middle + _carried(num, rows, taps.acts - middle, taps.grads[:, 0])
+    spliced = _carried(num, rows, taps.acts, taps.grads[:, 0])
     whole, now = (
         np.concatenate(
             [np.asarray(x).reshape(examples, -1) for x in jax.tree.leaves(y)], axis=1
@@ -133,13 +148,16 @@ def _preserved(key: Array, task: Task, writers: np.ndarray, examples: int) -> fl
 
 @partial(jax.jit, static_argnums=0)
 def _carried(num: int, writers: Array, acts: Array, grads: Array) -> Array:
-    """Projections of activations on the writers with the largest attributions."""
+    """Projections of activations on the mean and on the writers that matter most."""
     effect = jnp.abs((acts @ writers.T) * (grads @ writers.T))
     _, index = jax.lax.top_k(effect, num)
+    mean = jnp.mean(acts, axis=0)
+    mean = mean / nonzero(jnp.linalg.norm(mean))
 
     def one(act: Array, index: Array) -> Array:
-        u, s, _ = jnp.linalg.svd(writers[index].T, full_matrices=False)
-        axes = jnp.where(s > 1e-3 * s[0], 1.0, 0.0)  # writers that are the same
+        rows = jnp.concatenate([writers[index], mean[None, :]])
+        u, s, _ = jnp.linalg.svd(rows.T, full_matrices=False)
+        axes = jnp.where(s > 1e-3 * s[0], 1.0, 0.0)  # some may be the same
         return u @ (axes * (u.T @ act))
 
     return jax.vmap(one)(acts, index)

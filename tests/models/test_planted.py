@@ -12,7 +12,7 @@ from toyfeat.models import planted
 N = 24
 FEW = {"steps": 300, "batch": 64}
 ARGUMENTS = {
-    "ignored_structure": {"dim": 14, "features": 8, "manifold": 4, "probability": 0.2},
+    "ignored_structure": {"dim": 16, "features": 5, "manifold": 4, "probability": 0.2},
     "tiled_curve": {"dim": 12, "harmonics": 5, "reads": 4},
     "product_space": {"dim": 9, "colours": 4, "shapes": 3},
     "quiet_and_loud": {"dim": 14, "quiet": 5, "loud": 9, "probability": 0.15},
@@ -36,7 +36,7 @@ HEADS = (
 SQUARES = ("squares", "circuits", "clipped circuits", "cross_layer")
 TRAINED = (*SQUARES, "superposition", "hidden identity")
 SHAPES = {  # of inputs, outputs, activations, features
-    "ignored_structure": ({"codes": (N, 8), "angles": (N, 2)}, 8, 14, 8),
+    "ignored_structure": ({"codes": (N, 10), "angles": (N, 2)}, 5, 16, 5),
     "tiled_curve": ((N,), 4, 12, 4),
     "product_space": ((N, 7), 7, 9, 7),
     "quiet_and_loud": ((N, 14), 14, 14, 5),
@@ -203,7 +203,7 @@ def test_features_are_what_passes_the_thresholds(name):
 @pytest.mark.parametrize(
     ("name", "codes"),
     [
-        ("ignored_structure", lambda x: x["codes"]),
+        ("ignored_structure", lambda x: x["codes"].reshape(-1, 5, 2).sum(2)),
         ("product_space", lambda x: x),
         ("quiet_and_loud", lambda x: x[:, :5]),
         ("squares", lambda x: x),
@@ -289,17 +289,27 @@ def test_ignored_structure_is_writers_and_a_torus():
     one, two = wide(inputs["angles"]).T
     torus = np.stack([np.cos(one), np.cos(two), np.sin(one), np.sin(two)], axis=1)
     torus = 4.0 * np.sqrt(2 / 4) * torus @ wide(task.ignored)
-    oracle = wide(inputs["codes"]) @ wide(task.truth.writers) + torus
+    writers = wide(task.params["writers"])
+    oracle = wide(inputs["codes"]) @ writers + torus
     np.testing.assert_allclose(acts, oracle, atol=1e-5)
-    lean = wide(task.truth.writers) @ wide(task.ignored).T
+    lean = writers @ wide(task.ignored).T
     np.testing.assert_allclose(np.linalg.norm(lean, axis=1), 1.0, rtol=1e-5)
+
+
+def test_ignored_structure_reads_every_source_of_a_sum_alike():
+    task = made("ignored_structure")
+    writers = wide(task.params["writers"])
+    seen = wide(task.truth.readers) @ writers.T
+    np.testing.assert_allclose(seen, np.repeat(np.eye(5), 2, axis=1), atol=1e-5)
+    both = writers[::2] / 2 + writers[1::2] / 2
+    np.testing.assert_allclose(task.truth.writers, both, atol=1e-6)
 
 
 @pytest.mark.parametrize("manifold", [2, 8, 12])
 def test_the_surface_has_the_same_spread_in_all_of_its_dimensions(manifold):
     task = fresh("ignored_structure", dim=26, manifold=manifold, size=3.0, tilt=0.5)
     angles = angles_on_a_grid(12)
-    inputs = {"codes": np.zeros((len(angles), 8)), "angles": angles}
+    inputs = {"codes": np.zeros((len(angles), 10)), "angles": angles}
     inputs = jax.tree.map(lambda x: jnp.asarray(x, float), inputs)
     acts = task.probed(task.params, inputs, {})[1][task.site]
     inside = wide(acts) @ wide(task.ignored).T
@@ -307,7 +317,7 @@ def test_the_surface_has_the_same_spread_in_all_of_its_dimensions(manifold):
     spread = inside.T @ inside / len(inside)
     np.testing.assert_allclose(spread, 9 / manifold * np.eye(manifold), atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(wide(acts), axis=1), 3.0, rtol=1e-4)
-    lean = wide(task.truth.writers) @ wide(task.ignored).T
+    lean = wide(task.params["writers"]) @ wide(task.ignored).T
     np.testing.assert_allclose(np.linalg.norm(lean, axis=1), 0.5, rtol=1e-4)
 
 
@@ -556,8 +566,9 @@ def test_a_hidden_identity_changes_nothing_and_has_a_site_of_its_own():
 
 ERRORS = [
     ("ignored_structure", {"manifold": 3}, "wanted an even manifold >= 2"),
-    ("ignored_structure", {"manifold": 0}, "dim 14, manifold 0, features 8"),
-    ("ignored_structure", {"features": 11}, "dim 14, manifold 4, features 11"),
+    ("ignored_structure", {"manifold": 0}, "dim 16, manifold 0, features 5"),
+    ("ignored_structure", {"features": 7}, "manifold 4, features 7, parts 2"),
+    ("ignored_structure", {"parts": 0}, "features 5, parts 0"),
     ("ignored_structure", {"features": 0}, "manifold 4, features 0"),
     ("tiled_curve", {"harmonics": 7}, r"wanted dim >= 2 \* harmonics"),
     ("tiled_curve", {"harmonics": 0}, "dim 12, harmonics 0, reads 4"),

@@ -42,7 +42,7 @@ def describe(task: Task, *, fit: float | None = None) -> str:
       >>> import jax
       >>> from toyfeat.models import planted
       >>> describe(planted.product_space(jax.random.key(0), dim=20))[:53]
-      'product space: 6 colours times 6 shapes in 20 dimensi'
+      'product space: 8 colours times 8 shapes in 20 dimensi'
     """
     (num, width), left = vectors_of(task)[0].shape, task.fit if fit is None else fit
     said = [

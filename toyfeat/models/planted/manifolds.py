@@ -46,7 +46,7 @@ def ignored_structure(
 
     Returns:
       :class:`toyfeat.types.Task`, ``ignored`` are the surface's dimensions; a
-      feature's writer is the sum of its sources'.
+      feature's writer is the mean of its sources'.
 
     Raises:
       ValueError: if the sizes do not fit.
@@ -82,7 +82,7 @@ def ignored_structure(
         partial(_codes_and_angles, sources, probability),
         Truth(
             readers,
-            writers.reshape(features, parts, dim).sum(1),
+            writers.reshape(features, parts, dim).mean(1),
             jnp.full(features, chance),
         ),
         ignored=surface,

@@ -1,0 +1,131 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import toyfeat as tf
+from toyfeat.models import planted
+
+KEY = jax.random.key(3)
+TASKS = {
+    "product": planted.product_space(KEY, colours=3, shapes=4, dim=9),
+    "ignored": planted.ignored_structure(KEY, dim=16, features=4, manifold=4),
+    "quiet": planted.quiet_and_loud(KEY, dim=16, quiet=4, loud=5),
+}
+every = pytest.mark.parametrize("name", TASKS)
+
+
+def truth_of(task):
+    return tf.Found(task.truth.readers, task.truth.writers)
+
+
+@every
+def test_the_truth_has_full_marks(name):
+    task = TASKS[name]
+    found = tf.scores(KEY, task, truth_of(task))
+    assert found.readers == pytest.approx(1, abs=1e-5)
+    assert found.writers == pytest.approx(1, abs=1e-5)
+    assert found.precision == 1
+    assert found.found == len(task.truth.frequency)
+    assert found.ignored == 0
+    assert 0 < found.random < 0.9
+
+
+def test_readers_and_writers_are_not_mixed_up():
+    task = TASKS["ignored"]
+    turned = tf.scores(KEY, task, tf.Found(*truth_of(task)[::-1]))
+    direct = tf.match_features(task.truth.writers, task.truth.readers).coverage
+    assert turned.readers == pytest.approx(direct, abs=1e-6)
+    assert turned.readers < 0.8
+    assert turned.precision < 1
+
+
+def test_lengths_signs_and_rows_of_zeros_do_not_matter():
+    task = TASKS["product"]
+    readers, writers = truth_of(task)
+    size = jnp.linspace(-3.0, 5.0, len(readers))[:, None]
+    none = jnp.zeros((2, readers.shape[1]))
+    more = tf.Found(
+        jnp.concatenate([size * readers, none]), jnp.concatenate([writers, none + 1])
+    )
+    np.testing.assert_allclose(
+        tf.scores(KEY, task, more), tf.scores(KEY, task, truth_of(task)), atol=1e-4
+    )
+
+
+def test_writers_of_a_product_space_carry_the_whole_output():
+    task = TASKS["product"]
+    readers, writers = truth_of(task)
+    assert tf.scores(KEY, task, tf.Found(readers, writers)).preserved > 0.99
+    noise = jax.random.normal(KEY, writers.shape)
+    assert tf.scores(KEY, task, tf.Found(noise, noise)).preserved < 0.7
+
+
+def by_hand(task, writers, examples):
+    """Projections on the writers of the largest attributions, example by example."""
+    inputs = task.sample(jax.random.split(KEY)[0], examples)
+    outputs, acts = task.probed(task.params, inputs, {})
+    acts = np.asarray(acts[task.site], np.float64)
+
+    def half(shift, one):
+        probe = {task.site: shift[None]}
+        y = task.probed(task.params, jax.tree.map(lambda x: x[None], one), probe)[0]
+        return jnp.sum(y**2) / 2
+
+    zero = jnp.zeros(acts.shape[1])
+    grads = np.asarray(jax.vmap(jax.grad(half), in_axes=(None, 0))(zero, inputs))
+    unit = np.asarray(writers, np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    num = tf.active_features(jax.random.split(KEY)[0], task, examples)
+    middle, spliced = acts.mean(0) / np.linalg.norm(acts.mean(0)), []
+    for act, grad in zip(acts, grads, strict=True):
+        best = np.argsort(-np.abs((unit @ act) * (unit @ grad)))[:num]
+        rows = np.concatenate([unit[best], middle[None]])
+        codes = np.linalg.lstsq(rows.T, act, rcond=1e-3)[0]
+        spliced.append(codes @ rows)
+    probe = {task.site: lambda _: jnp.asarray(np.array(spliced), jnp.float32)}
+    now = np.asarray(task.probed(task.params, inputs, probe)[0], np.float64)
+    whole = np.asarray(outputs, np.float64)
+    return 1 - ((whole - now) ** 2).sum() / ((whole - whole.mean(0)) ** 2).sum()
+
+
+@every
+def test_what_is_preserved_is_what_a_loop_finds(name):
+    task = TASKS[name]
+    writers = jax.random.normal(jax.random.key(7), (20, task.truth.writers.shape[1]))
+    found = tf.scores(KEY, task, tf.Found(writers, writers), examples=60)
+    assert found.preserved == pytest.approx(by_hand(task, writers, 60), abs=1e-3)
+
+
+def test_ignored_structure_that_is_returned_is_counted_by_dimension():
+    task = TASKS["ignored"]
+    readers = np.asarray(task.truth.readers)
+    surface = np.asarray(task.ignored)
+    for rows, share in (
+        (surface[:1], 0.25),
+        (np.concatenate([surface[:2], surface[:2]]), 0.5),
+        (surface, 1.0),
+        (surface[:1] + readers[:1] / np.linalg.norm(readers[0]), 0.0),
+    ):
+        both = np.concatenate([readers, rows])
+        assert tf.scores(KEY, task, tf.Found(both, both)).ignored == share
+
+
+def test_nothing_found_scores_nothing():
+    task = TASKS["product"]
+    none = jnp.zeros((3, 9))
+    assert tf.scores(KEY, task, tf.Found(none, none)) == (0, 0, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("readers", "writers", "match"),
+    [
+        (np.ones((3, 8)), np.ones((3, 8)), r"\[R, 9\], got shapes \(3, 8\)"),
+        (np.ones((3, 9)), np.ones((2, 9)), r"got shapes \(3, 9\) and \(2, 9\)"),
+        (np.ones(9), np.ones(9), r"got shapes \(9,\)"),
+        (np.full((2, 9), np.nan), np.ones((2, 9)), "must be finite"),
+    ],
+)
+def test_errors(readers, writers, match):
+    with pytest.raises(ValueError, match=match):
+        tf.scores(KEY, TASKS["product"], tf.Found(readers, writers))

@@ -17,7 +17,13 @@ ARGUMENTS = {
     "product_space": {"dim": 9, "colours": 4, "shapes": 3},
     "quiet_and_loud": {"dim": 14, "quiet": 5, "loud": 9, "probability": 0.15},
     "modular_addition": {"modulus": 11, "frequencies": 2, "dim": 15},
-    "world_with_head": {"features": 40, "dim": 48, "read": 8, "composed": 4},
+    "world_with_head": {
+        "features": 40,
+        "dim": 48,
+        "read": 8,
+        "composed": 4,
+        "threshold": 0.2,
+    },
     "squares": {"features": 3, "neurons": 12, **FEW},
     "circuits": {"features": 4, "neurons": 10, "each": 3, **FEW},
     "clipped circuits": {"features": 8, "neurons": 6, "each": 3, **FEW},
@@ -220,7 +226,7 @@ def test_features_are_active_where_their_inputs_are_there(name, codes):
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in ARGUMENTS if n not in ("modular_addition", "world_with_head")],
+    [n for n in ARGUMENTS if n != "modular_addition"],
 )
 def test_frequency_is_how_often_features_are_active(name):
     num = 20_000
@@ -569,6 +575,11 @@ ERRORS = [
     ("ignored_structure", {"manifold": 0}, "dim 16, manifold 0, features 5"),
     ("ignored_structure", {"features": 7}, "manifold 4, features 7, parts 2"),
     ("ignored_structure", {"parts": 0}, "features 5, parts 0"),
+    ("ignored_structure", {"probability": 0.0}, "probability 0.0"),
+    ("quiet_and_loud", {"quietness": 0.0}, "quietness 0.0"),
+    ("quiet_and_loud", {"probability": 1.5}, "probability 1.5"),
+    ("cross_layer", {"neurons": (4, 4, 4)}, "planted: wanted neurons of two layers"),
+    ("modular_addition", {"modulus": 9}, "odd prime modulus"),
     ("ignored_structure", {"features": 0}, "manifold 4, features 0"),
     ("tiled_curve", {"harmonics": 7}, r"wanted dim >= 2 \* harmonics"),
     ("tiled_curve", {"harmonics": 0}, "dim 12, harmonics 0, reads 4"),
@@ -581,7 +592,7 @@ ERRORS = [
     ("quiet_and_loud", {"quiet": 0}, r"wanted quiet in 1 \.\. dim - 1"),
     ("quiet_and_loud", {"quiet": 14}, "got dim 14, quiet 14, loud 9"),
     ("quiet_and_loud", {"loud": 0}, "got dim 14, quiet 5, loud 0"),
-    ("modular_addition", {"modulus": 10}, "wanted an odd modulus .* got 10 and 2"),
+    ("modular_addition", {"modulus": 10}, "wanted an odd prime .* got 10 and 2"),
     ("modular_addition", {"frequencies": 0}, "frequencies, got 11 and 0"),
     ("modular_addition", {"frequencies": 6}, "frequencies, got 11 and 6"),
     ("modular_addition", {"dim": 11}, r"dim >= 6 \* frequencies = 12, got 11"),

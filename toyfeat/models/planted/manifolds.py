@@ -59,11 +59,14 @@ def ignored_structure(
       (5, 20)
     """
     sources = features * parts
-    if manifold < 2 or manifold % 2 or not 1 <= sources <= dim - manifold or parts < 1:
+    sizes = manifold >= 2 and manifold % 2 == 0 and parts >= 1
+    sizes = sizes and 1 <= sources <= dim - manifold
+    if not (sizes and 0 < probability <= 1):
         raise ValueError(
-            "ignored_structure: wanted an even manifold >= 2 and features * parts in "
-            f"1 .. dim - manifold, got dim {dim}, manifold {manifold}, features "
-            f"{features}, parts {parts}"
+            "ignored_structure: wanted an even manifold >= 2, features * parts in "
+            "1 .. dim - manifold and probability in (0, 1], got dim "
+            f"{dim}, manifold {manifold}, features {features}, parts {parts}, "
+            f"probability {probability}"
         )
     basis, rows, lean, mix = jax.random.split(key, 4)
     axes = heads.rotation(basis, dim)
@@ -274,10 +277,12 @@ def quiet_and_loud(
     Raises:
       ValueError: if the sizes do not fit.
     """
-    if not (1 <= quiet < dim and loud >= 1):
+    sizes = 1 <= quiet < dim and loud >= 1
+    if not (sizes and 0 < probability <= 1 and quietness > 0):
         raise ValueError(
-            "quiet_and_loud: wanted quiet in 1 .. dim - 1 and loud >= 1, got dim "
-            f"{dim}, quiet {quiet}, loud {loud}"
+            "quiet_and_loud: wanted quiet in 1 .. dim - 1, loud >= 1, probability in "
+            f"(0, 1] and quietness > 0, got dim {dim}, quiet {quiet}, loud {loud}, "
+            f"probability {probability}, quietness {quietness}"
         )
     rows, other, mix = jax.random.split(key, 3)
     own = min(dim - 1, 3 * quiet // 2 + 1)  # dimensions of the quiet ones

@@ -136,6 +136,8 @@ def cross_layer(
     Returns:
       :class:`toyfeat.types.Task`.
     """
+    if len(neurons) != 2:
+        raise ValueError(f"planted: wanted neurons of two layers, got {neurons}")
     if probability is None:
         probability = min(1.0, 1.5 / max(1, features))
     return _task(

@@ -25,7 +25,7 @@ def modular_addition(
 
     Args:
       key: random key of the task.
-      modulus: ``p``, odd.
+      modulus: ``p``, an odd prime.
       frequencies: how many of the ``(p - 1) / 2``; their amplitudes are U[.7, 1.3].
       dim: width ``D``, at least ``6 * frequencies``.
 
@@ -35,9 +35,10 @@ def modular_addition(
     Raises:
       ValueError: if the sizes do not fit.
     """
-    if modulus % 2 == 0 or not 1 <= frequencies <= (modulus - 1) // 2:
+    prime = modulus > 2 and all(modulus % n for n in range(2, modulus))
+    if not prime or not 1 <= frequencies <= (modulus - 1) // 2:
         raise ValueError(
-            "modular_addition: wanted an odd modulus and 1 .. (modulus - 1) / 2 "
+            "modular_addition: wanted an odd prime modulus and 1 .. (modulus - 1) / 2 "
             f"frequencies, got {modulus} and {frequencies}"
         )
     if 6 * frequencies > dim:

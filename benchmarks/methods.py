@@ -12,6 +12,7 @@ what it has to choose it chooses by these rules:
   the variance (8 if none does); a penalty is steered to that many codes.
 """
 
+import importlib
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -132,14 +133,16 @@ def independent(
     of_gradients: bool, key: Array, subject: Subject, *, budget: Budget
 ) -> Found:
     """FastICA of scikit-learn."""
-    from sklearn.decomposition import FastICA
+    library = importlib.import_module("sklearn.decomposition")  # an extra
 
     taps = tapped(key, subject, budget)
     rows = np.asarray(gradient_rows(taps) if of_gradients else taps.acts, np.float64)
     spectrum = np.linalg.svd(rows - rows.mean(0), compute_uv=False) ** 2
     rank = int(np.sum(spectrum > 1e-6 * spectrum[0]))
     seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
-    model = FastICA(rank, whiten="unit-variance", max_iter=300, random_state=seed)
+    model = library.FastICA(
+        rank, whiten="unit-variance", max_iter=300, random_state=seed
+    )
     model.fit(rows)
     parts = np.asarray(model.mixing_, np.float32).T
     if of_gradients:

@@ -5,8 +5,8 @@
 Prints coverage of each task's side (median over seeds) and the bars, and writes
 ``out/leaderboard/leaderboard.html`` with all scores, the same as JSON, and a picture.
 What was measured is kept in ``rows.jsonl`` there; the same command goes on.  Quick:
-one seed of nine small tasks with short trainings, under ten minutes on two cores; all
-of it is some hours.  ICA needs scikit-learn (the ``bench`` extra) and is left out without.
+one seed of nine small tasks with short trainings, some ten minutes on two cores; all
+of it is some hours.  Without scikit-learn (the ``bench`` extra) ICA is left out.
 """
 
 import argparse

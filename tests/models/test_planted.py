@@ -395,17 +395,21 @@ def test_quiet_and_loud_have_the_stated_lengths_and_effects(quietness, idleness)
     np.testing.assert_allclose(own, effect, rtol=1e-4)
 
 
-@pytest.mark.parametrize("modulus", [11, 23])
-def test_modular_addition_adds(modulus):
-    task = fresh("modular_addition", modulus=modulus)
+@pytest.mark.parametrize(("modulus", "frequencies"), [(11, 2), (23, 11)])
+def test_modular_addition_adds(modulus, frequencies):
+    task = fresh(
+        "modular_addition",
+        modulus=modulus,
+        frequencies=frequencies,
+        dim=6 * frequencies,
+    )
     pairs = np.array(list(itertools.product(range(modulus), repeat=2)))
     logits = wide(task.probed(task.params, jnp.asarray(pairs, jnp.int32), {})[0])
     sums = pairs.sum(1) % modulus
     np.testing.assert_array_equal(logits.argmax(1), sums)
     shifted = np.stack([np.roll(x, -s) for x, s in zip(logits, sums, strict=True)])
-    np.testing.assert_allclose(shifted, shifted[:1] + 0 * shifted, atol=1e-4)
+    np.testing.assert_allclose(shifted - shifted[0], 0, atol=1e-4)
     waves = np.abs(np.fft.rfft(shifted[0])) / modulus
-    waves[0] /= 2
     there = np.flatnonzero(waves > 0.01)
     turns = wide(task.params["angle"]) * modulus / (2 * np.pi)
     np.testing.assert_allclose(turns, there, atol=1e-4)
@@ -513,6 +517,16 @@ def test_inputs_of_squares_are_uniform_and_sparse_as_stated():
     assert (sparse != 0).mean() == pytest.approx(1 / 4, abs=0.01)
     cross = wide(run("cross_layer", 20_000)[0])
     assert (cross != 0).mean() == pytest.approx(1.5 / 5, abs=0.01)
+
+
+def test_sparse_codes_are_uniform_from_a_half_to_one_and_a_half():
+    for codes in (
+        run("ignored_structure", 20_000)[0]["codes"],
+        run("quiet_and_loud", 20_000)[0],
+    ):
+        size = wide(codes)[wide(codes) != 0]
+        assert 0.5 <= size.min() < 0.51 < 1.49 < size.max() <= 1.5
+        assert size.mean() == pytest.approx(1, abs=0.01)
 
 
 def test_every_input_enters_as_many_neurons_as_stated():

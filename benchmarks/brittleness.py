@@ -35,7 +35,13 @@ from leaderboard import TASKS
 from rich.console import Console
 
 import toyfeat as tf
-from toyfeat.consensus import dictionaries, gradient_rows, half_square, recurring
+from toyfeat.consensus import (
+    dictionaries,
+    gradient_rows,
+    half_square,
+    recurring,
+    tapped,
+)
 from toyfeat.report.rows import output_folder
 from toyfeat.report.sweeps import brittleness_figure, write_sweep
 from toyfeat.tap.readouts import Readout
@@ -93,7 +99,7 @@ def readouts(key: Array) -> dict[str, Readout]:
     }
 
 
-def tapped(
+def scaled_taps(
     key: Array, task: Task, readout: Readout, scale: float, examples: int
 ) -> Taps:
     """Activations and gradients of the model with its output times ``scale``."""
@@ -103,16 +109,7 @@ def tapped(
         return jax.tree.map(lambda x: scale * x, outputs), acts
 
     subject = Subject(probed, task.params, task.sample, task.site)
-    inputs = subject.sample(key, examples)
-    every = tf.tap(
-        subject.probed,
-        subject.params,
-        inputs,
-        sites=subject.site,
-        readout=readout,
-        batch_size=5000,
-    )
-    return every[subject.site]
+    return tapped(subject, subject.sample(key, examples), readout)
 
 
 def cells_of(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
@@ -166,7 +163,7 @@ def four_terms(task: Task, grid: Grid, one: Trainer) -> Iterator[Run]:
     for scale in grid.scales:
         inputs, drawn = jax.random.split(jax.random.key(1))
         for name, readout in readouts(drawn).items():
-            taps = tapped(inputs, task, readout, scale, grid.examples)
+            taps = scaled_taps(inputs, task, readout, scale, grid.examples)
             for start in range(grid.starts):
                 keys = jax.random.split(jax.random.key(start), len(rates))
                 state = many.init(
@@ -221,7 +218,7 @@ def consensus(task: Task, target: float, grid: Grid) -> Iterator[Run]:
             random = tf.readouts.random_directions(parts[1], 4, "gaussian")
             described = []
             for i, readout in enumerate((tf.readouts.scalar(half_square), random)):
-                taps = tapped(parts[0], task, readout, scale, grid.examples)
+                taps = scaled_taps(parts[0], task, readout, scale, grid.examples)
                 rows, key = gradient_rows(taps), parts[2 + i]
                 options = {"signed": i > 0, "settings": settings}
                 described.append(dictionaries(key, rows, description, **options))

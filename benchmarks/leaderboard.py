@@ -26,6 +26,7 @@ import toyfeat as tf
 from toyfeat.models import planted
 from toyfeat.report import leaderboard
 from toyfeat.report.planted import describe, task_figure
+from toyfeat.report.rows import write_whole
 from toyfeat.types import Array, Task
 
 TASKS: dict[str, Callable[[Array], Task]] = {
@@ -203,8 +204,9 @@ def kept(path: Path, options: argparse.Namespace, budget: Budget) -> list[dict]:
         )
     settings.write_text(json.dumps(now) + "\n", encoding="utf-8")
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = [line for line in text.splitlines() if line.endswith("}")]
-    return [json.loads(line) for line in lines]
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("}\n")]
+    write_whole(path, "".join(whole))  # without a line that a kill cut off
+    return [json.loads(line) for line in whole]
 
 
 def parsed() -> argparse.Namespace:

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import toyfeat as tf
-from toyfeat.consensus import gradient_rows, half_square
+from toyfeat.consensus import covariance_of, gradient_rows, half_square
+from toyfeat.consensus import tapped as tap_subject
 from toyfeat.types import (
     Array,
     Basis,
@@ -63,16 +64,7 @@ def tapped(key: Array, subject: Subject, budget: Budget, num: int = 0) -> Taps:
     readout = tf.readouts.scalar(half_square)
     if num:
         readout = tf.readouts.random_directions(drawn, num, "gaussian")
-    inputs = subject.sample(sampled, budget.examples)
-    taps = tf.tap(
-        subject.probed,
-        subject.params,
-        inputs,
-        sites=subject.site,
-        readout=readout,
-        batch_size=5000,
-    )
-    return taps[subject.site]
+    return tap_subject(subject, subject.sample(sampled, budget.examples), readout)
 
 
 def statistics(key: Array, subject: Subject, budget: Budget) -> Moments:
@@ -80,12 +72,6 @@ def statistics(key: Array, subject: Subject, budget: Budget) -> Moments:
     taps = tapped(key, subject, budget, 4)
     stats = tf.moments(taps.acts.shape[1])
     return stats.finish(stats.update(stats.init(), taps))
-
-
-def covariance(taps: Taps) -> Array:
-    """``[D, D]``, of the activations."""
-    centred = taps.acts - jnp.mean(taps.acts, axis=0)[None, :]
-    return centred.T @ centred / len(centred)
 
 
 # Bases.
@@ -147,7 +133,7 @@ def independent(
     parts = np.asarray(model.mixing_, np.float32).T
     if of_gradients:
         readers = jnp.asarray(parts)
-        return Found(readers, readers @ covariance(taps))
+        return Found(readers, readers @ covariance_of(taps))
     return Found(jnp.asarray(model.components_, jnp.float32), jnp.asarray(parts))
 
 
@@ -292,7 +278,7 @@ def of_gradients(key: Array, subject: Subject, *, budget: Budget) -> Found:
         start, sae, tf.dictionary_objective(sae), alone, budget, center=False
     )
     readers = jnp.asarray(params["W_dec"])
-    return Found(readers, readers @ covariance(taps))
+    return Found(readers, readers @ covariance_of(taps))
 
 
 def agreement(key: Array, subject: Subject, *, budget: Budget) -> Found:
@@ -331,7 +317,7 @@ def oracle(key: Array, task: Task, *, budget: Budget) -> Found:
         readers = state.params["W_dec"]
         match = tf.match_features(readers, truth, group=task.truth.group)
         if match.coverage > kept:
-            best, kept = Found(readers, readers @ covariance(taps)), match.coverage
+            best, kept = Found(readers, readers @ covariance_of(taps)), match.coverage
     return best
 
 

@@ -27,7 +27,9 @@ from toyfeat.types import (
     Consensus,
     Description,
     Found,
+    Inputs,
     Outputs,
+    Params,
     Subject,
     Taps,
 )
@@ -98,18 +100,23 @@ def consensus(
     described: list[np.ndarray] = []
     planes = np.zeros((0, 0))
     for i, readout in enumerate((readouts.scalar(half_square), random)):
-        taps = _tapped(subject, inputs, readout)
+        taps = tapped(subject, inputs, readout)
         rows = gradient_rows(taps)
         described += dictionaries(parts[2 + i], rows, description, signed=i > 0)
         if not i:
             planes = np.asarray(circular_planes(parts[4], rows))
-            stats = moments(taps.acts.shape[1])
-            spread = covariance(stats.finish(stats.update(stats.init(), taps)))
+            spread = covariance_of(taps)
     directions, counts = recurring(described, support=support, cosine=cosine)
     readers = jnp.asarray(np.concatenate([directions, planes]), float)
     found = Found(readers, readers @ spread)
     counts = np.concatenate([counts, np.zeros(len(planes), int)])
     return Consensus(found, counts, len(described))
+
+
+def covariance_of(taps: Taps) -> Array:
+    """``[D, D]``, of the activations."""
+    stats = moments(taps.acts.shape[1])
+    return covariance(stats.finish(stats.update(stats.init(), taps)))
 
 
 def half_square(output: Outputs) -> Array:
@@ -186,9 +193,13 @@ def dictionaries(
         check_data=False,
     )
     some = rows[:_CHUNK] / state.running["acts_scale"][0]
-    codes_of = jax.vmap(lambda params, k: sae.encode(params, some, k=k))
-    found = codes_of(state.params, state.hyper["k"])
-    energy = np.asarray(jnp.mean(found**2, axis=1))
+
+    def mean_square(member: tuple[Params, Array]) -> Array:
+        params, k = member
+        return jnp.mean(sae.encode(params, some, k=k) ** 2, axis=0)
+
+    # One member after the other: their codes together may fill the memory.
+    energy = np.asarray(jax.lax.map(mean_square, (state.params, state.hyper["k"])))
     decoders = np.asarray(state.params["W_dec"], np.float64)
     squares = np.sum(decoders**2, axis=2)
     energy = energy * squares
@@ -243,7 +254,8 @@ def recurring(
     return np.stack(found) if found else empty, np.array(supports, int)
 
 
-def _tapped(subject: Subject, inputs: object, readout: Readout) -> Taps:
+def tapped(subject: Subject, inputs: Inputs, readout: Readout) -> Taps:
+    """Activations and gradients at the site of a subject."""
     one = tap(
         subject.probed,
         subject.params,

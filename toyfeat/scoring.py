@@ -45,7 +45,7 @@ def scores(key: Array, task: Task, found: Found, *, examples: int = 1000) -> Sco
       >>> truth = Found(task.truth.readers, task.truth.writers)
       >>> found = scores(jax.random.key(1), task, truth)
       >>> round(found.readers, 3), round(found.writers, 3), found.found
-      (1.0, 1.0, 16)
+      (1.0, 1.0, 20)
     """
     readers, writers = (np.asarray(x, np.float64) for x in found)
     true = {"readers": task.truth.readers, "writers": task.truth.writers}

@@ -41,8 +41,8 @@ def describe(task: Task, *, fit: float | None = None) -> str:
     Example:
       >>> import jax
       >>> from toyfeat.models import planted
-      >>> describe(planted.product_space(jax.random.key(0), dim=20))[:53]
-      'product space: 8 colours times 8 shapes in 20 dimensi'
+      >>> describe(planted.product_space(jax.random.key(0)))[:54]
+      'product space: 10 colours times 10 shapes in 24 dimens'
     """
     (num, width), left = vectors_of(task)[0].shape, task.fit if fit is None else fit
     said = [

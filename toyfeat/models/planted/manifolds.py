@@ -190,7 +190,7 @@ def _on_curve(params: Params, angles: Array) -> Array:
 
 
 def product_space(
-    key: Array, *, dim: int = 24, colours: int = 8, shapes: int = 8
+    key: Array, *, dim: int = 24, colours: int = 10, shapes: int = 10
 ) -> Task:
     """Every example has one colour and one shape; the model reads the two apart.
 

@@ -1,0 +1,289 @@
+"""The three shapes of decoder that cover most released language models."""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and kinds of the parts of a :class:`Decoder`.
+
+    Make one with :func:`gpt2`, :func:`neox` or :func:`llama`.
+
+    Attributes:
+      vocab: tokens ``V``.
+      layers: blocks.
+      dim: width ``D`` of the residual stream.
+      heads: of the queries.
+      kv_heads: of keys and values; each serves ``heads / kv_heads`` query heads.
+      head_dim: width of a head.
+      hidden: width of the MLP.
+      context: positions that the model was trained on.
+      positions: a learned vector each, or rotations of queries and keys.
+      norm: ``"layer"`` (centred, with bias) or ``"rms"``.
+      activation: of the MLP; ``"gelu_tanh"`` is the approximation of GPT-2.
+      gated: whether the MLP's hidden units are ``activation(gate) * up``.
+      parallel: whether attention and MLP read the same residual.
+      rotary_dim: entries of a head that are rotated, the first ones.
+      rotary_base: wavelengths grow up to ``2 pi`` times this.
+      eps: of the norms.
+      qkv_bias: whether queries, keys and values have a bias.
+      out_bias: whether the attention's output has one.
+      mlp_bias: whether the MLP's matrices have one.
+      tied: whether the logits' matrix is the embedding.
+    """
+
+    vocab: int
+    layers: int
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    context: int
+    positions: Literal["learned", "rotary"]
+    norm: Literal["layer", "rms"]
+    activation: Activation
+    gated: bool
+    parallel: bool
+    rotary_dim: int
+    rotary_base: float
+    eps: float
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    tied: bool
+
+    def __post_init__(self: Self) -> None:
+        """Check the sizes.
+
+        Raises:
+          ValueError: for sizes that do not fit.
+        """
+        names = ("vocab", "layers", "dim", "heads", "kv_heads", "head_dim", "hidden")
+        names += ("context",)
+        sizes = {name: getattr(self, name) for name in names}
+        if not all(isinstance(x, int) and x >= 1 for x in sizes.values()):
+            raise ValueError(f"decoder: sizes must be whole and positive, got {sizes}")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"decoder: kv_heads must divide heads, got {self.kv_heads} and "
+                f"{self.heads}"
+            )
+        rotary = self.positions == "rotary"
+        width = self.rotary_dim
+        if rotary and not (width % 2 == 0 and 2 <= width <= self.head_dim):
+            raise ValueError(
+                "decoder: rotary_dim must be even and in 2 .. head_dim "
+                f"{self.head_dim}, got {width}"
+            )
+        if not self.eps > 0 or (rotary and not self.rotary_base > 0):
+            raise ValueError(
+                "decoder: eps and rotary_base must be positive, got "
+                f"{self.eps} and {self.rotary_base}"
+            )
+
+
+def gpt2(
+    *,
+    vocab: int = 50257,
+    layers: int = 12,
+    dim: int = 768,
+    heads: int = 12,
+    hidden: int | None = None,
+    context: int = 1024,
+    activation: Activation = "gelu_tanh",
+    eps: float = 1e-5,
+    tied: bool = True,
+) -> DecoderConfig:
+    """GPT-2: learned positions, LayerNorm, GELU.
+
+    Args:
+      vocab: tokens.
+      layers: blocks.
+      dim: width, a multiple of ``heads``.
+      heads: of attention.
+      hidden: of the MLP, ``4 * dim`` by default.
+      context: positions.
+      activation: of the MLP.
+      eps: of LayerNorm.
+      tied: whether the logits' matrix is the embedding.
+
+    Returns:
+      A configuration.
+
+    Raises:
+      ValueError: for sizes that do not fit.
+
+    References:
+      Radford et al. (2019), "Language models are unsupervised multitask learners".
+    """
+    return DecoderConfig(
+        vocab=vocab,
+        layers=layers,
+        dim=dim,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=_per_head("gpt2", dim, heads),
+        hidden=hidden or 4 * dim,
+        context=context,
+        positions="learned",
+        norm="layer",
+        activation=activation,
+        gated=False,
+        parallel=False,
+        rotary_dim=0,
+        rotary_base=0.0,
+        eps=eps,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        tied=tied,
+    )
+
+
+def neox(
+    *,
+    vocab: int = 50304,
+    layers: int = 6,
+    dim: int = 512,
+    heads: int = 8,
+    hidden: int | None = None,
+    context: int = 2048,
+    activation: Activation = "gelu",
+    parallel: bool = True,
+    rotary_share: float = 0.25,
+    rotary_base: float = 10_000.0,
+    eps: float = 1e-5,
+    attention_bias: bool = True,
+    tied: bool = False,
+) -> DecoderConfig:
+    """GPT-NeoX and Pythia: partly rotated heads, attention beside the MLP.
+
+    Args:
+      vocab: tokens.
+      layers: blocks.
+      dim: width, a multiple of ``heads``.
+      heads: of attention.
+      hidden: of the MLP, ``4 * dim`` by default.
+      context: positions.
+      activation: of the MLP.
+      parallel: whether attention and MLP read the same residual.
+      rotary_share: of a head's entries that are rotated.
+      rotary_base: of the wavelengths.
+      eps: of LayerNorm.
+      attention_bias: whether attention has biases.
+      tied: whether the logits' matrix is the embedding.
+
+    Returns:
+      A configuration.
+
+    Raises:
+      ValueError: for sizes that do not fit.
+
+    References:
+      Black et al. (2022), "GPT-NeoX-20B", arXiv 2204.06745; Su et al. (2021),
+      "RoFormer", arXiv 2104.09864, for the rotations.
+    """
+    head_dim = _per_head("neox", dim, heads)
+    return DecoderConfig(
+        vocab=vocab,
+        layers=layers,
+        dim=dim,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=head_dim,
+        hidden=hidden or 4 * dim,
+        context=context,
+        positions="rotary",
+        norm="layer",
+        activation=activation,
+        gated=False,
+        parallel=parallel,
+        rotary_dim=int(head_dim * rotary_share),
+        rotary_base=rotary_base,
+        eps=eps,
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        mlp_bias=True,
+        tied=tied,
+    )
+
+
+def llama(
+    *,
+    vocab: int = 49152,
+    layers: int = 30,
+    dim: int = 576,
+    heads: int = 9,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    hidden: int = 1536,
+    context: int = 8192,
+    activation: Activation = "silu",
+    rotary_base: float = 10_000.0,
+    eps: float = 1e-5,
+    attention_bias: bool = False,
+    mlp_bias: bool = False,
+    tied: bool = False,
+) -> DecoderConfig:
+    """Llama: rotated heads, grouped queries, RMSNorm, a gated MLP.
+
+    Args:
+      vocab: tokens.
+      layers: blocks.
+      dim: width.
+      heads: of the queries.
+      kv_heads: of keys and values, ``heads`` by default.
+      head_dim: width of a head, ``dim / heads`` by default.
+      hidden: of the MLP.
+      context: positions.
+      activation: of the MLP's gate.
+      rotary_base: of the wavelengths.
+      eps: of RMSNorm.
+      attention_bias: whether attention has biases.
+      mlp_bias: whether the MLP has biases.
+      tied: whether the logits' matrix is the embedding.
+
+    Returns:
+      A configuration.
+
+    Raises:
+      ValueError: for sizes that do not fit.
+
+    References:
+      Touvron et al. (2023), "LLaMA", arXiv 2302.13971; Ainslie et al. (2023), "GQA",
+      arXiv 2305.13245, for the grouped queries; Shazeer (2020), "GLU variants",
+      arXiv 2002.05202, for the MLP.
+    """
+    width = head_dim or _per_head("llama", dim, heads)
+    return DecoderConfig(
+        vocab=vocab,
+        layers=layers,
+        dim=dim,
+        heads=heads,
+        kv_heads=kv_heads or heads,
+        head_dim=width,
+        hidden=hidden,
+        context=context,
+        positions="rotary",
+        norm="rms",
+        activation=activation,
+        gated=True,
+        parallel=False,
+        rotary_dim=width,
+        rotary_base=rotary_base,
+        eps=eps,
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        tied=tied,
+    )
+
+
+def _per_head(who: str, dim: int, heads: int) -> int:
+    if heads < 1 or dim % heads:
+        raise ValueError(f"{who}: heads must divide dim, got {heads} and {dim}")
+    return dim // heads

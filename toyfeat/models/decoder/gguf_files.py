@@ -1,0 +1,114 @@
+"""GGUF files of the Llama architecture."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toyfeat.models.decoder.config import DecoderConfig, llama
+from toyfeat.models.decoder.pieces import Source, assembled, gguf_pieces
+from toyfeat.types import Params
+
+_WHO = "load_decoder"
+_IGNORED = r"^rope_freqs\.weight$"
+
+
+def read(path: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
+    """Configuration and parameters of a file."""
+    library = _library()
+    reader = opened(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    # The file lists sizes from the innermost on.
+    shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in tensors.items()}
+
+    def unpacked(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        try:
+            values = library.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{_WHO}: {path} stores {name} as {tensor.tensor_type.name}, which "
+                "cannot be unpacked"
+            ) from error
+        return np.asarray(values, np.float32).reshape(shapes[name])
+
+    config = _config_of(fields, shapes, path)
+    if "rope_freqs.weight" in tensors and np.any(unpacked("rope_freqs.weight") != 1):
+        raise ValueError(f"{_WHO}: {path} rescales its rotations, which is not covered")
+    source = Source(str(path), shapes, unpacked)
+    pieces = gguf_pieces(config)
+    return config, assembled(
+        _WHO, config, pieces, source, dtype=dtype, ignored=_IGNORED
+    )
+
+
+def opened(path: Path) -> Any:
+    """The reader of the ``gguf`` library.
+
+    Raises:
+      ValueError: if the file is not whole.
+    """
+    library = _library()
+    try:
+        return library.GGUFReader(path)
+    except OSError:
+        raise
+    except Exception as error:  # whatever the bytes happen to break
+        raise ValueError(
+            f"{_WHO}: {path} is not a whole GGUF file ({error}); fetch it again"
+        ) from error
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise ImportError(
+            f'{_WHO}: gguf is not installed: pip install "toyfeat[lm]"'
+        ) from error
+
+
+def _config_of(
+    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> DecoderConfig:
+    kind = fields.get("general.architecture")
+    if kind != "llama":
+        raise ValueError(
+            f"{_WHO}: wanted a GGUF file of the architecture 'llama', {path} has "
+            f"{kind!r}; use the safetensors of that model"
+        )
+    scaling = fields.get("llama.rope.scaling.type", "none")
+    if scaling != "none" or fields.get("llama.expert_count", 0):
+        raise ValueError(
+            f"{_WHO}: {path} has rotations scaled by {scaling!r} or experts, which "
+            "are not covered"
+        )
+    try:
+        heads, dim = (
+            fields[f"llama.{name}"]
+            for name in ("attention.head_count", "embedding_length")
+        )
+        width = fields.get("llama.rope.dimension_count", dim // heads)
+        if fields.get("llama.attention.key_length", width) != width:
+            raise ValueError(
+                f"{_WHO}: {path} rotates a part of every head only, which is not "
+                "covered for GGUF files"
+            )
+        return llama(
+            vocab=shapes["token_embd.weight"][0],
+            layers=fields["llama.block_count"],
+            dim=dim,
+            heads=heads,
+            kv_heads=fields.get("llama.attention.head_count_kv", heads),
+            head_dim=width,
+            hidden=fields["llama.feed_forward_length"],
+            context=fields["llama.context_length"],
+            rotary_base=float(fields.get("llama.rope.freq_base", 10_000.0)),
+            eps=float(fields["llama.attention.layer_norm_rms_epsilon"]),
+            tied="output.weight" not in shapes,
+        )
+    except KeyError as error:
+        raise ValueError(f"{_WHO}: {path} has no entry {error}") from None

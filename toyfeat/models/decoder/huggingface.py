@@ -1,0 +1,237 @@
+"""Folders of ``transformers``: ``config.json`` and safetensors."""
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toyfeat.models.decoder.config import Activation, DecoderConfig, gpt2, llama, neox
+from toyfeat.models.decoder.pieces import Source, assembled, huggingface_pieces
+from toyfeat.types import Params
+
+_WHO = "load_decoder"
+_PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox.", "llama": "model."}
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+# Masks and tables that old checkpoints carry.
+_IGNORED = r"attn\.(masked_)?bias$|attention\.(masked_)?bias$|rotary_emb\.inv_freq$"
+
+
+def config_of(given: Mapping[str, Any]) -> tuple[str, DecoderConfig]:
+    """Kind and configuration of the content of a ``config.json``.
+
+    Args:
+      given: what the file says.
+
+    Returns:
+      ``"gpt2"``, ``"gpt_neox"`` or ``"llama"``, and the configuration.
+
+    Raises:
+      ValueError: for another kind, an option that is not covered, or an entry that
+        is missing.
+
+    Example:
+      >>> kind, config = config_of({
+      ...     "model_type": "gpt2", "vocab_size": 11, "n_layer": 2, "n_embd": 8,
+      ...     "n_head": 2, "n_positions": 16,
+      ... })
+      >>> kind, config.hidden, config.tied
+      ('gpt2', 32, True)
+    """
+    kind = given.get("model_type")
+    if kind not in _KINDS:
+        raise ValueError(
+            f"{_WHO}: wanted a model of type {', '.join(_KINDS)}, got {kind!r}; wrap "
+            "another architecture with from_linen, from_nnx or from_function"
+        )
+    try:
+        return kind, _KINDS[kind](given)
+    except KeyError as error:
+        raise ValueError(f"{_WHO}: config.json has no entry {error}") from None
+
+
+def read(folder: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
+    """Configuration and parameters of a folder."""
+    kind, config = config_of(_json(folder / "config.json"))
+    source = _without_prefix(_source(folder), _PREFIXES[kind])
+    ignored = _IGNORED
+    if config.tied:
+        _check_tied(kind, source)
+        ignored += r"|^lm_head\.weight$|^embed_out\.weight$"
+    pieces = huggingface_pieces(kind, config)
+    return config, assembled(_WHO, config, pieces, source, dtype=dtype, ignored=ignored)
+
+
+def _of_gpt2(given: Mapping[str, Any]) -> DecoderConfig:
+    _refuse(given, "scale_attn_weights", True)
+    _refuse(given, "scale_attn_by_inverse_layer_idx", False)
+    _refuse(given, "add_cross_attention", False)
+    return gpt2(
+        vocab=given["vocab_size"],
+        layers=given["n_layer"],
+        dim=given["n_embd"],
+        heads=given["n_head"],
+        hidden=given.get("n_inner"),
+        context=given["n_positions"],
+        activation=_activation(given.get("activation_function", "gelu_new")),
+        eps=given.get("layer_norm_epsilon", 1e-5),
+        tied=given.get("tie_word_embeddings", True),
+    )
+
+
+def _of_neox(given: Mapping[str, Any]) -> DecoderConfig:
+    rope = _rope(given)
+    share = given.get("rotary_pct", rope.get("partial_rotary_factor", 0.25))
+    base = given.get("rotary_emb_base", rope.get("rope_theta", 10_000.0))
+    return neox(
+        vocab=given["vocab_size"],
+        layers=given["num_hidden_layers"],
+        dim=given["hidden_size"],
+        heads=given["num_attention_heads"],
+        hidden=given["intermediate_size"],
+        context=given["max_position_embeddings"],
+        activation=_activation(given.get("hidden_act", "gelu")),
+        parallel=given.get("use_parallel_residual", True),
+        rotary_share=float(rope.get("partial_rotary_factor", share)),
+        rotary_base=float(rope.get("rope_theta", base)),
+        eps=given.get("layer_norm_eps", 1e-5),
+        attention_bias=given.get("attention_bias", True),
+        tied=given.get("tie_word_embeddings", False),
+    )
+
+
+def _of_llama(given: Mapping[str, Any]) -> DecoderConfig:
+    rope = _rope(given)
+    return llama(
+        vocab=given["vocab_size"],
+        layers=given["num_hidden_layers"],
+        dim=given["hidden_size"],
+        heads=given["num_attention_heads"],
+        kv_heads=given.get("num_key_value_heads"),
+        head_dim=given.get("head_dim"),
+        hidden=given["intermediate_size"],
+        context=given.get("max_position_embeddings", 2048),
+        activation=_activation(given.get("hidden_act", "silu")),
+        rotary_base=float(rope.get("rope_theta", given.get("rope_theta", 10_000.0))),
+        eps=given.get("rms_norm_eps", 1e-6),
+        attention_bias=given.get("attention_bias", False),
+        mlp_bias=given.get("mlp_bias", False),
+        tied=given.get("tie_word_embeddings", False),
+    )
+
+
+_KINDS: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
+    "gpt2": _of_gpt2,
+    "gpt_neox": _of_neox,
+    "llama": _of_llama,
+}
+
+
+def _rope(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Entries on rotations, which newer files keep together."""
+    found = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind != "default":
+        raise ValueError(
+            f"{_WHO}: rotations of type {kind!r} are not covered, only 'default'"
+        )
+    return found
+
+
+def _activation(name: str) -> Activation:
+    if name not in _ACTIVATIONS:
+        raise ValueError(
+            f"{_WHO}: wanted an activation of {', '.join(_ACTIVATIONS)}, got {name!r}"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _refuse(given: Mapping[str, Any], name: str, wanted: bool) -> None:
+    if given.get(name, wanted) != wanted:
+        raise ValueError(f"{_WHO}: {name} = {given[name]!r} is not covered")
+
+
+def _json(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{_WHO}: {path.parent} has no {path.name}; is it the folder of a model?"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{_WHO}: {path} is no whole JSON file ({error})") from None
+
+
+def _source(folder: Path) -> Source:
+    """All tensors of the folder's safetensors files."""
+    whole, index = (
+        folder / "model.safetensors",
+        folder / "model.safetensors.index.json",
+    )
+    if whole.is_file():
+        names = [whole.name]
+    elif index.is_file():
+        names = sorted(set(_json(index)["weight_map"].values()))
+    else:
+        raise FileNotFoundError(
+            f"{_WHO}: {folder} has no {whole.name} and no {index.name}; weights in "
+            "other formats have to be saved as safetensors first"
+        )
+    try:
+        library = importlib.import_module("safetensors")
+    except ImportError as error:
+        raise ImportError(
+            f'{_WHO}: safetensors is not installed: pip install "toyfeat[lm]"'
+        ) from error
+    files: dict[str, Any] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{_WHO}: {folder} lacks the shard {name}")
+        try:
+            file = library.safe_open(path, framework="numpy")
+        except Exception as error:  # SafetensorError is an Exception and nothing more
+            raise ValueError(
+                f"{_WHO}: {path} is not a whole safetensors file ({error}); fetch it "
+                "again"
+            ) from error
+        for tensor in file.keys():  # noqa: SIM118 (it is no dict)
+            files[tensor] = file
+            shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
+    return Source(str(folder), shapes, lambda tensor: files[tensor].get_tensor(tensor))
+
+
+def _without_prefix(source: Source, prefix: str) -> Source:
+    """Names as in the model inside of the language model."""
+    names = {name.removeprefix(prefix): name for name in source.shapes}
+    return Source(
+        source.name,
+        {name: source.shapes[whole] for name, whole in names.items()},
+        lambda name: source.read(names[name]),
+    )
+
+
+def _check_tied(kind: str, source: Source) -> None:
+    """A matrix of logits in the files must be the embedding."""
+    head = {"gpt_neox": "embed_out.weight"}.get(kind, "lm_head.weight")
+    embed = {"gpt2": "wte.weight", "gpt_neox": "embed_in.weight"}.get(
+        kind, "embed_tokens.weight"
+    )
+    if head in source.shapes and embed in source.shapes:
+        same = np.array_equal(source.read(head), source.read(embed))
+        if not same:
+            raise ValueError(
+                f"{_WHO}: {source.name} says that embeddings are tied "
+                f"(tie_word_embeddings), but {head} is not {embed}"
+            )

@@ -1,0 +1,240 @@
+"""A decoder as a flax module, with named sites."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from toyfeat.models.decoder.config import DecoderConfig
+from toyfeat.tap.linen import ACTS, PROBES
+from toyfeat.types import Array
+
+SITES = ("resid_pre", "attn_out", "mlp_hidden", "mlp_out", "resid_post")
+"""Sites of a block: the residual stream before it, what attention adds to it, the
+units of the MLP, what the MLP adds, and the residual stream after the block."""
+
+_ACTIVATIONS = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+
+
+class Decoder(nn.Module):
+    r"""A causal language model: tokens to logits of the next token.
+
+    :func:`toyfeat.from_linen` makes a probed model of it.  The sites are
+    ``"blocks_3/resid_pre"`` and so on (:data:`SITES`); with ``scan``,
+    ``"blocks/resid_pre@3"``.  Everything else that the module calls is a site too,
+    such as ``"blocks_3/attn/query"`` and ``"final_norm"``.
+
+    From ``start`` on it runs on a residual stream instead of tokens: what
+    ``"blocks_<start>/resid_pre"`` is for the whole model.  With the same parameters
+    the sites have the same names, so that a gradient or a splice at a later layer
+    does not pay for the layers before it a second time.
+
+    Attributes:
+      config: sizes and kinds.
+      start: first block that is run; the number of layers runs the last norm and
+        the logits only.
+      scan: one traced block for all layers: compiles once instead of once a layer;
+        parameters are stacked (:func:`stacked`), and sites take arrays as probes, no
+        functions.
+      dtype: of the residual stream and the products; norms, rotations, softmax
+        and logits are float32 in any case.
+      remat: whether a backward pass computes blocks again instead of keeping what
+        they computed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, toyfeat as tf
+      >>> from toyfeat.models.decoder import Decoder, llama
+      >>> model = Decoder(llama(vocab=11, layers=2, dim=8, heads=2, hidden=12))
+      >>> tokens = jnp.arange(6).reshape(2, 3)
+      >>> params = model.init(jax.random.key(0), tokens)
+      >>> readout = tf.readouts.next_token_loss(tokens)
+      >>> taps = tf.tap(
+      ...     tf.from_linen(model), params, tokens,
+      ...     sites="blocks_1/mlp_hidden", readout=readout,
+      ... )
+      >>> taps["blocks_1/mlp_hidden"].grads.shape
+      (6, 1, 12)
+
+    Raises:
+      ValueError: when called, for a start that is no layer, inputs of another shape
+        or kind, or more positions than there are learned ones.
+    """
+
+    config: DecoderConfig
+    start: int = 0
+    scan: bool = False
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        """Logits ``[B, T, V]`` in float32.
+
+        Args:
+          inputs: tokens ``[B, T]`` int, or for a later start the residual stream
+            ``[B, T, D]``.
+        """
+        config = self.config
+        _check_inputs(self, inputs)
+        embed = nn.Embed(config.vocab, config.dim, dtype=self.dtype, name="embed")
+        resid = inputs if self.start else embed(inputs)
+        resid = jnp.asarray(resid, self.dtype)
+        if config.positions == "learned" and not self.start:
+            where = nn.Embed(
+                config.context, config.dim, dtype=self.dtype, name="positions"
+            )
+            resid = resid + where(jnp.arange(inputs.shape[1]))[None]
+        block = nn.remat(Block) if self.remat else Block
+        if self.scan and self.start < config.layers:
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0, ACTS: 0, PROBES: 0},
+                split_rngs={"params": True},
+                length=config.layers,
+            )
+            resid, _ = layers(config, self.dtype, name="blocks")(resid, None)
+        elif not self.scan:
+            for i in range(self.start, config.layers):
+                resid, _ = block(config, self.dtype, name=f"blocks_{i}")(resid, None)
+        last = _norm(config, "final_norm")(resid)
+        if config.tied:
+            table = embed.embedding.astype(self.dtype)
+            return _product(last.astype(self.dtype), table.T)
+        kernel = self.param(
+            "head", nn.initializers.lecun_normal(), (config.dim, config.vocab)
+        )
+        return _product(last.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class Site(nn.Module):
+    """A place with a name: what goes in comes out."""
+
+    def __call__(self, value: Array) -> Array:
+        """The value."""
+        return value
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each added to the residual stream."""
+
+    config: DecoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, resid: Array, _: None) -> tuple[Array, None]:
+        """The residual stream after the block."""
+        config = self.config
+        resid = Site(name="resid_pre")(resid)
+        read = _norm(config, "attn_norm")(resid).astype(self.dtype)
+        added = Attention(config, self.dtype, name="attn")(read)
+        added = Site(name="attn_out")(added)
+        between = resid + added
+        source = resid if config.parallel else between
+        read = _norm(config, "mlp_norm")(source).astype(self.dtype)
+        dense = partial(nn.Dense, use_bias=config.mlp_bias, dtype=self.dtype)
+        hidden = _ACTIVATIONS[config.activation](
+            dense(config.hidden, name="gate" if config.gated else "up")(read)
+        )
+        if config.gated:
+            hidden = hidden * dense(config.hidden, name="up")(read)
+        hidden = Site(name="mlp_hidden")(hidden)
+        out = Site(name="mlp_out")(dense(config.dim, name="down")(hidden))
+        return Site(name="resid_post")(between + out), None
+
+
+class Attention(nn.Module):
+    """Causal attention of grouped heads."""
+
+    config: DecoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, read: Array) -> Array:
+        """What the heads add to the residual stream."""
+        config = self.config
+        batch, time, _ = read.shape
+
+        def heads(name: str, num: int) -> Array:
+            dense = nn.Dense(
+                num * config.head_dim,
+                use_bias=config.qkv_bias,
+                dtype=self.dtype,
+                name=name,
+            )
+            return dense(read).reshape(batch, time, num, config.head_dim)
+
+        query = heads("query", config.heads)
+        key = heads("key", config.kv_heads)
+        value = heads("value", config.kv_heads)
+        if config.positions == "rotary":
+            query, key = (rotated(x, config) for x in (query, key))
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return nn.Dense(
+            config.dim, use_bias=config.out_bias, dtype=self.dtype, name="out"
+        )(mixed.reshape(batch, time, -1))
+
+
+def rotated(heads: Array, config: DecoderConfig) -> Array:
+    """Queries or keys ``[B, T, H, head_dim]``, turned by an angle of their position.
+
+    Entry ``i`` is paired with entry ``i + rotary_dim / 2``; entries from
+    ``rotary_dim`` on stay.
+    """
+    width = config.rotary_dim
+    powers = jnp.arange(0, width, 2, dtype=jnp.float32) / width
+    angles = jnp.outer(
+        jnp.arange(heads.shape[1], dtype=jnp.float32), config.rotary_base**-powers
+    )
+    cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+    whole = heads.astype(jnp.float32)
+    a, b, rest = jnp.split(whole, [width // 2, width], axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+    return turned.astype(heads.dtype)
+
+
+def _norm(config: DecoderConfig, name: str) -> nn.Module:
+    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    return kind(
+        epsilon=config.eps, dtype=jnp.float32, use_fast_variance=False, name=name
+    )
+
+
+def _product(x: Array, matrix: Array) -> Array:
+    return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
+
+
+def _check_inputs(model: Decoder, inputs: Array) -> None:
+    config, start = model.config, model.start
+    shape, dtype = jnp.shape(inputs), jnp.result_type(inputs)
+    if not 0 <= start <= config.layers:
+        raise ValueError(
+            f"Decoder: start must be in 0 .. {config.layers}, the layers, got {start}"
+        )
+    if model.scan and 0 < start < config.layers:
+        raise ValueError(
+            f"Decoder: a scanned model runs all its layers, start {start} wants some; "
+            "use scan=False and unstacked parameters"
+        )
+    if start:
+        good = len(shape) == 3 and shape[2] == config.dim
+        good = good and jnp.issubdtype(dtype, jnp.floating)
+        wanted = f"the residual stream [B, T, {config.dim}] before block {start}"
+    else:
+        good = len(shape) == 2 and jnp.issubdtype(dtype, jnp.integer)
+        wanted = "tokens [B, T] of integers"
+    if not good:
+        raise ValueError(f"Decoder: wanted {wanted}, got shape {shape} of {dtype}")
+    if not shape[1]:
+        raise ValueError("Decoder: there is no position, the inputs are empty")
+    if config.positions == "learned" and not start and shape[1] > config.context:
+        raise ValueError(
+            f"Decoder: there are {config.context} learned positions, got {shape[1]} "
+            "tokens; cut the text into pieces"
+        )

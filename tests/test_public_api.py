@@ -7,6 +7,10 @@ import pytest
 import toyfeat as tf
 
 PINNED = [
+    "splice",
+    "ce_recovered",
+    "attribution_faithfulness",
+    "Faithfulness",
     "active_features",
     "scores",
     "Scores",

@@ -55,6 +55,12 @@ from toyfeat.interop import (
 from toyfeat.linalg import Products, randomized_svd, stream_svd
 from toyfeat.moments import moments, sketched_moments
 from toyfeat.scoring import active_features, scores
+from toyfeat.splicing import (
+    Faithfulness,
+    attribution_faithfulness,
+    ce_recovered,
+    splice,
+)
 from toyfeat.tap import (
     check_no_mixing,
     check_taps,
@@ -125,6 +131,7 @@ __all__ = [
     "Diagnostics",
     "Dictionary",
     "DictionaryConfig",
+    "Faithfulness",
     "Forward",
     "Found",
     "Match",
@@ -147,9 +154,11 @@ __all__ = [
     "Truth",
     "ablation_curve",
     "active_features",
+    "attribution_faithfulness",
     "attribution_l0",
     "attribution_objective",
     "batch_topk",
+    "ce_recovered",
     "check_no_mixing",
     "check_outliers",
     "check_taps",
@@ -205,6 +214,7 @@ __all__ = [
     "scores",
     "site_shapes",
     "sketched_moments",
+    "splice",
     "standard",
     "stream_svd",
     "sweep_table",

@@ -116,7 +116,8 @@ def attribution_faithfulness(predicted: ArrayLike, true: ArrayLike) -> Faithfuln
         raise ValueError("attribution_faithfulness: effects must be finite")
     size = max(np.abs(p).max(), np.abs(t).max(), np.finfo(float).tiny)
     p, t = p / size, t / size  # squares of tiny effects would vanish
-    spread = np.std(p) * np.std(t)
+    varies = np.ptp(p) > 0 and np.ptp(t) > 0  # a constant's std may be rounding
+    spread = np.std(p) * np.std(t) if varies else 0.0
     together = np.mean((p - p.mean()) * (t - t.mean()))
     correlation = together / spread if spread > 0 else np.nan
     slope = (p @ t) / (p @ p) if p.any() else np.nan

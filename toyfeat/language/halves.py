@@ -10,7 +10,7 @@ from toyfeat.models.decoder import SITES, Decoder, DecoderConfig
 from toyfeat.tap import from_linen
 from toyfeat.types import Array, Params, Probed
 
-_SITE = re.compile(r"blocks_(\d+)/(\w+)")
+_SITE = re.compile(r"blocks_(0|[1-9][0-9]*)/(\w+)")
 
 
 class Halves(NamedTuple):

@@ -78,12 +78,18 @@ def held_out(
       :class:`Held`, in host memory: ``4 num T (2 width + D)`` bytes.
 
     Raises:
-      ValueError: if windows do not fill the batches.
+      ValueError: if windows do not fill the batches, or have no position between
+        the first and the last.
     """
     tokens = np.asarray(tokens)
     if not len(tokens) or len(tokens) % batch:
         raise ValueError(
             f"held_out: wanted whole batches of {batch} windows, got {len(tokens)}"
+        )
+    if tokens.shape[1] < 3:
+        raise ValueError(
+            "held_out: the first and the last position do not count, wanted windows of "
+            f"at least 3 tokens, got {tokens.shape[1]}"
         )
     sites = tuple(dict.fromkeys((cut.entry, cut.site)))
 
@@ -134,7 +140,8 @@ def judge(
     run = jax.jit(partial(_losses, cut.after))
     replace = {name: jax.jit(method.replace) for name, method in methods.items()}
     describe = jax.jit(_described, static_argnums=0)
-    sums: dict[str, dict[str, Any]] = {name: {} for name in (*methods, "0", "mean")}
+    sums: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    ablated: dict[str, dict[str, Any]] = {"0": {}, "mean": {}}
     clean, total = 0.0, float(held.weights.sum(dtype=np.float64))
     forward = jax.jit(cut.after)
     for start in range(0, len(held.tokens), batch):
@@ -150,15 +157,15 @@ def judge(
         clean += float(run(*place, jnp.asarray(part.acts))[0])
         for name, constant in (("0", 0 * held.mean), ("mean", held.mean)):
             value = jnp.broadcast_to(constant[None, None, :], part.acts.shape)
-            _add(sums[name], {"ce": run(*place, value)[0]})
+            _add(ablated[name], {"ce": run(*place, value)[0]})
         for name, method in methods.items():
             replaced = replace[name](taps)
             ce, kl = run(*place, replaced.recon.reshape(part.acts.shape))
             more = describe(method.latents, taps, replaced, held.mean)
             _add(sums[name], {"ce": ce, "kl": kl, **more})
-    ablated = {name: sums[name]["ce"] / total for name in ("0", "mean")}
+    costs = {name: float(some["ce"] / total) for name, some in ablated.items()}
     return {
-        name: _judgement(sums[name], clean / total, ablated, total) for name in methods
+        name: _judgement(sums[name], clean / total, costs, total) for name in methods
     }
 
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from toyfeat.dictionary.coding import lengths
 from toyfeat.dictionary.selection import best_of_each
-from toyfeat.linalg.precise import dot
+from toyfeat.linalg.precise import dot, nonzero
 from toyfeat.types import Array, Basis, Dictionary, Params, Taps
 
 
@@ -56,25 +57,30 @@ def of_dictionary(
       :class:`Method`; ``recon`` is of all codes in any case.
 
     Raises:
-      ValueError: if ``most`` is needed and not given.
+      ValueError: if ``most`` is needed and not given, or not in ``1 .. M``.
     """
     config = dictionary.config
     chosen = config.architecture in ("topk", "abstopk", "gradient_topk", "paired")
-    most = most or (config.k if chosen else None)
+    if most is None and chosen:
+        most = config.k
     if most is None:
         raise ValueError(
             f"of_dictionary: {config.architecture} has no k of every example; say how "
             "many codes to look at, most="
         )
-    rows = params["W_dec"]
-    lengths = jnp.linalg.norm(rows, axis=1, keepdims=True)
-    lengths = jnp.where(lengths > 0, lengths, jnp.ones_like(lengths))
-    writers = rows / lengths if config.rescale_acts_by_decoder_norm else rows
+    if not (isinstance(most, int) and 1 <= most <= config.d_sae):
+        raise ValueError(
+            f"of_dictionary: most must be an int in 1 .. {config.d_sae}, the latents, "
+            f"got {most!r}"
+        )
+    writers = params["W_dec"]
+    if config.rescale_acts_by_decoder_norm:
+        writers = writers / lengths(writers)[:, None]
+    relative = jnp.linalg.norm(writers / nonzero(jnp.max(jnp.abs(writers))), axis=1)
 
     def replace(taps: Taps) -> Replaced:
         codes = dictionary.encode(params, taps.acts, grads=taps.grads)
-        sizes = jnp.abs(codes) * jnp.linalg.norm(writers, axis=1)[None, :]
-        index, _ = best_of_each(sizes, most)
+        index, _ = best_of_each(jnp.abs(codes) * relative[None, :], most)
         values = jnp.take_along_axis(codes, index, axis=1)
         parts = values[:, :, None] * writers[index]
         return Replaced(dictionary.decode(params, codes), parts, index)
@@ -91,7 +97,14 @@ def of_basis(basis: Basis, rank: int) -> Method:
 
     Returns:
       :class:`Method` whose latents are all there in every example.
+
+    Raises:
+      ValueError: if the basis has not so many directions.
     """
+    if not 1 <= rank <= basis.readers.shape[1]:
+        raise ValueError(
+            f"of_basis: wanted a rank in 1 .. {basis.readers.shape[1]}, got {rank}"
+        )
     readers, writers = basis.readers[:, :rank], basis.writers[:rank]
     mean = basis.mean[None, :]
 
@@ -129,9 +142,7 @@ def of_readers(
     k = dictionary.config.k
     if k is None:
         raise ValueError("of_readers: wanted a dictionary with k codes per example")
-    rows = params["W_dec"]
-    lengths = jnp.linalg.norm(rows, axis=1, keepdims=True)
-    rows = rows / jnp.where(lengths > 0, lengths, jnp.ones_like(lengths))
+    rows = params["W_dec"] / lengths(params["W_dec"])[:, None]
     spread = dot(rows, covariance)  # Sigma r, a row each
 
     def replace(taps: Taps) -> Replaced:

@@ -309,7 +309,7 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
         else:
             methods[one.name] = of_dictionary(sae, params)
     for name, basis in bases_of(stats).items():
-        for k in job.train.codes:
+        for k in (k for k in job.train.codes if k <= len(stats.mean)):
             methods[f"{name}-k{k}"] = of_basis(basis, k)
     _judged(run, site, methods, rows, say)
     given, cut = job.evaluate, halves(run.model.config, site)

@@ -1,0 +1,75 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_decoder import CONFIG, logits_with, weights, whole, windows
+
+from toyfeat.language import halves
+from toyfeat.models.decoder import SITES, Decoder, gpt2, neox
+from toyfeat.tap import from_linen
+
+
+@pytest.mark.parametrize("layer", range(CONFIG.layers))
+@pytest.mark.parametrize("name", SITES)
+def test_after_is_the_rest_of_the_model(name, layer):
+    site, tokens = f"blocks_{layer}/{name}", windows()[:2]
+    cut = halves(CONFIG, site)
+    assert cut.site == site
+    assert cut.entry == (site if "resid" in name else f"blocks_{layer}/resid_pre")
+    logits, acts = whole()(weights(), tokens, {})
+    found = cut.after(weights(), acts[cut.entry], acts[site])
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+    np.testing.assert_array_equal(cut.whole(weights(), tokens, {})[0], logits)
+    value = acts[site] + jax.random.normal(jax.random.key(layer), acts[site].shape)
+    found = cut.after(weights(), acts[cut.entry], value)
+    wanted = logits_with(site, value, tokens)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert np.abs(wanted - np.asarray(logits)).max() > 0.1
+
+
+@pytest.mark.parametrize("make", [gpt2, neox])
+@pytest.mark.parametrize("name", ["resid_pre", "attn_out", "mlp_hidden"])
+def test_after_of_other_shapes_of_decoder(make, name):
+    more = {"context": 16} if make is gpt2 else {"rotary_share": 0.5}
+    config = make(vocab=5, layers=2, dim=8, heads=2, hidden=12, **more)
+    tokens = jnp.array([[0, 3, 1, 4], [2, 2, 1, 0]])
+    model = Decoder(config)
+    params = model.init(jax.random.key(0), tokens)
+    site = f"blocks_1/{name}"
+    cut = halves(config, site)
+    _, acts = from_linen(model)(params, tokens, {})
+    value = 2 * acts[site] + 1
+    wanted = from_linen(model)(params, tokens, {site: lambda _: value})[0]
+    found = cut.after(params, acts[cut.entry], value)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_after_in_bfloat16_gives_float32_logits():
+    site = "blocks_1/mlp_out"
+    cut = halves(CONFIG, site, dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):  # flax's norms want it
+        logits, acts = cut.whole(weights(), windows()[:2], {})
+        found = cut.after(weights(), acts[cut.entry], acts[site])
+    assert acts[site].dtype == jnp.bfloat16
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, logits)
+
+
+@pytest.mark.parametrize(
+    "site",
+    [
+        "blocks_3/resid_pre",
+        "blocks_-1/resid_pre",
+        "blocks_01/resid_pre",
+        "blocks_٢/resid_pre",
+        "blocks_1/resid",
+        "blocks_1/attn/query",
+        "blocks_1/resid_pre#1",
+        "block_1/resid_pre",
+        "embed",
+        "",
+    ],
+)
+def test_a_site_that_is_not_there_is_refused(site):
+    with pytest.raises(ValueError, match=r"site: wanted 'blocks_<0 \.\. 2>/<name>'"):
+        halves(CONFIG, site)

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.models.decoder import Decoder, llama
-from toyfeat.tap import from_linen
+from toyfeat.models.decoder import SITES, Decoder, llama
+from toyfeat.tap import from_linen, readouts, tap
 
 CONFIG = llama(vocab=7, layers=3, dim=8, heads=2, kv_heads=1, hidden=10, context=32)
 LENGTH = 7
+ALL = tuple(f"blocks_{i}/{name}" for i in range(3) for name in SITES)
 
 
 @functools.cache
@@ -36,10 +37,30 @@ def windows(num=6):
     return tokens
 
 
+@functools.cache
+def tapped():
+    """Everything about every site of these windows, as ``tap`` has it."""
+
+    @jax.jit
+    def run(params, tokens):
+        readout = readouts.next_token_loss(tokens)
+        return tap(whole(), params, tokens, sites=ALL, readout=readout)
+
+    taps = run(weights(), jnp.asarray(windows()))
+    return jax.tree.map(np.asarray, taps)
+
+
+@functools.cache
+def _run_with(site):
+    return jax.jit(
+        lambda params, tokens, value: whole()(params, tokens, {site: lambda _: value})
+    )
+
+
 def logits_with(site, value, tokens):
     """Of the whole model, float64, with ``value [B, T, width]`` at a site."""
-    probe = {} if value is None else {site: lambda _: jnp.asarray(value, jnp.float32)}
-    return np.asarray(whole()(weights(), tokens, probe)[0], np.float64)
+    value = jnp.asarray(value, jnp.float32)
+    return np.asarray(_run_with(site)(weights(), tokens, value)[0], np.float64)
 
 
 def log_softmax(logits):

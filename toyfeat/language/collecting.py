@@ -1,5 +1,6 @@
 """Activations and gradients of a language model, to disk."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,9 +14,9 @@ import numpy as np
 from toyfeat.data.store import Store, open_store, shard_taps
 from toyfeat.data.writing import StoreWriter, store_writer
 from toyfeat.moments import moments
-from toyfeat.tap import readouts, tap
+from toyfeat.tap import readouts, rules, tap
 from toyfeat.tap.readouts import Readout
-from toyfeat.types import Array, Moments, Params, Probed, Taps
+from toyfeat.types import Array, Moments, Outputs, Params, Probed, Taps
 
 ReadoutOf = Callable[[Array, Array], Readout]
 """``(tokens [B, T], index of the first window []) -> Readout``."""
@@ -31,8 +32,8 @@ def readout_of(kind: str, *, draws: int = 1, seed: int = 0) -> ReadoutOf:
       seed: of the draws.
 
     Returns:
-      ``(tokens [B, T], index of the first window) -> Readout``; tokens are drawn anew
-      for every batch.
+      ``(tokens [B, T], index of the first window) -> Readout``; what is drawn for a
+      window depends on its index and not on the batch it is in.
 
     Raises:
       ValueError: for another kind.
@@ -43,11 +44,22 @@ def readout_of(kind: str, *, draws: int = 1, seed: int = 0) -> ReadoutOf:
         raise ValueError(f"readout: wanted 'loss' or 'sampled', got {kind!r}")
 
     def sampled(tokens: Array, first: Array) -> Readout:
-        key = jax.random.fold_in(jax.random.key(seed), first)
         weights = readouts.next_token_loss(tokens).mask
-        return readouts.sampled_labels(key, num=draws, mask=weights)
+        drawn = readouts.sampled_labels(jax.random.key(seed), num=draws, mask=weights)
+        index = first + jnp.arange(len(tokens))
+        return dataclasses.replace(
+            drawn, rule=_sampled_by_window, labels=index, shared=drawn.key
+        )
 
     return sampled
+
+
+def _sampled_by_window(
+    options: tuple[Any, ...], outputs: Outputs, chunk: rules.Chunk
+) -> Outputs:
+    """``rules.sampled`` with keys of the windows' indices, which are the labels."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(chunk.shared, chunk.labels)
+    return rules.sampled(options, outputs, chunk._replace(keys=keys))
 
 
 def collect(
@@ -106,14 +118,20 @@ def collect(
         return tap(probed, params, tokens, sites=tuple(sites), readout=asked)
 
     shapes = jax.eval_shape(tapped, params, jnp.asarray(tokens[:batch]), 0)
+    place = {site: Path(folder) / site_folder(site) for site in shapes}
+
+    def is_new(site: str) -> bool:
+        return not (place[site] / "store.json").exists()
+
     content = hashlib.sha256(np.ascontiguousarray(tokens, np.int32).data).hexdigest()
     writers: dict[str, StoreWriter] = {}
     pending: Future[None] | None = None
     try:
-        for site, taps in shapes.items():
+        for site in sorted(shapes, key=is_new):  # refused before others are begun
+            taps = shapes[site]
             about = {"site": site, "tokens": content, "length": length}
             writers[site] = store_writer(
-                Path(folder) / site_folder(site),
+                place[site],
                 dim=taps.acts.shape[1],
                 readouts=taps.grads.shape[1],
                 dtype=dtype,
@@ -137,7 +155,7 @@ def collect(
         for writer in writers.values():
             writer.close()
     report(tokens.size, tokens.size)
-    return {site: open_store(Path(folder) / site_folder(site)) for site in shapes}
+    return {site: open_store(path) for site, path in place.items()}
 
 
 def site_folder(site: str) -> str:

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 SITE = "blocks_15/resid_post"
+_LEAST = {"start": -1} | dict.fromkeys(
+    ("held_out", "seed", "seeds", "uniform", "largest"), 0
+)  # of whole numbers; 1 for all others
+_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def read_job(path: str | Path) -> Job:
     Raises:
       FileNotFoundError: if there is no file.
       ValueError: for text that is not TOML, an entry that does not exist, or a value
-        of another type.
+        of another type or out of its range.
     """
     path = Path(path)
     if not path.is_file():
@@ -153,6 +157,7 @@ def _made(kind: Any, content: dict[str, Any], where: str) -> Any:
             values[name] = _made(wanted, value, place)
         else:
             values[name] = _checked(wanted, value, place)
+            _check_range(name, values[name], place)
     return kind(**values)
 
 
@@ -164,6 +169,18 @@ def _checked(wanted: Any, value: Any, where: str) -> Any:
     if wanted is float and type(value) is int:
         return float(value)
     if type(value) is not wanted:
-        name = getattr(wanted, "__name__", str(wanted))
+        table = f"a table, [{where.rpartition(', ')[2]}]"
+        name = table if dataclasses.is_dataclass(wanted) else wanted.__name__
         raise ValueError(f"read_job: {where} must be {name}, got {value!r}")
     return value
+
+
+def _check_range(name: str, value: Any, where: str) -> None:
+    least = _LEAST.get(name, 1)
+    for x in value if isinstance(value, tuple) else (value,):
+        if type(x) is int and x < least:
+            raise ValueError(f"read_job: {where} must be at least {least}, got {x}")
+    if name in ("dtype", "compute") and value not in _DTYPES:
+        raise ValueError(
+            f"read_job: {where} must be {' or '.join(_DTYPES)}, got {value!r}"
+        )

@@ -137,7 +137,7 @@ def judge(
     Returns:
       Name to :class:`Judgement`.
     """
-    run = jax.jit(partial(_losses, cut.after))
+    run = partial(jax.jit(_losses, static_argnums=0), cut.after)
     replace = {name: jax.jit(method.replace) for name, method in methods.items()}
     describe = jax.jit(_described, static_argnums=0)
     sums: dict[str, dict[str, Any]] = {name: {} for name in methods}
@@ -213,7 +213,7 @@ def faithfulness(
     drawn = there[rng.choice(len(there), min(uniform, len(there)), replace=False)]
     order = np.argsort(-np.abs(sizes[tuple(there.T)]), kind="stable")[:largest]
     pairs = np.concatenate([drawn, there[order]])
-    run = jax.jit(partial(_per_token, cut.after))
+    run = partial(jax.jit(_per_token, static_argnums=0), cut.after)
     whole = np.resize(
         np.arange(len(held.tokens)), -(-len(held.tokens) // batch) * batch
     )

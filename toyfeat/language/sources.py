@@ -118,7 +118,7 @@ def fetch(name: str) -> Path:
 
     Raises:
       ValueError: for another name, or a file whose SHA-256 is not the known one,
-        which is not unpacked.
+        which is not unpacked and not kept.
       RuntimeError: if the download fails.
     """
     if name not in PACKAGES:
@@ -130,28 +130,15 @@ def fetch(name: str) -> Path:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        done = subprocess.run(
-            package.command, cwd=draft, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        raise RuntimeError(
-            f"fetch: {package.command[0]!r} is not installed, which {name} needs"
-        ) from None
-    file = draft / package.file
-    if done.returncode or not file.exists():
-        said = (done.stderr or done.stdout).strip()[-500:]
-        raise RuntimeError(f"fetch: {' '.join(package.command)} failed: {said}")
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != package.sha256:
-        raise ValueError(
-            f"fetch: {package.file} has SHA-256 {found}, wanted {package.sha256}; it "
-            "is another file than the one that was checked"
-        )
-    _unpacked(file, package, draft)
-    file.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.replace(folder)
+        file = _downloaded(name, package, draft)
+        _unpacked(file, package, draft)
+        file.unlink()
+        if not (draft / package.inside).exists():
+            raise ValueError(f"fetch: {package.file} has no {package.inside}")
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.replace(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return folder / package.inside
 
 
@@ -185,6 +172,33 @@ def texts_of(path: str | Path) -> Iterator[tuple[str, str]]:
         raise ValueError(f"texts_of: {path} has no words")
 
 
+def _downloaded(name: str, package: Package, folder: Path) -> Path:
+    """The file of a package, which is the one that was checked."""
+    program = package.command[0]
+    try:
+        done = subprocess.run(
+            package.command, cwd=folder, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise RuntimeError(
+            f"fetch: {program!r} is not installed, which {name} needs"
+        ) from None
+    except OSError as error:
+        raise RuntimeError(f"fetch: {program!r} cannot be run ({error})") from None
+    file = folder / package.file
+    if done.returncode or not file.exists():
+        said = (done.stderr or done.stdout).strip()[-500:]
+        raise RuntimeError(f"fetch: {' '.join(package.command)} failed: {said}")
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != package.sha256:
+        raise ValueError(
+            f"fetch: {package.file} has SHA-256 {found}, wanted {package.sha256}; it "
+            "is another file than the one that was checked"
+        )
+    return file
+
+
 def _unpacked(file: Path, package: Package, folder: Path) -> None:
     """The part of an archive that is wanted, and licences."""
     head = package.inside.split("/")[0]
@@ -192,7 +206,8 @@ def _unpacked(file: Path, package: Package, folder: Path) -> None:
     def wanted(name: str) -> bool:
         upper = name.upper()
         legal = "LICENSE" in upper or "NOTICE" in upper
-        return name.startswith(package.inside) or (legal and name.startswith(head))
+        inside = f"{name}/".startswith(f"{package.inside}/")
+        return inside or (legal and name.startswith(head))
 
     if file.suffix == ".whl":
         with zipfile.ZipFile(file) as archive:

@@ -1,0 +1,111 @@
+import dataclasses
+import re
+
+import pytest
+
+from toyfeat.language import Collect, Evaluate, Job, Train, read_job
+
+
+def read(tmp_path, text):
+    path = tmp_path / "job.toml"
+    path.write_text(text)
+    return read_job(path)
+
+
+def test_an_empty_file_is_the_default(tmp_path):
+    assert read(tmp_path, "") == Job()
+    assert read(tmp_path, "[collect]\n[train]\n[evaluate]\n") == Job()
+
+
+def test_what_a_file_says_is_taken_and_the_rest_is_as_it_was(tmp_path):
+    job = read(
+        tmp_path,
+        """
+        model = "m"
+        [collect]
+        sites = ["a", "b"]
+        tokens = 10
+        start = 0
+        [train]
+        codes = []
+        learning_rate = 1
+        [evaluate]
+        seed = 3
+        """,
+    )
+    assert job == Job(
+        model="m",
+        collect=Collect(sites=("a", "b"), tokens=10, start=0),
+        train=Train(codes=(), learning_rate=1.0),
+        evaluate=Evaluate(seed=3),
+    )
+    assert type(job.train.learning_rate) is float
+    hash(job)  # nothing in it can be changed
+
+
+def test_every_entry_can_be_written(tmp_path):
+    def toml(value):
+        if isinstance(value, tuple):
+            return f"[{', '.join(map(toml, value))}]"
+        return f'"{value}"' if isinstance(value, str) else repr(value)
+
+    plain, tables = [], []
+    for name, value in dataclasses.asdict(Job()).items():
+        if isinstance(value, dict):
+            entries = (f"{k} = {toml(v)}" for k, v in value.items())
+            tables.append("\n".join([f"[{name}]", *entries]))
+        else:
+            plain.append(f"{name} = {toml(value)}")
+    assert read(tmp_path, "\n".join(plain + tables)) == Job()
+
+
+def test_the_example_is_a_job():
+    job = read_job("examples/smollm2.toml")
+    assert job.train.site in job.collect.sites
+    assert job.model == "smollm2"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model = ", "job.toml is not TOML"),
+        ("model = 'a'\nmodel = 'b'", "job.toml is not TOML"),
+        ("modle = 'a'", "job.toml has no entry 'modle'; there are model, text, out,"),
+        ("[collect]\ntoken = 1", "job.toml, collect has no entry 'token'; .*tokens"),
+        ("[colect]", "has no entry 'colect'"),
+        ("model = 3", "job.toml, model must be str, got 3"),
+        ("collect = 3", r"job.toml, collect must be a table, \[collect\], got 3"),
+        ("[model]\na = 1", "job.toml, model must be str, got {'a': 1}"),
+        ("[collect]\ntokens = 1.5", "job.toml, collect, tokens must be int, got 1.5"),
+        ("[collect]\ntokens = true", "collect, tokens must be int, got True"),
+        ("[collect]\ntokens = '9'", "collect, tokens must be int, got '9'"),
+        ("[collect]\nsites = 'a'", "collect, sites must be a list, got 'a'"),
+        ("[collect]\nsites = ['a', 1]", "collect, sites must be str, got 1"),
+        ("[train]\ncodes = [1, 2.0]", "train, codes must be int, got 2.0"),
+        ("[train]\nlearning_rate = '1'", "train, learning_rate must be float, got '1'"),
+        ("[train]\nlearning_rate = true", "learning_rate must be float, got True"),
+        ("[evaluate]\nwindows = []", r"evaluate, windows must be int, got \[\]"),
+        ("[evaluate]\nbatch = 0", "evaluate, batch must be at least 1, got 0"),
+        ("[evaluate]\npair_batch = 0", "pair_batch must be at least 1, got 0"),
+        ("[evaluate]\nuniform = -1", "uniform must be at least 0, got -1"),
+        ("[collect]\nbatch = -3", "collect, batch must be at least 1, got -3"),
+        ("[collect]\nheld_out = -1", "collect, held_out must be at least 0, got -1"),
+        ("[collect]\nstart = -2", "collect, start must be at least -1, got -2"),
+        ("[train]\ncodes = [8, 0]", "train, codes must be at least 1, got 0"),
+        ("[collect]\ncompute = 'f4'", "compute must be float32 or bfloat16, got 'f4'"),
+        ("[collect]\ndtype = 'float16'", "dtype must be float32 or bfloat16"),
+        ("[collect]\nseed = -1", "seed must be at least 0, got -1"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=f"^read_job: .*{message}"):
+        read(tmp_path, text)
+
+
+def test_a_file_that_is_not_there_or_no_text(tmp_path):
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"no {re.escape(str(path))}"):
+            read_job(path)
+    (tmp_path / "job.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"read_job: .*job\.toml is not TOML"):
+        read_job(tmp_path / "job.toml")

@@ -1,6 +1,7 @@
 """The steps of a job on a language model, each of which goes on where it stopped."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from toyfeat.language.judging import Held, faithfulness, held_out, judge
 from toyfeat.language.methods import Method, of_basis, of_dictionary, of_readers
 from toyfeat.language.sources import located, texts_of
 from toyfeat.language.training import finished, runs_of, train_one
+from toyfeat.linalg.precise import norm
 from toyfeat.models.decoder import (
     Decoder,
     DecoderConfig,
@@ -72,8 +74,8 @@ def opened(job: Job) -> Opened:
 
     Raises:
       FileNotFoundError: if the model or the text is not there.
-      ValueError: for a model that cannot be read or has no tokenizer, a site that it
-        does not have, or too little text.
+      ValueError: for a model that cannot be read or has no tokenizer, a site or a
+        token that it does not have, or too little text.
     """
     given = job.collect
     model = load_decoder(located(job.model))
@@ -81,6 +83,11 @@ def opened(job: Job) -> Opened:
         raise ValueError(f"job: {job.model} has no tokenizer")
     for site in (*given.sites, job.train.site):
         checked_site(model.config, site)
+    if given.start >= model.config.vocab:
+        raise ValueError(
+            "job: collect.start must be a token of the model, 0 .. "
+            f"{model.config.vocab - 1}, or -1 for none, got {given.start}"
+        )
     texts = [text for _, text in texts_of(located(job.text))]
     if given.every < 2 or len(texts) < given.every:
         raise ValueError(
@@ -302,6 +309,8 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
     methods: dict[str, Method] = {}
     for one, features in found.items():
         sae, params = load_saelens(features)
+        if "grad_scale" in params:  # of all draws together: here is one readout
+            params["grad_scale"] = norm(params["grad_scale"])[None]
         if one.kind == "gradients":
             methods[one.name] = of_readers(
                 sae, params, jnp.asarray(stats.mean), covariance(stats)
@@ -343,7 +352,8 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
 class Rows:
     """Results in a file of JSON lines, each there once.
 
-    A line that a kill cut off is dropped when the file is opened.
+    A line that a kill cut off is dropped when the file is opened.  A number that is
+    not finite, for which JSON has no word, is ``null`` in the file and ``None`` here.
     """
 
     def __init__(self, path: Path):
@@ -364,9 +374,12 @@ class Rows:
         """Write a row, unless there is one with the entries of ``where``."""
         if self.has(where):
             return False
-        row = {**where, **more}
+        row = {
+            name: None if isinstance(x, float) and not math.isfinite(x) else x
+            for name, x in {**where, **more}.items()
+        }
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
         self.rows.append(row)
         return True
 

@@ -1,0 +1,391 @@
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import toyfeat as tf
+from toyfeat.data.store import verify_store
+from toyfeat.interop import load_saelens
+from toyfeat.language import Collect, Evaluate, Job, Train, pipeline
+from toyfeat.models.decoder import Decoder
+
+ROOT = Path(__file__).parents[2]
+SITE = "blocks_1/resid_post"
+KINDS = ("acts", "attribution", "gradients", "paired")
+
+
+def job_of(folder, out, **more):
+    return Job(
+        model=str(folder),
+        text=str(folder / "texts"),
+        out=str(out),
+        collect=Collect(
+            sites=(SITE,),
+            readout="sampled",
+            draws=2,
+            tokens=256,
+            held_out=64,
+            length=16,
+            batch=4,
+            rows_per_shard=100,
+            every=3,
+        ),
+        train=Train(site=SITE, kinds=KINDS, codes=(2,), latents=24, steps=6, batch=64),
+        evaluate=Evaluate(windows=5, batch=2, uniform=20, largest=6, pair_batch=8),
+    )
+
+
+def rows_in(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Done(dict):
+    """What the steps gave, and what they said."""
+
+
+@pytest.fixture(scope="module")
+def done(folder, tmp_path_factory):
+    """A job from beginning to end, with a step too early now and then."""
+    out = tmp_path_factory.mktemp("job")
+    job, found, patch = job_of(folder, out), Done(said=[]), pytest.MonkeyPatch()
+    with patch.context() as patched:
+        patched.setattr(pipeline, "RANKS", (4, 16))
+        run = pipeline.opened(job)
+        with pytest.raises(
+            FileNotFoundError, match=r"nothing of .*scripts/collect\.py"
+        ):
+            pipeline.trained(job)
+        with pytest.raises(FileNotFoundError, match=r"run scripts/collect\.py first"):
+            pipeline.evaluated(run)
+        found |= {"job": job, "run": run, "out": out}
+        found["stores"] = pipeline.collected(run)
+        with pytest.raises(FileNotFoundError, match=r"scripts/train_dictionary\.py"):
+            pipeline.evaluated(run)
+        pipeline.trained(job, found["said"].append)
+        found["decomposed"] = pipeline.decomposed(run, found["said"].append)
+        found["evaluated"] = pipeline.evaluated(run, found["said"].append)
+    return found
+
+
+def test_text_is_cut_into_windows_of_texts_of_their_own(done):
+    run, texts = done["run"], {}
+    for i in range(6):
+        text = Path(run.job.text, f"{i}.txt").read_text()
+        ids = run.model.tokenizer.encode(text).ids
+        texts[i] = {tuple(ids[s : s + 16]) for s in range(0, 192, 16)}
+    assert run.tokens.shape == (16, 16)
+    assert run.held_out.shape == (4, 16)
+    away = texts[1] | texts[4]  # every third
+    rest = texts[0] | texts[2] | texts[3] | texts[5]
+    assert {tuple(w) for w in run.held_out.tolist()} <= away
+    assert {tuple(w) for w in run.tokens.tolist()} <= rest
+    assert len({tuple(w) for w in run.tokens.tolist()}) == 16
+
+
+def test_the_store_is_whole_and_says_what_it_is_of(done):
+    store = done["stores"][SITE]
+    verify_store(store.path)
+    assert (store.rows, store.dim, store.readouts) == (256, 16, 2)
+    about = store.metadata
+    assert (about["site"], about["readout"], about["draws"]) == (SITE, "sampled", 2)
+    assert about["weights"] == pipeline.fingerprint(done["run"].model.params)
+    size = sum(p.stat().st_size for p in store.path.glob("*.bin"))
+    assert (
+        pipeline.size_of(done["run"]) == f"256 tokens at 1 sites, {size / 1e6:,.0f} MB"
+    )
+    _, stats = pipeline.store_of(done["job"], SITE)
+    model = from_model(done["run"])
+    acts = np.asarray(model(done["run"].tokens))[:, 1:-1].reshape(-1, 16)
+    np.testing.assert_allclose(stats.mean, acts.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(
+        stats.scatter / stats.weight, np.cov(acts.T, bias=True), atol=1e-4
+    )
+
+
+def from_model(run):
+    probed = tf.from_linen(Decoder(run.model.config))
+    return jax.jit(lambda x: probed(run.model.params, jnp.asarray(x), {})[1][SITE])
+
+
+def test_every_dictionary_has_a_folder(done):
+    for kind in KINDS:
+        folder = done["out"] / "train" / f"{kind}-k2-s0"
+        assert (folder / "metrics.jsonl").exists()
+        sae, params = load_saelens(folder / "features")
+        assert (sae.config.d_in, sae.config.d_sae, sae.config.k) == (16, 24, 2)
+        assert all(bool(jnp.isfinite(x).all()) for x in params.values())
+        about = json.loads((folder / "features" / "cfg.json").read_text())["metadata"]
+        assert (about["kind"], about["site"]) == (kind, SITE)
+    assert [line.split(":")[0] for line in done["said"][:4]] == [
+        f"{kind}-k2-s0" for kind in KINDS
+    ]
+
+
+def test_decompose_has_spectra_and_what_is_kept(done):
+    rows = done["decomposed"]
+    assert rows == rows_in(done["out"] / "decompose.jsonl")
+    names = {"pca", "gradient pca", "joint pca", "random"}
+    spectra = {row["basis"]: row for row in rows if "basis" in row}
+    assert spectra.keys() == names
+    _, stats = pipeline.store_of(done["job"], SITE)
+    values = np.linalg.eigvalsh(np.float64(stats.scatter / stats.weight))[::-1]
+    np.testing.assert_allclose(spectra["pca"]["spectrum"], values, rtol=1e-3, atol=1e-5)
+    ratio = values.sum() ** 2 / (values**2).sum()
+    assert spectra["pca"]["participation"] == pytest.approx(ratio, rel=1e-3)
+    assert spectra["random"]["participation"] == pytest.approx(16)
+    scores = {row["method"]: row for row in rows if "method" in row}
+    assert scores.keys() == {f"{name}, 4" for name in names}  # 16 would be all
+    assert scores["pca, 4"]["explained"] > scores["random, 4"]["explained"]
+
+
+def test_evaluate_has_scores_of_all_and_baselines(done):
+    rows = done["evaluated"]
+    assert rows == rows_in(done["out"] / "evaluation.jsonl")
+    scores = {r["method"]: r for r in rows if r["what"] == "scores"}
+    bases = ("pca", "gradient pca", "joint pca", "random")
+    names = {f"{kind}-k2-s0" for kind in KINDS}
+    assert scores.keys() == names | {f"{name}-k2" for name in bases}
+    for row in scores.values():
+        assert row["l0"] <= 2
+        assert row["kl"] >= 0
+        assert 0 <= row["unexplained"] <= 1
+        assert 0 <= row["dead"] <= 1
+        assert row["ce"] > 0
+    faithful = {r["method"]: r for r in rows if r["what"] == "faithfulness"}
+    assert faithful.keys() == names
+    for row in faithful.values():
+        assert row["pairs"] == len(row["effects"]) == 26
+        again = tf.attribution_faithfulness(*np.array(row["effects"]).T)
+        assert [row[k] for k in ("correlation", "slope", "error")] == list(again[:3])
+
+
+@pytest.fixture
+def copy(done, tmp_path, monkeypatch):
+    """The finished job again, in a folder of its own."""
+    monkeypatch.setattr(pipeline, "RANKS", (4, 16))
+    shutil.copytree(done["out"], tmp_path / "job")
+    return replace(done["job"], out=str(tmp_path / "job"))
+
+
+def never(*_, **__):
+    raise AssertionError("computed again")
+
+
+def test_again_nothing_is_computed(copy, done, monkeypatch, capsys):
+    out = Path(copy.out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for name in ("train_one", "judge", "faithfulness", "held_out", "store_moments"):
+        monkeypatch.setattr(pipeline, name, never)
+    run = done["run"]._replace(job=copy)
+    told = []
+    pipeline.collected(run, lambda now, total: told.append((now, total)))
+    pipeline.trained(copy)
+    assert len(pipeline.decomposed(run)) == len(done["decomposed"])
+    assert len(pipeline.evaluated(run)) == len(done["evaluated"])
+    assert told == [(256, 256)]
+    assert capsys.readouterr().out == ""
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("what", ["scores", "faithfulness"])
+def test_a_row_that_was_cut_off_is_dropped_and_computed_again(copy, done, what):
+    path = Path(copy.out) / "evaluation.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    last = [i for i, line in enumerate(lines) if f'"{what}"' in line][-1]
+    lines = [*lines[:last], *lines[last + 1 :], lines[last]]
+    path.write_text("".join(lines)[:-30])
+    said = []
+    rows = pipeline.evaluated(done["run"]._replace(job=copy), said.append)
+    assert len(said) == 1
+    assert rows == rows_in(path)
+    assert path.read_text().startswith("".join(lines[:-1]))
+    again, first = rows[-1], json.loads(lines[-1])
+    for row in (again, first):
+        row.pop("seconds", None)
+    np.testing.assert_allclose(
+        np.array(again.pop("effects", 0)), np.array(first.pop("effects", 0)), rtol=1e-5
+    )
+    assert again == pytest.approx(first)
+
+
+def test_another_model_is_refused(copy, done):
+    params = jax.tree.map(lambda x: x * 1.001, done["run"].model.params)
+    model = done["run"].model._replace(params=params)
+    with pytest.raises(ValueError, match="was begun with metadata"):
+        pipeline.collected(done["run"]._replace(job=copy, model=model))
+
+
+def toml_of(job, path, **changes):
+    """A file of the few entries that tests change."""
+    given = {
+        "model": job.model,
+        "text": job.text,
+        "out": job.out,
+        "site": SITE,
+        "every": 3,
+        "held_out": 64,
+        "start": -1,
+        "tokens": 256,
+        "length": 16,
+    } | changes
+    path.write_text(
+        f"""
+        model = "{given["model"]}"
+        text = "{given["text"]}"
+        out = "{given["out"]}"
+        [collect]
+        sites = ["{given["site"]}"]
+        readout = "sampled"
+        draws = 2
+        tokens = {given["tokens"]}
+        held_out = {given["held_out"]}
+        length = {given["length"]}
+        batch = 4
+        rows_per_shard = 100
+        every = {given["every"]}
+        start = {given["start"]}
+        [train]
+        site = "{given["site"]}"
+        codes = [2]
+        latents = 24
+        steps = 6
+        batch = 64
+        """
+    )
+    return str(path)
+
+
+def ended(script, *arguments):
+    """What a script prints and with what it ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *arguments])
+        try:
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        except SystemExit as end:
+            return str(end.code)
+    return None
+
+
+def test_scripts_go_through_a_finished_job(copy, tmp_path, capsys):
+    path = toml_of(copy, tmp_path / "job.toml")
+    assert ended("collect.py", path) is None
+    assert "256 tokens at 1 sites" in capsys.readouterr().out
+    for script in ("train_dictionary.py", "decompose.py"):
+        assert ended(script, path) is None
+        assert capsys.readouterr().out == ""
+
+
+JOBS = "collect.py", "decompose.py", "train_dictionary.py", "evaluate.py"
+
+
+@pytest.mark.parametrize("script", JOBS)
+def test_a_script_without_a_job_or_with_one_that_is_not_there(script):
+    assert ended(script) == "name a job: examples/smollm2.toml"
+    assert ended(script, "none.toml") == "read_job: there is no none.toml"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"site": "blocks_9/resid_post"}, r"site: wanted .*got 'blocks_9/resid_post'"),
+        ({"site": "nowhere"}, r"site: wanted .*got 'nowhere'"),
+        ({"model": "EMPTY"}, r"load_decoder: .* has no config\.json; is it the folder"),
+        (
+            {"model": "/nowhere"},
+            r"there is no /nowhere; give a path, or one of smollm2",
+        ),
+        ({"model": "TEXT"}, r"load_decoder: wanted a folder or a \.gguf file, got"),
+        ({"text": "EMPTY"}, r"texts_of: there is no text in "),
+        ({"text": "BLANK"}, r"texts_of: .*blank\.txt has no words"),
+        ({"text": "TEXT"}, r"job: one of every 3 texts is to be held out, there are 1"),
+        ({"every": 1}, r"job: one of every 1 texts is to be held out"),
+        (
+            {"tokens": 10**6},
+            r"job: wanted 1000000 tokens in windows of 16, the text has",
+        ),
+        ({"held_out": 10**6}, r"job: wanted 1000000 tokens .*collect\.held_out"),
+        ({"length": 300}, r"token_windows: no text fills a window of 300 tokens"),
+        ({"start": 48}, r"job: .*start.* 0 \.\. 47.*got 48"),
+    ],
+)
+def test_a_job_that_cannot_be_done_says_why(folder, tmp_path, changes, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "one.txt").write_text("w1 w2 w3")
+    for name, path in (("EMPTY", "empty"), ("BLANK", "blank.txt"), ("TEXT", "one.txt")):
+        changes = {
+            k: str(tmp_path / path) if v == name else v for k, v in changes.items()
+        }
+    job = job_of(folder, tmp_path / "out")
+    said = ended("collect.py", toml_of(job, tmp_path / "job.toml", **changes))
+    assert re.match(message, said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_of_scripts_that_are_too_early(folder, tmp_path):
+    path = toml_of(job_of(folder, tmp_path / "out"), tmp_path / "job.toml")
+    for script in JOBS[1:]:
+        said = ended(script, path)
+        assert said.endswith(
+            f"has nothing of {SITE!r} yet; run scripts/collect.py first"
+        )
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("collect.py", ["none.toml"], "read_job: there is no none.toml\n"),
+        ("fetch.py", ["nothing"], "fetch: wanted one of smollm2"),
+    ],
+)
+def test_a_process_that_fails_prints_a_line_and_no_traceback(
+    script, arguments, message
+):
+    done = subprocess.run(
+        [sys.executable, f"scripts/{script}", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+
+
+def test_fetch_lists_what_there_is(capsys):
+    assert ended("fetch.py") is None
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["smollm2", "minilm", "g2p", "sotu"]
+
+
+def test_a_broken_row_is_dropped_wherever_the_file_ends(tmp_path):
+    path = tmp_path / "some" / "rows.jsonl"
+    rows = pipeline.Rows(path)
+    assert rows.add({"a": 1, "b": "x"}, {"c": [1.0]})
+    assert rows.add({"a": 2, "b": "x"}, {"c": float("nan")})
+    assert not rows.add({"a": 1, "b": "x"}, {"c": 3})
+    text = path.read_text()
+    for end in range(len(text) + 1):
+        path.write_text(text[:end])
+        found = pipeline.Rows(path)
+        whole = text[:end].count("\n")
+        assert len(found.rows) == whole
+        assert path.read_text() == "".join(text.splitlines(keepends=True)[:whole])
+    assert found.rows == rows.rows
+    assert found.rows[1]["c"] is None
+    assert "NaN" not in text
+    assert found.has({"b": "x"})
+    assert not found.has({"a": 3})

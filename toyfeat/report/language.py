@@ -114,6 +114,10 @@ def faithfulness_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
         axis.plot([-most, most], [-most, most], color="black", linewidth=0.6)
         axis.set_xscale("symlog", linthresh=most / 300)
         axis.set_yscale("symlog", linthresh=most / 300)
+        ticks = 10.0 ** np.floor(np.log10(most)) * np.array([-1, 0, 1])
+        axis.set_xticks(ticks)
+        axis.set_yticks(ticks)
+        axis.minorticks_off()
         axis.set_title(f"{row['method']}: r {row['correlation']:.2f}", size=9)
         axis.tick_params(labelsize=6)
     for axis in axes[len(mine) :]:

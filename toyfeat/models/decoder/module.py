@@ -209,9 +209,8 @@ def rotated(heads: Array, config: DecoderConfig) -> Array:
     """
     width = config.rotary_dim
     powers = jnp.arange(0, width, 2, dtype=jnp.float32) / width
-    angles = jnp.outer(
-        jnp.arange(heads.shape[1], dtype=jnp.float32), config.rotary_base**-powers
-    )
+    rates = float(config.rotary_base) ** -powers
+    angles = jnp.outer(jnp.arange(heads.shape[1], dtype=jnp.float32), rates)
     cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
     whole = heads.astype(jnp.float32)
     a, b, rest = jnp.split(whole, [width // 2, width], axis=-1)

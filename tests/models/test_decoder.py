@@ -260,6 +260,14 @@ def test_the_rest_of_the_model_runs_from_the_residual_stream(kind):
     close(run(kind, start=start)(params, resid, {})[0], wanted(kind)[0])
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_first_start_is_what_the_tokens_become(scan):
+    params = case("gpt2").params
+    resid = jnp.asarray(wanted("gpt2")[1][0, "resid_pre"], jnp.float32)
+    model = run("gpt2", start=0, scan=scan)
+    close(model(stacked(params) if scan else params, resid, {})[0], wanted("gpt2")[0])
+
+
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_last_start_is_the_norm_and_the_logits(kind, scan):
@@ -354,6 +362,7 @@ RESID = jnp.zeros((1, 2, 12))
         ("gpt2", {"start": -1}, RESID, r"start must be in 0 \.\. 3, .* got -1"),
         ("gpt2", {"start": 4}, RESID, r"start must be in 0 \.\. 3, .* got 4"),
         ("gpt2", {"start": 2}, TOKENS, r"residual stream \[B, T, 12\].*got shape \(2"),
+        ("gpt2", {"start": 0}, TOKENS, r"residual stream .* before block 0, got shape"),
         ("gpt2", {"start": 2}, RESID[..., :5], r"before block 2, got shape \(1, 2, 5"),
         ("gpt2", {"start": 2}, jnp.zeros((1, 2, 12), int), r"got shape .* of int32"),
         ("gpt2", {"start": 1, "scan": True}, RESID, r"start 1 wants some; use scan=F"),

@@ -42,7 +42,7 @@ from toyfeat.consensus import (
     recurring,
     tapped,
 )
-from toyfeat.report.rows import output_folder
+from toyfeat.report.rows import output_folder, write_whole
 from toyfeat.report.sweeps import brittleness_figure, write_sweep
 from toyfeat.tap.readouts import Readout
 from toyfeat.types import Array, Member, Subject, Taps, Task, Trainer, TrainState
@@ -239,7 +239,7 @@ FAMILIES: dict[str, Sweep] = {
 
 def good(run: Run, best: float) -> bool:
     """Success (a)."""
-    return run.finite and run.coverage >= (1 - NEAR) * best
+    return run.finite and run.coverage >= (1 - NEAR) * best > 0
 
 
 def sparse(run: Run, target: float) -> bool:
@@ -271,13 +271,16 @@ def swept(
         runs = list(sweep(task, target, grid))
         seconds = time.perf_counter() - begun
         text = json.dumps({"grid": grid, "seconds": seconds, "runs": runs})
-        part = path.with_suffix(".part")
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(path)
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    if kept["grid"] != json.loads(json.dumps(grid)):
+        write_whole(path, text + "\n")
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        grid_of, runs, seconds = (kept[name] for name in ("grid", "runs", "seconds"))
+        runs = [Run(*one) for one in runs]
+    except (ValueError, KeyError, TypeError):
+        raise SystemExit(f"brittleness: {path} is damaged; move it away") from None
+    if grid_of != json.loads(json.dumps(grid)):
         raise SystemExit(f"brittleness: {path} is of another grid; move it away")
-    return [Run(*one) for one in kept["runs"]], kept["seconds"]
+    return runs, seconds
 
 
 def members_of(runs: list[Run], best: float) -> list[Member]:
@@ -286,7 +289,7 @@ def members_of(runs: list[Run], best: float) -> list[Member]:
         Member(
             i,
             {"learning_rate": run.learning_rate, "coefficient": run.coefficient},
-            {"share of the best": run.coverage / best, "codes": run.codes},
+            {"share of the best": run.coverage / (best or 1), "codes": run.codes},
             run.finite,
         )
         for i, run in enumerate(runs)
@@ -303,27 +306,13 @@ def main() -> None:
     options = parsed()
     grid, folder = GRIDS[options.size], Path(options.out)
     output_folder(folder)
+    if options.json:
+        output_folder(Path(options.json).parent)
     lines, families, pictures = [], {}, {}
     for name in grid.tasks:
-        index = list(TASKS).index(name)
-        task = TASKS[name](jax.random.fold_in(jax.random.key(0), index))
-        target = float(tf.active_features(jax.random.key(2), task))
-        every = {
-            family: swept(
-                folder / f"{slug(name)}-{family}.json", sweep, task, target, grid
-            )
-            for family, sweep in FAMILIES.items()
-        }
-        best = max(run.coverage for runs, _ in every.values() for run in runs)
-        mine = {}
-        for family, (runs, seconds) in every.items():
-            a, b = shares(runs, best, target, choose=family == "published")
-            print(f"{name:18} {family:10} (a) {a:4.0%}  (b) {b:4.0%}  {len(runs)} runs")
-            figures = {"best": best, "target": target, "a": a, "b": b}
-            more = {"ours_s": seconds, "ratio": None, "error": None}
-            lines.append(row(name, {"runs": len(runs)}, family, **figures, **more))
-            mine[family] = members_of(runs, best)
-            families[f"{name}: {family}"] = mine[family]
+        mine, rows = compared(name, grid, folder)
+        lines += rows
+        families |= {f"{name}: {family}": runs for family, runs in mine.items()}
         axes = ("coefficient", "learning_rate")
         drawn = brittleness_figure(
             mine, *axes, score="share of the best", good=1 - NEAR
@@ -343,6 +332,29 @@ def main() -> None:
     if options.json:
         text = "".join(json.dumps(one) + "\n" for one in lines)
         Path(options.json).write_text(text, encoding="utf-8")
+
+
+def compared(
+    name: str, grid: Grid, folder: Path
+) -> tuple[dict[str, list[Member]], list[dict[str, Any]]]:
+    """Every family on one task: its runs for the maps, and a row each."""
+    index = list(TASKS).index(name)
+    task = TASKS[name](jax.random.fold_in(jax.random.key(0), index))
+    target = float(tf.active_features(jax.random.key(2), task))
+    every = {
+        family: swept(folder / f"{slug(name)}-{family}.json", sweep, task, target, grid)
+        for family, sweep in FAMILIES.items()
+    }
+    best = max(run.coverage for runs, _ in every.values() for run in runs)
+    mine, lines = {}, []
+    for family, (runs, seconds) in every.items():
+        a, b = shares(runs, best, target, choose=family == "published")
+        print(f"{name:18} {family:10} (a) {a:4.0%}  (b) {b:4.0%}  {len(runs)} runs")
+        figures = {"best": best, "target": target, "a": a, "b": b}
+        more = {"ours_s": seconds, "ratio": None, "error": None}
+        lines.append(row(name, {"runs": len(runs)}, family, **figures, **more))
+        mine[family] = members_of(runs, best)
+    return mine, lines
 
 
 def parsed() -> argparse.Namespace:

@@ -26,7 +26,7 @@ import toyfeat as tf
 from toyfeat.models import planted
 from toyfeat.report import leaderboard
 from toyfeat.report.planted import describe, task_figure
-from toyfeat.report.rows import write_whole
+from toyfeat.report.rows import output_folder, write_whole
 from toyfeat.types import Array, Task
 
 TASKS: dict[str, Callable[[Array], Task]] = {
@@ -140,36 +140,13 @@ def verdicts(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 def main() -> None:
     """Measure what is missing, then print and write all of it."""
     options = parsed()
-    tasks, budget, _ = SIZES[options.size]
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = kept(folder / "rows.jsonl", options, budget)
+    folder = output_folder(Path(options.out))
+    if options.json:
+        output_folder(Path(options.json).parent)
+    path = folder / "rows.jsonl"
+    rows = kept(path, options, SIZES[options.size][1])
     pages: dict[str, tuple[str, Any]] = {}
-    methods = options.methods
-    pairs = [(seed, name) for seed in range(options.seeds) for name in options.tasks]
-    for seed, name in pairs:
-        jax.clear_caches()  # a process can map only so many programs
-        key = jax.random.key(options.root)
-        key = jax.random.fold_in(key, 1000 * seed + list(TASKS).index(name))
-        done = {(one["case"], one["method"], one["seed"]) for one in rows}
-        missing = [m for m in methods if (name, m, seed) not in done]
-        if not missing and name in pages:
-            continue
-        task = tasks[name](key)
-        if name not in pages:
-            pages[name] = (describe(task), task_figure(key, task))
-        for method in missing:
-            try:
-                one = measured(task, name, method, seed, budget)
-            except ImportError as error:
-                print(f"{method} is left out: {error}")
-                methods = [m for m in methods if m != method]
-                continue
-            rows.append(one)
-            with (folder / "rows.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(one) + "\n")
-            shown = f"{leaderboard.coverage(one):.3f}, {one['seconds']:.1f} s"
-            print(f"{name}, {method}, seed {seed}: {shown}", flush=True)
+    methods = fill(rows, pages, path, options)
     mine = [
         one
         for one in rows
@@ -193,20 +170,80 @@ def main() -> None:
         Path(options.json).write_text(lines, encoding="utf-8")
 
 
+def fill(
+    rows: list[dict[str, Any]],
+    pages: dict[str, tuple[str, Any]],
+    path: Path,
+    options: argparse.Namespace,
+) -> list[str]:
+    """Measure what is missing; the methods that could run."""
+    tasks, budget, _ = SIZES[options.size]
+    methods = options.methods
+    pairs = [(seed, name) for seed in range(options.seeds) for name in options.tasks]
+    for seed, name in pairs:
+        jax.clear_caches()  # a process can map only so many programs
+        key = jax.random.key(options.root)
+        key = jax.random.fold_in(key, 1000 * seed + list(TASKS).index(name))
+        done = {(one["case"], one["method"], one["seed"]) for one in rows}
+        missing = [m for m in methods if (name, m, seed) not in done]
+        if not missing and name in pages:
+            continue
+        task = tasks[name](key)
+        if name not in pages:
+            pages[name] = (describe(task), task_figure(key, task))
+        for method in missing:
+            try:
+                one = measured(task, name, method, seed, budget)
+            except ImportError as error:
+                print(f"{method} is left out: {error}")
+                methods = [m for m in methods if m != method]
+                continue
+            rows.append(one)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(one) + "\n")
+            shown = f"{leaderboard.coverage(one):.3f}, {one['seconds']:.1f} s"
+            print(f"{name}, {method}, seed {seed}: {shown}", flush=True)
+    return methods
+
+
 def kept(path: Path, options: argparse.Namespace, budget: Budget) -> list[dict]:
     """Rows that were measured before, under the same settings."""
     settings = path.with_name("settings.json")
     now = {"size": options.size, "root": options.root, "budget": budget._asdict()}
-    if settings.exists() and json.loads(settings.read_text(encoding="utf-8")) != now:
+    said, text = (
+        one.read_text(encoding="utf-8", errors="replace") if one.exists() else ""
+        for one in (settings, path)
+    )
+    if (said.strip() or text.strip()) and loaded(said) != now:
         raise SystemExit(
-            f"leaderboard: {path.parent} holds rows of other settings; give another "
-            "--out, or move that folder away"
+            f"leaderboard: {path.parent} holds rows of other settings, or a "
+            "settings.json that is missing or damaged; give another --out, or move "
+            "that folder away"
         )
-    settings.write_text(json.dumps(now) + "\n", encoding="utf-8")
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = [line for line in text.splitlines(keepends=True) if line.endswith("}\n")]
-    write_whole(path, "".join(whole))  # without a line that a kill cut off
-    return [json.loads(line) for line in whole]
+    lines = [line for line in text.split("\n") if line.strip()]
+    if lines and loaded(lines[-1]) is None and not text.endswith("\n"):
+        del lines[-1]  # a kill cut it off
+    rows = []
+    for line in lines:
+        one = loaded(line)
+        if one is None or not {"case", "method", "seed", "side"} <= set(one):
+            raise SystemExit(
+                f"leaderboard: {path} has a line that is no row, {line[:40]!r}; take "
+                "it out, or give another --out"
+            )
+        rows.append(one)
+    write_whole(settings, json.dumps(now) + "\n")
+    write_whole(path, "".join(line + "\n" for line in lines))
+    return rows
+
+
+def loaded(text: str) -> dict[str, Any] | None:
+    """The object that a line of JSON is, if it is one."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def parsed() -> argparse.Namespace:
@@ -230,7 +267,7 @@ def parsed() -> argparse.Namespace:
     every = {"tasks": list(tasks), "methods": [*METHODS, leaderboard.ORACLE]}
     for what, known in every.items():
         text = getattr(options, what)
-        names = known if text is None else text.split(",")
+        names = known if text is None else list(dict.fromkeys(text.split(",")))
         if unknown := [name for name in names if name not in known]:
             some = ", ".join(known)
             parser.error(f"--{what}: there is no {unknown[0]!r}; there are {some}")

@@ -1,3 +1,5 @@
+import argparse
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -43,6 +45,118 @@ def test_the_leaderboard_runs_every_method_and_goes_on(tmp_path):
     }
     assert all(0 <= row["readers"] <= 1 and row["seconds"] > 0 for row in rows)
     assert (tmp_path / "leaderboard.html").stat().st_size > 20_000
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """A benchmark as a module, with a command line."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+    def module(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        return importlib.import_module(name)
+
+    return module
+
+
+ROW = {"case": "x²", "method": "random", "seed": 0, "side": "readers"}
+OPTIONS = argparse.Namespace(size="tiny", root=0)
+
+
+def test_rows_are_kept_whatever_a_kill_cut_off(bench, tmp_path):
+    board = bench("leaderboard")
+    path, (_, budget, _) = tmp_path / "rows.jsonl", board.SIZES["tiny"]
+    assert board.kept(path, OPTIONS, budget) == []
+    rows = [ROW, ROW | {"seed": 1}]
+    whole = "\n".join(map(json.dumps, rows))
+    for text in (whole, whole + "\n", whole + '\n{"case": "x'):
+        path.write_text(text)
+        assert board.kept(path, OPTIONS, budget) == rows
+        assert path.read_text() == whole + "\n"
+
+
+@pytest.mark.parametrize(
+    "bad", ["garbage", '{"case": "x"}', "5", "null", '{"case": "x{"case": "y"}']
+)
+def test_a_line_that_is_no_row_is_left_to_the_user(bad, bench, tmp_path):
+    board = bench("leaderboard")
+    path, (_, budget, _) = tmp_path / "rows.jsonl", board.SIZES["tiny"]
+    board.kept(path, OPTIONS, budget)
+    text = f"{json.dumps(ROW)}\n{bad}\n{json.dumps(ROW)}\n"
+    path.write_text(text)
+    with pytest.raises(
+        SystemExit, match=r"has a line that is no row, '.*; take it out"
+    ):
+        board.kept(path, OPTIONS, budget)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("said", [None, "", '{"size": "ti', '{"size": "quick"}'])
+def test_rows_of_unknown_settings_are_not_gone_on_with(said, bench, tmp_path):
+    board = bench("leaderboard")
+    path, budget = tmp_path / "rows.jsonl", board.SIZES["tiny"][1]
+    text = json.dumps(ROW) + "\n"
+    path.write_text(text)
+    if said is not None:
+        (tmp_path / "settings.json").write_text(said)
+    with pytest.raises(SystemExit, match=r"rows of other settings, or a settings.json"):
+        board.kept(path, OPTIONS, budget)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("name", ["leaderboard", "brittleness"])
+def test_places_that_cannot_be_written_are_refused_before_the_work(
+    name, bench, tmp_path
+):
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    module = bench(name, "--tiny", "--out", taken)
+    with pytest.raises(ValueError, match=r"output_folder: cannot write to .*taken"):
+        module.main()
+    bench(name, "--tiny", "--out", tmp_path / "out", "--json", taken / "rows.json")
+    with pytest.raises(ValueError, match=r"output_folder: cannot write to .*taken"):
+        module.main()
+    assert taken.read_text() == "mine"
+
+
+def test_names_are_looked_at_once_each(bench, capsys):
+    board = bench("leaderboard", "--tiny", "--methods", "TopK,random,TopK")
+    assert board.parsed().methods == ["TopK", "random"]
+    for bad, match in (
+        (("--seeds", "0"), "--seeds must be at least 1, got 0"),
+        (("--tasks", "no"), "--tasks: there is no 'no'; there are product space"),
+        (("--methods", ""), "--methods: there is no ''; there are random"),
+    ):
+        bench("leaderboard", "--tiny", *bad)
+        with pytest.raises(SystemExit):
+            board.parsed()
+        assert match in capsys.readouterr().err
+
+
+def test_a_sweep_that_is_damaged_or_of_another_grid_is_left_to_the_user(
+    bench, tmp_path
+):
+    sweeps = bench("brittleness")
+    path, grid = tmp_path / "x.json", sweeps.GRIDS["tiny"]
+    other = {"grid": sweeps.QUICK, "runs": [], "seconds": 1.0}
+    for text, match in (
+        ('{"grid": [', "x.json is damaged; move it away"),
+        ("[]", "x.json is damaged; move it away"),
+        (json.dumps(other | {"runs": [[1.0]]}), "x.json is damaged; move it away"),
+        (json.dumps(other), "x.json is of another grid; move it away"),
+    ):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match=match):
+            sweeps.swept(path, None, None, 1.0, grid)
+        assert path.read_text() == text
+
+
+def test_nothing_found_is_no_success(bench):
+    sweeps = bench("brittleness")
+    run = sweeps.Run(1e-3, 1.0, 1.0, "both", 0, True, 0.0, 2.0)
+    assert sweeps.shares([run], 0.0, 2.0, choose=False) == (0, 0)
+    (member,) = sweeps.members_of([run], 0.0)
+    assert member.figures["share of the best"] == 0
 
 
 def test_brittleness_is_swept_once_and_drawn(tmp_path):

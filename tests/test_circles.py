@@ -135,8 +135,11 @@ def test_the_roundest_plane_comes_first(key):
         np.outer(np.arange(20.0), [1.0, 2.0, 3.0]),
         np.zeros((20, 3)),
         np.zeros((0, 3)),
+        np.full((20, 3), 7.0),
+        np.zeros((20, 0)),
+        np.zeros((0, 0)),
     ],
-    ids=["one column", "rank one", "zero", "no rows"],
+    ids=["one column", "rank one", "zero", "no rows", "constant", "no column", "none"],
 )
 def test_less_than_two_dimensions_have_no_plane(rows, key):
     found = tf.circular_planes(key, rows, **FEW)
@@ -155,3 +158,12 @@ def test_what_is_not_finite_is_refused(bad, key):
 def test_rows_are_a_matrix(shape, key):
     with pytest.raises(ValueError, match=r"circular_planes: .* got shape \("):
         tf.circular_planes(key, np.ones(shape))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"starts": 0}, {"starts": -1}, {"steps": -1}, {"tolerance": np.nan}]
+)
+def test_options_are_in_range(bad, key):
+    (value,) = bad.values()
+    with pytest.raises(ValueError, match=f"circular_planes: wanted starts .*{value}"):
+        tf.circular_planes(key, np.eye(3), **bad)

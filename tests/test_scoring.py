@@ -129,3 +129,44 @@ def test_nothing_found_scores_nothing():
 def test_errors(readers, writers, match):
     with pytest.raises(ValueError, match=match):
         tf.scores(KEY, TASKS["product"], tf.Found(readers, writers))
+
+
+def test_rows_of_no_length_are_left_out():
+    task = TASKS["product"]
+    readers, writers = (np.asarray(rows, np.float64) for rows in truth_of(task))
+    size = np.where(np.arange(len(readers)) > 1, 1.0, 1e-200)[:, None]
+    found = tf.scores(KEY, task, tf.Found(size * readers, writers))
+    assert found.found == len(readers) - 2
+    assert found.readers == pytest.approx(1 - 2 / len(readers), abs=1e-5)
+
+
+@pytest.mark.parametrize("examples", [0, -1, 2.5])
+def test_there_must_be_examples(examples):
+    task = TASKS["product"]
+    with pytest.raises(ValueError, match="scores: wanted an int of at least 1"):
+        tf.scores(KEY, task, truth_of(task), examples=examples)
+    with pytest.raises(ValueError, match="active_features: wanted an int of at least"):
+        tf.active_features(KEY, task, examples)
+
+
+def test_the_truth_must_have_the_side_of_the_task():
+    task = TASKS["product"]
+    bare = task._replace(truth=task.truth._replace(readers=None))
+    with pytest.raises(ValueError, match=r"scores: .* 'readers' and \['writers'\]"):
+        tf.scores(KEY, bare, truth_of(task))
+    with pytest.raises(ValueError, match=r"scores: .* got 'both'"):
+        tf.scores(KEY, task._replace(side="both"), truth_of(task))
+
+
+@pytest.mark.parametrize(("kept", "preserved"), [(True, 1), (False, 0)])
+def test_an_output_that_does_not_vary_is_kept_or_not(kept, preserved):
+    task = TASKS["product"]
+    if kept:
+        silent = tf.from_split(
+            lambda p, x: x @ p["writers"], lambda _, a: 0 * a, site=task.site
+        )
+        found = tf.scores(KEY, task._replace(probed=silent), truth_of(task))
+    else:  # one example has no variance
+        noise = jax.random.normal(KEY, task.truth.writers.shape)
+        found = tf.scores(KEY, task, tf.Found(noise, noise), examples=1)
+    assert found.preserved == preserved

@@ -26,12 +26,14 @@ from toyfeat.types import (
     ArrayLike,
     Consensus,
     Description,
+    Dictionary,
     Found,
     Inputs,
     Outputs,
     Params,
     Subject,
     Taps,
+    TrainState,
 )
 
 _USED = 1e-3  # of the largest energy, below which a latent does not describe anything
@@ -192,7 +194,11 @@ def dictionaries(
         progress=False,
         check_data=False,
     )
-    some = rows[:_CHUNK] / state.running["acts_scale"][0]
+    return _used_rows(sae, state, rows[:_CHUNK] / state.running["acts_scale"][0])
+
+
+def _used_rows(sae: Dictionary, state: TrainState, some: Array) -> list[np.ndarray]:
+    """Unit rows of the latents that some rows use, of every member."""
 
     def mean_square(member: tuple[Params, Array]) -> Array:
         params, k = member

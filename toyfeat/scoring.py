@@ -29,14 +29,16 @@ def scores(key: Array, task: Task, found: Found, *, examples: int = 1000) -> Sco
       key: random key of the inputs and of random directions.
       task: with its truth.
       found: readers and writers ``[R, D]``; rows of 0 are left out.
-      examples: inputs on which ``preserved`` is measured.
+      examples: inputs on which ``preserved`` is measured; where the output is the same
+        on all of them it is 1 if that is kept and 0 if not.
 
     Returns:
       :class:`toyfeat.types.Scores`; all 0 if nothing was found.
 
     Raises:
       ValueError: if readers and writers do not have one shape ``[R, D]`` that fits
-        the task, or are not finite.
+        the task, or are not finite, the truth lacks the task's side, or there are no
+        examples.
 
     Example:
       >>> import jax
@@ -47,8 +49,14 @@ def scores(key: Array, task: Task, found: Found, *, examples: int = 1000) -> Sco
       >>> round(found.readers, 3), round(found.writers, 3), found.found
       (1.0, 1.0, 20)
     """
-    readers, writers = (np.asarray(x, np.float64) for x in found)
+    _check_examples("scores", examples)
     true = {"readers": task.truth.readers, "writers": task.truth.writers}
+    if true.get(task.side) is None:
+        raise ValueError(
+            f"scores: wanted a truth with the side of the task, got {task.side!r} and "
+            f"{[name for name, rows in true.items() if rows is not None]}"
+        )
+    readers, writers = (np.asarray(x, np.float64) for x in found)
     side = np.asarray(true[task.side], np.float64)
     width = side.shape[1]
     if readers.shape != writers.shape or readers.ndim != 2 or readers.shape[1] != width:
@@ -56,9 +64,10 @@ def scores(key: Array, task: Task, found: Found, *, examples: int = 1000) -> Sco
             f"scores: wanted readers and writers [R, {width}], got shapes "
             f"{readers.shape} and {writers.shape}"
         )
-    if not (np.isfinite(readers).all() and np.isfinite(writers).all()):
+    lengths = [np.linalg.norm(rows, axis=1) for rows in (readers, writers)]
+    if not np.isfinite(lengths).all():
         raise ValueError("scores: readers and writers must be finite")
-    there = np.any(readers != 0, axis=1) & np.any(writers != 0, axis=1)
+    there = np.all(np.array(lengths) > 0, axis=0)
     readers, writers = readers[there], writers[there]
     if not len(readers):
         return Scores(0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0)
@@ -95,15 +104,26 @@ def active_features(key: Array, task: Task, examples: int = 1000) -> int:
     Returns:
       Rounded up, and 1 at least.
 
+    Raises:
+      ValueError: if there are no examples.
+
     Example:
       >>> import jax
       >>> from toyfeat.models import planted
       >>> active_features(jax.random.key(0), planted.product_space(jax.random.key(0)))
       2
     """
+    _check_examples("active_features", examples)
     values = np.asarray(task.features(task.params, task.sample(key, examples)))
     counts = np.sum(np.abs(values) > 1e-6 * np.abs(values).max(initial=1e-30), axis=1)
     return max(1, math.ceil(counts[counts > 0].mean())) if counts.any() else 1
+
+
+def _check_examples(name: str, examples: int) -> None:
+    if not isinstance(examples, int) or examples < 1:
+        raise ValueError(
+            f"{name}: wanted an int of at least 1 examples, got {examples}"
+        )
 
 
 def _ignored(rows: np.ndarray, task: Task) -> float:
@@ -143,7 +163,8 @@ def _preserved(key: Array, task: Task, writers: np.ndarray, examples: int) -> fl
         )
     )
     total = np.sum((whole - whole.mean(0)) ** 2, dtype=np.float64)
-    return float(1 - np.sum((whole - now) ** 2, dtype=np.float64) / total)
+    lost = np.sum((whole - now) ** 2, dtype=np.float64)
+    return float(1 - lost / total) if total > 0 else float(lost == 0)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -53,9 +53,8 @@ def test_after_of_other_shapes_of_decoder(make, name):
 def test_after_in_bfloat16_gives_float32_logits():
     site = "blocks_1/mlp_out"
     cut = halves(CONFIG, site, dtype=jnp.bfloat16)
-    with jax.numpy_dtype_promotion("standard"):  # flax's norms want it
-        logits, acts = cut.whole(weights(), windows()[:2], {})
-        found = cut.after(weights(), acts[cut.entry], acts[site])
+    logits, acts = cut.whole(weights(), windows()[:2], {})
+    found = cut.after(weights(), acts[cut.entry], acts[site])
     assert acts[site].dtype == jnp.bfloat16
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, logits)

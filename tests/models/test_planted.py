@@ -592,7 +592,27 @@ ERRORS = [
     ("ignored_structure", {"probability": 0.0}, "probability 0.0"),
     ("quiet_and_loud", {"quietness": 0.0}, "quietness 0.0"),
     ("quiet_and_loud", {"probability": 1.5}, "probability 1.5"),
-    ("cross_layer", {"neurons": (4, 4, 4)}, "planted: wanted neurons of two layers"),
+    ("cross_layer", {"neurons": (4, 4, 4)}, "wanted neurons of two layers"),
+    ("cross_layer", {"neurons": 4}, "wanted neurons of two layers, got 4"),
+    *(
+        ("ignored_structure", {knob: bad}, r"size and tilt in 0 \.\. 1000, got size ")
+        for knob in ("size", "tilt")
+        for bad in (np.nan, np.inf, -1.0, 1e30)
+    ),
+    *(
+        ("tiled_curve", {"decay": bad}, rf"decay in -10 \.\. 10, got {bad}")
+        for bad in (np.nan, np.inf, -20.0)
+    ),
+    ("quiet_and_loud", {"quietness": np.inf}, "quietness inf, idleness 0.02"),
+    ("quiet_and_loud", {"quietness": 1e-6}, r"quietness in 1e-4 \.\. 1e4"),
+    ("quiet_and_loud", {"idleness": np.nan}, "idleness nan"),
+    ("quiet_and_loud", {"idleness": np.inf}, "idleness inf"),
+    ("world_with_head", {"threshold": np.nan}, "finite threshold, got dim 48, "),
+    ("world_with_head", {"threshold": 50.0}, r"no feature passes .* 50.0; lower it"),
+    ("world_with_head", {"dim": 0}, "dim of at least 1 .*, got dim 0"),
+    ("squares", {"low": -np.inf}, "the fit is nan, wanted a low nearer to 0"),
+    ("circuits", {"probability": 1e-30}, "or a larger probability, got Spec"),
+    ("superposition", {"probability": 1e-30}, "wanted a larger probability, got 1e-30"),
     ("modular_addition", {"modulus": 9}, "odd prime modulus"),
     ("ignored_structure", {"features": 0}, "manifold 4, features 0"),
     ("tiled_curve", {"harmonics": 7}, r"wanted dim >= 2 \* harmonics"),
@@ -625,7 +645,7 @@ ERRORS = [
     ("cross_layer", {"each": 7}, r"each must be in 0 \.\. 6, got 7"),
     ("cross_layer", {"neurons": (0, 3)}, "sizes must be at least 1"),
     *(
-        (name, bad, "planted: sizes must be at least 1, the probability in")
+        (name, bad, "sizes must be at least 1, the probability in")
         for name in ("squares", "circuits", "cross_layer")
         for bad in (
             {"features": 0},
@@ -642,8 +662,47 @@ ERRORS = [
 
 @pytest.mark.parametrize(("name", "bad", "match"), ERRORS)
 def test_errors(name, bad, match):
-    who = name if name in (*HEADS, "modular_addition", "superposition") else "planted"
-    with pytest.raises(
-        ValueError, match=f"^{who}: .*{match.removeprefix('planted: ')}"
-    ):
+    with pytest.raises(ValueError, match=f"^{name}: .*{match}"):
         fresh(name, **bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "match"),
+    [
+        ("ignored_structure", {"features": 5.0}, "features, got 5.0"),
+        ("tiled_curve", {"reads": 4.0}, "reads, got 4.0"),
+        ("product_space", {"dim": 9.5}, "dim, got 9.5"),
+        ("quiet_and_loud", {"loud": "many"}, "loud, got 'many'"),
+        ("modular_addition", {"modulus": 11.0}, "modulus, got 11.0"),
+        ("world_with_head", {"parts": 3.0}, "parts, got 3.0"),
+        ("squares", {"neurons": (3, 4)}, r"neurons, got \(3, 4\)"),
+        ("squares", {"batch": 1.5}, "batch, got 1.5"),
+        ("circuits", {"neurons": (10,)}, r"neurons, got \(10,\)"),
+        ("circuits", {"each": 1.5}, "each, got 1.5"),
+        ("cross_layer", {"neurons": (6, 7.0)}, "neurons, got 7.0"),
+        ("superposition", {"hidden": 2.0}, "hidden, got 2.0"),
+    ],
+)
+def test_sizes_are_ints(name, bad, match):
+    with pytest.raises(TypeError, match=f"^{name}: wanted an int for {match}"):
+        fresh(name, **bad)
+
+
+def test_what_is_loud_may_have_no_effect_at_all():
+    task = fresh("quiet_and_loud", idleness=0.0)
+    assert task.about.endswith("than 9 others, which have no effect.")
+    x = task.sample(jax.random.key(1), N)
+    y, acts = task.probed(task.params, x, {})
+    loud = jnp.asarray(wide(task.ignored[:1]).repeat(N, 0), acts[task.site].dtype)
+    moved, _ = task.probed(task.params, x, {task.site: 3 * loud})
+    np.testing.assert_allclose(moved, y, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["world_with_head", "product_space"])
+def test_a_task_can_be_made_in_double_precision(name):
+    with jax.enable_x64(True):
+        task = fresh(name)
+        x = task.sample(jax.random.key(1), N)
+        y, acts = task.probed(task.params, x, {})
+        made = (y, acts[task.site], task.features(task.params, x), *task.truth[:3])
+        assert {str(one.dtype) for one in made} == {"float64"}

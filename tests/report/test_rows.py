@@ -10,6 +10,7 @@ from toyfeat.report.rows import (
     Row,
     cells,
     html_table,
+    output_folder,
     print_table,
     summary,
     write_json,
@@ -84,3 +85,15 @@ def test_a_page_refers_to_no_other_file(tmp_path):
     assert "1 &lt; 2" in text
     assert "http" not in text
     assert 'alt="a &quot;b&quot;"' in text
+
+
+def test_an_output_folder_keeps_what_is_in_it(tmp_path):
+    for name in ("probe", "probe.partial"):
+        (tmp_path / name).write_text("mine")
+    assert output_folder(tmp_path) == tmp_path
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "probe": "mine",
+        "probe.partial": "mine",
+    }
+    with pytest.raises(ValueError, match=r"output_folder: cannot write to .*probe"):
+        output_folder(tmp_path / "probe")

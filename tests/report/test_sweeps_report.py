@@ -75,6 +75,9 @@ def test_a_brittleness_map_draws_medians_marks_and_shares():
     assert "0% of runs have fvu ≤ 0.5" in alone.axes[0].get_title()
     with pytest.raises(ValueError, match=r"axes are logarithmic, .* > 0, got 0"):
         brittleness_figure({"a": family()}, "sparsity", "start", score="fvu", good=1)
+    for none in ({}, {"a": family(), "b": []}):
+        with pytest.raises(ValueError, match="brittleness_figure: wanted families"):
+            brittleness_figure(none, "sparsity", "rate", score="fvu", good=1)
 
 
 def test_a_front_figure_draws_every_run_and_each_front():

@@ -29,13 +29,14 @@ def circular_planes(
     fixed step, and those that get to 1 are returned.  Inside a plane no direction is
     preferred.  Circles can be missed beside several very sparse directions, at
     frequencies with :math:`a + b = 2 c` (where the minimum is flat) and where the
-    lengths of what is mixed differ by more than 1000.
+    lengths of what is mixed differ by more than 1000.  Rows should be many more than
+    dimensions: as many lie on circles whatever they are.
 
     Args:
       key: random key.
       rows: ``[N, D]``, such as gradients; not centred here.
       starts: random planes to begin with.
-      steps: of the fixed point.
+      steps: of the fixed point, 0 for none.
       tolerance: largest ratio that counts as circular.
 
     Returns:
@@ -43,7 +44,7 @@ def circular_planes(
       the circles are made of, not those that measure them.
 
     Raises:
-      ValueError: if the rows are not a finite matrix.
+      ValueError: if the rows are not a finite matrix, or an option is out of range.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -62,6 +63,11 @@ def circular_planes(
     if table.ndim != 2 or not np.isfinite(table).all():
         raise ValueError(
             f"circular_planes: wanted finite rows [N, D], got shape {table.shape}"
+        )
+    if not (starts >= 1 and steps >= 0 and tolerance >= 1):
+        raise ValueError(
+            "circular_planes: wanted starts >= 1, steps >= 0 and tolerance >= 1, got "
+            f"{starts}, {steps} and {tolerance}"
         )
     coordinates, back = _whitened(table)
     rank = len(back)
@@ -87,7 +93,7 @@ def circular_planes(
 def _whitened(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates ``[N, R]`` of unit second moment, and ``[R, D]`` back."""
     values, vectors = np.linalg.eigh(rows.T @ rows / max(1, len(rows)))
-    there = values > _RANK * max(values[-1], np.finfo(np.float64).tiny)
+    there = values > _RANK * values.max(initial=np.finfo(np.float64).tiny)
     size, vectors = np.sqrt(values[there]), vectors[:, there]
     return rows @ (vectors / size), (vectors * size).T
 

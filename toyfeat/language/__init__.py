@@ -9,7 +9,13 @@ from toyfeat.language.collecting import (
 )
 from toyfeat.language.halves import Halves, halves
 from toyfeat.language.jobs import Collect, Evaluate, Job, Train, read_job
-from toyfeat.language.sources import PACKAGES, fetch, located, texts_of
+from toyfeat.language.sources import (
+    PACKAGES,
+    cache_folder,
+    fetch,
+    located,
+    texts_of,
+)
 
 __all__ = [
     "PACKAGES",
@@ -18,6 +24,7 @@ __all__ = [
     "Halves",
     "Job",
     "Train",
+    "cache_folder",
     "collect",
     "fetch",
     "fingerprint",

@@ -23,6 +23,7 @@ from toyfeat.language.collecting import (
     site_folder,
     store_moments,
 )
+from toyfeat.language.contexts import Latent, latents_of, of_acts, of_grads
 from toyfeat.language.halves import checked_site, halves
 from toyfeat.language.jobs import Job
 from toyfeat.language.judging import Held, faithfulness, held_out, judge
@@ -349,11 +350,40 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
     return rows.rows
 
 
+def looked_at(run: Opened, *, num: int = 24) -> dict[str, list[Latent]]:
+    """Latents of the finished dictionaries of a job, of one seed and number of codes.
+
+    Args:
+      run: with dictionaries trained.
+      num: latents of each.
+
+    Returns:
+      Name to :class:`Latent`, those with the largest effects.
+    """
+    job, site = run.job, run.job.train.site
+    store, stats = store_of(job, site)
+    spread, mean = covariance(stats), jnp.asarray(stats.mean)
+    first = job.train.seeds[0], job.train.codes[len(job.train.codes) // 2]
+    residual = not site.endswith("mlp_hidden")
+    found = {}
+    for one, features in finished(job.train, Path(job.out) / "train"):
+        if (one.seed, one.k) != first:
+            continue
+        sae, params = load_saelens(features)
+        described = of_acts(sae, params)
+        if one.kind == "gradients":
+            described = of_grads(sae, params, mean, spread)
+        found[one.name] = latents_of(
+            described, store, run.tokens, run.model, residual=residual, num=num
+        )
+    return found
+
+
 class Rows:
     """Results in a file of JSON lines, each there once.
 
     A line that a kill cut off is dropped when the file is opened.  A number that is
-    not finite, for which JSON has no word, is ``null`` in the file and ``None`` here.
+    not finite is ``null`` in the file and ``None`` here.
     """
 
     def __init__(self, path: Path):
@@ -374,10 +404,7 @@ class Rows:
         """Write a row, unless there is one with the entries of ``where``."""
         if self.has(where):
             return False
-        row = {
-            name: None if isinstance(x, float) and not math.isfinite(x) else x
-            for name, x in {**where, **more}.items()
-        }
+        row = {**where, **{name: _finite(x) for name, x in more.items()}}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         self.rows.append(row)
@@ -386,6 +413,12 @@ class Rows:
     def _plain(self) -> Iterator[dict[str, Any]]:
         for row in self.rows:
             yield {k: v for k, v in row.items() if isinstance(v, str | int)}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    bad = isinstance(value, float) and not math.isfinite(value)
+    return None if bad else value
 
 
 def _judged(

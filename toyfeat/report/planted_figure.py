@@ -2,10 +2,10 @@
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 import toyfeat as tf
+from toyfeat.consensus import half_square
 from toyfeat.report.figures import BLUE, GREY, RED, figure
 from toyfeat.types import Array, Task
 
@@ -227,7 +227,7 @@ def _draw_entries(axis: Any, reader: np.ndarray, writer: np.ndarray) -> None:
 def _examples(key: Array, task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Activations ``[N, D]``, gradients ``[N, D]`` and features ``[N, F]``."""
     inputs = task.sample(key, POINTS)
-    half = tf.readouts.scalar(lambda y: jnp.sum(y**2) / 2)
+    half = tf.readouts.scalar(half_square)
     taps = tf.tap(task.probed, task.params, inputs, sites=task.site, readout=half)
     acts, grads, *_ = map(np.asarray, taps[task.site])
     if len(acts) != POINTS:

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -81,8 +82,8 @@ def output_folder(path: Path) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_whole(path / "probe", "")
-        (path / "probe").unlink()
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise ValueError(
             f"output_folder: cannot write to {path}: {error}; give another folder"

@@ -137,9 +137,11 @@ def brittleness_figure(
 
     Raises:
       ImportError: without matplotlib, naming the extra.
-      ValueError: for names that members do not have, and settings that are not
-        positive.
+      ValueError: for families without members, names that members do not have, and
+        settings that are not positive.
     """
+    if not families or not all(families.values()):
+        raise ValueError("brittleness_figure: wanted families with members")
     drawn = figure(1.2 + 4.6 * len(families), 4.3)
     panels = drawn.subplots(1, len(families), squeeze=False, sharey=True)[0]
     every = [value_of(m, score) for ms in families.values() for m in ms if m.finite]

@@ -1,7 +1,8 @@
 """The three shapes of decoder that cover most released language models."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self, get_args
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
@@ -60,12 +61,12 @@ class DecoderConfig:
         """Check the sizes.
 
         Raises:
-          ValueError: for sizes that do not fit.
+          ValueError: for sizes that do not fit, or values of another kind.
         """
         names = ("vocab", "layers", "dim", "heads", "kv_heads", "head_dim", "hidden")
         names += ("context",)
         sizes = {name: getattr(self, name) for name in names}
-        if not all(isinstance(x, int) and x >= 1 for x in sizes.values()):
+        if not all(_is_size(x) for x in sizes.values()):
             raise ValueError(f"decoder: sizes must be whole and positive, got {sizes}")
         if self.heads % self.kv_heads:
             raise ValueError(
@@ -79,11 +80,22 @@ class DecoderConfig:
                 "decoder: rotary_dim must be even and in 2 .. head_dim "
                 f"{self.head_dim}, got {width}"
             )
-        if not self.eps > 0 or (rotary and not self.rotary_base > 0):
+        scales = (self.eps, self.rotary_base) if rotary else (self.eps,)
+        if not all(_is_positive(x) for x in scales):
             raise ValueError(
                 "decoder: eps and rotary_base must be positive, got "
-                f"{self.eps} and {self.rotary_base}"
+                f"{self.eps!r} and {self.rotary_base!r}"
             )
+        kinds = get_args(Activation)
+        if self.activation not in kinds:
+            raise ValueError(
+                f"decoder: activation must be one of {', '.join(kinds)}, got "
+                f"{self.activation!r}"
+            )
+        names = ("gated", "parallel", "qkv_bias", "out_bias", "mlp_bias", "tied")
+        flags = {name: getattr(self, name) for name in names}
+        if not all(isinstance(x, bool) for x in flags.values()):
+            raise ValueError(f"decoder: flags must be True or False, got {flags}")
 
 
 def gpt2(
@@ -115,7 +127,7 @@ def gpt2(
       A configuration.
 
     Raises:
-      ValueError: for sizes that do not fit.
+      ValueError: for sizes that do not fit, or values of another kind.
 
     References:
       Radford et al. (2019), "Language models are unsupervised multitask learners".
@@ -127,7 +139,7 @@ def gpt2(
         heads=heads,
         kv_heads=heads,
         head_dim=_per_head("gpt2", dim, heads),
-        hidden=hidden or 4 * dim,
+        hidden=4 * dim if hidden is None else hidden,
         context=context,
         positions="learned",
         norm="layer",
@@ -181,13 +193,18 @@ def neox(
       A configuration.
 
     Raises:
-      ValueError: for sizes that do not fit.
+      ValueError: for sizes that do not fit, or values of another kind.
 
     References:
       Black et al. (2022), "GPT-NeoX-20B", arXiv 2204.06745; Su et al. (2021),
       "RoFormer", arXiv 2104.09864, for the rotations.
     """
     head_dim = _per_head("neox", dim, heads)
+    if not (_is_positive(rotary_share) and rotary_share <= 1):
+        raise ValueError(
+            "neox: rotary_share must be a part of a head, above 0 and at most 1, got "
+            f"{rotary_share!r}"
+        )
     return DecoderConfig(
         vocab=vocab,
         layers=layers,
@@ -195,7 +212,7 @@ def neox(
         heads=heads,
         kv_heads=heads,
         head_dim=head_dim,
-        hidden=hidden or 4 * dim,
+        hidden=4 * dim if hidden is None else hidden,
         context=context,
         positions="rotary",
         norm="layer",
@@ -251,20 +268,20 @@ def llama(
       A configuration.
 
     Raises:
-      ValueError: for sizes that do not fit.
+      ValueError: for sizes that do not fit, or values of another kind.
 
     References:
       Touvron et al. (2023), "LLaMA", arXiv 2302.13971; Ainslie et al. (2023), "GQA",
       arXiv 2305.13245, for the grouped queries; Shazeer (2020), "GLU variants",
       arXiv 2002.05202, for the MLP.
     """
-    width = head_dim or _per_head("llama", dim, heads)
+    width = _per_head("llama", dim, heads) if head_dim is None else head_dim
     return DecoderConfig(
         vocab=vocab,
         layers=layers,
         dim=dim,
         heads=heads,
-        kv_heads=kv_heads or heads,
+        kv_heads=heads if kv_heads is None else kv_heads,
         head_dim=width,
         hidden=hidden,
         context=context,
@@ -284,6 +301,15 @@ def llama(
 
 
 def _per_head(who: str, dim: int, heads: int) -> int:
-    if heads < 1 or dim % heads:
-        raise ValueError(f"{who}: heads must divide dim, got {heads} and {dim}")
+    if not _is_size(dim) or not _is_size(heads) or dim % heads:
+        raise ValueError(f"{who}: heads must divide dim, got {heads!r} and {dim!r}")
     return dim // heads
+
+
+def _is_size(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+
+
+def _is_positive(x: Any) -> bool:
+    known = isinstance(x, int | float) and not isinstance(x, bool)
+    return known and 0 < x < math.inf

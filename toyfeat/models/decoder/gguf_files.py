@@ -80,19 +80,21 @@ def _config_of(
             f"{_WHO}: wanted a GGUF file of the architecture 'llama', {path} has "
             f"{kind!r}; use the safetensors of that model"
         )
-    scaling = fields.get("llama.rope.scaling.type", "none")
-    if scaling != "none" or fields.get("llama.expert_count", 0):
+    # A factor without a type is linear for llama.cpp too.
+    scaling = fields.get("llama.rope.scaling.type", "linear")
+    factor = fields.get("llama.rope.scale_linear", 1)
+    factor = fields.get("llama.rope.scaling.factor", factor)
+    plain = scaling == "none" or (scaling == "linear" and factor in (0, 1))
+    if not plain or fields.get("llama.expert_count", 0):
         raise ValueError(
-            f"{_WHO}: {path} has rotations scaled by {scaling!r} or experts, which "
-            "are not covered"
+            f"{_WHO}: {path} has rotations scaled by {scaling!r}, {factor}, or "
+            "experts, which are not covered"
         )
     try:
-        heads, dim = (
-            fields[f"llama.{name}"]
-            for name in ("attention.head_count", "embedding_length")
-        )
-        width = fields.get("llama.rope.dimension_count", dim // heads)
-        if fields.get("llama.attention.key_length", width) != width:
+        heads = fields["llama.attention.head_count"]
+        width = fields.get("llama.attention.key_length")
+        turned = fields.get("llama.rope.dimension_count", width)
+        if width not in (None, turned):
             raise ValueError(
                 f"{_WHO}: {path} rotates a part of every head only, which is not "
                 "covered for GGUF files"
@@ -100,14 +102,14 @@ def _config_of(
         return llama(
             vocab=shapes["token_embd.weight"][0],
             layers=fields["llama.block_count"],
-            dim=dim,
+            dim=fields["llama.embedding_length"],
             heads=heads,
             kv_heads=fields.get("llama.attention.head_count_kv", heads),
-            head_dim=width,
+            head_dim=turned,
             hidden=fields["llama.feed_forward_length"],
             context=fields["llama.context_length"],
-            rotary_base=float(fields.get("llama.rope.freq_base", 10_000.0)),
-            eps=float(fields["llama.attention.layer_norm_rms_epsilon"]),
+            rotary_base=fields.get("llama.rope.freq_base", 10_000.0),
+            eps=fields["llama.attention.layer_norm_rms_epsilon"],
             tied="output.weight" not in shapes,
         )
     except KeyError as error:

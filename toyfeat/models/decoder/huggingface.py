@@ -48,8 +48,10 @@ def config_of(given: Mapping[str, Any]) -> tuple[str, DecoderConfig]:
       >>> kind, config.hidden, config.tied
       ('gpt2', 32, True)
     """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{_WHO}: config.json holds no entries, got {given!r}")
     kind = given.get("model_type")
-    if kind not in _KINDS:
+    if kind not in tuple(_KINDS):  # a list has no hash
         raise ValueError(
             f"{_WHO}: wanted a model of type {', '.join(_KINDS)}, got {kind!r}; wrap "
             "another architecture with from_linen, from_nnx or from_function"
@@ -102,8 +104,8 @@ def _of_neox(given: Mapping[str, Any]) -> DecoderConfig:
         context=given["max_position_embeddings"],
         activation=_activation(given.get("hidden_act", "gelu")),
         parallel=given.get("use_parallel_residual", True),
-        rotary_share=float(rope.get("partial_rotary_factor", share)),
-        rotary_base=float(rope.get("rope_theta", base)),
+        rotary_share=rope.get("partial_rotary_factor", share),
+        rotary_base=rope.get("rope_theta", base),
         eps=given.get("layer_norm_eps", 1e-5),
         attention_bias=given.get("attention_bias", True),
         tied=given.get("tie_word_embeddings", False),
@@ -122,7 +124,7 @@ def _of_llama(given: Mapping[str, Any]) -> DecoderConfig:
         hidden=given["intermediate_size"],
         context=given.get("max_position_embeddings", 2048),
         activation=_activation(given.get("hidden_act", "silu")),
-        rotary_base=float(rope.get("rope_theta", given.get("rope_theta", 10_000.0))),
+        rotary_base=rope.get("rope_theta", given.get("rope_theta", 10_000.0)),
         eps=given.get("rms_norm_eps", 1e-6),
         attention_bias=given.get("attention_bias", False),
         mlp_bias=given.get("mlp_bias", False),
@@ -140,6 +142,8 @@ _KINDS: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
 def _rope(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Entries on rotations, which newer files keep together."""
     found = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{_WHO}: rope_parameters must be entries, got {found!r}")
     kind = found.get("rope_type", found.get("type", "default"))
     if kind != "default":
         raise ValueError(
@@ -149,7 +153,7 @@ def _rope(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _activation(name: str) -> Activation:
-    if name not in _ACTIVATIONS:
+    if name not in tuple(_ACTIVATIONS):
         raise ValueError(
             f"{_WHO}: wanted an activation of {', '.join(_ACTIVATIONS)}, got {name!r}"
         )
@@ -181,7 +185,7 @@ def _source(folder: Path) -> Source:
     if whole.is_file():
         names = [whole.name]
     elif index.is_file():
-        names = sorted(set(_json(index)["weight_map"].values()))
+        names = _shards(index)
     else:
         raise FileNotFoundError(
             f"{_WHO}: {folder} has no {whole.name} and no {index.name}; weights in "
@@ -210,6 +214,15 @@ def _source(folder: Path) -> Source:
             files[tensor] = file
             shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
     return Source(str(folder), shapes, lambda tensor: files[tensor].get_tensor(tensor))
+
+
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index lists."""
+    found = _json(index)
+    where = found.get("weight_map") if isinstance(found, Mapping) else None
+    if not isinstance(where, Mapping) or not where:
+        raise ValueError(f"{_WHO}: {index} has no weight_map, which lists the shards")
+    return sorted(set(map(str, where.values())))
 
 
 def _without_prefix(source: Source, prefix: str) -> Source:

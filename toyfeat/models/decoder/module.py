@@ -1,5 +1,6 @@
 """A decoder as a flax module, with named sites."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -176,10 +177,28 @@ class Attention(nn.Module):
         value = heads("value", config.kv_heads)
         if config.positions == "rotary":
             query, key = (rotated(x, config) for x in (query, key))
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        mixed = attended(query, key, value)
         return nn.Dense(
             config.dim, use_bias=config.out_bias, dtype=self.dtype, name="out"
         )(mixed.reshape(batch, time, -1))
+
+
+def attended(query: Array, key: Array, value: Array) -> Array:
+    """Values mixed by causal attention, ``[B, T, H, head_dim]``.
+
+    A head of keys and values serves a group of query heads.  The gradient of
+    ``jax.nn.dot_product_attention`` in bfloat16 raises where promotion of types is
+    forbidden, so it is written out.
+    """
+    batch, time, _, width = query.shape
+    groups = query.reshape(batch, time, key.shape[2], -1, width)
+    scores = jnp.einsum(
+        "bqkgd,bskd->bkqgs", groups, key, preferred_element_type=jnp.float32
+    )
+    seen = jnp.tri(time, dtype=bool)[None, None, :, None]
+    scores = jnp.where(seen, scores * width**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores).astype(value.dtype)
+    return jnp.einsum("bkqgs,bskd->bqkgd", weights, value).reshape(query.shape)
 
 
 def rotated(heads: Array, config: DecoderConfig) -> Array:
@@ -190,9 +209,8 @@ def rotated(heads: Array, config: DecoderConfig) -> Array:
     """
     width = config.rotary_dim
     powers = jnp.arange(0, width, 2, dtype=jnp.float32) / width
-    angles = jnp.outer(
-        jnp.arange(heads.shape[1], dtype=jnp.float32), config.rotary_base**-powers
-    )
+    rates = float(config.rotary_base) ** -powers
+    angles = jnp.outer(jnp.arange(heads.shape[1], dtype=jnp.float32), rates)
     cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
     whole = heads.astype(jnp.float32)
     a, b, rest = jnp.split(whole, [width // 2, width], axis=-1)
@@ -200,11 +218,18 @@ def rotated(heads: Array, config: DecoderConfig) -> Array:
     return turned.astype(heads.dtype)
 
 
-def _norm(config: DecoderConfig, name: str) -> nn.Module:
+def _norm(config: DecoderConfig, name: str) -> Callable[[Array], Array]:
     kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
-    return kind(
+    norm = kind(
         epsilon=config.eps, dtype=jnp.float32, use_fast_variance=False, name=name
     )
+
+    def normed(x: Array) -> Array:
+        # flax mixes types, which a user may have forbidden
+        with jax.numpy_dtype_promotion("standard"):
+            return norm(x)
+
+    return normed
 
 
 def _product(x: Array, matrix: Array) -> Array:

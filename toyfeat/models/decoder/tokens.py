@@ -10,7 +10,7 @@ import numpy as np
 from toyfeat.models.decoder import gguf_files
 from toyfeat.models.decoder.config import DecoderConfig
 
-_SPECIAL = 3  # token type of a GGUF file: control tokens
+_CONTROL, _OF_USER = 3, 4  # token types of a GGUF file that are not split
 
 
 def tokenizer_of(path: Path) -> Any:
@@ -32,11 +32,15 @@ def tokenizer_of(path: Path) -> Any:
         ) from error
     if path.is_dir():
         try:
-            return library.Tokenizer.from_file(str(file))
+            found = library.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing more specific
             raise ValueError(
                 f"load_decoder: {file} is no tokenizer file ({error})"
             ) from error
+        # A file may say how it was used last; a text is neither cut nor filled up.
+        found.no_truncation()
+        found.no_padding()
+        return found
     fields = {name: x.contents() for name, x in gguf_files.opened(path).fields.items()}
     return _of_gguf(library, fields, path)
 
@@ -51,21 +55,39 @@ def _of_gguf(library: Any, fields: dict[str, Any], path: Path) -> Any:
             f"load_decoder: the tokenizer of {path} is of the kind {kind!r}, "
             f"{split!r}, which is not covered; read without: tokenizer=False"
         )
-    names = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
+    wanted = [f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "token_type")]
+    missing = [name for name in wanted if name not in fields]
+    if missing:
+        raise ValueError(
+            f"load_decoder: the tokenizer of {path} has no entry {missing[0]!r}; read "
+            "without: tokenizer=False"
+        )
+    try:
+        names, merges, types = (fields[name] for name in wanted)
+        return _byte_pairs(library, names, merges, types, split)
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(
+            f"load_decoder: the tokenizer of {path} does not fit together ({error}); "
+            "read without: tokenizer=False"
+        ) from error
+
+
+def _byte_pairs(
+    library: Any, names: list[str], merges: list[str], types: list[int], split: str
+) -> Any:
     before, models = library.pre_tokenizers, library.models
-    found = library.Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, merges))
+    pairs = [tuple(pair.split(" ")) for pair in merges]
+    found = library.Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, pairs))
     steps = [before.Digits(individual_digits=True)] if split == "smollm" else []
     steps.append(before.ByteLevel(add_prefix_space=False, use_regex=True))
     found.pre_tokenizer = before.Sequence(steps)
     found.decoder = library.decoders.ByteLevel()
-    types = fields["tokenizer.ggml.token_type"]
-    special = [
-        library.AddedToken(name, special=True)
+    whole = [
+        library.AddedToken(name, special=one == _CONTROL)
         for name, one in zip(names, types, strict=True)
-        if one == _SPECIAL
+        if one in (_CONTROL, _OF_USER)
     ]
-    found.add_special_tokens(special)
+    found.add_tokens(whole)
     return found
 
 
@@ -75,7 +97,7 @@ def check_tokenizer(tokenizer: Any, config: DecoderConfig) -> None:
     Raises:
       ValueError: with both sizes.
     """
-    num = tokenizer.get_vocab_size(with_added_tokens=True)
+    num = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if num > config.vocab:
         raise ValueError(
             f"load_decoder: the tokenizer has {num} tokens, the model {config.vocab}; "
@@ -99,6 +121,7 @@ def token_windows(
       ``[num, length]`` int32.
 
     Raises:
+      TypeError: for one text instead of several.
       ValueError: for a length below 2, or if no text fills a window.
 
     Example:
@@ -108,6 +131,8 @@ def token_windows(
       >>> token_windows(words, ["a b a", "b b c a b"], 2).tolist()
       [[0, 1], [1, 1], [2, 0]]
     """
+    if isinstance(texts, str):
+        raise TypeError("token_windows: wanted several texts, got one; give [text]")
     if length < 2:
         raise ValueError(f"token_windows: length must be at least 2, got {length}")
     own = length - (start is not None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from toyfeat.tap import from_split
 from toyfeat.types import Array, Params, Subject, Task, Truth
@@ -21,6 +22,13 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def dot(a: Array, b: Array) -> Array:
     """``a @ b`` without rounding the factors."""
     return jnp.matmul(a, b, precision=_HIGHEST)
+
+
+def check_ints(maker: str, **sizes: Any) -> None:
+    """Refuse sizes that are not ints."""
+    for name, size in sizes.items():
+        if not isinstance(size, int | np.integer):
+            raise TypeError(f"{maker}: wanted an int for {name}, got {size!r}")
 
 
 def unit(rows: Array) -> Array:

@@ -41,15 +41,17 @@ def ignored_structure(
       parts: sources of a feature.
       manifold: dimensions of the surface, even.
       probability: of a source to be there.
-      size: root mean square of the surface, in units of one source's.
-      tilt: length of a writer's part in the surface's dimensions.
+      size: root mean square length of the surface, at most 1000; that of a writer's
+        part outside of the surface's dimensions is 1.
+      tilt: length of a writer's part in the surface's dimensions, at most 1000.
 
     Returns:
       :class:`toyfeat.types.Task`, ``ignored`` are the surface's dimensions; a
       feature's writer is the mean of its sources'.
 
     Raises:
-      ValueError: if the sizes do not fit.
+      ValueError: if sizes or other knobs do not fit.
+      TypeError: if a size is not an int.
 
     Example:
       >>> import jax
@@ -58,16 +60,8 @@ def ignored_structure(
       >>> task.probed(task.params, inputs, {})[0].shape
       (5, 20)
     """
+    _check_surface(dim, features, parts, manifold, probability, size, tilt)
     sources = features * parts
-    sizes = manifold >= 2 and manifold % 2 == 0 and parts >= 1
-    sizes = sizes and 1 <= sources <= dim - manifold
-    if not (sizes and 0 < probability <= 1):
-        raise ValueError(
-            "ignored_structure: wanted an even manifold >= 2, features * parts in "
-            "1 .. dim - manifold and probability in (0, 1], got dim "
-            f"{dim}, manifold {manifold}, features {features}, parts {parts}, "
-            f"probability {probability}"
-        )
     basis, rows, lean, mix = jax.random.split(key, 4)
     axes = heads.rotation(basis, dim)
     surface, rest = axes[:manifold], axes[manifold:]
@@ -90,11 +84,38 @@ def ignored_structure(
         ),
         ignored=surface,
         about=f"{features} features in {dim} dimensions, each a sum of {parts} sparse "
-        f"sources, and a torus of {manifold} dimensions with {size:g} times the spread "
-        "of a source. The model reads neither the torus nor what tells the sources of "
-        "a sum apart.",
+        f"sources, and a torus of {manifold} dimensions, {size:g} times as long as "
+        "what is read of a source. The model reads neither the torus nor what tells "
+        "the sources of a sum apart.",
         limits="Nothing that the model computes tells the sources of a sum apart.",
     )
+
+
+def _check_surface(
+    dim: int,
+    features: int,
+    parts: int,
+    manifold: int,
+    probability: float,
+    size: float,
+    tilt: float,
+) -> None:
+    sizes = {"dim": dim, "features": features, "parts": parts, "manifold": manifold}
+    heads.check_ints("ignored_structure", **sizes)
+    fits = manifold >= 2 and manifold % 2 == 0 and parts >= 1
+    fits = fits and 1 <= features * parts <= dim - manifold
+    if not (fits and 0 < probability <= 1):
+        raise ValueError(
+            "ignored_structure: wanted an even manifold >= 2, features * parts in "
+            "1 .. dim - manifold and probability in (0, 1], got dim "
+            f"{dim}, manifold {manifold}, features {features}, parts {parts}, "
+            f"probability {probability}"
+        )
+    if not (0 <= size <= 1e3 and 0 <= tilt <= 1e3):  # else rounding hides the sources
+        raise ValueError(
+            "ignored_structure: wanted size and tilt in 0 .. 1000, got size "
+            f"{size}, tilt {tilt}"
+        )
 
 
 def _codes_and_angles(
@@ -138,22 +159,26 @@ def tiled_curve(
       harmonics: frequencies of the curve.
       reads: ``F``.
       share: of the curve on which a reader is active.
-      decay: amplitude of frequency ``h`` is ``h ** -decay``.
+      decay: amplitude of frequency ``h`` is ``h ** -decay``; in -10 .. 10.
 
     Returns:
       :class:`toyfeat.types.Task`; writers are the regression patterns of the readers.
 
     Raises:
-      ValueError: if the sizes do not fit.
+      ValueError: if sizes or other knobs do not fit.
+      TypeError: if a size is not an int.
 
     References:
       Haufe et al. (2014), equation 6, for the writers.
     """
+    heads.check_ints("tiled_curve", dim=dim, harmonics=harmonics, reads=reads)
     if not (1 <= 2 * harmonics <= dim and reads >= 1 and 0 < share < 1):
         raise ValueError(
             "tiled_curve: wanted dim >= 2 * harmonics, reads >= 1 and share in (0, 1), "
             f"got dim {dim}, harmonics {harmonics}, reads {reads}, share {share}"
         )
+    if not abs(decay) <= 10:
+        raise ValueError(f"tiled_curve: wanted decay in -10 .. 10, got {decay}")
     basis, rows, mix = jax.random.split(key, 3)
     span = heads.rotation(basis, dim)[: 2 * harmonics]
     order = jnp.arange(1, harmonics + 1, dtype=jnp.result_type(float))
@@ -162,9 +187,8 @@ def tiled_curve(
     everywhere = _on_curve({"curve": curve}, jnp.linspace(0, 2 * jnp.pi, 4096)[:-1])
     threshold = jnp.quantile(dot(everywhere, readers.T), 1 - share, axis=0)
     params = heads.head(mix, readers, threshold) | {"curve": curve}
-    writers = (
-        dot(dot(readers, curve.T), curve) / 2
-    )  # the covariance is curve^T curve / 2
+    # The covariance is curve^T curve / 2.
+    writers = dot(dot(readers, curve.T), curve) / 2
     return heads.task(
         "tiled curve",
         _on_curve,
@@ -207,8 +231,10 @@ def product_space(
       :class:`toyfeat.types.Task`, colours first.
 
     Raises:
-      ValueError: if the sizes do not fit.
+      ValueError: if sizes or other knobs do not fit.
+      TypeError: if a size is not an int.
     """
+    heads.check_ints("product_space", dim=dim, colours=colours, shapes=shapes)
     num = colours + shapes
     if min(colours, shapes) < 2 or num > dim:
         raise ValueError(
@@ -232,7 +258,7 @@ def product_space(
         f"{num} features. One latent per pair is the sparser description of the "
         "activations.",
         limits="Adding a vector to all colours and taking it from all shapes changes "
-        "no activation of size 1: writers are known up to that, readers exactly.",
+        "no activation: writers are known up to that, readers exactly.",
     )
 
 
@@ -265,25 +291,20 @@ def quiet_and_loud(
     Args:
       key: random key of the task.
       dim: width ``D``.
-      quiet: how many features matter, at most ``dim``.
+      quiet: how many features matter, fewer than ``dim``.
       loud: how many large ones hardly do; with the quiet ones they may exceed ``dim``.
       probability: of any feature to be there.
-      quietness: length of a quiet feature's writer; a loud one's is 1.
-      idleness: effect of a loud feature, of a quiet one it is 1.
+      quietness: length of a quiet feature's writer, in 1e-4 .. 1e4; a loud one's is 1.
+      idleness: effect of a loud feature, at most 1e4; of a quiet one it is 1.
 
     Returns:
       :class:`toyfeat.types.Task` whose truth is the quiet features.
 
     Raises:
-      ValueError: if the sizes do not fit.
+      ValueError: if sizes or other knobs do not fit.
+      TypeError: if a size is not an int.
     """
-    sizes = 1 <= quiet < dim and loud >= 1
-    if not (sizes and 0 < probability <= 1 and quietness > 0):
-        raise ValueError(
-            "quiet_and_loud: wanted quiet in 1 .. dim - 1, loud >= 1, probability in "
-            f"(0, 1] and quietness > 0, got dim {dim}, quiet {quiet}, loud {loud}, "
-            f"probability {probability}, quietness {quietness}"
-        )
+    _check_loudness(dim, quiet, loud, probability, quietness, idleness)
     rows, other, mix = jax.random.split(key, 3)
     own = min(dim - 1, 3 * quiet // 2 + 1)  # dimensions of the quiet ones
     span = heads.rotation(rows, dim)
@@ -306,9 +327,37 @@ def quiet_and_loud(
         Truth(readers, writers, jnp.full(quiet, probability)),
         ignored=span[own:],
         about=f"{quiet} features {1 / quietness:g} times smaller than {loud} others, "
-        f"with {1 / idleness:g} times their effect.",
+        + (
+            f"with {1 / idleness:g} times their effect."
+            if idleness
+            else "which have no effect."
+        ),
         limits="Nothing is hidden: readers and writers are known up to their lengths.",
     )
+
+
+def _check_loudness(
+    dim: int,
+    quiet: int,
+    loud: int,
+    probability: float,
+    quietness: float,
+    idleness: float,
+) -> None:
+    heads.check_ints("quiet_and_loud", dim=dim, quiet=quiet, loud=loud)
+    sizes = 1 <= quiet < dim and loud >= 1
+    if not (sizes and 0 < probability <= 1 and quietness > 0):
+        raise ValueError(
+            "quiet_and_loud: wanted quiet in 1 .. dim - 1, loud >= 1, probability in "
+            f"(0, 1] and quietness > 0, got dim {dim}, quiet {quiet}, loud {loud}, "
+            f"probability {probability}, quietness {quietness}"
+        )
+    if not (1e-4 <= quietness <= 1e4 and abs(idleness) <= 1e4):
+        raise ValueError(
+            "quiet_and_loud: wanted quietness in 1e-4 .. 1e4, where single precision "
+            "tells quiet from loud, and idleness up to 1e4, got quietness "
+            f"{quietness}, idleness {idleness}"
+        )
 
 
 def _independent(features: int, probability: float, key: Array, num: int) -> Array:

@@ -8,7 +8,7 @@ References:
   and the hidden identity.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from toyfeat.models.planted.heads import dot, rotation, unit
+from toyfeat.models.planted.heads import check_ints, dot, rotation, unit
 from toyfeat.tap import from_function
 from toyfeat.types import Array, Params, Task, Truth
 
@@ -62,11 +62,16 @@ def squares(
 
     Returns:
       :class:`toyfeat.types.Task`.
+
+    Raises:
+      ValueError: if sizes or other knobs do not fit.
+      TypeError: if a size is not an int.
     """
     what = (
         "The square of one input" if features == 1 else f"{features} squares of inputs"
     )
     return _task(
+        "squares",
         "x²" if features == 1 else "squares",
         key,
         Spec(features, (neurons,), low=low, **spec),
@@ -99,11 +104,17 @@ def circuits(
 
     Returns:
       :class:`toyfeat.types.Task`.
+
+    Raises:
+      ValueError: if sizes or other knobs do not fit.
+      TypeError: if a size is not an int.
     """
+    check_ints("circuits", features=features, neurons=neurons)
     if probability is None:
         probability = 1 / max(1, features)
     more = {"clipped": features >= neurons, "probability": probability} | spec
     return _task(
+        "circuits",
         f"circuits {features} in {neurons}",
         key,
         Spec(features, (neurons,), each, **more),
@@ -135,12 +146,17 @@ def cross_layer(
 
     Returns:
       :class:`toyfeat.types.Task`.
+
+    Raises:
+      ValueError: if sizes or other knobs do not fit.
+      TypeError: if a size is not an int.
     """
-    if len(neurons) != 2:
-        raise ValueError(f"planted: wanted neurons of two layers, got {neurons}")
+    if not isinstance(neurons, Sequence) or len(neurons) != 2:
+        raise ValueError(f"cross_layer: wanted neurons of two layers, got {neurons}")
     if probability is None:
         probability = min(1.0, 1.5 / max(1, features))
     return _task(
+        "cross_layer",
         "cross-layer",
         key,
         Spec(features, tuple(neurons), each, probability=probability, **spec),
@@ -173,9 +189,14 @@ _PROBED = {
 }
 
 
-def _task(name: str, key: Array, spec: Spec, about: str) -> Task:
-    _check(spec)
+def _task(maker: str, name: str, key: Array, spec: Spec, about: str) -> Task:
+    _check(maker, spec)
     params, fit, covariance = _trained(spec, key)
+    if not jnp.isfinite(fit):
+        raise ValueError(
+            f"{maker}: the fit is {fit}, wanted a low nearer to 0 or a larger "
+            f"probability, got {spec}"
+        )
     readers = params["readers"]
     frequency = jnp.full(spec.features, spec.probability)
     return Task(
@@ -293,16 +314,20 @@ def _initial(spec: Spec, key: Array) -> tuple[Params, list[Array]]:
     return params | {"mix": mix}, masks
 
 
-def _check(spec: Spec) -> None:
+def _check(maker: str, spec: Spec) -> None:
+    for width in spec.neurons:
+        check_ints(maker, neurons=width)
+    counts = {"features": spec.features, "steps": spec.steps, "batch": spec.batch}
+    check_ints(maker, **counts, each=spec.each)
     sizes = (spec.features, *spec.neurons, spec.steps, spec.batch)
     if min(sizes) < 1 or not 0 < spec.probability <= 1 or not spec.low < 1:
         raise ValueError(
-            "planted: sizes must be at least 1, the probability in (0, 1] and low < 1, "
-            f"got {spec}"
+            f"{maker}: sizes must be at least 1, the probability in (0, 1] and "
+            f"low < 1, got {spec}"
         )
     if not 0 <= spec.each <= min(spec.neurons):
         raise ValueError(
-            f"planted: each must be in 0 .. {min(spec.neurons)}, got {spec.each}"
+            f"{maker}: each must be in 0 .. {min(spec.neurons)}, got {spec.each}"
         )
 
 
@@ -334,8 +359,12 @@ def superposition(
       :class:`toyfeat.types.Task`.
 
     Raises:
-      ValueError: if the sizes do not fit.
+      ValueError: if sizes or other knobs do not fit.
+      TypeError: if a size is not an int.
     """
+    check_ints(
+        "superposition", features=features, hidden=hidden, steps=steps, batch=batch
+    )
     if min(features, hidden, steps, batch) < 1 or not 0 < probability <= 1:
         raise ValueError(
             "superposition: sizes must be at least 1, the probability in (0, 1], got "
@@ -343,6 +372,11 @@ def superposition(
             f"probability {probability}"
         )
     params, fit = _squeezed(features, hidden, probability, steps, batch, key)
+    if not jnp.isfinite(fit):
+        raise ValueError(
+            f"superposition: the fit is {fit}, wanted a larger probability, got "
+            f"{probability}"
+        )
     if identity:
         params["identity"] = jnp.eye(hidden)
     rows = params["weight"]

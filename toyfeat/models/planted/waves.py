@@ -13,7 +13,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from toyfeat.models.planted.heads import SITE, dot, rotation, unit
+from toyfeat.models.planted.heads import (
+    SITE,
+    check_ints,
+    dot,
+    dual,
+    rotation,
+    unit,
+)
 from toyfeat.tap import from_split
 from toyfeat.types import Array, Params, Task, Truth
 
@@ -33,19 +40,10 @@ def modular_addition(
       :class:`toyfeat.types.Task` with one group per frequency.
 
     Raises:
-      ValueError: if the sizes do not fit.
+      ValueError: if sizes or other knobs do not fit.
+      TypeError: if a size is not an int.
     """
-    prime = modulus > 2 and all(modulus % n for n in range(2, modulus))
-    if not prime or not 1 <= frequencies <= (modulus - 1) // 2:
-        raise ValueError(
-            "modular_addition: wanted an odd prime modulus and 1 .. (modulus - 1) / 2 "
-            f"frequencies, got {modulus} and {frequencies}"
-        )
-    if 6 * frequencies > dim:
-        raise ValueError(
-            f"modular_addition: wanted dim >= 6 * frequencies = {6 * frequencies}, got "
-            f"{dim}"
-        )
+    _check(modulus, frequencies, dim)
     chosen, rows, size, basis = jax.random.split(key, 4)
     every = jnp.arange(1, (modulus - 1) // 2 + 1)
     waves = jnp.sort(jax.random.permutation(chosen, every)[:frequencies])
@@ -54,7 +52,7 @@ def modular_addition(
     readers = unit(
         dot(jax.random.normal(rows, (num, dim - 2 * num)), axes[: dim - 2 * num])
     )
-    inside = jnp.linalg.pinv(readers).T
+    inside = dual(readers)
     amplitude = jax.random.uniform(size, (frequencies,), minval=0.7, maxval=1.3)
     angle = 2 * jnp.pi / modulus * waves.astype(float)
     angles = angle[:, None] * jnp.arange(modulus, dtype=angle.dtype)[None, :]
@@ -83,6 +81,22 @@ def modular_addition(
         "Features are planes: no direction inside of one is preferred, and only the "
         "plane is scored.",
     )
+
+
+def _check(modulus: int, frequencies: int, dim: int) -> None:
+    sizes = {"modulus": modulus, "frequencies": frequencies, "dim": dim}
+    check_ints("modular_addition", **sizes)
+    prime = modulus > 2 and all(modulus % n for n in range(2, modulus))
+    if not prime or not 1 <= frequencies <= (modulus - 1) // 2:
+        raise ValueError(
+            "modular_addition: wanted an odd prime modulus and 1 .. (modulus - 1) / 2 "
+            f"frequencies, got {modulus} and {frequencies}"
+        )
+    if 6 * frequencies > dim:
+        raise ValueError(
+            f"modular_addition: wanted dim >= 6 * frequencies = {6 * frequencies}, got "
+            f"{dim}"
+        )
 
 
 def _pairs(modulus: int, key: Array, num: int) -> Array:

@@ -4,6 +4,7 @@ References:
   Chanin and Garriga-Alonso, SynthSAEBench, arXiv 2602.14687, for the world.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -51,38 +52,24 @@ def world_with_head(
       ``None`` as the world fills the space.
 
     Raises:
-      ValueError: if the world has too few features.
+      ValueError: if the world has too few features, or the threshold silences all.
+      TypeError: if a size is not an int.
     """
+    _check(features, dim, read, composed, parts, threshold)
     used = read + composed * parts
-    if used > features or min(read, composed, parts) < 1:
-        raise ValueError(
-            "world_with_head: wanted at least one of read, composed and parts, and "
-            f"read + composed * parts <= features = {features}, got {read}, "
-            f"{composed}, {parts}"
-        )
     made, chosen, mix = jax.random.split(key, 3)
-    world = synthetic_world(
-        made,
-        features,
-        dim,
-        firing_probability=ZipfianFiring(max_prob=0.05, min_prob=0.005),
-        hierarchy=HierarchyConfig(
-            total_root_nodes=max(1, features // 32),
-            branching_factor=4,
-            max_depth=2,
-            compensate_probabilities=True,
-        ),
-        std_firing_magnitudes=FoldedNormalMagnitude(mean=0.2, std=0.1),
-        mean_firing_magnitudes=LinearMagnitude(start=1.8, end=1.2),
-        bias=0.0,
-    )
+    world = _world(made, features, dim)
     order = np.asarray(jax.random.permutation(chosen, features))[:used]
     alone, sums = order[:read], order[read:].reshape(composed, parts)
     rows = world.feature_vectors
     readers = unit(jnp.concatenate([rows[alone], rows[sums].sum(1)]))
     params = heads.head(mix, readers, threshold) | {"world": world}
     acts = dot(_codes(world, jax.random.fold_in(mix, 1), _EXAMPLES), rows)
-    rate = jnp.mean(heads.features(params, acts) > 0, axis=0)
+    rate = jnp.mean(heads.features(params, acts) > 0, axis=0, dtype=readers.dtype)
+    if not rate.any():
+        raise ValueError(
+            f"world_with_head: no feature passes the threshold {threshold}; lower it"
+        )
     return heads.task(
         "world with a head",
         _of_world,
@@ -97,8 +84,44 @@ def world_with_head(
     )
 
 
+def _check(
+    features: int, dim: int, read: int, composed: int, parts: int, threshold: float
+) -> None:
+    sizes = {"features": features, "dim": dim, "read": read, "composed": composed}
+    heads.check_ints("world_with_head", **sizes, parts=parts)
+    if read + composed * parts > features or min(read, composed, parts) < 1:
+        raise ValueError(
+            "world_with_head: wanted at least one of read, composed and parts, and "
+            f"read + composed * parts <= features = {features}, got {read}, "
+            f"{composed}, {parts}"
+        )
+    if dim < 1 or not math.isfinite(threshold):
+        raise ValueError(
+            "world_with_head: wanted dim of at least 1 and a finite threshold, got dim "
+            f"{dim}, threshold {threshold}"
+        )
+
+
+def _world(key: Array, features: int, dim: int) -> World:
+    return synthetic_world(
+        key,
+        features,
+        dim,
+        firing_probability=ZipfianFiring(max_prob=0.05, min_prob=0.005),
+        hierarchy=HierarchyConfig(
+            total_root_nodes=max(1, features // 32),
+            branching_factor=4,
+            max_depth=2,
+            compensate_probabilities=True,
+        ),
+        std_firing_magnitudes=FoldedNormalMagnitude(mean=0.2, std=0.1),
+        mean_firing_magnitudes=LinearMagnitude(start=1.8, end=1.2),
+        bias=0.0,
+    )
+
+
 def _codes(world: World, key: Array, num: int) -> Array:
-    return world_codes(key, world, num)
+    return world_codes(key, world, num).astype(world.feature_vectors.dtype)
 
 
 def _of_world(params: Params, codes: Array) -> Array:

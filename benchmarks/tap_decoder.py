@@ -1,0 +1,139 @@
+"""Taps of the decoder against its forward, and against torch with hooks.
+
+Part of ``benchmarks/tap.py``.  The same random weights, read by ``load_decoder`` from
+the files that transformers wrote; gradients are compared before times are.  All sites
+are five a block.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from contest import HERE, PEERS, Worker
+from harness import program, row
+
+import toyfeat as tf
+from toyfeat.models.decoder import SITES, Decoder, load_decoder
+
+SIZE = {
+    "layers": 30,
+    "dim": 576,
+    "heads": 9,
+    "kv_heads": 3,
+    "hidden": 1536,
+    "vocab": 49152,
+}
+TINY = {**SIZE, "layers": 2, "dim": 36, "hidden": 64, "vocab": 512}
+ROUNDS = 5
+BAR = 2.2
+
+
+def measured(*, tiny: bool = False) -> tuple[list[dict], list[str]]:
+    """Rows and missed bars; nothing without the peers' environment."""
+    if not PEERS.exists():
+        print("decoder: no peers (bash benchmarks/peers/setup.sh), left out")
+        return [], []
+    size = TINY if tiny else SIZE
+    batch, length = (2, 16) if tiny else (8, 128)
+    worker = Worker(PEERS, HERE / "peers" / "decoder.py", None)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            tokens = np.random.default_rng(0).integers(
+                0, size["vocab"], (batch, length)
+            )
+            np.save(Path(folder) / "tokens.npy", tokens)
+            where = {"folder": folder, "tokens": f"{folder}/tokens.npy"}
+            worker.ask(what="make", **where, **size)
+            return _measured(worker, Path(folder), jnp.asarray(tokens, jnp.int32), size)
+    finally:
+        assert worker.process.stdin is not None
+        worker.process.stdin.close()
+        worker.process.wait()
+
+
+def _measured(
+    worker: Worker, folder: Path, tokens: jax.Array, size: dict[str, int]
+) -> tuple[list[dict], list[str]]:
+    model = load_decoder(folder, tokenizer=False)
+    probed = tf.from_linen(Decoder(model.config))
+    layers = range(size["layers"])
+    sites = [f"blocks_{i}/{name}" for i in layers for name in SITES]
+    middle = f"blocks_{size['layers'] // 2}/resid_post"
+
+    def tapped(sites: Any) -> Any:
+        return lambda p, x: tf.tap(
+            probed, p, x, sites=sites, readout=tf.readouts.next_token_loss(x)
+        )
+
+    programs = {
+        "forward": program(lambda p, x: probed(p, x, {})[0], model.params, tokens),
+        "tap all sites": program(tapped(sites), model.params, tokens),
+        "tap one site": program(tapped([middle]), model.params, tokens),
+    }
+    taps = programs["tap all sites"].run()
+    worker.ask(what="run", method="hooked")
+    names = [f"{i}/{name}" for i in layers for name in SITES]
+    worker.ask(what="save", sites=names, path=str(folder / "grads.npz"))
+    theirs = np.load(folder / "grads.npz")
+    error = max(
+        _distance(taps[f"blocks_{name}"].grads, theirs[name.replace("/", ".")])
+        for name in names
+    )
+    del taps
+    if not error < 1e-3:
+        return [], [f"decoder: gradients are {error:.1e} off torch's, no time"]
+    times: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):  # in turns, so that noise is shared
+        for name, one in programs.items():
+            start = time.perf_counter()
+            one.run()
+            times.setdefault(name, []).append(time.perf_counter() - start)
+        for name in ("forward", "hooked"):
+            answer = worker.ask(what="run", method=name)
+            times.setdefault(f"torch {name}", []).append(answer["seconds"])
+    seconds = {name: statistics.median(taken) for name, taken in times.items()}
+    peers = {"forward": "torch forward"}
+    rows = []
+    for name, one in programs.items():
+        peer = seconds[peers.get(name, "torch hooked")]
+        rows.append(
+            row(
+                "decoder",
+                {**size, "batch": len(tokens), "length": tokens.shape[1]},
+                name,
+                ours_s=seconds[name],
+                peer_s=peer,
+                ratio=peer / seconds[name],
+                times_forward=seconds[name] / seconds["forward"],
+                flops_times_forward=one.flops / programs["forward"].flops,
+                error=error,
+                peer_error=None,
+                flops=one.flops,
+                compile_s=one.compile_s,
+            )
+        )
+    missed = []
+    share, speed = rows[1]["times_forward"], rows[1]["ratio"]
+    if share > BAR:
+        missed.append(f"decoder: all sites take {share:.2f} x the forward, bar {BAR}")
+    if speed < 1:
+        missed.append(f"decoder: all sites at {speed:.2f} x the speed of torch, bar 1")
+    return rows, missed
+
+
+def _distance(ours: Any, theirs: np.ndarray) -> float:
+    ours = np.asarray(ours[:, 0]).reshape(theirs.shape)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+if __name__ == "__main__":
+    lines, misses = measured(tiny="--tiny" in sys.argv)
+    for line in lines:
+        print({k: line[k] for k in ("method", "ours_s", "ratio", "times_forward")})
+    print(misses)

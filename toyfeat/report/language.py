@@ -1,0 +1,278 @@
+"""A page on a language model's dictionaries: scores, pictures, latents."""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toyfeat.language.contexts import Context, Latent
+from toyfeat.report import page
+from toyfeat.report.figures import BLUE, GREEN, GREY, ORANGE, RED, data_uri, figure, png
+from toyfeat.report.rows import html_lines
+
+_COLOURS = {
+    "acts": BLUE,
+    "attribution": RED,
+    "gradients": GREEN,
+    "paired": ORANGE,
+}
+_SCORES = (
+    "ce",
+    "kl",
+    "recovered",
+    "recovered_zero",
+    "explained",
+    "l0",
+    "attribution_l0",
+    "unexplained",
+    "dead",
+)
+_FAITH = ("correlation", "slope", "error")
+
+
+def kind_of(method: str) -> str:
+    """The kind of a method's name, ``"acts"`` of ``"acts-k8-s0"``."""
+    return method.split("-k")[0]
+
+
+def score_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A line per method with every score; medians are left to the reader's seeds."""
+    faith = {r["method"]: r for r in rows if r.get("what") == "faithfulness"}
+    lines: list[tuple[str, ...]] = [("method", *_SCORES, *_FAITH)]
+    for row in rows:
+        if row.get("what") != "scores":
+            continue
+        cells = [_short(row[name]) for name in _SCORES]
+        other = faith.get(row["method"], {})
+        cells += [_short(other[name]) if other else "" for name in _FAITH]
+        lines.append((row["method"], *cells))
+    return lines
+
+
+def fronts_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Cross-entropy recovered and attribution L0, by activation L0.
+
+    Returns:
+      A matplotlib figure.
+
+    Raises:
+      ImportError: without matplotlib.
+    """
+    scores = [row for row in rows if row.get("what") == "scores"]
+    drawn = figure(12, 4)
+    axes = drawn.subplots(1, 3)
+    kinds = list(dict.fromkeys(kind_of(row["method"]) for row in scores))
+    for kind in kinds:
+        mine = sorted(
+            (r for r in scores if kind_of(r["method"]) == kind), key=lambda r: r["l0"]
+        )
+        style = {"color": _COLOURS.get(kind, GREY), "marker": "o", "label": kind}
+        if kind not in _COLOURS:
+            style |= {"linestyle": ":", "alpha": 0.7, "marker": _marker(kind, kinds)}
+        x = [row["l0"] for row in mine]
+        for axis, name in zip(
+            axes, ("recovered", "attribution_l0", "unexplained"), strict=True
+        ):
+            axis.plot(x, [_number(row[name]) for row in mine], **style)
+    for axis, name in zip(
+        axes,
+        (
+            "cross-entropy recovered (mean ablation)",
+            "attribution L0",
+            "first-order effect that no latent has",
+        ),
+        strict=True,
+    ):
+        axis.set_xlabel("latents per token")
+        axis.set_ylabel(name)
+        axis.set_xscale("log", base=2)
+    axes[0].legend(fontsize=7)
+    return drawn
+
+
+def faithfulness_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Predicted and true effects of leaving a latent out, a panel per dictionary.
+
+    Returns:
+      A matplotlib figure.
+
+    Raises:
+      ImportError: without matplotlib.
+    """
+    mine = [row for row in rows if row.get("what") == "faithfulness"]
+    across = min(4, max(1, len(mine)))
+    down = -(-len(mine) // across)
+    drawn = figure(3.2 * across, 3 * down)
+    axes = np.atleast_1d(drawn.subplots(down, across)).ravel()
+    for axis, row in zip(axes, mine, strict=False):
+        predicted, true = np.asarray(row["effects"]).T
+        colour = _COLOURS.get(kind_of(row["method"]), GREY)
+        axis.scatter(predicted, true, s=4, alpha=0.4, color=colour, linewidths=0)
+        most = max(np.abs(predicted).max(), np.abs(true).max()) * 1.05
+        axis.plot([-most, most], [-most, most], color="black", linewidth=0.6)
+        axis.set_xscale("symlog", linthresh=most / 300)
+        axis.set_yscale("symlog", linthresh=most / 300)
+        ticks = 10.0 ** np.floor(np.log10(most)) * np.array([-1, 0, 1])
+        axis.set_xticks(ticks)
+        axis.set_yticks(ticks)
+        axis.minorticks_off()
+        axis.set_title(f"{row['method']}: r {row['correlation']:.2f}", size=9)
+        axis.tick_params(labelsize=6)
+    for axis in axes[len(mine) :]:
+        axis.set_visible(False)
+    drawn.supxlabel("predicted change of the loss, nats")
+    drawn.supylabel("true change")
+    return drawn
+
+
+def decomposition_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Cross-entropy recovered by how many directions a site keeps, a panel per site.
+
+    Returns:
+      A matplotlib figure.
+
+    Raises:
+      ImportError: without matplotlib.
+    """
+    scores = [row for row in rows if row.get("what") == "scores"]
+    sites = list(dict.fromkeys(row["site"] for row in scores))
+    drawn = figure(5.2 * max(1, len(sites)), 3.8)
+    axes = np.atleast_1d(drawn.subplots(1, max(1, len(sites))))
+    for axis, site in zip(axes, sites, strict=True):
+        here = [row for row in scores if row["site"] == site]
+        for basis in dict.fromkeys(row["method"].rpartition(",")[0] for row in here):
+            line = [r for r in here if r["method"].rpartition(",")[0] == basis]
+            line.sort(key=lambda row: row["l0"])
+            values = [_number(row["recovered"]) for row in line]
+            axis.plot([row["l0"] for row in line], values, marker="o", label=basis)
+        axis.set_xscale("log", base=4)
+        axis.set_ylim(-0.5, 1.05)
+        axis.set_title(site, size=9)
+        axis.set_xlabel("directions kept")
+        axis.set_ylabel("cross-entropy recovered")
+        axis.legend(fontsize=7)
+    return drawn
+
+
+def write_language(
+    folder: Path,
+    evaluation: Sequence[Mapping[str, Any]],
+    decomposition: Sequence[Mapping[str, Any]],
+    latents: Mapping[str, Sequence[Latent]],
+    *,
+    header: Mapping[str, Any],
+) -> Path:
+    """Write ``report.html``, with everything in it.
+
+    Args:
+      folder: an existing folder.
+      evaluation: rows of ``evaluation.jsonl``.
+      decomposition: rows of ``decompose.jsonl``, or none.
+      latents: dictionary to latents.
+      header: settings, for the foot of the page.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      ValueError: if there is nothing to show.
+      ImportError: without matplotlib.
+    """
+    if not evaluation and not decomposition:
+        raise ValueError("write_language: there are no rows; evaluate first")
+    sections = []
+    if evaluation:
+        body = [
+            page.paragraph(
+                "Each method is put in the place of the activations of the site, on "
+                "text that nothing was trained on; the first position of a window is "
+                "left as it is. Recovered is the share of the cross-entropy that the "
+                "site's mean in its place costs; attribution L0 the fewest latents "
+                "with 95 % of the first-order effect on the loss."
+            ),
+            page.picture(data_uri(png(fronts_figure(evaluation))), "By latents."),
+            page.table(html_lines(score_lines(evaluation))),
+        ]
+        sections.append(page.section("What the model keeps", body))
+    if any(row.get("what") == "faithfulness" for row in evaluation):
+        text = (
+            "A latent is left out of one token; the prediction is minus its "
+            "attribution, the truth what happens to the loss of the window."
+        )
+        image = data_uri(png(faithfulness_figure(evaluation)))
+        body = [page.paragraph(text), page.picture(image, "A dot is a pair.")]
+        sections.append(page.section("Attributions against leaving out", body))
+    if decomposition:
+        image = data_uri(png(decomposition_figure(decomposition)))
+        lines = [("site", "basis", "participation ratio")]
+        lines += [
+            (row["site"], row["basis"], f"{row['participation']:.1f}")
+            for row in decomposition
+            if "basis" in row
+        ]
+        body = [page.picture(image, "Directions in order of the basis.")]
+        body.append(page.table(html_lines(lines)))
+        sections.append(page.section("Bases", body))
+    for name, found in latents.items():
+        body = [latent_html(latent) for latent in found]
+        sections.append(page.section(f"Latents of {name}", body))
+    footer = ", ".join(f"{name}: {value}" for name, value in header.items())
+    title = "A language model by a few latents"
+    page.write_page(folder / "report.html", title, sections, footer)
+    return folder / "report.html"
+
+
+def latent_html(latent: Latent) -> str:
+    """A latent as a part of a page."""
+    near = ", ".join(f"{index} ({cosine:.2f})" for index, cosine in latent.neighbours)
+    head = (
+        f"there at {latent.frequency:.2%} of the tokens, mean absolute attribution "
+        f"{latent.effect:.2g} nats; nearest readers: {near}"
+    )
+    parts = [f"<h3>Latent {latent.index}</h3>", page.paragraph(head)]
+    for title, words in (
+        ("writes towards", latent.promoted),
+        ("and away from", latent.suppressed),
+    ):
+        if words:
+            shown = " ".join(f"<code>{html.escape(_visible(w))}</code>" for w in words)
+            parts.append(f"<p>{title} {shown}</p>")
+    for title, contexts in (
+        ("Largest codes", latent.activating),
+        ("Largest attributions", latent.attributed),
+    ):
+        rows = "".join(f"<li>{context_html(context)}</li>" for context in contexts)
+        parts.append(f"<p>{title}</p><ul>{rows}</ul>")
+    return "\n".join(parts)
+
+
+def context_html(context: Context) -> str:
+    """Tokens, shaded by the latent's code, the one in question underlined."""
+    most = max((abs(v) for v in context.values), default=0.0) or 1.0
+    spans = []
+    for i, (token, value) in enumerate(
+        zip(context.tokens, context.values, strict=True)
+    ):
+        style = f"background:rgba(213,94,0,{min(1.0, abs(value) / most) * 0.6:.2f})"
+        if i == context.at:
+            style += ";text-decoration:underline"
+        spans.append(f'<span style="{style}">{html.escape(_visible(token))}</span>')
+    return f"{''.join(spans)} <small>{context.effect:+.2g} nats</small>"
+
+
+def _visible(token: str) -> str:
+    return token.replace("\n", "⏎")
+
+
+def _marker(kind: str, kinds: Sequence[str]) -> str:
+    return "sv^Dxp*"[list(kinds).index(kind) % 7]
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _short(value: Any) -> str:
+    return "" if value is None else f"{float(value):.3f}"

@@ -19,6 +19,7 @@ from tiny_collection import (
 )
 
 import toyfeat as tf
+from toyfeat.data import writing
 from toyfeat.data.store import open_store, shard_taps, verify_store
 from toyfeat.language import fingerprint, readout_of, site_folder, store_moments
 
@@ -148,6 +149,23 @@ def test_a_collection_that_was_killed_goes_on(once, tmp_path):
     (tmp_path / "b" / "shard-000002-10.bin.tmp").write_bytes(b"half")
     collected(tmp_path)
     assert content(tmp_path) == content(once[0])
+
+
+def test_a_full_disk_lets_go_of_every_store(once, tmp_path, monkeypatch):
+    write = writing._write
+
+    def full(store, name, content):
+        if name.endswith("-9.bin"):  # the last ones
+            raise OSError(28, "No space left on device")
+        write(store, name, content)
+
+    monkeypatch.setattr(writing, "_write", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        collected(tmp_path)
+    monkeypatch.undo()
+    collected(tmp_path)
+    assert content(tmp_path) == content(once[0])
+    del error  # which held on to the writers up to here
 
 
 def test_again_changes_nothing(once):

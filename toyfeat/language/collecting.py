@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def collect(
     content = hashlib.sha256(np.ascontiguousarray(tokens, np.int32).data).hexdigest()
     writers: dict[str, StoreWriter] = {}
     pending: Future[None] | None = None
-    try:
+    with ExitStack() as closing:  # all of them, even if one cannot be written
         for site in sorted(shapes, key=is_new):  # refused before others are begun
             taps = shapes[site]
             about = {"site": site, "tokens": content, "length": length}
@@ -138,6 +139,7 @@ def collect(
                 rows_per_shard=rows_per_shard,
                 metadata={**(metadata or {}), **about},
             )
+            closing.enter_context(writers[site])
         done = min(writer.rows for writer in writers.values()) // length
         with ThreadPoolExecutor(1) as disk:
             for first in range(done // batch * batch, len(tokens), batch):
@@ -151,9 +153,6 @@ def collect(
                 pending = disk.submit(_append, writers, taps, rows)
             if pending is not None:
                 pending.result()
-    finally:
-        for writer in writers.values():
-            writer.close()
     report(tokens.size, tokens.size)
     return {site: open_store(path) for site, path in place.items()}
 

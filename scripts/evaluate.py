@@ -22,5 +22,5 @@ if __name__ == "__main__":
         main(sys.argv[1])
     except IndexError:
         raise SystemExit("name a job: examples/smollm2.toml") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(str(error)) from None

@@ -221,8 +221,12 @@ def test_a_row_that_was_cut_off_is_dropped_and_computed_again(copy, done, what):
 def test_another_model_is_refused(copy, done):
     params = jax.tree.map(lambda x: x * 1.001, done["run"].model.params)
     model = done["run"].model._replace(params=params)
+    run = done["run"]._replace(job=copy, model=model)
     with pytest.raises(ValueError, match="was begun with metadata"):
-        pipeline.collected(done["run"]._replace(job=copy, model=model))
+        pipeline.collected(run)
+    for step in (pipeline.decomposed, pipeline.evaluated):
+        with pytest.raises(ValueError, match=r"job: .* was written by other weights"):
+            step(run)
 
 
 def toml_of(job, path, **changes):
@@ -339,6 +343,12 @@ def test_steps_of_scripts_that_are_too_early(folder, tmp_path):
         assert said.endswith(
             f"has nothing of {SITE!r} yet; run scripts/collect.py first"
         )
+
+
+def test_a_library_that_is_missing_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    path = toml_of(job_of(folder, tmp_path / "out"), tmp_path / "job.toml")
+    assert ended("collect.py", path).startswith("load_decoder: tokenizers is not inst")
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ class Job:
 
     Attributes:
       model: a folder, a ``.gguf`` file or a name that ``scripts/fetch.py`` knows.
-      text: a ``.txt`` file, a folder of them, or such a name.
+      text: a folder of ``.txt`` files, of which some are held out, or such a name.
       out: folder of everything that is made.
       collect: what is stored.
       train: which dictionaries.

@@ -93,7 +93,7 @@ def opened(job: Job) -> Opened:
     if given.every < 2 or len(texts) < given.every:
         raise ValueError(
             f"job: one of every {given.every} texts is to be held out, there are "
-            f"{len(texts)}; set collect.every from 2 to that"
+            f"{len(texts)}; give more of them, or set collect.every from 2 to that"
         )
     away = set(range(given.every // 2, len(texts), given.every))
     start = None if given.start < 0 else given.start
@@ -247,10 +247,14 @@ def decomposed(run: Opened, say: Say = print) -> list[dict[str, Any]]:
     Returns:
       Rows, which ``decompose.jsonl`` has too: a basis with its spectrum and its
       participation ratio, and the scores of its first directions.
+
+    Raises:
+      FileNotFoundError: if nothing was collected.
+      ValueError: if a store is of other weights.
     """
     job, rows = run.job, Rows(Path(run.job.out) / "decompose.jsonl")
     for site in job.collect.sites:
-        _, stats = store_of(job, site)
+        _, stats = _own_store(run, site)
         width = len(stats.mean)
         bases = bases_of(stats)
         for name, basis in bases.items():
@@ -297,10 +301,11 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
 
     Raises:
       FileNotFoundError: if no dictionary is finished.
+      ValueError: if the store is of other weights.
     """
     job, rows = run.job, Rows(Path(run.job.out) / "evaluation.jsonl")
     site = job.train.site
-    _, stats = store_of(job, site)
+    _, stats = _own_store(run, site)
     found = dict(finished(job.train, Path(job.out) / "train"))
     if not found:
         raise FileNotFoundError(
@@ -361,7 +366,7 @@ def looked_at(run: Opened, *, num: int = 24) -> dict[str, list[Latent]]:
       Name to :class:`Latent`, those with the largest effects.
     """
     job, site = run.job, run.job.train.site
-    store, stats = store_of(job, site)
+    store, stats = _own_store(run, site)
     spread, mean = covariance(stats), jnp.asarray(stats.mean)
     first = job.train.seeds[0], job.train.codes[len(job.train.codes) // 2]
     residual = not site.endswith("mlp_hidden")
@@ -419,6 +424,17 @@ def _finite(value: Any) -> Any:
     """JSON has no NaN."""
     bad = isinstance(value, float) and not math.isfinite(value)
     return None if bad else value
+
+
+def _own_store(run: Opened, site: str) -> tuple[Store, Moments]:
+    """:func:`store_of` a job, of the very weights that are open."""
+    store, stats = store_of(run.job, site)
+    if store.metadata["weights"] != fingerprint(run.model.params):
+        raise ValueError(
+            f"job: {store.path} was written by other weights than those of "
+            f"{run.job.model}; give the model it was, or another folder as out"
+        )
+    return store, stats
 
 
 def _judged(

@@ -1,0 +1,104 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_collection import SITES, collected
+
+import toyfeat as tf
+from toyfeat.data.store import shard_taps
+from toyfeat.language import Train, training
+from toyfeat.language.training import Run, batches_of, design, finished, runs_of
+
+
+def test_a_job_has_every_kind_number_of_codes_and_seed():
+    train = Train(kinds=("acts", "paired"), codes=(2, 4), seeds=(0, 5))
+    runs = runs_of(train)
+    assert len(runs) == len({run.name for run in runs}) == 8
+    assert Run("paired", 4, 5) in runs
+    assert Run("paired", 4, 5).name == "paired-k4-s5"
+    assert runs_of(Train(codes=())) == []
+
+
+def test_an_unknown_kind_is_refused(tmp_path):
+    train = Train(kinds=("acts", "weights"))
+    with pytest.raises(ValueError, match=r"train: kinds must be of acts, .*'weights'"):
+        runs_of(train)
+    with pytest.raises(ValueError, match="train: kinds"):
+        list(finished(train, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "terms"),
+    [
+        ("acts", "topk", {"reconstruction", "dead_latents"}),
+        (
+            "attribution",
+            "topk",
+            {"reconstruction", "attribution_sparsity", "unexplained", "dead_latents"},
+        ),
+        ("gradients", "abstopk", {"reconstruction", "dead_latents"}),
+        (
+            "paired",
+            "paired",
+            {"reconstruction", "gradient_reconstruction", "dead_latents"},
+        ),
+    ],
+)
+def test_designs(kind, architecture, terms):
+    sae, objective, of_gradients = design(kind, 5, 12, 3)
+    config = sae.config
+    assert (config.architecture, config.d_in, config.d_sae, config.k) == (
+        architecture,
+        5,
+        12,
+        3,
+    )
+    assert {term.name for term in objective} == terms
+    assert of_gradients == (kind == "gradients")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return collected(tmp_path_factory.mktemp("store"), dtype="bfloat16")[SITES[1]]
+
+
+@pytest.mark.parametrize("of_gradients", [False, True])
+def test_batches_in_memory_are_the_tokens_that_count(store, of_gradients):
+    parts = [shard_taps(store, i) for i in range(len(store.shards))]
+    acts, grads, weights = (
+        np.concatenate([np.asarray(part[i], np.float32) for part in parts])
+        for i in range(3)
+    )
+    wanted = (grads[:, 0] if of_gradients else acts)[weights > 0]
+    batches = batches_of(store, 1000, 0, of_gradients=of_gradients)
+    taps = batches(jnp.int32(0))
+    assert taps.acts.shape == wanted.shape
+    found = np.asarray(taps.acts)
+    order = [np.lexsort(x.T) for x in (found, wanted)]
+    np.testing.assert_array_equal(found[order[0]], wanted[order[1]])
+    assert (taps.grads is None) == of_gradients
+    np.testing.assert_array_equal(taps.weights, np.ones(len(wanted)))
+
+
+@pytest.mark.parametrize("of_gradients", [False, True])
+def test_batches_of_a_store_that_is_too_large_are_read(
+    store, of_gradients, monkeypatch
+):
+    monkeypatch.setattr(training, "_IN_MEMORY", 0)
+    batches = batches_of(store, 8, 0, of_gradients=of_gradients)
+    taps = batches(0)
+    assert taps.acts.shape == (8, store.dim)
+    assert (taps.grads is None) == of_gradients
+    rows = np.concatenate(
+        [
+            np.asarray(t.grads[:, 0] if of_gradients else t.acts, np.float32)
+            for t in (shard_taps(store, i) for i in range(len(store.shards)))
+        ]
+    )
+    for row in np.asarray(taps.acts, np.float32):
+        assert (rows == row).all(axis=1).any()
+
+
+def test_gradients_of_a_store_without_any_are_refused():
+    taps = tf.Taps(jnp.ones((2, 3)), None, jnp.ones(2))
+    with pytest.raises(ValueError, match="train: a dictionary of gradients wants"):
+        training._as_acts(taps)

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
@@ -60,7 +61,7 @@ def test_every_entry_can_be_written(tmp_path):
 
 
 def test_the_example_is_a_job():
-    job = read_job("examples/smollm2.toml")
+    job = read_job(Path(__file__).parents[2] / "examples" / "smollm2.toml")
     assert job.train.site in job.collect.sites
     assert job.model == "smollm2"
 

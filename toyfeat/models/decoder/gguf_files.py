@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from toyfeat.models.decoder.config import DecoderConfig, llama
-from toyfeat.models.decoder.pieces import Source, assembled, gguf_pieces
+from toyfeat.models.decoder.pieces import gguf_pieces, shapes_of
+from toyfeat.models.weights import Source, assembled
 from toyfeat.types import Params
 
 _WHO = "load_decoder"
@@ -41,7 +42,7 @@ def read(path: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
     source = Source(str(path), shapes, unpacked)
     pieces = gguf_pieces(config)
     return config, assembled(
-        _WHO, config, pieces, source, dtype=dtype, ignored=_IGNORED
+        _WHO, shapes_of(config), pieces, source, dtype=dtype, ignored=_IGNORED
     )
 
 

@@ -1,7 +1,5 @@
 """Folders of ``transformers``: ``config.json`` and safetensors."""
 
-import importlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from toyfeat.models.decoder.config import Activation, DecoderConfig, gpt2, llama, neox
-from toyfeat.models.decoder.pieces import Source, assembled, huggingface_pieces
+from toyfeat.models.decoder.pieces import huggingface_pieces, shapes_of
+from toyfeat.models.weights import Source, assembled, folder_source, json_of
 from toyfeat.types import Params
 
 _WHO = "load_decoder"
@@ -64,14 +63,16 @@ def config_of(given: Mapping[str, Any]) -> tuple[str, DecoderConfig]:
 
 def read(folder: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
     """Configuration and parameters of a folder."""
-    kind, config = config_of(_json(folder / "config.json"))
-    source = _without_prefix(_source(folder), _PREFIXES[kind])
+    kind, config = config_of(json_of(_WHO, folder / "config.json"))
+    source = _without_prefix(folder_source(_WHO, folder), _PREFIXES[kind])
     ignored = _IGNORED
     if config.tied:
         _check_tied(kind, source)
         ignored += r"|^lm_head\.weight$|^embed_out\.weight$"
     pieces = huggingface_pieces(kind, config)
-    return config, assembled(_WHO, config, pieces, source, dtype=dtype, ignored=ignored)
+    return config, assembled(
+        _WHO, shapes_of(config), pieces, source, dtype=dtype, ignored=ignored
+    )
 
 
 def _of_gpt2(given: Mapping[str, Any]) -> DecoderConfig:
@@ -163,66 +164,6 @@ def _activation(name: str) -> Activation:
 def _refuse(given: Mapping[str, Any], name: str, wanted: bool) -> None:
     if given.get(name, wanted) != wanted:
         raise ValueError(f"{_WHO}: {name} = {given[name]!r} is not covered")
-
-
-def _json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{_WHO}: {path.parent} has no {path.name}; is it the folder of a model?"
-        )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{_WHO}: {path} is no whole JSON file ({error})") from None
-
-
-def _source(folder: Path) -> Source:
-    """All tensors of the folder's safetensors files."""
-    whole, index = (
-        folder / "model.safetensors",
-        folder / "model.safetensors.index.json",
-    )
-    if whole.is_file():
-        names = [whole.name]
-    elif index.is_file():
-        names = _shards(index)
-    else:
-        raise FileNotFoundError(
-            f"{_WHO}: {folder} has no {whole.name} and no {index.name}; weights in "
-            "other formats have to be saved as safetensors first"
-        )
-    try:
-        library = importlib.import_module("safetensors")
-    except ImportError as error:
-        raise ImportError(
-            f'{_WHO}: safetensors is not installed: pip install "toyfeat[lm]"'
-        ) from error
-    files: dict[str, Any] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{_WHO}: {folder} lacks the shard {name}")
-        try:
-            file = library.safe_open(path, framework="numpy")
-        except Exception as error:  # SafetensorError is an Exception and nothing more
-            raise ValueError(
-                f"{_WHO}: {path} is not a whole safetensors file ({error}); fetch it "
-                "again"
-            ) from error
-        for tensor in file.keys():  # noqa: SIM118 (it is no dict)
-            files[tensor] = file
-            shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
-    return Source(str(folder), shapes, lambda tensor: files[tensor].get_tensor(tensor))
-
-
-def _shards(index: Path) -> list[str]:
-    """Names of the files that an index lists."""
-    found = _json(index)
-    where = found.get("weight_map") if isinstance(found, Mapping) else None
-    if not isinstance(where, Mapping) or not where:
-        raise ValueError(f"{_WHO}: {index} has no weight_map, which lists the shards")
-    return sorted(set(map(str, where.values())))
 
 
 def _without_prefix(source: Source, prefix: str) -> Source:

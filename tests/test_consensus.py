@@ -57,6 +57,23 @@ def test_recurring_is_what_loops_find(seed, cosine, support):
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-9)
 
 
+@pytest.mark.parametrize("width", [2, 3])
+def test_what_lies_between_two_lines_of_a_plane_does_not_take_them(width):
+    """Of a pentagon, whose lines lie 36 degrees apart."""
+
+    def at(*degrees):
+        angles = np.radians(degrees)
+        rows = np.zeros((len(degrees), width))
+        rows[:, 0], rows[:, 1] = np.cos(angles), np.sin(angles)
+        return rows
+
+    sets = [at(0, 30, 90), at(0, 30, 90), at(15), at(15), at(15)]
+    found, counts = recurring(sets, support=2, cosine=0.95)
+    assert counts.tolist() == [3, 2, 2, 2]
+    cosines = np.abs(found @ at(15, 0, 30, 90).T)
+    np.testing.assert_allclose(np.sort(cosines.max(axis=0)), 1, atol=1e-6)
+
+
 def test_sign_does_not_matter():
     rng = np.random.default_rng(0)
     rows = unit(rng.normal(size=(4, 6)))

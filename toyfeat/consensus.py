@@ -38,6 +38,7 @@ from toyfeat.types import (
 
 _USED = 1e-3  # of the largest energy, below which a latent does not describe anything
 _CHUNK = 5000
+_IN_A_PLANE = np.cos(np.pi / 16)  # one direction in eight has it with another
 
 
 DEFAULT = Description()
@@ -222,7 +223,8 @@ def recurring(
 
     The direction with most neighbours (:math:`|\cos|` of at least ``cosine``) in other
     sets is replaced by the leading direction of them all, they are taken away, and so
-    on.
+    on.  In a plane, where every direction is near one of a few others, neighbours
+    have to be within a sixteenth of a half turn.
 
     Args:
       described: sets of unit rows ``[R_i, D]``.
@@ -240,6 +242,8 @@ def recurring(
     """
     rows = np.concatenate([np.asarray(one, np.float64) for one in described])
     origin = np.repeat(np.arange(len(described)), [len(one) for one in described])
+    if np.linalg.matrix_rank(rows, tol=1e-2 * len(rows) ** 0.5) == 2:
+        cosine = max(cosine, _IN_A_PLANE)
     near = np.abs(rows @ rows.T) >= cosine
     member = origin[:, None] == np.arange(len(described))[None, :]
     counts = near.astype(np.float32) @ member  # neighbours in every set

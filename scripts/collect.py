@@ -35,6 +35,12 @@ def main(path: str) -> None:
         stores = pipeline.collected(run, report)
     for site, store in stores.items():
         print(f"{site}: {store.rows:,} tokens in {store.path}")
+        if num := pipeline.massive(store):
+            print(
+                f"  {num} tokens have activations ten times as long as the median "
+                "one, which will spoil second moments; set collect.start to the "
+                "token that texts of this model start with"
+            )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from toyfeat.language import pipeline, read_job
+from toyfeat.language.results import Rows
 from toyfeat.report.language import write_language
 
 
@@ -19,8 +20,8 @@ def main(path: str) -> None:
     """Gather what there is and write the page."""
     run = pipeline.opened(read_job(path))
     folder = Path(run.job.out)
-    evaluation = pipeline.Rows(folder / "evaluation.jsonl").rows
-    decomposition = pipeline.Rows(folder / "decompose.jsonl").rows
+    evaluation = Rows(folder / "evaluation.jsonl").rows
+    decomposition = Rows(folder / "decompose.jsonl").rows
     latents = pipeline.looked_at(run)
     header = {"model": run.model.name, **asdict(run.job.train)}
     page = write_language(folder, evaluation, decomposition, latents, header=header)

@@ -28,7 +28,7 @@ def test_what_a_file_says_is_taken_and_the_rest_is_as_it_was(tmp_path):
         tokens = 10
         start = 0
         [train]
-        codes = []
+        codes = [3]
         learning_rate = 1
         [evaluate]
         seed = 3
@@ -37,7 +37,7 @@ def test_what_a_file_says_is_taken_and_the_rest_is_as_it_was(tmp_path):
     assert job == Job(
         model="m",
         collect=Collect(sites=("a", "b"), tokens=10, start=0),
-        train=Train(codes=(), learning_rate=1.0),
+        train=Train(codes=(3,), learning_rate=1.0),
         evaluate=Evaluate(seed=3),
     )
     assert type(job.train.learning_rate) is float
@@ -62,7 +62,7 @@ def test_every_entry_can_be_written(tmp_path):
 
 def test_the_example_is_a_job():
     job = read_job(Path(__file__).parents[2] / "examples" / "smollm2.toml")
-    assert job.train.site in job.collect.sites
+    assert job.site in job.collect.sites
     assert job.model == "smollm2"
 
 
@@ -71,6 +71,7 @@ def test_the_example_is_a_job():
     [
         ("model = ", "job.toml is not TOML"),
         ("model = 'a'\nmodel = 'b'", "job.toml is not TOML"),
+        ("[train]\ncodes = []", "train, codes must not be empty"),
         ("modle = 'a'", "job.toml has no entry 'modle'; there are model, text, out,"),
         ("[collect]\ntoken = 1", "job.toml, collect has no entry 'token'; .*tokens"),
         ("[colect]", "has no entry 'colect'"),

@@ -264,6 +264,12 @@ def toml_of(job, path, **changes):
         latents = 24
         steps = 6
         batch = 64
+        [evaluate]
+        windows = 5
+        batch = 2
+        uniform = 20
+        largest = 6
+        pair_batch = 8
         """
     )
     return str(path)
@@ -287,6 +293,33 @@ def test_scripts_go_through_a_finished_job(copy, tmp_path, capsys):
     for script in ("train_dictionary.py", "decompose.py"):
         assert ended(script, path) is None
         assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("step", "part", "change", "message"),
+    [
+        ("collected", "collect", {"seed": 1}, r"collect.seed = 0, not 1"),
+        ("trained", "train", {"steps": 7}, r"train.steps = 6, not 7"),
+        ("evaluated", "evaluate", {"windows": 4}, r"evaluate.windows = 5, not 4"),
+        ("decomposed", "evaluate", {"windows": 4}, r"evaluate.windows = 5, not 4"),
+    ],
+)
+def test_work_of_other_settings_is_not_taken_for_this_job(
+    copy, step, part, change, message
+):
+    job = replace(copy, **{part: replace(getattr(copy, part), **change)})
+    before = sorted(x.stat().st_mtime_ns for x in Path(copy.out).rglob("*"))
+    given = job if step == "trained" else pipeline.opened(job)
+    with pytest.raises(ValueError, match=f"job: .* has work with {message}; give"):
+        getattr(pipeline, step)(given)
+    assert before == sorted(x.stat().st_mtime_ns for x in Path(copy.out).rglob("*"))
+
+
+def test_more_dictionaries_may_be_asked_for(copy):
+    said = []
+    more = replace(copy.train, kinds=("acts",), seeds=(0, 1))
+    pipeline.trained(replace(copy, train=more), said.append)
+    assert [line.split(":")[0] for line in said] == ["acts-k2-s1"]
 
 
 JOBS = "collect.py", "decompose.py", "train_dictionary.py", "evaluate.py"

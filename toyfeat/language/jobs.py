@@ -56,7 +56,7 @@ class Train:
     """Which dictionaries are trained, each with all numbers of codes and seeds.
 
     Attributes:
-      site: where.
+      site: where; the first one of what is stored by default.
       kinds: ``"acts"`` (TopK), ``"attribution"`` (TopK with the attribution terms),
         ``"gradients"`` (signed TopK of gradients), ``"paired"``.
       codes: ``k``.
@@ -67,7 +67,7 @@ class Train:
       learning_rate: of Adam.
     """
 
-    site: str = SITE
+    site: str = ""
     kinds: tuple[str, ...] = ("acts", "attribution", "gradients", "paired")
     codes: tuple[int, ...] = (8, 16, 32)
     seeds: tuple[int, ...] = (0,)
@@ -118,6 +118,11 @@ class Job:
     train: Train = field(default_factory=Train)
     evaluate: Evaluate = field(default_factory=Evaluate)
 
+    @property
+    def site(self) -> str:
+        """Where dictionaries are trained."""
+        return self.train.site or self.collect.sites[0]
+
 
 def read_job(path: str | Path) -> Job:
     """A job from a TOML file; what it leaves out is as in :class:`Job`.
@@ -165,6 +170,8 @@ def _checked(wanted: Any, value: Any, where: str) -> Any:
     if isinstance(wanted, types.GenericAlias):  # tuple[X, ...]
         if not isinstance(value, list):
             raise ValueError(f"read_job: {where} must be a list, got {value!r}")
+        if not value:
+            raise ValueError(f"read_job: {where} must not be empty")
         return tuple(_checked(wanted.__args__[0], x, where) for x in value)
     if wanted is float and type(value) is int:
         return float(value)

@@ -1,6 +1,6 @@
 """What a language model loses when a site is described by a few latents."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -117,12 +117,49 @@ def held_out(
     return Held(tokens, entry, acts, grads, weights, np.asarray(mean))
 
 
+class Losses(NamedTuple):
+    """Cross-entropy of the next token on held-out text, in nats.
+
+    Attributes:
+      clean: of the model.
+      zero: with 0 in the place of the site.
+      mean: with its mean over the training text.
+    """
+
+    clean: float
+    zero: float
+    mean: float
+
+
+def losses_of(cut: Halves, params: Params, held: Held, *, batch: int = 8) -> Losses:
+    """What methods are measured against.
+
+    Args:
+      cut: the decoder at a site.
+      params: its parameters.
+      held: from :func:`held_out`.
+      batch: windows at a time.
+
+    Returns:
+      :class:`Losses`.
+    """
+    run = jax.jit(_cross_entropy, static_argnums=0)
+    sums, total = np.zeros(3), float(held.weights.sum(dtype=np.float64))
+    for part in _batches(held, batch):
+        place = params, part.entry, part.acts, part.weights, part.tokens
+        mean = jnp.broadcast_to(held.mean[None, None, :], part.acts.shape)
+        values = jnp.asarray(part.acts), jnp.zeros(part.acts.shape), mean
+        sums += [float(run(cut.after, *place, value)) for value in values]
+    return Losses(*(sums / total).tolist())
+
+
 def judge(
     cut: Halves,
     params: Params,
     held: Held,
     methods: Mapping[str, Method],
     *,
+    losses: Losses | None = None,
     batch: int = 8,
 ) -> dict[str, Judgement]:
     """Put methods in the place of the activations of held-out text.
@@ -132,41 +169,29 @@ def judge(
       params: its parameters.
       held: from :func:`held_out`.
       methods: by name.
+      losses: from :func:`losses_of`, if they are known.
       batch: windows at a time.
 
     Returns:
       Name to :class:`Judgement`.
     """
+    losses = losses or losses_of(cut, params, held, batch=batch)
+    forward = jax.jit(cut.after)
     run = partial(jax.jit(_losses, static_argnums=0), cut.after)
     replace = {name: jax.jit(method.replace) for name, method in methods.items()}
     describe = jax.jit(_described, static_argnums=0)
     sums: dict[str, dict[str, Any]] = {name: {} for name in methods}
-    ablated: dict[str, dict[str, Any]] = {"0": {}, "mean": {}}
-    clean, total = 0.0, float(held.weights.sum(dtype=np.float64))
-    forward = jax.jit(cut.after)
-    for start in range(0, len(held.tokens), batch):
-        names = Held._fields[:-1]
-        part = held._replace(
-            **{name: getattr(held, name)[start : start + batch] for name in names}
-        )
-        taps = _flat(part)
-        logits = forward(
-            params, jnp.asarray(part.entry), taps.acts.reshape(part.acts.shape)
-        )
-        place = params, part.entry, part.acts, part.weights, part.tokens, logits
-        clean += float(run(*place, jnp.asarray(part.acts))[0])
-        for name, constant in (("0", 0 * held.mean), ("mean", held.mean)):
-            value = jnp.broadcast_to(constant[None, None, :], part.acts.shape)
-            _add(ablated[name], {"ce": run(*place, value)[0]})
+    for part in _batches(held, batch):
+        taps, entry = _flat(part), jnp.asarray(part.entry)
+        logits = forward(params, entry, jnp.asarray(part.acts))
+        place = params, entry, part.acts, part.weights, part.tokens, logits
         for name, method in methods.items():
             replaced = replace[name](taps)
             ce, kl = run(*place, replaced.recon.reshape(part.acts.shape))
             more = describe(method.latents, taps, replaced, held.mean)
             _add(sums[name], {"ce": ce, "kl": kl, **more})
-    costs = {name: float(some["ce"] / total) for name, some in ablated.items()}
-    return {
-        name: _judgement(sums[name], clean / total, costs, total) for name in methods
-    }
+    total = float(held.weights.sum(dtype=np.float64))
+    return {name: _judgement(sums[name], losses, total) for name in methods}
 
 
 def faithfulness(
@@ -248,6 +273,45 @@ def _flat(held: Held) -> Taps:
     )
 
 
+def _batches(held: Held, batch: int) -> Iterator[Held]:
+    names = Held._fields[:-1]
+    for start in range(0, len(held.tokens), batch):
+        parts = {name: getattr(held, name)[start : start + batch] for name in names}
+        yield held._replace(**parts)
+
+
+def _predictions(
+    after: Callable[..., Array],
+    params: Params,
+    entry: Array,
+    acts: Array,
+    weights: Array,
+    value: Array,
+) -> Array:
+    """Log-probabilities with ``value`` where weights are not 0."""
+    value = jnp.where(weights[:, :, None] > 0, value, acts)
+    return jax.nn.log_softmax(after(params, entry, value))
+
+
+def _of_next(predictions: Array, weights: Array, tokens: Array) -> Array:
+    targets = jnp.roll(tokens, -1, axis=1)[:, :, None]
+    return -jnp.sum(weights * jnp.take_along_axis(predictions, targets, axis=2)[..., 0])
+
+
+def _cross_entropy(
+    after: Callable[..., Array],
+    params: Params,
+    entry: Array,
+    acts: Array,
+    weights: Array,
+    tokens: Array,
+    value: Array,
+) -> Array:
+    """Summed over the positions that count."""
+    now = _predictions(after, params, entry, acts, weights, value)
+    return _of_next(now, weights, tokens)
+
+
 def _losses(
     after: Callable[..., Array],
     params: Params,
@@ -258,14 +322,11 @@ def _losses(
     clean: Array,
     value: Array,
 ) -> tuple[Array, Array]:
-    """Summed cross-entropy and divergence with ``value`` where weights are not 0."""
-    value = jnp.where(weights[:, :, None] > 0, value, acts)
-    now = jax.nn.log_softmax(after(params, entry, value))
+    """Summed cross-entropy, and divergence from the logits ``clean``."""
+    now = _predictions(after, params, entry, acts, weights, value)
     was = jax.nn.log_softmax(clean)
-    targets = jnp.roll(tokens, -1, axis=1)
-    nll = -jnp.take_along_axis(now, targets[:, :, None], axis=2)[:, :, 0]
     kl = jnp.sum(jnp.exp(was) * (was - now), axis=2)
-    return jnp.sum(weights * nll), jnp.sum(weights * kl)
+    return _of_next(now, weights, tokens), jnp.sum(weights * kl)
 
 
 def _per_token(
@@ -307,15 +368,13 @@ def _add(sums: dict[str, Any], more: Mapping[str, Array]) -> None:
         sums[name] = sums.get(name, 0.0) + np.asarray(x, np.float64)
 
 
-def _judgement(
-    sums: Mapping[str, Any], clean: float, ablated: Mapping[str, float], total: float
-) -> Judgement:
+def _judgement(sums: Mapping[str, Any], losses: Losses, total: float) -> Judgement:
     ce = float(sums["ce"] / total)
     return Judgement(
         ce,
         float(sums["kl"] / total),
-        float(ce_recovered(clean, ce, ablated["mean"])),
-        float(ce_recovered(clean, ce, ablated["0"])),
+        float(ce_recovered(losses.clean, ce, losses.mean)),
+        float(ce_recovered(losses.clean, ce, losses.zero)),
         float(1 - sums["error"] / sums["spread"]),
         float(sums["l0"] / total),
         float(sums["attribution_l0"] / total),

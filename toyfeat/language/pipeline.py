@@ -1,9 +1,7 @@
 """The steps of a job on a language model, each of which goes on where it stopped."""
 
-import json
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.checkpoint import load_tree, save_tree
-from toyfeat.data.store import Store, open_store, store_size
+from toyfeat.data.store import Store, open_store, shard_taps, store_size
 from toyfeat.decompose import gradient_pca, joint_pca, pca
 from toyfeat.decompose.second_moments import covariance
 from toyfeat.interop import load_saelens
@@ -26,8 +24,9 @@ from toyfeat.language.collecting import (
 from toyfeat.language.contexts import Latent, latents_of, of_acts, of_grads
 from toyfeat.language.halves import checked_site, halves
 from toyfeat.language.jobs import Job
-from toyfeat.language.judging import Held, faithfulness, held_out, judge
+from toyfeat.language.judging import Held, faithfulness, held_out, judge, losses_of
 from toyfeat.language.methods import Method, of_basis, of_dictionary, of_readers
+from toyfeat.language.results import Rows, own_folder
 from toyfeat.language.sources import located, texts_of
 from toyfeat.language.training import finished, runs_of, train_one
 from toyfeat.linalg.precise import norm
@@ -43,6 +42,7 @@ from toyfeat.types import Basis, Moments
 
 Say = Callable[[str], None]
 RANKS = (1, 4, 16, 64, 256)
+_TOGETHER = 8  # methods that share the model's own predictions
 
 
 class Opened(NamedTuple):
@@ -82,7 +82,7 @@ def opened(job: Job) -> Opened:
     model = load_decoder(located(job.model))
     if model.tokenizer is None:
         raise ValueError(f"job: {job.model} has no tokenizer")
-    for site in (*given.sites, job.train.site):
+    for site in (*given.sites, job.site):
         checked_site(model.config, site)
     if given.start >= model.config.vocab:
         raise ValueError(
@@ -161,7 +161,7 @@ def collected(
     Returns:
       Site to store.
     """
-    given, folder = run.job.collect, Path(run.job.out)
+    given, folder = run.job.collect, own_folder(run.job, "collect")
     metadata = {
         "model_name": run.model.name,
         "weights": fingerprint(run.model.params),
@@ -187,6 +187,24 @@ def collected(
         if not path.exists():
             save_tree(path, store_moments(store))
     return stores
+
+
+def massive(store: Store) -> int:
+    """Tokens that count and are ten times as long as the median one.
+
+    Models keep such activations at a token that says nothing, most often the first,
+    which does not count; where a window starts without the token that texts start
+    with (``collect.start``), they may be at the next.
+    """
+    lengths = []
+    for index in range(len(store.shards)):
+        taps = shard_taps(store, index)
+        counts = np.asarray(taps.weights) > 0
+        lengths.append(
+            np.linalg.norm(np.asarray(taps.acts, np.float32)[counts], axis=1)
+        )
+    whole = np.concatenate(lengths)
+    return int(np.sum(whole > 10 * np.median(whole))) if len(whole) else 0
 
 
 def store_of(job: Job, site: str) -> tuple[Store, Moments]:
@@ -218,9 +236,10 @@ def trained(job: Job, say: Say = print) -> None:
       job: with its store collected.
       say: told of every one.
     """
-    store, _ = store_of(job, job.train.site)
+    into = own_folder(job, "collect", "train") / "train"
+    store, _ = store_of(job, job.site)
     for run in runs_of(job.train):
-        folder = Path(job.out) / "train" / run.name
+        folder = into / run.name
         if (folder / "features" / "cfg.json").exists():
             continue
         begun, last = time.perf_counter(), {}
@@ -252,7 +271,8 @@ def decomposed(run: Opened, say: Say = print) -> list[dict[str, Any]]:
       FileNotFoundError: if nothing was collected.
       ValueError: if a store is of other weights.
     """
-    job, rows = run.job, Rows(Path(run.job.out) / "decompose.jsonl")
+    folder = own_folder(run.job, "collect", "evaluate")
+    job, rows = run.job, Rows(folder / "decompose.jsonl")
     for site in job.collect.sites:
         _, stats = _own_store(run, site)
         width = len(stats.mean)
@@ -303,8 +323,9 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
       FileNotFoundError: if no dictionary is finished.
       ValueError: if the store is of other weights.
     """
-    job, rows = run.job, Rows(Path(run.job.out) / "evaluation.jsonl")
-    site = job.train.site
+    folder = own_folder(run.job, "collect", "train", "evaluate")
+    job, rows = run.job, Rows(folder / "evaluation.jsonl")
+    site = job.site
     _, stats = _own_store(run, site)
     found = dict(finished(job.train, Path(job.out) / "train"))
     if not found:
@@ -335,16 +356,15 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
             continue
         held = held or _held(run, site)
         begun = time.perf_counter()
-        scores, effects = faithfulness(
-            cut,
-            run.model.params,
-            held,
-            methods[one.name],
-            uniform=given.uniform,
-            largest=given.largest,
-            batch=given.pair_batch,
-            seed=given.seed,
-        )
+        options = {"uniform": given.uniform, "largest": given.largest}
+        options |= {"batch": given.pair_batch, "seed": given.seed}
+        try:
+            scores, effects = faithfulness(
+                cut, run.model.params, held, methods[one.name], **options
+            )
+        except ValueError as error:  # a dictionary that is dead
+            say(f"{one.name}: {error}")
+            continue
         more = {"seconds": time.perf_counter() - begun, "effects": effects.tolist()}
         rows.add(where, {**scores._asdict(), **more})
         say(
@@ -365,7 +385,7 @@ def looked_at(run: Opened, *, num: int = 24) -> dict[str, list[Latent]]:
     Returns:
       Name to :class:`Latent`, those with the largest effects.
     """
-    job, site = run.job, run.job.train.site
+    job, site = run.job, run.job.site
     store, stats = _own_store(run, site)
     spread, mean = covariance(stats), jnp.asarray(stats.mean)
     first = job.train.seeds[0], job.train.codes[len(job.train.codes) // 2]
@@ -382,48 +402,6 @@ def looked_at(run: Opened, *, num: int = 24) -> dict[str, list[Latent]]:
             described, store, run.tokens, run.model, residual=residual, num=num
         )
     return found
-
-
-class Rows:
-    """Results in a file of JSON lines, each there once.
-
-    A line that a kill cut off is dropped when the file is opened.  A number that is
-    not finite is ``null`` in the file and ``None`` here.
-    """
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = [x for x in text.splitlines(keepends=True) if x.endswith("}\n")]
-        if "".join(whole) != text:
-            part = path.with_suffix(".part")
-            part.write_text("".join(whole), encoding="utf-8")
-            part.replace(path)
-        self._path, self.rows = path, [json.loads(line) for line in whole]
-
-    def has(self, where: dict[str, Any]) -> bool:
-        """Whether there is a row with these entries."""
-        return any(where.items() <= row.items() for row in self._plain())
-
-    def add(self, where: dict[str, Any], more: dict[str, Any]) -> bool:
-        """Write a row, unless there is one with the entries of ``where``."""
-        if self.has(where):
-            return False
-        row = {**where, **{name: _finite(x) for name, x in more.items()}}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-        self.rows.append(row)
-        return True
-
-    def _plain(self) -> Iterator[dict[str, Any]]:
-        for row in self.rows:
-            yield {k: v for k, v in row.items() if isinstance(v, str | int)}
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    bad = isinstance(value, float) and not math.isfinite(value)
-    return None if bad else value
 
 
 def _own_store(run: Opened, site: str) -> tuple[Store, Moments]:
@@ -449,15 +427,21 @@ def _judged(
     if not missing:
         return
     cut, held = halves(run.model.config, site), _held(run, site)
-    batch = run.job.evaluate.batch
-    for name, method in missing.items():
-        found = judge(cut, run.model.params, held, {name: method}, batch=batch)[name]
-        where = {"site": site, "method": name, "what": "scores"}
-        rows.add(where, found._asdict())
-        say(
-            f"{name}: recovered {found.recovered:.3f}, L0 {found.l0:.1f}, attribution "
-            f"L0 {found.attribution_l0:.1f}, unexplained {found.unexplained:.2f}"
-        )
+    params, batch = run.model.params, run.job.evaluate.batch
+    losses = losses_of(cut, params, held, batch=batch)
+    rows.add({"site": site, "what": "losses"}, losses._asdict())
+    names = list(missing)
+    for start in range(0, len(names), _TOGETHER):
+        some = {name: missing[name] for name in names[start : start + _TOGETHER]}
+        scores = judge(cut, params, held, some, losses=losses, batch=batch)
+        for name, found in scores.items():
+            where = {"site": site, "method": name, "what": "scores"}
+            rows.add(where, found._asdict())
+            say(
+                f"{name}: recovered {found.recovered:.3f}, L0 {found.l0:.1f}, "
+                f"attribution L0 {found.attribution_l0:.1f}, unexplained "
+                f"{found.unexplained:.2f}"
+            )
 
 
 def _held(run: Opened, site: str) -> Held:

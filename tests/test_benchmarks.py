@@ -184,6 +184,7 @@ def test_brittleness_is_swept_once_and_drawn(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
+        "collect.py",
         "tap.py",
         "linalg.py",
         "world.py",

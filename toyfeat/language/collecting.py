@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,7 @@ def collect(
     length = tokens.shape[1]
     batch = min(batch, len(tokens))
 
-    @jax.jit
-    def tapped(params: Params, tokens: Array, first: Array) -> dict[str, Taps]:
-        asked = readout(tokens, first)
-        return tap(probed, params, tokens, sites=tuple(sites), readout=asked)
-
+    tapped = partial(_tapped, probed, tuple(sites), readout)
     shapes = jax.eval_shape(tapped, params, jnp.asarray(tokens[:batch]), 0)
     place = {site: Path(folder) / site_folder(site) for site in shapes}
 
@@ -200,6 +197,20 @@ def fingerprint(params: Params) -> str:
         digest.update(head.encode())
         digest.update(array.view(np.uint8).data)
     return digest.hexdigest()
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _tapped(
+    probed: Probed,
+    sites: tuple[str, ...],
+    readout: ReadoutOf,
+    params: Params,
+    tokens: Array,
+    first: Array,
+) -> dict[str, Taps]:
+    """Compiled once for one model, and not for every call of :func:`collect`."""
+    asked = readout(tokens, first)
+    return tap(probed, params, tokens, sites=sites, readout=asked)
 
 
 def _append(

@@ -134,16 +134,16 @@ def test_judgement_does_not_depend_on_the_batch(batch):
 def replaced_by(value):
     """A method of one latent that puts a value in the place of every activation."""
 
-    def replace(taps):
+    def rule(_, taps):
         recon = jnp.broadcast_to(value, taps.acts.shape) + 0 * taps.acts
         return Replaced(recon, recon[:, None], jnp.zeros((len(recon), 1), int))
 
-    return Method(replace, 1, None)
+    return Method(rule, 1, None)
 
 
 def test_the_model_itself_the_mean_and_zero_are_the_ends_of_the_scale():
     cut, held = held_at(SITES[0])
-    itself = Method(lambda taps: replaced_by(taps.acts).replace(taps), 1, None)
+    itself = Method(lambda _, taps: replaced_by(taps.acts).replace(taps), 1, None)
     methods = {
         "itself": itself,
         "mean": replaced_by(jnp.asarray(held.mean)[None]),
@@ -171,13 +171,13 @@ def test_first_and_last_positions_are_left_as_they_are():
     cut, held = held_at(SITES[0])
     method = of_dictionary(*dictionary(CONFIG.dim))
 
-    def also_there(taps):
-        found = method.replace(taps)
+    def also_there(params, taps):
+        found = method.rule(params, taps)
         wild = jnp.where(taps.weights[:, None] > 0, found.recon, jnp.full((), 1e3))
         return found._replace(recon=wild)
 
     plain = judge(cut, weights(), held, {"x": method})["x"]
-    found = judge(cut, weights(), held, {"x": method._replace(replace=also_there)})["x"]
+    found = judge(cut, weights(), held, {"x": method._replace(rule=also_there)})["x"]
     np.testing.assert_allclose(found, plain, rtol=1e-5)
 
 
@@ -218,7 +218,7 @@ def effects_by_hand(site, held, method):
             jnp.asarray(held.grads[:, t]),
             jnp.ones(len(tokens)),
         )
-        found = method.replace(taps)
+        found = method.rule(params, taps)
         parts = np.asarray(found.parts, np.float64)
         for slot in range(parts.shape[1]):
             value = held.acts.astype(np.float64)
@@ -286,7 +286,7 @@ def test_small_parts_have_the_effects_that_attributions_say():
     cut, held = held_at(site)
     whole_ = of_dictionary(*dictionary(CONFIG.hidden))
 
-    def a_hundredth(taps):
+    def a_hundredth(_, taps):
         found = whole_.replace(taps)
         return found._replace(parts=found.parts / 100)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +60,16 @@ class Described(NamedTuple):
     """A dictionary as something that has codes and effects.
 
     Attributes:
-      measure: ``Taps -> (codes [N, M], attributions [N, M])``.
+      rule: ``(arrays, Taps) -> (codes [N, M], attributions [N, M])``, to be compiled.
       writers: ``[M, D]``.
       readers: ``[M, D]``.
+      arrays: that the rule wants.
     """
 
-    measure: Callable[[Taps], tuple[Array, Array]]
+    rule: Callable[[Any, Taps], tuple[Array, Array]]
     writers: Array
     readers: Array
+    arrays: Any
 
 
 def of_acts(dictionary: Dictionary, params: Params) -> Described:
@@ -77,12 +79,13 @@ def of_acts(dictionary: Dictionary, params: Params) -> Described:
         rows = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
     readers = params["W_read"] if "W_read" in params else params["W_enc"].T
 
-    def measure(taps: Taps) -> tuple[Array, Array]:
+    def rule(arrays: Any, taps: Taps) -> tuple[Array, Array]:
+        params, rows = arrays
         assert taps.grads is not None
         codes = dictionary.encode(params, taps.acts, grads=taps.grads)
         return codes, codes * (taps.grads[:, 0] @ rows.T)
 
-    return Described(measure, rows, readers)
+    return Described(rule, rows, readers, (params, rows))
 
 
 def of_grads(
@@ -94,12 +97,13 @@ def of_grads(
     """
     rows = params["W_dec"]
 
-    def measure(taps: Taps) -> tuple[Array, Array]:
+    def rule(arrays: Any, taps: Taps) -> tuple[Array, Array]:
+        params, rows, mean = arrays
         assert taps.grads is not None
         codes = dictionary.encode(params, taps.grads[:, 0])
         return codes, codes * ((taps.acts - mean[None, :]) @ rows.T)
 
-    return Described(measure, rows @ covariance, rows)
+    return Described(rule, rows @ covariance, rows, (params, rows, mean))
 
 
 def latents_of(
@@ -134,7 +138,8 @@ def latents_of(
             f"latents_of: wanted a store with gradients of these {tokens.size} tokens, "
             f"got one of {store.rows} rows and {store.readouts} readouts"
         )
-    measure = jax.jit(partial(_measured, described))
+    rule = jax.jit(partial(_measured, described.rule))
+    measure = partial(rule, described.arrays)
     sizes = np.zeros(len(described.writers))
     counts = np.zeros(len(described.writers))
     for taps in _chunks(store):
@@ -175,10 +180,12 @@ def latents_of(
     return found
 
 
-def _measured(described: Described, taps: Taps) -> tuple[Array, Array]:
+def _measured(
+    rule: Callable[[Any, Taps], tuple[Array, Array]], arrays: Any, taps: Taps
+) -> tuple[Array, Array]:
     """Codes and attributions ``[N, M]``, 0 at tokens that do not count."""
     there = (taps.weights > 0)[:, None]
-    codes, effects = described.measure(taps)
+    codes, effects = rule(arrays, taps)
     zeros = jnp.zeros_like(codes)
     return jnp.where(there, codes, zeros), jnp.where(there, effects, zeros)
 

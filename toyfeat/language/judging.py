@@ -178,7 +178,7 @@ def judge(
     losses = losses or losses_of(cut, params, held, batch=batch)
     forward = jax.jit(cut.after)
     run = partial(jax.jit(_losses, static_argnums=0), cut.after)
-    replace = {name: jax.jit(method.replace) for name, method in methods.items()}
+    replace = {name: _compiled(method) for name, method in methods.items()}
     describe = jax.jit(_described, static_argnums=0)
     sums: dict[str, dict[str, Any]] = {name: {} for name in methods}
     for part in _batches(held, batch):
@@ -229,7 +229,7 @@ def faithfulness(
       ValueError: if no latent is there at any token that counts.
     """
     tokens = np.argwhere(held.weights > 0)  # window and position
-    replace = jax.jit(method.replace)
+    replace = _compiled(method)
     sizes = _attributions(replace, held, tokens)
     there = np.argwhere(sizes != 0)
     if not len(there):
@@ -271,6 +271,11 @@ def _flat(held: Held) -> Taps:
         jnp.asarray(held.grads.reshape(-1, 1, width)),
         jnp.asarray(held.weights.reshape(-1)),
     )
+
+
+def _compiled(method: Method) -> Callable[[Taps], Replaced]:
+    """With the method's arrays as arguments, not as constants to be folded."""
+    return partial(jax.jit(method.rule), method.params)
 
 
 def _batches(held: Held, batch: int) -> Iterator[Held]:

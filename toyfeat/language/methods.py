@@ -1,7 +1,7 @@
 """What is put in the place of an activation: dictionaries, readers, bases."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +31,21 @@ class Method(NamedTuple):
     """A way to describe the activations of a site.
 
     Attributes:
-      replace: ``Taps -> Replaced``.
+      rule: ``(params, Taps) -> Replaced``, to be compiled.
       latents: ``M``, how many there are.
       writers: ``[M, D]`` the directions that latents add, or ``None`` where these
         depend on what else is there.
+      params: arrays that the rule wants.
     """
 
-    replace: Callable[[Taps], Replaced]
+    rule: Callable[[Any, Taps], Replaced]
     latents: int
     writers: Array | None
+    params: Any = None
+
+    def replace(self, taps: Taps) -> Replaced:
+        """Apply the rule."""
+        return self.rule(self.params, taps)
 
 
 def of_dictionary(
@@ -78,14 +84,15 @@ def of_dictionary(
         writers = writers / lengths(writers)[:, None]
     relative = jnp.linalg.norm(writers / nonzero(jnp.max(jnp.abs(writers))), axis=1)
 
-    def replace(taps: Taps) -> Replaced:
+    def rule(arrays: Any, taps: Taps) -> Replaced:
+        params, writers, relative = arrays
         codes = dictionary.encode(params, taps.acts, grads=taps.grads)
         index, _ = best_of_each(jnp.abs(codes) * relative[None, :], most)
         values = jnp.take_along_axis(codes, index, axis=1)
         parts = values[:, :, None] * writers[index]
         return Replaced(dictionary.decode(params, codes), parts, index)
 
-    return Method(replace, config.d_sae, writers)
+    return Method(rule, config.d_sae, writers, (params, writers, relative))
 
 
 def of_basis(basis: Basis, rank: int) -> Method:
@@ -108,13 +115,14 @@ def of_basis(basis: Basis, rank: int) -> Method:
     readers, writers = basis.readers[:, :rank], basis.writers[:rank]
     mean = basis.mean[None, :]
 
-    def replace(taps: Taps) -> Replaced:
+    def rule(arrays: Any, taps: Taps) -> Replaced:
+        mean, readers, writers = arrays
         codes = dot(taps.acts - mean, readers)
         parts = codes[:, :, None] * writers[None]
         index = jnp.broadcast_to(jnp.arange(rank)[None, :], codes.shape)
         return Replaced(dot(codes, writers) + mean, parts, index)
 
-    return Method(replace, rank, writers)
+    return Method(rule, rank, writers, (mean, readers, writers))
 
 
 def of_readers(
@@ -145,7 +153,8 @@ def of_readers(
     rows = params["W_dec"] / lengths(params["W_dec"])[:, None]
     spread = dot(rows, covariance)  # Sigma r, a row each
 
-    def replace(taps: Taps) -> Replaced:
+    def rule(arrays: Any, taps: Taps) -> Replaced:
+        params, mean, rows, spread = arrays
         assert taps.grads is not None
         codes = dictionary.encode(params, taps.grads[:, 0])
         index, here = best_of_each(jnp.abs(codes), k)
@@ -155,13 +164,16 @@ def of_readers(
         patterns = patterns * here[:, :, None].astype(readers.dtype)
         high = jax.lax.Precision.HIGHEST
         among = jnp.einsum("nkd,njd->nkj", readers, patterns, precision=high)
-        read = jnp.einsum("nkd,nd->nk", readers, taps.acts - mean[None, :])
+        centred = taps.acts - mean[None, :]
+        read = jnp.einsum("nkd,nd->nk", readers, centred, precision=high)
         inverse = jnp.linalg.pinv(among, rtol=1e-4, hermitian=True)
         codes = jnp.einsum("nkj,nj->nk", inverse, read, precision=high)
         # A latent's own share: its reading times its column, codes are of patterns.
         columns = jnp.einsum("nkj,nkd->njd", inverse, patterns, precision=high)
         parts = columns * read[:, :, None]
-        recon = mean[None, :] + jnp.einsum("nk,nkd->nd", codes, patterns)
+        moved = jnp.einsum("nk,nkd->nd", codes, patterns, precision=high)
+        recon = mean[None, :] + moved
         return Replaced(recon, parts, index)
 
-    return Method(replace, dictionary.config.d_sae, None)
+    arrays = params, mean, rows, spread
+    return Method(rule, dictionary.config.d_sae, None, arrays)

@@ -218,7 +218,7 @@ def effects_by_hand(site, held, method):
             jnp.asarray(held.grads[:, t]),
             jnp.ones(len(tokens)),
         )
-        found = method.rule(params, taps)
+        found = method.replace(taps)
         parts = np.asarray(found.parts, np.float64)
         for slot in range(parts.shape[1]):
             value = held.acts.astype(np.float64)

@@ -154,7 +154,8 @@ def test_evaluate_has_scores_of_all_and_baselines(done):
     scores = {r["method"]: r for r in rows if r["what"] == "scores"}
     bases = ("pca", "gradient pca", "joint pca", "random")
     names = {f"{kind}-k2-s0" for kind in KINDS}
-    assert scores.keys() == names | {f"{name}-k2" for name in bases}
+    others = {f"{name}-k2" for name in bases} | {"paired alone-k2-s0"}
+    assert scores.keys() == names | others
     for row in scores.values():
         assert row["l0"] <= 2
         assert row["kl"] >= 0

@@ -1,6 +1,6 @@
 """Where in a text a latent is there, and what it says."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.data.store import Store, shard_taps
+from toyfeat.dictionary.coding import lengths
 from toyfeat.models.decoder import Pretrained
 from toyfeat.types import Array, Dictionary, Params, Taps
 
@@ -76,7 +77,7 @@ def of_acts(dictionary: Dictionary, params: Params) -> Described:
     """A dictionary of activations: attributions are ``f_j (w_j . g)``."""
     rows = params["W_dec"]
     if dictionary.config.rescale_acts_by_decoder_norm:
-        rows = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+        rows = rows / lengths(rows)[:, None]
     readers = params["W_read"] if "W_read" in params else params["W_enc"].T
 
     def rule(arrays: Any, taps: Taps) -> tuple[Array, Array]:
@@ -93,9 +94,13 @@ def of_grads(
 ) -> Described:
     """A dictionary of gradients: attributions are ``h_j (r_j . (a - mean))``.
 
-    They sum to the reconstructed gradient's product with ``a - mean``.
+    With the share of ``b_dec`` they sum to the reconstructed gradient's product with
+    ``a - mean``, what the first order says that the activation adds to the loss.
+    Writers are the regression patterns of the readers.
     """
     rows = params["W_dec"]
+    if dictionary.config.rescale_acts_by_decoder_norm:
+        rows = rows / lengths(rows)[:, None]
 
     def rule(arrays: Any, taps: Taps) -> tuple[Array, Array]:
         params, rows, mean = arrays
@@ -138,19 +143,16 @@ def latents_of(
             f"latents_of: wanted a store with gradients of these {tokens.size} tokens, "
             f"got one of {store.rows} rows and {store.readouts} readouts"
         )
-    rule = jax.jit(partial(_measured, described.rule))
-    measure = partial(rule, described.arrays)
-    sizes = np.zeros(len(described.writers))
-    counts = np.zeros(len(described.writers))
+    measured = partial(_measured, described.rule)
+    sums = jax.jit(lambda arrays, taps: _sums(measured, arrays, taps))
+    some = jax.jit(lambda arrays, taps, at: [x[:, at] for x in measured(arrays, taps)])
+    sizes = np.zeros((2, len(described.writers)))
     for taps in _chunks(store):
-        codes, effects = measure(taps)
-        sizes += np.abs(np.asarray(effects)).sum(0, dtype=np.float64)
-        counts += (np.asarray(codes) != 0).sum(0)
+        sizes += np.asarray(sums(described.arrays, taps), np.float64)
+    counts, sizes = sizes
     chosen = np.argsort(-sizes, kind="stable")[:num]
     chosen = chosen[sizes[chosen] > 0]
-    columns = [
-        [np.asarray(x)[:, chosen] for x in measure(taps)] for taps in _chunks(store)
-    ]
+    columns = [some(described.arrays, taps, chosen) for taps in _chunks(store)]
     codes, effects = (np.concatenate(x) for x in zip(*columns, strict=True))
     names = [model.tokenizer.decode([i]) for i in range(model.config.vocab)]
     promoted = _promoted(model.params, described.writers[chosen]) if residual else None
@@ -170,7 +172,7 @@ def latents_of(
                 int(index),
                 float(counts[index] / total),
                 float(sizes[index] / total),
-                show(codes[:, slot], contexts),
+                show(np.abs(codes[:, slot]), contexts),
                 show(np.abs(effects[:, slot]), contexts),
                 () if order is None else tuple(names[i] for i in order[:8]),
                 () if order is None else tuple(names[i] for i in order[::-1][:8]),
@@ -190,17 +192,20 @@ def _measured(
     return jnp.where(there, codes, zeros), jnp.where(there, effects, zeros)
 
 
-def _chunks(store: Store, rows: int = 4096) -> list[Taps]:
+def _sums(measured: Callable[..., Any], arrays: Any, taps: Taps) -> Array:
+    """How often latents are there, and their summed absolute attributions."""
+    codes, effects = measured(arrays, taps)
+    there = jnp.sum(codes != 0, axis=0).astype(effects.dtype)
+    return jnp.stack([there, jnp.sum(jnp.abs(effects), axis=0)])
+
+
+def _chunks(store: Store, rows: int = 4096) -> Iterator[Taps]:
     """Of one size each but for the last of a shard."""
-    found = []
     for index in range(len(store.shards)):
         taps = shard_taps(store, index)
         for start in range(0, len(taps.weights), rows):
             part = slice(start, start + rows)
-            found.append(
-                jax.tree.map(lambda x, p=part: np.asarray(x[p], np.float32), taps)
-            )
-    return found
+            yield jax.tree.map(lambda x, p=part: np.asarray(x[p], np.float32), taps)
 
 
 def _weights(store: Store) -> np.ndarray:
@@ -212,6 +217,8 @@ def _promoted(params: Params, writers: Array) -> np.ndarray:
     """Change of the logits per unit of a writer, ``[L, V]``."""
     tree = params["params"]
     scale = tree["final_norm"]["scale"]
+    if "bias" in tree["final_norm"]:  # of a norm that centres
+        writers = writers - jnp.mean(writers, axis=1, keepdims=True)
     logits = tree["embed"]["embedding"].T if "head" not in tree else tree["head"]
     return np.asarray((writers * scale[None, :]) @ logits)
 

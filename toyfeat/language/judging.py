@@ -15,6 +15,9 @@ from toyfeat.splicing import Faithfulness, attribution_faithfulness, ce_recovere
 from toyfeat.tap import readouts, tap
 from toyfeat.types import Array, Params, Taps
 
+_LEFT = 0.05  # of the first-order effect, which attribution L0 leaves out
+_precise = jax.default_matmul_precision("highest")  # small differences of large losses
+
 
 class Held(NamedTuple):
     """Held-out text with everything about a site that methods are judged by.
@@ -39,6 +42,9 @@ class Held(NamedTuple):
 class Judgement(NamedTuple):
     """Scores of a method on held-out text; first positions are left out.
 
+    A method that chooses latents by gradients (of readers, a paired dictionary) sees
+    those of the loss against the true next token, which the others do not.
+
     Attributes:
       ce: cross-entropy of the next token with the method in the model, in nats.
       kl: divergence of its predictions from the model's, in nats.
@@ -46,9 +52,12 @@ class Judgement(NamedTuple):
       recovered_zero: the same for 0 in its place.
       explained: share of the variance of the activations.
       l0: latents per token.
-      attribution_l0: fewest latents with 95 % of the first-order effect on the loss.
+      attribution_l0: fewest latents with 95 % of the first-order effect on the loss,
+        :func:`toyfeat.attribution_l0`.
       unexplained: share of the first-order effect that no latent has.
       dead: share of the latents that are nowhere in this text.
+      unmet: share of the tokens at which all latents together have less than 95 % of
+        the first-order effect, so that their attribution L0 is the number of latents.
     """
 
     ce: float
@@ -60,8 +69,10 @@ class Judgement(NamedTuple):
     attribution_l0: float
     unexplained: float
     dead: float
+    unmet: float
 
 
+@_precise
 def held_out(
     cut: Halves, params: Params, tokens: np.ndarray, mean: Array, *, batch: int = 8
 ) -> Held:
@@ -131,6 +142,7 @@ class Losses(NamedTuple):
     mean: float
 
 
+@_precise
 def losses_of(cut: Halves, params: Params, held: Held, *, batch: int = 8) -> Losses:
     """What methods are measured against.
 
@@ -153,6 +165,7 @@ def losses_of(cut: Halves, params: Params, held: Held, *, batch: int = 8) -> Los
     return Losses(*(sums / total).tolist())
 
 
+@_precise
 def judge(
     cut: Halves,
     params: Params,
@@ -194,6 +207,7 @@ def judge(
     return {name: _judgement(sums[name], losses, total) for name in methods}
 
 
+@_precise
 def faithfulness(
     cut: Halves,
     params: Params,
@@ -204,13 +218,14 @@ def faithfulness(
     largest: int,
     batch: int = 16,
     seed: int = 0,
-) -> tuple[Faithfulness, np.ndarray]:
+) -> tuple[Faithfulness, np.ndarray, int]:
     """How well attributions predict what leaving one latent out of one token does.
 
     Pairs of a token and a latent that is there are drawn evenly, and those of the
-    largest :math:`|A|` are added.  The latent's part is taken out of the activation
-    of its token alone, the rest of it stays as it is, what no latent explains
-    included; the true effect is what that does to the cross-entropy of the window.
+    largest :math:`|A|` that were not drawn are added.  The latent's part is taken out
+    of the activation of its token alone, the rest of it stays as it is, what no latent
+    explains included; the true effect is what that does to the cross-entropy of the
+    window.
 
     Args:
       cut: the decoder at a site.
@@ -223,7 +238,8 @@ def faithfulness(
       seed: of the draw.
 
     Returns:
-      :class:`Faithfulness`, and ``[pairs, 2]`` predicted and true effects.
+      :class:`Faithfulness` of all pairs, ``[pairs, 2]`` predicted and true effects,
+      and how many of them, the first ones, were drawn.
 
     Raises:
       ValueError: if no latent is there at any token that counts.
@@ -235,9 +251,10 @@ def faithfulness(
     if not len(there):
         raise ValueError("faithfulness: no latent has an effect at any token")
     rng = np.random.default_rng(seed)
-    drawn = there[rng.choice(len(there), min(uniform, len(there)), replace=False)]
-    order = np.argsort(-np.abs(sizes[tuple(there.T)]), kind="stable")[:largest]
-    pairs = np.concatenate([drawn, there[order]])
+    order = rng.permutation(len(there))
+    drawn, rest = there[order[:uniform]], there[np.sort(order[uniform:])]
+    order = np.argsort(-np.abs(sizes[tuple(rest.T)]), kind="stable")[:largest]
+    pairs = np.concatenate([drawn, rest[order]])
     run = partial(jax.jit(_per_token, static_argnums=0), cut.after)
     whole = np.resize(
         np.arange(len(held.tokens)), -(-len(held.tokens) // batch) * batch
@@ -261,7 +278,7 @@ def faithfulness(
         change = np.where(later, after.astype(np.float64) - before[window], 0)
         true.append(change.sum(axis=1)[: len(part)])
     effects = np.stack([-sizes[tuple(pairs.T)], np.concatenate(true)], axis=1)
-    return attribution_faithfulness(*effects.T), effects
+    return attribution_faithfulness(*effects.T), effects, len(drawn)
 
 
 def _flat(held: Held) -> Taps:
@@ -364,6 +381,7 @@ def _described(
         "l0": jnp.sum(there),
         "attribution_l0": weights @ count,
         "unexplained": weights @ share,
+        "unmet": weights @ (share > _LEFT).astype(weights.dtype),
         "fired": fired,
     }
 
@@ -385,6 +403,7 @@ def _judgement(sums: Mapping[str, Any], losses: Losses, total: float) -> Judgeme
         float(sums["attribution_l0"] / total),
         float(sums["unexplained"] / total),
         float(np.mean(sums["fired"] == 0)),
+        float(sums["unmet"] / total),
     )
 
 

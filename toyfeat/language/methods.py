@@ -151,6 +151,9 @@ def of_readers(
     if k is None:
         raise ValueError("of_readers: wanted a dictionary with k codes per example")
     rows = params["W_dec"] / lengths(params["W_dec"])[:, None]
+    # In units of what they read, so that the pseudo-inverse leaves none out.
+    read = jnp.sqrt(jnp.maximum(jnp.sum(dot(rows, covariance) * rows, axis=1), 0.0))
+    rows = rows / nonzero(read)[:, None]
     spread = dot(rows, covariance)  # Sigma r, a row each
 
     def rule(arrays: Any, taps: Taps) -> Replaced:
@@ -166,7 +169,7 @@ def of_readers(
         among = jnp.einsum("nkd,njd->nkj", readers, patterns, precision=high)
         centred = taps.acts - mean[None, :]
         read = jnp.einsum("nkd,nd->nk", readers, centred, precision=high)
-        inverse = jnp.linalg.pinv(among, rtol=1e-4, hermitian=True)
+        inverse = jnp.linalg.pinv(among, rtol=1e-5, hermitian=True)
         codes = jnp.einsum("nkj,nj->nk", inverse, read, precision=high)
         # A latent's own share: its reading times its column, codes are of patterns.
         columns = jnp.einsum("nkj,nkd->njd", inverse, patterns, precision=high)

@@ -37,8 +37,9 @@ from toyfeat.models.decoder import (
     load_decoder,
     token_windows,
 )
+from toyfeat.splicing import attribution_faithfulness
 from toyfeat.tap import from_linen, tap
-from toyfeat.types import Basis, Moments
+from toyfeat.types import Array, Basis, Moments, Params
 
 Say = Callable[[str], None]
 RANKS = (1, 4, 16, 64, 256)
@@ -82,8 +83,14 @@ def opened(job: Job) -> Opened:
     model = load_decoder(located(job.model))
     if model.tokenizer is None:
         raise ValueError(f"job: {job.model} has no tokenizer")
-    for site in (*given.sites, job.site):
+    for site in given.sites:
         checked_site(model.config, site)
+    if job.site not in given.sites:
+        raise ValueError(
+            f"job: train.site {job.site!r} is not one of collect.sites, "
+            f"{', '.join(given.sites)}"
+        )
+    runs_of(job.train)
     if given.start >= model.config.vocab:
         raise ValueError(
             "job: collect.start must be a token of the model, 0 .. "
@@ -344,6 +351,11 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
             )
         else:
             methods[one.name] = of_dictionary(sae, params)
+        if one.kind == "paired":  # chosen by activations alone
+            alone = sae._replace(encode=_without_grads(sae.encode))
+            methods[one.name.replace("paired", "paired alone")] = of_dictionary(
+                alone, params
+            )
     for name, basis in bases_of(stats).items():
         for k in (k for k in job.train.codes if k <= len(stats.mean)):
             methods[f"{name}-k{k}"] = of_basis(basis, k)
@@ -352,20 +364,23 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
     held: Held | None = None
     for one in found:
         where = {"site": site, "method": one.name, "what": "faithfulness"}
-        if rows.has(where):
+        if rows.has(where) or _is_dead(rows, site, one.name):
             continue
         held = held or _held(run, site)
         begun = time.perf_counter()
         options = {"uniform": given.uniform, "largest": given.largest}
         options |= {"batch": given.pair_batch, "seed": given.seed}
-        try:
-            scores, effects = faithfulness(
-                cut, run.model.params, held, methods[one.name], **options
-            )
-        except ValueError as error:  # a dictionary that is dead
-            say(f"{one.name}: {error}")
-            continue
-        more = {"seconds": time.perf_counter() - begun, "effects": effects.tolist()}
+        scores, effects, drawn = faithfulness(
+            cut, run.model.params, held, methods[one.name], **options
+        )
+        parts = {"uniform": effects[:drawn], "largest": effects[drawn:]}
+        more = {
+            f"{name}_{score}": value
+            for name, some in parts.items()
+            if len(some)
+            for score, value in attribution_faithfulness(*some.T)._asdict().items()
+        }
+        more |= {"seconds": time.perf_counter() - begun, "effects": effects.tolist()}
         rows.add(where, {**scores._asdict(), **more})
         say(
             f"{one.name}: attributions against leaving out, correlation "
@@ -373,6 +388,23 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
             f"{scores.error:.3f} over {scores.pairs} pairs"
         )
     return rows.rows
+
+
+def _without_grads(encode: Callable[..., Array]) -> Callable[..., Array]:
+    def alone(params: Params, acts: Array, **options: Any) -> Array:
+        return encode(params, acts, **{**options, "grads": None})
+
+    return alone
+
+
+def _is_dead(rows: Rows, site: str, method: str) -> bool:
+    """Whether no latent was there at any held-out token."""
+    where = {"site": site, "method": method, "what": "scores"}
+    return any(
+        where.items() <= row.items() and not row["l0"]
+        for row in rows.rows
+        if "l0" in row
+    )
 
 
 def looked_at(run: Opened, *, num: int = 24) -> dict[str, list[Latent]]:

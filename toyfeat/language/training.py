@@ -96,7 +96,7 @@ def train_one(
     *,
     on_chunk: Callable[..., None] | None = None,
 ) -> tuple[Dictionary, Params]:
-    """Train a dictionary from a store, or read it if that was done.
+    """Train a dictionary from a store, going on where it was cut off.
 
     Args:
       run: which.
@@ -109,8 +109,7 @@ def train_one(
     Returns:
       The dictionary and its parameters for taps as they are.
     """
-    latents = min(train.latents, 2**20)
-    sae, objective, of_gradients = design(run.kind, store.dim, latents, run.k)
+    sae, objective, of_gradients = design(run.kind, store.dim, train.latents, run.k)
     readouts = 1 if of_gradients else store.readouts or 1
     one = trainer(
         sae,
@@ -118,6 +117,7 @@ def train_one(
         readouts=readouts,
         center=not of_gradients,
         warm_up=max(1, train.steps // 10),
+        dead_after=max(20, train.steps // 10),
     )
     key = jax.random.key(run.seed)
     state = one.init(key, learning_rate=train.learning_rate)

@@ -118,7 +118,8 @@ def faithfulness_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
         axis.set_xticks(ticks)
         axis.set_yticks(ticks)
         axis.minorticks_off()
-        axis.set_title(f"{row['method']}: r {row['correlation']:.2f}", size=9)
+        title = f"{row['method']}: r {_number(row['correlation']):.2f}"
+        axis.set_title(title, size=9)
         axis.tick_params(labelsize=6)
     for axis in axes[len(mine) :]:
         axis.set_visible(False)

@@ -51,8 +51,9 @@ def measured(size: dict[str, int], sites: list[str]) -> dict[str, Any]:
         return found
 
     def stored(folder: Path) -> Any:
+        options: dict[str, Any] = {"batch": BATCH, "rows_per_shard": 1024}
         return collect(
-            probed, params, tokens, sites, folder, readout=readout, batch=BATCH
+            probed, params, tokens, sites, folder, readout=readout, **options
         )
 
     last, times = alone(), {"alone": [], "stored": []}

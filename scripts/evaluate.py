@@ -18,9 +18,9 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("name a job: examples/smollm2.toml")
     try:
         main(sys.argv[1])
-    except IndexError:
-        raise SystemExit("name a job: examples/smollm2.toml") from None
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(str(error)) from None

@@ -22,16 +22,23 @@ def main(path: str) -> None:
     folder = Path(run.job.out)
     evaluation = Rows(folder / "evaluation.jsonl").rows
     decomposition = Rows(folder / "decompose.jsonl").rows
+    if not evaluation and not decomposition:
+        raise ValueError(f"{folder} has no scores yet; run scripts/evaluate.py first")
     latents = pipeline.looked_at(run)
-    header = {"model": run.model.name, **asdict(run.job.train)}
+    header = {
+        "model": run.model.name,
+        **asdict(run.job.collect),
+        **asdict(run.job.train),
+        "site": run.job.site,
+    }
     page = write_language(folder, evaluation, decomposition, latents, header=header)
     print(f"the page is {page}")
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("name a job: examples/smollm2.toml")
     try:
         main(sys.argv[1])
-    except IndexError:
-        raise SystemExit("name a job: examples/smollm2.toml") from None
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(str(error)) from None

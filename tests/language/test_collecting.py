@@ -324,4 +324,22 @@ def test_names_of_folders(site, name):
 
 def test_the_metadata_of_a_store_is_json(once):
     about = json.loads((once[0] / "b" / "store.json").read_text())["metadata"]
-    assert about.keys() == {"weights", "site", "tokens", "length"}
+    assert about.keys() == {"weights", "site", "tokens", "length", "massive"}
+
+
+def test_massive_tokens_do_not_count_and_nothing_else_changes(tmp_path):
+    """The embedding of one token is a hundred times as long as the others."""
+    params = params_of()
+    long = params | {"embed": params["embed"].at[2].multiply(100.0)}
+    tokens = tokens_of()
+    given = {"params": long, "sites": ("first/a",)}
+    kept = collected(tmp_path / "all", massive=float("inf"), **given)["first/a"]
+    some = collected(tmp_path / "some", massive=10.0, **given)["first/a"]
+    rows = [whole(store) for store in (kept, some)]
+    np.testing.assert_array_equal(rows[0].acts, rows[1].acts)
+    np.testing.assert_array_equal(rows[0].grads, rows[1].grads)
+    lengths = np.linalg.norm(rows[0].acts, axis=1).reshape(tokens.shape)
+    long = lengths > 10 * np.median(lengths, axis=1, keepdims=True)
+    assert long.any()
+    wanted = np.where(long.reshape(-1), 0, rows[0].weights)
+    np.testing.assert_array_equal(rows[1].weights, wanted)

@@ -75,6 +75,7 @@ def collect(
     batch: int = 8,
     dtype: str = "float32",
     rows_per_shard: int = 8192,
+    massive: float = 10.0,
     metadata: Mapping[str, Any] | None = None,
     report: Callable[[int, int], None] = lambda done, rows: None,
 ) -> dict[str, Store]:
@@ -93,6 +94,10 @@ def collect(
       batch: windows at a time.
       dtype: of the stores.
       rows_per_shard: tokens of a shard.
+      massive: tokens whose activation is longer than so many median ones of their
+        window get weight 0: models keep such activations at tokens that say nothing,
+        most often but not only the first, and second moments would be of them alone.
+        ``inf`` keeps them.
       metadata: JSON values that say what this is of; a store of others is refused.
       report: called with the tokens done and all of them, after every batch.
 
@@ -114,7 +119,7 @@ def collect(
     length = tokens.shape[1]
     batch = min(batch, len(tokens))
 
-    tapped = partial(_tapped, probed, tuple(sites), readout)
+    tapped = partial(_tapped, probed, tuple(sites), readout, float(massive))
     shapes = jax.eval_shape(tapped, params, jnp.asarray(tokens[:batch]), 0)
     place = {site: Path(folder) / site_folder(site) for site in shapes}
 
@@ -128,6 +133,7 @@ def collect(
         for site in sorted(shapes, key=is_new):  # refused before others are begun
             taps = shapes[site]
             about = {"site": site, "tokens": content, "length": length}
+            about["massive"] = str(float(massive))
             writers[site] = store_writer(
                 place[site],
                 dim=taps.acts.shape[1],
@@ -199,18 +205,39 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _tapped(
     probed: Probed,
     sites: tuple[str, ...],
     readout: ReadoutOf,
+    massive: float,
     params: Params,
     tokens: Array,
     first: Array,
 ) -> dict[str, Taps]:
     """Compiled once for one model, and not for every call of :func:`collect`."""
     asked = readout(tokens, first)
-    return tap(probed, params, tokens, sites=sites, readout=asked)
+    taps = tap(probed, params, tokens, sites=sites, readout=asked)
+    length = tokens.shape[1]
+    return {site: without_massive(one, length, massive) for site, one in taps.items()}
+
+
+def without_massive(taps: Taps, length: int, most: float) -> Taps:
+    """Weight 0 for activations longer than ``most`` median ones of their window.
+
+    Args:
+      taps: rows window by window.
+      length: tokens of a window.
+      most: a factor, ``inf`` for none.
+
+    Returns:
+      The taps with other weights.
+    """
+    acts = taps.acts.astype(jnp.float32).reshape(-1, length, taps.acts.shape[1])
+    lengths = jnp.linalg.norm(acts, axis=2)
+    median = jnp.median(lengths, axis=1, keepdims=True)
+    kept = (lengths <= most * median).reshape(-1)
+    return taps._replace(weights=taps.weights * kept.astype(taps.weights.dtype))
 
 
 def _append(

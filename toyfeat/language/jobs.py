@@ -32,6 +32,7 @@ class Collect:
       dtype: of the store, ``"float32"`` or ``"bfloat16"``.
       compute: dtype of the model's products.
       rows_per_shard: tokens of a shard.
+      massive: tokens longer than so many median ones of their window do not count.
       every: one text of so many is held out.
       seed: of the order of windows.
     """
@@ -47,6 +48,7 @@ class Collect:
     dtype: str = "float32"
     compute: str = "float32"
     rows_per_shard: int = 8192
+    massive: float = 10.0
     every: int = 10
     seed: int = 0
 

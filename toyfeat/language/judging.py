@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.dictionary import attribution_l0
+from toyfeat.language.collecting import without_massive
 from toyfeat.language.halves import Halves
 from toyfeat.language.methods import Method, Replaced
 from toyfeat.splicing import Faithfulness, attribution_faithfulness, ce_recovered
@@ -27,7 +28,8 @@ class Held(NamedTuple):
       entry: ``[num, T, D]``, the residual stream that the second half starts from.
       acts: ``[num, T, width]``, at the site.
       grads: ``[num, T, 1, width]``, of the summed cross-entropy of a window.
-      weights: ``[num, T]``, 0 at the first and the last position.
+      weights: ``[num, T]``, 0 at the first and the last position and where
+        activations are massive.
       mean: ``[width]``, of the activations that count, over the training text.
     """
 
@@ -74,7 +76,13 @@ class Judgement(NamedTuple):
 
 @_precise
 def held_out(
-    cut: Halves, params: Params, tokens: np.ndarray, mean: Array, *, batch: int = 8
+    cut: Halves,
+    params: Params,
+    tokens: np.ndarray,
+    mean: Array,
+    *,
+    massive: float = 10.0,
+    batch: int = 8,
 ) -> Held:
     """Tap held-out windows once, for all methods.
 
@@ -83,6 +91,7 @@ def held_out(
       params: its parameters.
       tokens: ``[num, T]``, ``num`` a multiple of ``batch``.
       mean: ``[width]``, of the training text.
+      massive: as of :func:`toyfeat.language.collect`.
       batch: windows at a time.
 
     Returns:
@@ -107,7 +116,9 @@ def held_out(
     @jax.jit
     def tapped(params: Params, tokens: Array) -> dict[str, Taps]:
         readout = readouts.next_token_loss(tokens)
-        return tap(cut.whole, params, tokens, sites=sites, readout=readout)
+        taps = tap(cut.whole, params, tokens, sites=sites, readout=readout)
+        site = without_massive(taps[cut.site], tokens.shape[1], massive)
+        return {**taps, cut.site: site}
 
     found: dict[str, list[np.ndarray]] = {
         n: [] for n in ("entry", "acts", "grads", "w")

@@ -186,6 +186,7 @@ def collected(
         batch=given.batch,
         dtype=given.dtype,
         rows_per_shard=given.rows_per_shard,
+        massive=given.massive,
         metadata=metadata,
         report=report,
     )
@@ -196,22 +197,15 @@ def collected(
     return stores
 
 
-def massive(store: Store) -> int:
-    """Tokens that count and are ten times as long as the median one.
+def left_out(store: Store) -> int:
+    """Tokens between the first and the last of a window that do not count.
 
-    Models keep such activations at a token that says nothing, most often the first,
-    which does not count; where a window starts without the token that texts start
-    with (``collect.start``), they may be at the next.
+    Their activations are massive (``collect.massive``).
     """
-    lengths = []
+    num = 0
     for index in range(len(store.shards)):
-        taps = shard_taps(store, index)
-        counts = np.asarray(taps.weights) > 0
-        lengths.append(
-            np.linalg.norm(np.asarray(taps.acts, np.float32)[counts], axis=1)
-        )
-    whole = np.concatenate(lengths)
-    return int(np.sum(whole > 10 * np.median(whole))) if len(whole) else 0
+        num += int(np.sum(np.asarray(shard_taps(store, index).weights) == 0))
+    return num - 2 * (store.rows // store.metadata["length"])
 
 
 def store_of(job: Job, site: str) -> tuple[Store, Moments]:
@@ -486,9 +480,9 @@ def _held(run: Opened, site: str) -> Held:
     _, stats = store_of(run.job, site)
     cut = halves(run.model.config, site)
     params = run.model.params
-    return held_out(
-        cut, params, run.held_out[:num], jnp.asarray(stats.mean), batch=given.batch
-    )
+    mean, massive = jnp.asarray(stats.mean), run.job.collect.massive
+    tokens = run.held_out[:num]
+    return held_out(cut, params, tokens, mean, massive=massive, batch=given.batch)
 
 
 def _probed(run: Opened) -> Any:

@@ -27,6 +27,7 @@ _SCORES = (
     "l0",
     "attribution_l0",
     "unexplained",
+    "unmet",
     "dead",
 )
 _FAITH = ("correlation", "slope", "error")
@@ -191,7 +192,11 @@ def write_language(
                 "text that nothing was trained on; the first position of a window is "
                 "left as it is. Recovered is the share of the cross-entropy that the "
                 "site's mean in its place costs; attribution L0 the fewest latents "
-                "with 95 % of the first-order effect on the loss."
+                "with 95 % of the first-order effect on the loss, and all of them "
+                "where these have less (unmet: at what share of the tokens). "
+                "Gradient and paired dictionaries choose latents by the gradient of "
+                "the loss against the true next token, which the others do not see; "
+                "'paired alone' does without."
             ),
             page.picture(data_uri(png(fronts_figure(evaluation))), "By latents."),
             page.table(html_lines(score_lines(evaluation))),

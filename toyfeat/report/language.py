@@ -111,7 +111,7 @@ def faithfulness_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
         predicted, true = np.asarray(row["effects"]).T
         colour = _COLOURS.get(kind_of(row["method"]), GREY)
         axis.scatter(predicted, true, s=4, alpha=0.4, color=colour, linewidths=0)
-        most = max(np.abs(predicted).max(), np.abs(true).max()) * 1.05
+        most = 1.05 * max(np.abs(predicted).max(), np.abs(true).max(), 1e-12)
         axis.plot([-most, most], [-most, most], color="black", linewidth=0.6)
         axis.set_xscale("symlog", linthresh=most / 300)
         axis.set_yscale("symlog", linthresh=most / 300)
@@ -130,7 +130,7 @@ def faithfulness_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def decomposition_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Cross-entropy recovered by how many directions a site keeps, a panel per site.
+    """Cross-entropy recovered by directions kept, and spectra; a row per site.
 
     Returns:
       A matplotlib figure.
@@ -139,22 +139,32 @@ def decomposition_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
       ImportError: without matplotlib.
     """
     scores = [row for row in rows if row.get("what") == "scores"]
-    sites = list(dict.fromkeys(row["site"] for row in scores))
-    drawn = figure(5.2 * max(1, len(sites)), 3.8)
-    axes = np.atleast_1d(drawn.subplots(1, max(1, len(sites))))
-    for axis, site in zip(axes, sites, strict=True):
+    spectra = [row for row in rows if "spectrum" in row]
+    sites = list(dict.fromkeys(row["site"] for row in (*scores, *spectra)))
+    drawn = figure(10.4, 3.8 * max(1, len(sites)))
+    axes = drawn.subplots(max(1, len(sites)), 2, squeeze=False)
+    for (kept, spectrum), site in zip(axes, sites, strict=True):
         here = [row for row in scores if row["site"] == site]
         for basis in dict.fromkeys(row["method"].rpartition(",")[0] for row in here):
             line = [r for r in here if r["method"].rpartition(",")[0] == basis]
             line.sort(key=lambda row: row["l0"])
             values = [_number(row["recovered"]) for row in line]
-            axis.plot([row["l0"] for row in line], values, marker="o", label=basis)
-        axis.set_xscale("log", base=4)
-        axis.set_ylim(-0.5, 1.05)
-        axis.set_title(site, size=9)
-        axis.set_xlabel("directions kept")
-        axis.set_ylabel("cross-entropy recovered")
-        axis.legend(fontsize=7)
+            kept.plot([row["l0"] for row in line], values, marker="o", label=basis)
+        kept.set_xscale("log", base=4)
+        kept.set_ylim(-0.5, 1.05)
+        kept.set_title(site, size=9)
+        kept.set_xlabel("directions kept")
+        kept.set_ylabel("cross-entropy recovered")
+        kept.legend(fontsize=7)
+        for row in (r for r in spectra if r["site"] == site):
+            values = np.asarray(row["spectrum"], float)
+            values = values[values > 0] / values.max()
+            spectrum.plot(1 + np.arange(len(values)), values, label=row["basis"])
+        spectrum.set_xscale("log")
+        spectrum.set_yscale("log")
+        spectrum.set_title(f"{site}: spectra", size=9)
+        spectrum.set_xlabel("direction")
+        spectrum.set_ylabel("share of the largest")
     return drawn
 
 
@@ -234,20 +244,20 @@ def latent_html(latent: Latent) -> str:
     """A latent as a part of a page."""
     near = ", ".join(f"{index} ({cosine:.2f})" for index, cosine in latent.neighbours)
     head = (
-        f"there at {latent.frequency:.2%} of the tokens, mean absolute attribution "
+        f"activation density {latent.frequency:.2%}, mean absolute attribution "
         f"{latent.effect:.2g} nats; nearest readers: {near}"
     )
     parts = [f"<h3>Latent {latent.index}</h3>", page.paragraph(head)]
     for title, words in (
-        ("writes towards", latent.promoted),
-        ("and away from", latent.suppressed),
+        ("promoted tokens:", latent.promoted),
+        ("suppressed tokens:", latent.suppressed),
     ):
         if words:
             shown = " ".join(f"<code>{html.escape(_visible(w))}</code>" for w in words)
             parts.append(f"<p>{title} {shown}</p>")
     for title, contexts in (
-        ("Largest codes", latent.activating),
-        ("Largest attributions", latent.attributed),
+        ("Top activations", latent.activating),
+        ("Top attributions", latent.attributed),
     ):
         rows = "".join(f"<li>{context_html(context)}</li>" for context in contexts)
         parts.append(f"<p>{title}</p><ul>{rows}</ul>")

@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+
+from toyfeat.language.contexts import Context, Latent
+from toyfeat.report import language
+
+pytest.importorskip("matplotlib")
+
+SCORES = dict.fromkeys(
+    ("ce", "kl", "recovered", "recovered_zero", "explained", "attribution_l0"), 0.5
+) | {"unexplained": 0.1, "unmet": 0.2, "dead": 0.0}
+
+
+def scored(method, l0, **more):
+    row = {"site": "blocks_0/resid_post", "method": method, "what": "scores"}
+    return row | SCORES | {"l0": l0} | more
+
+
+def faithful(method, effects, **more):
+    scores = {"correlation": 0.9, "slope": 1.0, "error": 0.1, "pairs": len(effects)}
+    row = {"site": "blocks_0/resid_post", "method": method, "what": "faithfulness"}
+    return row | scores | {"effects": effects} | more
+
+
+ROWS = [
+    {"site": "blocks_0/resid_post", "what": "losses", "clean": 1.0},
+    scored("acts-k4-s0", 4.0),
+    scored("acts-k8-s0", 8.0, recovered=None),
+    scored("pca-k4", 4.0),
+    faithful("acts-k4-s0", [[0.1, 0.2], [-0.3, -0.2]]),
+    faithful("acts-k8-s0", [[0.0, 0.0]], correlation=None),
+]
+BASES = [
+    {"site": "blocks_0/resid_post", "basis": "pca", "spectrum": [2.0, 1.0, 0.0]}
+    | {"participation": 1.8},
+    scored("pca, 1", 1.0),
+    scored("pca, 4", 4.0, recovered=None),
+]
+CONTEXT = Context(("<b>", "\n", " c"), (0.0, 2.0, -1.0), 1, -0.25)
+LATENT = Latent(7, 0.125, 0.5, (CONTEXT,), (CONTEXT,), ("<i>",), ("no",), ((3, 0.75),))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    latents = {"acts-k4-s0": [LATENT]}
+    header = {"model": "tiny"}
+    path = language.write_language(folder, ROWS, BASES, latents, header=header)
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_page_has_everything_in_it_and_fetches_nothing(page):
+    assert page.count("data:image/png;base64,") == 3
+    for text in ("What the model keeps", "Attributions against leaving out", "Bases"):
+        assert f"<h2>{text}</h2>" in page
+    assert "model: tiny" in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_latent_is_shown_with_its_tokens_escaped(page):
+    assert "<h3>Latent 7</h3>" in page
+    assert "activation density 12.50%" in page
+    assert "3 (0.75)" in page
+    assert "<code>&lt;i&gt;</code>" in page
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
+    assert "⏎" in page
+    assert "-0.25 nats" in page
+
+
+def test_shades_follow_the_codes_and_the_token_in_question_is_underlined():
+    shown = language.context_html(CONTEXT)
+    assert shown.count("underline") == 1
+    assert "rgba(213,94,0,0.60);text-decoration:underline" in shown
+    assert "rgba(213,94,0,0.30)" in shown
+    assert "rgba(213,94,0,0.00)" in shown
+
+
+def test_scores_have_a_line_each_with_faithfulness_beside_them():
+    head, *lines = language.score_lines(ROWS)
+    assert [line[0] for line in lines] == ["acts-k4-s0", "acts-k8-s0", "pca-k4"]
+    columns = dict(zip(head, lines[0], strict=True))
+    assert columns["l0"] == "4.000"
+    assert columns["correlation"] == "0.900"
+    missing = dict(zip(head, lines[1], strict=True))
+    assert missing["recovered"] == missing["correlation"] == ""
+    assert lines[2][-3:] == ("", "", "")
+
+
+def test_pictures_show_the_rows():
+    fronts = language.fronts_figure(ROWS).axes
+    lines = {line.get_label(): line.get_xdata() for line in fronts[0].lines}
+    assert {name: list(x) for name, x in lines.items()} == {
+        "acts": [4.0, 8.0],
+        "pca": [4.0],
+    }
+    drawn = language.faithfulness_figure(ROWS).axes
+    np.testing.assert_allclose(
+        drawn[0].collections[0].get_offsets(), [[0.1, 0.2], [-0.3, -0.2]]
+    )
+    kept, spectrum = language.decomposition_figure(BASES).axes
+    assert list(kept.lines[0].get_xdata()) == [1.0, 4.0]
+    assert list(spectrum.lines[0].get_ydata()) == [1.0, 0.5]
+
+
+def test_a_page_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there are no rows"):
+        language.write_language(tmp_path, [], [], {}, header={})
+    assert not list(tmp_path.iterdir())

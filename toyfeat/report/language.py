@@ -45,7 +45,7 @@ def score_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     for row in rows:
         if row.get("what") != "scores":
             continue
-        cells = [_short(row[name]) for name in _SCORES]
+        cells = [_short(row.get(name)) for name in _SCORES]
         other = faith.get(row["method"], {})
         cells += [_short(other[name]) if other else "" for name in _FAITH]
         lines.append((row["method"], *cells))

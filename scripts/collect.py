@@ -9,6 +9,7 @@ minutes on two cores.
 """
 
 import sys
+import time
 
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
@@ -25,12 +26,16 @@ def main(path: str) -> None:
     speed = TextColumn("{task.fields[speed]}")
     with Progress(*columns, speed) as bar:
         task = bar.add_task("tokens", total=run.tokens.size, speed="")
+        begun, shown = time.perf_counter(), [0]
 
         def report(done: int, total: int) -> None:
-            del total
             bar.update(task, completed=done)
             rate = bar.tasks[0].speed
             bar.update(task, speed=f"{rate:,.0f} tokens/s" if rate else "")
+            if not bar.console.is_terminal and done * 10 // total > shown[-1]:
+                shown.append(done * 10 // total)
+                left = (time.perf_counter() - begun) * (total / max(done, 1) - 1)
+                print(f"{done:,} of {total:,} tokens, {left:.0f} s left", flush=True)
 
         stores = pipeline.collected(run, report)
     for site, store in stores.items():

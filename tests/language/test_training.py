@@ -102,3 +102,14 @@ def test_gradients_of_a_store_without_any_are_refused():
     taps = tf.Taps(jnp.ones((2, 3)), None, jnp.ones(2))
     with pytest.raises(ValueError, match="train: a dictionary of gradients wants"):
         training._as_acts(taps)
+
+
+def test_every_draw_of_a_gradient_is_an_example():
+    rng = np.random.default_rng(0)
+    taps = tf.Taps(np.zeros((3, 4)), rng.normal(size=(3, 2, 4)), np.array([1.0, 0, 2]))
+    found = training._as_acts(taps)
+    for n in range(3):
+        for k in range(2):
+            wanted = np.sqrt(2) * taps.grads[n, k]
+            np.testing.assert_allclose(found.acts[2 * n + k], wanted)
+    assert found.weights.tolist() == [1, 1, 0, 0, 2, 2]

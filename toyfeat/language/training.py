@@ -168,8 +168,10 @@ def _counting(taps: Taps) -> Taps:
 
 
 def _as_acts(taps: Taps) -> Taps:
-    """Gradients of the first readout in the place of activations."""
+    """Gradients in the place of activations, every draw an example of its own."""
     if taps.grads is None:
         raise ValueError("train: a dictionary of gradients wants a store with some")
-    grads: Any = taps.grads[:, 0]
-    return Taps(grads, None, taps.weights)
+    num, draws, dim = taps.grads.shape
+    rows: Any = taps.grads.reshape(num * draws, dim)
+    rows = rows * np.sqrt(draws).astype(rows.dtype)  # draws are scaled by 1 / sqrt(K)
+    return Taps(rows, None, np.repeat(taps.weights, draws))  # pyright: ignore[reportArgumentType]

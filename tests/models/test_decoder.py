@@ -20,7 +20,8 @@ from toyfeat.models.decoder import (
     stacked,
     unstacked,
 )
-from toyfeat.models.decoder.pieces import Source, assembled, huggingface_pieces
+from toyfeat.models.decoder.pieces import huggingface_pieces, shapes_of
+from toyfeat.models.weights import Source, assembled
 
 KINDS = list(oracle.CONFIGS)
 SHAPES = ["gpt2", "neox", "llama"]
@@ -44,7 +45,7 @@ def case(kind):
     source = Source(kind, {n: x.shape for n, x in plain.items()}, plain.__getitem__)
     params = assembled(
         "test",
-        config,
+        shapes_of(config),
         huggingface_pieces(name, config),
         source,
         dtype=jnp.float32,

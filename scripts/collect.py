@@ -8,17 +8,16 @@ was cut off, at a whole shard.  50k tokens of SmolLM2 at one layer take some ten
 minutes on two cores.
 """
 
-import sys
 import time
 
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
-from toyfeat.language import pipeline, read_job
+from toyfeat.language import Job, command, pipeline
 
 
-def main(path: str) -> None:
+def main(job: Job) -> None:
     """Estimate, then collect."""
-    run = pipeline.opened(read_job(path))
+    run = pipeline.opened(job)
     each = pipeline.seconds_per_token(run)
     minutes = each * run.tokens.size / 60
     print(f"{pipeline.size_of(run)}, about {minutes:.0f} minutes", flush=True)
@@ -45,9 +44,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("name a job: examples/smollm2.toml")
-    try:
-        main(sys.argv[1])
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(str(error)) from None
+    command(main)

@@ -7,20 +7,13 @@ a site keeps the first 1, 4, 16, 64 or 256 directions; ``decompose.jsonl`` has s
 too.
 """
 
-import sys
-
-from toyfeat.language import pipeline, read_job
+from toyfeat.language import Job, command, pipeline
 
 
-def main(path: str) -> None:
+def main(job: Job) -> None:
     """All of it."""
-    pipeline.decomposed(pipeline.opened(read_job(path)))
+    pipeline.decomposed(pipeline.opened(job))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("name a job: examples/smollm2.toml")
-    try:
-        main(sys.argv[1])
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(str(error)) from None
+    command(main)

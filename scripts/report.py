@@ -7,18 +7,17 @@ everything in it: what the model keeps, attributions against leaving out, and, f
 kind of dictionary, latents with their contexts in the text.
 """
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from toyfeat.language import pipeline, read_job
+from toyfeat.language import Job, command, pipeline
 from toyfeat.language.results import Rows
 from toyfeat.report.language import write_language
 
 
-def main(path: str) -> None:
+def main(job: Job) -> None:
     """Gather what there is and write the page."""
-    run = pipeline.opened(read_job(path))
+    run = pipeline.opened(job)
     folder = Path(run.job.out)
     evaluation = Rows(folder / "evaluation.jsonl").rows
     decomposition = Rows(folder / "decompose.jsonl").rows
@@ -36,9 +35,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("name a job: examples/smollm2.toml")
-    try:
-        main(sys.argv[1])
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(str(error)) from None
+    command(main)

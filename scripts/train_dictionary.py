@@ -7,20 +7,13 @@ the job; each has a folder with ``metrics.jsonl``, checkpoints and SAELens' file
 The same command goes on where it was cut off.
 """
 
-import sys
-
-from toyfeat.language import pipeline, read_job
+from toyfeat.language import Job, command, pipeline
 
 
-def main(path: str) -> None:
+def main(job: Job) -> None:
     """All of it."""
-    pipeline.trained(read_job(path))
+    pipeline.trained(job)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("name a job: examples/smollm2.toml")
-    try:
-        main(sys.argv[1])
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(str(error)) from None
+    command(main)

@@ -48,6 +48,13 @@ def write_file(path: Path, tree: Any, about: dict[str, Any], who: str) -> None:
         ) from error
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a reader never sees half of it."""
+    draft = path.with_name(path.name + ".partial")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
 def _write_members(file: Any, leaves: list[Any], about: dict[str, Any]) -> None:
     names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
     if len(set(names)) < len(names) or _MANIFEST in names:

@@ -8,7 +8,7 @@ from toyfeat.language.collecting import (
     store_moments,
 )
 from toyfeat.language.halves import Halves, halves
-from toyfeat.language.jobs import Collect, Evaluate, Job, Train, read_job
+from toyfeat.language.jobs import Collect, Evaluate, Job, Train, command, read_job
 from toyfeat.language.sources import (
     PACKAGES,
     cache_folder,
@@ -26,6 +26,7 @@ __all__ = [
     "Train",
     "cache_folder",
     "collect",
+    "command",
     "fetch",
     "fingerprint",
     "halves",

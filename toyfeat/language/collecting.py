@@ -119,8 +119,8 @@ def collect(
     length = tokens.shape[1]
     batch = min(batch, len(tokens))
 
-    tapped = partial(_tapped, probed, tuple(sites), readout, float(massive))
-    shapes = jax.eval_shape(tapped, params, jnp.asarray(tokens[:batch]), 0)
+    tap_of = partial(tapped, probed, tuple(sites), readout, float(massive))
+    shapes = jax.eval_shape(tap_of, params, jnp.asarray(tokens[:batch]), 0)
     place = {site: Path(folder) / site_folder(site) for site in shapes}
 
     def is_new(site: str) -> bool:
@@ -148,7 +148,7 @@ def collect(
             for first in range(done // batch * batch, len(tokens), batch):
                 part = tokens[first : first + batch]
                 full = np.resize(part, (batch, length))  # the last one, filled up
-                taps = tapped(params, jnp.asarray(full), first)
+                taps = tap_of(params, jnp.asarray(full), first)
                 if pending is not None:
                     pending.result()
                     report(first * length, tokens.size)
@@ -206,7 +206,7 @@ def fingerprint(params: Params) -> str:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _tapped(
+def tapped(
     probed: Probed,
     sites: tuple[str, ...],
     readout: ReadoutOf,

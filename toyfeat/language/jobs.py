@@ -1,9 +1,11 @@
 """What is done with a language model, from its text to the report: one file."""
 
 import dataclasses
+import sys
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,16 @@ def read_job(path: str | Path) -> Job:
     except ValueError as error:
         raise ValueError(f"read_job: {path} is not TOML ({error})") from None
     return _made(Job, content, str(path))
+
+
+def command(main: Callable[[Job], None]) -> None:
+    """Run a script on the job that the command line names; errors are one line."""
+    if len(sys.argv) != 2:
+        raise SystemExit("name a job: examples/smollm2.toml")
+    try:
+        main(read_job(sys.argv[1]))
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        raise SystemExit(str(error)) from None
 
 
 def _made(kind: Any, content: dict[str, Any], where: str) -> Any:

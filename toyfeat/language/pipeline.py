@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +16,16 @@ from toyfeat.decompose import gradient_pca, joint_pca, pca
 from toyfeat.decompose.second_moments import covariance
 from toyfeat.interop import load_saelens
 from toyfeat.language.collecting import (
+    ReadoutOf,
     collect,
     fingerprint,
     readout_of,
     site_folder,
     store_moments,
+    tapped,
 )
 from toyfeat.language.contexts import Latent, latents_of, of_acts, of_grads
-from toyfeat.language.halves import checked_site, halves
+from toyfeat.language.halves import Halves, checked_site, halves
 from toyfeat.language.jobs import Job
 from toyfeat.language.judging import Held, faithfulness, held_out, judge, losses_of
 from toyfeat.language.methods import Method, of_basis, of_dictionary, of_readers
@@ -38,8 +41,8 @@ from toyfeat.models.decoder import (
     token_windows,
 )
 from toyfeat.splicing import attribution_faithfulness
-from toyfeat.tap import from_linen, tap
-from toyfeat.types import Array, Basis, Moments, Params
+from toyfeat.tap import from_linen
+from toyfeat.types import Array, Basis, Moments, Params, Probed
 
 Say = Callable[[str], None]
 RANKS = (1, 4, 16, 64, 256)
@@ -60,6 +63,13 @@ class Opened(NamedTuple):
     model: Pretrained
     tokens: np.ndarray
     held_out: np.ndarray
+
+
+class _Judge(NamedTuple):
+    """A decoder cut at a site, and held-out text, tapped when it is first wanted."""
+
+    cut: Halves
+    held: Callable[[], Held]
 
 
 def opened(job: Job) -> Opened:
@@ -139,19 +149,14 @@ def size_of(run: Opened) -> str:
 
 
 def seconds_per_token(run: Opened) -> float:
-    """Measured on one batch, after one that compiles."""
+    """Measured on one batch, after one that compiles what collecting runs."""
     given = run.job.collect
-    probed, readout = _probed(run), _readout(run.job)
+    place = _probed(run), given.sites, _readout(run.job), given.massive
     part = jnp.asarray(run.tokens[: given.batch])
-    tapped = jax.jit(
-        lambda params, tokens: tap(
-            probed, params, tokens, sites=given.sites, readout=readout(tokens, 0)
-        )
-    )
     times = []
     for _ in range(2):
         begun = time.perf_counter()
-        jax.block_until_ready(tapped(run.model.params, part))
+        jax.block_until_ready(tapped(*place, run.model.params, part, 0))
         times.append(time.perf_counter() - begun)
     return times[-1] / part.size
 
@@ -291,7 +296,7 @@ def decomposed(run: Opened, say: Say = print) -> list[dict[str, Any]]:
             for name, basis in bases.items()
             for rank in (r for r in RANKS if r < width)
         }
-        _judged(run, site, methods, rows, say)
+        _judged(run, _judge_of(run, site, stats), methods, rows, say)
     return rows.rows
 
 
@@ -353,19 +358,18 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
     for name, basis in bases_of(stats).items():
         for k in (k for k in job.train.codes if k <= len(stats.mean)):
             methods[f"{name}-k{k}"] = of_basis(basis, k)
-    _judged(run, site, methods, rows, say)
-    given, cut = job.evaluate, halves(run.model.config, site)
-    held: Held | None = None
+    by = _judge_of(run, site, stats)
+    _judged(run, by, methods, rows, say)
+    given = job.evaluate
     for one in found:
         where = {"site": site, "method": one.name, "what": "faithfulness"}
         if rows.has(where) or _is_dead(rows, site, one.name):
             continue
-        held = held or _held(run, site)
         begun = time.perf_counter()
         options = {"uniform": given.uniform, "largest": given.largest}
         options |= {"batch": given.pair_batch, "seed": given.seed}
         scores, effects, drawn = faithfulness(
-            cut, run.model.params, held, methods[one.name], **options
+            by.cut, run.model.params, by.held(), methods[one.name], **options
         )
         parts = {"uniform": effects[:drawn], "largest": effects[drawn:]}
         more = {
@@ -442,9 +446,10 @@ def _own_store(run: Opened, site: str) -> tuple[Store, Moments]:
 
 
 def _judged(
-    run: Opened, site: str, methods: dict[str, Method], rows: Rows, say: Say
+    run: Opened, by: _Judge, methods: dict[str, Method], rows: Rows, say: Say
 ) -> None:
     """Scores of methods that have none yet."""
+    cut, site = by.cut, by.cut.site
     missing = {
         name: method
         for name, method in methods.items()
@@ -452,7 +457,7 @@ def _judged(
     }
     if not missing:
         return
-    cut, held = halves(run.model.config, site), _held(run, site)
+    held = by.held()
     params, batch = run.model.params, run.job.evaluate.batch
     losses = losses_of(cut, params, held, batch=batch)
     rows.add({"site": site, "what": "losses"}, losses._asdict())
@@ -470,29 +475,47 @@ def _judged(
             )
 
 
-def _held(run: Opened, site: str) -> Held:
-    given = run.job.evaluate
-    num = min(given.windows, len(run.held_out)) // given.batch * given.batch
-    if not num:
-        raise ValueError(
-            f"job: {len(run.held_out)} held-out windows fill no batch of {given.batch}"
+def _judge_of(run: Opened, site: str, stats: Moments) -> _Judge:
+    cut, given = halves(run.model.config, site), run.job.evaluate
+
+    @cache
+    def held() -> Held:
+        num = min(given.windows, len(run.held_out)) // given.batch * given.batch
+        if not num:
+            raise ValueError(
+                f"job: {len(run.held_out)} held-out windows fill no batch of "
+                f"{given.batch}"
+            )
+        return held_out(
+            cut,
+            run.model.params,
+            run.held_out[:num],
+            jnp.asarray(stats.mean),
+            massive=run.job.collect.massive,
+            batch=given.batch,
         )
-    _, stats = store_of(run.job, site)
-    cut = halves(run.model.config, site)
-    params = run.model.params
-    mean, massive = jnp.asarray(stats.mean), run.job.collect.massive
-    tokens = run.held_out[:num]
-    return held_out(cut, params, tokens, mean, massive=massive, batch=given.batch)
+
+    return _Judge(cut, held)
 
 
-def _probed(run: Opened) -> Any:
-    dtype = jnp.dtype(run.job.collect.compute)
-    return from_linen(Decoder(run.model.config, dtype=dtype))
+def _probed(run: Opened) -> Probed:
+    return _decoder(run.model.config, run.job.collect.compute)
 
 
-def _readout(job: Job) -> Any:
+def _readout(job: Job) -> ReadoutOf:
     given = job.collect
-    return readout_of(given.readout, draws=given.draws, seed=given.seed)
+    return _named(given.readout, given.draws, given.seed)
+
+
+# The same objects for the same settings, so that what they are in is compiled once.
+@cache
+def _decoder(config: DecoderConfig, compute: str) -> Probed:
+    return from_linen(Decoder(config, dtype=jnp.dtype(compute)))
+
+
+@cache
+def _named(kind: str, draws: int, seed: int) -> ReadoutOf:
+    return readout_of(kind, draws=draws, seed=seed)
 
 
 def _readouts(job: Job) -> int:

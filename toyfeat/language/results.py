@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from toyfeat.checkpoint.files import write_whole
 from toyfeat.language.jobs import Job
 
 _ADDED = ("kinds", "codes", "seeds")  # of training: more of them may be asked for
@@ -37,10 +38,7 @@ def own_folder(job: Job, *parts: str) -> Path:
                 f"{wanted[name]!r}; give another folder as out, or move it away"
             )
     if wanted.keys() - found.keys():
-        part = path.with_suffix(".part")
-        text = json.dumps(found | wanted, indent=1) + "\n"
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        write_whole(path, json.dumps(found | wanted, indent=1) + "\n")
     return folder
 
 
@@ -67,9 +65,7 @@ class Rows:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole = [x for x in text.splitlines(keepends=True) if x.endswith("}\n")]
         if "".join(whole) != text:
-            part = path.with_suffix(".part")
-            part.write_text("".join(whole), encoding="utf-8")
-            part.replace(path)
+            write_whole(path, "".join(whole))
         self._path, self.rows = path, [json.loads(line) for line in whole]
 
     def has(self, where: dict[str, Any]) -> bool:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from toyfeat.checkpoint.files import write_whole
+
 
 class Bound(NamedTuple):
     """What a figure should be.
@@ -112,13 +114,6 @@ def write_json(path: Path, rows: Iterable[Row], *, header: dict[str, object]) ->
         for row in rows
     ]
     write_whole(path, json.dumps({**header, "rows": entries}, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader never sees half of it."""
-    draft = path.with_name(path.name + ".partial")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:

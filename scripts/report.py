@@ -12,6 +12,7 @@ from pathlib import Path
 
 from toyfeat.language import Job, command, pipeline
 from toyfeat.language.results import Rows
+from toyfeat.language.training import curves
 from toyfeat.report.language import write_language
 
 
@@ -30,7 +31,10 @@ def main(job: Job) -> None:
         **asdict(run.job.train),
         "site": run.job.site,
     }
-    page = write_language(folder, evaluation, decomposition, latents, header=header)
+    measured = curves(run.job.train, folder / "train")
+    page = write_language(
+        folder, evaluation, decomposition, latents, header=header, curves=measured
+    )
     print(f"the page is {page}")
 
 

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import toyfeat as tf
 from toyfeat.data import store_writer
 from toyfeat.data.store import open_store
 from toyfeat.language import contexts
+from toyfeat.language.collecting import chunks_of
 from toyfeat.models.decoder import Decoder, Pretrained, gpt2, llama
 
 NUM, LENGTH, VOCAB, DIM, LATENTS = 9, 7, 5, 4, 6
@@ -76,7 +79,13 @@ def test_latents_are_those_of_plain_sums(store, taps, signed):
         described = contexts.of_grads(sae, params, mean, jnp.eye(DIM))
     tokens = tokens_of(NUM)
     found = contexts.latents_of(
-        described, store, tokens, LLAMA, residual=True, num=4, contexts=3
+        described,
+        partial(chunks_of, store),
+        tokens,
+        LLAMA,
+        residual=True,
+        num=4,
+        contexts=3,
     )
     codes, effects = by_hand(taps, signed)
     sizes = np.abs(effects).sum(0) / taps.weights.sum()
@@ -129,7 +138,13 @@ def test_promoted_tokens_are_those_whose_logits_rise_to_first_order(centred):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_store_of_other_tokens_is_refused(store):
+def test_taps_of_other_tokens_or_without_gradients_are_refused(store, taps):
     described = contexts.of_acts(*dictionary(False))
-    with pytest.raises(ValueError, match=r"latents_of: wanted .* 56 tokens, got .* 63"):
-        contexts.latents_of(described, store, tokens_of(8), LLAMA, residual=True)
+    chunks = partial(chunks_of, store)
+    with pytest.raises(ValueError, match=r"latents_of: wanted .* 56 tokens, got 63"):
+        contexts.latents_of(described, chunks, tokens_of(8), LLAMA, residual=True)
+    alone = [taps._replace(grads=None)]
+    with pytest.raises(ValueError, match="latents_of: wanted taps with gradients"):
+        contexts.latents_of(
+            described, lambda: iter(alone), tokens_of(NUM), LLAMA, residual=True
+        )

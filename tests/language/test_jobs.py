@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from toyfeat.language import Collect, Evaluate, Job, Train, read_job
+from toyfeat.language import (
+    Attribution,
+    Collect,
+    Decompose,
+    Evaluate,
+    Job,
+    Train,
+    read_job,
+)
 
 
 def read(tmp_path, text):
@@ -46,6 +54,10 @@ def test_what_a_file_says_is_taken_and_the_rest_is_as_it_was(tmp_path):
 
 def test_every_entry_can_be_written(tmp_path):
     def toml(value):
+        if isinstance(value, dict):
+            return f"{{{', '.join(f'{k} = {toml(v)}' for k, v in value.items())}}}"
+        if isinstance(value, bool):
+            return str(value).lower()
         if isinstance(value, tuple):
             return f"[{', '.join(map(toml, value))}]"
         return f'"{value}"' if isinstance(value, str) else repr(value)
@@ -58,6 +70,33 @@ def test_every_entry_can_be_written(tmp_path):
         else:
             plain.append(f"{name} = {toml(value)}")
     assert read(tmp_path, "\n".join(plain + tables)) == Job()
+
+
+def test_losses_are_tables_of_their_own(tmp_path):
+    job = read(
+        tmp_path,
+        """
+        source = "model"
+        [decompose]
+        bases = ["lib", "pca"]
+        ranks = [3]
+        [train]
+        population = true
+        [[train.attribution]]
+        [[train.attribution]]
+        name = "published"
+        attribution_sparsity = 2
+        penalty = "l1"
+        form = "signed"
+        """,
+    )
+    published = Attribution("published", 2.0, 0.1, "l1", "signed")
+    assert job == Job(
+        source="model",
+        decompose=Decompose(bases=("lib", "pca"), ranks=(3,)),
+        train=Train(population=True, attribution=(Attribution(), published)),
+    )
+    hash(job)
 
 
 def test_the_example_is_a_job():
@@ -96,6 +135,23 @@ def test_the_example_is_a_job():
         ("[train]\ncodes = [8, 0]", "train, codes must be at least 1, got 0"),
         ("[collect]\ncompute = 'f4'", "compute must be float32 or bfloat16, got 'f4'"),
         ("[collect]\ndtype = 'float16'", "dtype must be float32 or bfloat16"),
+        ("source = 'disk'", "source must be store or model, got 'disk'"),
+        ("[decompose]\nbases = ['ica']", "bases must be pca or .* random, got 'ica'"),
+        ("[decompose]\nranks = [0]", "decompose, ranks must be at least 1, got 0"),
+        ("[train]\npopulation = 1", "train, population must be bool, got 1"),
+        ("[train]\nattribution = 3", "train, attribution must be a list, got 3"),
+        ("[train]\nattribution = [3]", r"attribution must be a table.*, got 3"),
+        ("[train.attribution]\nname = 'a'", "train, attribution must be a list, got"),
+        ("[[train.attribution]]\npenalty = 'l2'", "penalty must be geman_mcclure or"),
+        ("[[train.attribution]]\nform = ''", "form must be positive or signed, got ''"),
+        ("[[train.attribution]]\nweight = 1", "attribution has no entry 'weight'"),
+        (
+            "[[train.attribution]]\nunexplained = -1.0",
+            "unexplained must be at least 0, got -1.0",
+        ),
+        ("[train]\nlearning_rate = nan", "learning_rate must be finite, got nan"),
+        ("[train]\nlearning_rate = -1e-3", "learning_rate must be above 0, got -0.0"),
+        ("[collect]\nmassive = 0.0", "massive must be above 0, got 0.0"),
         ("[collect]\nseed = -1", "seed must be at least 0, got -1"),
     ],
 )

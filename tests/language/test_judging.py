@@ -12,11 +12,12 @@ from tiny_decoder import (
     tapped,
     top_codes,
     weights,
+    whole,
     windows,
 )
 
 import toyfeat as tf
-from toyfeat.language import halves
+from toyfeat.language import halves, readout_of
 from toyfeat.language.judging import faithfulness, held_out, judge
 from toyfeat.language.methods import Method, Replaced, of_basis, of_dictionary
 
@@ -62,6 +63,27 @@ def test_held_out_is_a_tap_of_everything(site):
     np.testing.assert_array_equal(held.tokens, tokens)
 
 
+@pytest.mark.parametrize("batch", [2, 3])
+def test_gradients_of_another_readout_are_held_beside(batch):
+    """Those of the loss stay the first; what is drawn is that of the window."""
+    site, tokens = SITES[0], windows()
+    cut, held = held_at(site)
+    beside = readout_of("sampled", draws=2, seed=5)
+    both = held_out(cut, weights(), tokens, held.mean, batch=batch, beside=beside)
+    assert both.grads.shape == (*tokens.shape, 3, CONFIG.dim)
+    np.testing.assert_allclose(both.grads[:, :, :1], held.grads, atol=1e-5)
+    readout = beside(jnp.asarray(tokens), 0)
+    taps = tf.tap(whole(), weights(), jnp.asarray(tokens), sites=site, readout=readout)
+    wanted = taps[site].grads.reshape(*tokens.shape, 2, -1)
+    np.testing.assert_allclose(both.grads[:, :, 1:], wanted, atol=1e-5)
+    assert np.abs(both.grads[:, :, 1] - held.grads[:, :, 0]).max() > 1e-3
+    method = of_dictionary(*dictionary(CONFIG.dim))
+    found = [
+        judge(cut, weights(), x, {"x": method}, batch=2)["x"] for x in (held, both)
+    ]
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
+
+
 def judged_by_numpy(site, tokens, mean, params):
     """Through the whole model, in float64."""
     taps, shape = tapped()[site], tokens.shape
@@ -87,10 +109,12 @@ def judged_by_numpy(site, tokens, mean, params):
     effects = codes * (grads @ writers.T)
     rest = ((flat - recon.reshape(flat.shape)) * grads).sum(axis=1)
     here = counted.reshape(-1)
-    l0s, shares = [], []
+    l0s, among, shares = [], [], []
     for effect, left in zip(np.abs(effects[here]), np.abs(rest[here]), strict=True):
         total = effect.sum() + left
-        reached = np.cumsum(np.sort(effect)[::-1]) >= 0.95 * total
+        most = np.cumsum(np.sort(effect)[::-1])
+        reached = most >= 0.95 * total
+        among.append(np.argmax(most >= 0.95 * effect.sum()) + 1 if effect.any() else 0)
         l0s.append(np.argmax(reached) + 1 if reached.any() else LATENTS)
         shares.append(left / total)
     error = ((flat - recon.reshape(flat.shape)) ** 2)[here].sum()
@@ -103,6 +127,7 @@ def judged_by_numpy(site, tokens, mean, params):
         "explained": 1 - error / spread,
         "l0": (codes[here] != 0).sum(axis=1).mean(),
         "attribution_l0": np.mean(l0s),
+        "attribution_l0_explained": np.mean(among),
         "unexplained": np.mean(shares),
         "unmet": np.mean(np.array(shares) > 0.05),
         "dead": np.mean((codes[here] != 0).sum(axis=0) == 0),

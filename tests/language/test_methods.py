@@ -275,3 +275,27 @@ def test_readers_want_k_codes_and_gradients():
     params = sae.init(jax.random.key(0))
     with pytest.raises(ValueError, match="of_readers: wanted a dictionary with k"):
         of_readers(sae, params, jnp.zeros(DIM), jnp.eye(DIM))
+
+
+@pytest.mark.parametrize("name", ["gradient_topk", "paired"])
+def test_latents_can_be_chosen_by_another_gradient(name):
+    sae = SPARSE[name]
+    params, given = trained_like(sae), taps(readouts=3)
+    for chooser in range(3):
+        other = given._replace(grads=given.grads[:, chooser : chooser + 1])
+        wanted = of_dictionary(sae, params).replace(other)
+        found = of_dictionary(sae, params, chooser=chooser).replace(given)
+        for mine, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_supports_can_be_chosen_by_another_gradient():
+    sae = SPARSE["signed"]
+    params, given = trained_like(sae), taps(readouts=2)
+    args = sae, params, jnp.full(DIM, 0.5), jnp.eye(DIM)
+    other = given._replace(grads=given.grads[:, 1:])
+    found = of_readers(*args, chooser=1).replace(given)
+    for mine, theirs in zip(found, of_readers(*args).replace(other), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    first = of_readers(*args).replace(given)
+    assert np.abs(first.recon - found.recon).max() > 1e-3

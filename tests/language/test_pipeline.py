@@ -16,7 +16,19 @@ import pytest
 import toyfeat as tf
 from toyfeat.data.store import verify_store
 from toyfeat.interop import load_saelens
-from toyfeat.language import PACKAGES, Collect, Evaluate, Job, Train, pipeline
+from toyfeat.language import (
+    PACKAGES,
+    Attribution,
+    Collect,
+    Decompose,
+    Evaluate,
+    Job,
+    Train,
+    live,
+    pipeline,
+    site,
+)
+from toyfeat.language.collecting import chunks_of, fingerprint
 from toyfeat.models.decoder import Decoder
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +52,7 @@ def job_of(folder, out, **more):
             rows_per_shard=100,
             every=3,
         ),
+        decompose=Decompose(ranks=(4, 16)),
         train=Train(site=SITE, kinds=KINDS, codes=(2,), latents=24, steps=6, batch=64),
         evaluate=Evaluate(windows=5, batch=2, uniform=20, largest=6, pair_batch=8),
     )
@@ -57,23 +70,20 @@ class Done(dict):
 def done(folder, tmp_path_factory):
     """A job from beginning to end, with a step too early now and then."""
     out = tmp_path_factory.mktemp("job")
-    job, found, patch = job_of(folder, out), Done(said=[]), pytest.MonkeyPatch()
-    with patch.context() as patched:
-        patched.setattr(pipeline, "RANKS", (4, 16))
-        run = pipeline.opened(job)
+    job, found = job_of(folder, out), Done(said=[])
+    run = pipeline.opened(job)
+    for step, given in (("trained", job), ("decomposed", run), ("evaluated", run)):
         with pytest.raises(
             FileNotFoundError, match=r"nothing of .*scripts/collect\.py"
         ):
-            pipeline.trained(job)
-        with pytest.raises(FileNotFoundError, match=r"run scripts/collect\.py first"):
-            pipeline.evaluated(run)
-        found |= {"job": job, "run": run, "out": out}
-        found["stores"] = pipeline.collected(run)
-        with pytest.raises(FileNotFoundError, match=r"scripts/train_dictionary\.py"):
-            pipeline.evaluated(run)
-        pipeline.trained(job, found["said"].append)
-        found["decomposed"] = pipeline.decomposed(run, found["said"].append)
-        found["evaluated"] = pipeline.evaluated(run, found["said"].append)
+            getattr(pipeline, step)(given)
+    found |= {"job": job, "run": run, "out": out}
+    found["stores"] = pipeline.collected(run)
+    with pytest.raises(FileNotFoundError, match=r"scripts/train_dictionary\.py"):
+        pipeline.evaluated(run)
+    pipeline.trained(job, found["said"].append)
+    found["decomposed"] = pipeline.decomposed(run, found["said"].append)
+    found["evaluated"] = pipeline.evaluated(run, found["said"].append)
     return found
 
 
@@ -98,12 +108,12 @@ def test_the_store_is_whole_and_says_what_it_is_of(done):
     assert (store.rows, store.dim, store.readouts) == (256, 16, 2)
     about = store.metadata
     assert (about["site"], about["readout"], about["draws"]) == (SITE, "sampled", 2)
-    assert about["weights"] == pipeline.fingerprint(done["run"].model.params)
+    assert about["weights"] == fingerprint(done["run"].model.params)
     size = sum(p.stat().st_size for p in store.path.glob("*.bin"))
     assert (
         pipeline.size_of(done["run"]) == f"256 tokens at 1 sites, {size / 1e6:,.0f} MB"
     )
-    _, stats = pipeline.store_of(done["job"], SITE)
+    _, stats = site.store_of(done["job"], SITE)
     model = from_model(done["run"])
     acts = np.asarray(model(done["run"].tokens))[:, 1:-1].reshape(-1, 16)
     np.testing.assert_allclose(stats.mean, acts.mean(axis=0), atol=1e-5)
@@ -137,7 +147,7 @@ def test_decompose_has_spectra_and_what_is_kept(done):
     names = {"pca", "gradient pca", "joint pca", "random"}
     spectra = {row["basis"]: row for row in rows if "basis" in row}
     assert spectra.keys() == names
-    _, stats = pipeline.store_of(done["job"], SITE)
+    _, stats = site.store_of(done["job"], SITE)
     values = np.linalg.eigvalsh(np.float64(stats.scatter / stats.weight))[::-1]
     np.testing.assert_allclose(spectra["pca"]["spectrum"], values, rtol=1e-3, atol=1e-5)
     ratio = values.sum() ** 2 / (values**2).sum()
@@ -154,7 +164,8 @@ def test_evaluate_has_scores_of_all_and_baselines(done):
     scores = {r["method"]: r for r in rows if r["what"] == "scores"}
     bases = ("pca", "gradient pca", "joint pca", "random")
     names = {f"{kind}-k2-s0" for kind in KINDS}
-    others = {f"{name}-k2" for name in bases} | {"paired alone-k2-s0"}
+    ways = "gradients sampled", "paired sampled", "paired alone"
+    others = {f"{name}-k2" for name in bases} | {f"{way}-k2-s0" for way in ways}
     assert scores.keys() == names | others
     for row in scores.values():
         assert row["l0"] <= 2
@@ -163,7 +174,7 @@ def test_evaluate_has_scores_of_all_and_baselines(done):
         assert 0 <= row["dead"] <= 1
         assert row["ce"] > 0
     faithful = {r["method"]: r for r in rows if r["what"] == "faithfulness"}
-    assert faithful.keys() == names
+    assert faithful.keys() == names | {"pca-k2", "random-k2"}
     for row in faithful.values():
         assert row["pairs"] == len(row["effects"]) == 26
         again = tf.attribution_faithfulness(*np.array(row["effects"]).T)
@@ -171,11 +182,14 @@ def test_evaluate_has_scores_of_all_and_baselines(done):
 
 
 @pytest.fixture
-def copy(done, tmp_path, monkeypatch):
+def copy(done, tmp_path):
     """The finished job again, in a folder of its own."""
-    monkeypatch.setattr(pipeline, "RANKS", (4, 16))
     shutil.copytree(done["out"], tmp_path / "job")
     return replace(done["job"], out=str(tmp_path / "job"))
+
+
+def content(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def never(*_, **__):
@@ -184,7 +198,7 @@ def never(*_, **__):
 
 def test_again_nothing_is_computed(copy, done, monkeypatch, capsys):
     out = Path(copy.out)
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    before = content(out)
     for name in ("train_one", "judge", "faithfulness", "held_out", "store_moments"):
         monkeypatch.setattr(pipeline, name, never)
     run = done["run"]._replace(job=copy)
@@ -195,7 +209,7 @@ def test_again_nothing_is_computed(copy, done, monkeypatch, capsys):
     assert len(pipeline.evaluated(run)) == len(done["evaluated"])
     assert told == [(256, 256)]
     assert capsys.readouterr().out == ""
-    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert content(out) == before
 
 
 @pytest.mark.parametrize("what", ["scores", "faithfulness"])
@@ -259,6 +273,8 @@ def toml_of(job, path, **changes):
         rows_per_shard = 100
         every = {given["every"]}
         start = {given["start"]}
+        [decompose]
+        ranks = [4, 16]
         [train]
         site = "{given["site"]}"
         codes = [2]
@@ -433,3 +449,116 @@ def test_a_broken_row_is_dropped_wherever_the_file_ends(tmp_path):
     assert "NaN" not in text
     assert found.has({"b": "x"})
     assert not found.has({"a": 3})
+
+
+def straight(job, out, **train):
+    """The same job without a store, with losses and a basis of its own."""
+    losses = Attribution(), Attribution("strong", 10.0, 1.0)
+    return replace(
+        job,
+        out=str(out),
+        source="model",
+        decompose=Decompose(bases=("pca", "lib"), ranks=(4,), sources=2),
+        train=replace(
+            job.train,
+            kinds=("attribution", "gradients"),
+            attribution=losses,
+            seeds=(0, 1),
+            **train,
+        ),
+    )
+
+
+def test_a_job_without_a_store_goes_straight_to_the_model(done, tmp_path):
+    job = straight(done["job"], tmp_path / "out", population=True)
+    run, said = done["run"]._replace(job=job), []
+    with pytest.raises(ValueError, match="job: source is 'model', so that nothing is"):
+        pipeline.collected(run)
+    rows = pipeline.decomposed(run, said.append)
+    assert said[0] == f"{SITE}: 256 tokens straight from the model"
+    assert {row["basis"] for row in rows if "basis" in row} == {"pca", "lib"}
+    (tmp_path / "out" / "stores").mkdir()  # nothing is looked for there
+    mine, theirs = site.stats_of(run, SITE), site.stats_of(done["run"], SITE)
+    for one, other in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    pipeline.trained(job, said.append)
+    names = "attribution", "strong", "gradients"
+    wanted = {f"{name}-k2-s{seed}" for name in names for seed in (0, 1)}
+    assert {line.split(":")[0] for line in said[-len(wanted) :]} == wanted
+    scored = pipeline.evaluated(run, said.append)
+    faithful = {row["method"] for row in scored if row["what"] == "faithfulness"}
+    assert wanted <= faithful
+    same = {"method": "pca-k2", "what": "scores"}
+    mine, theirs = (
+        next(row for row in of if same.items() <= row.items())
+        for of in (scored, done["evaluated"])
+    )
+    for name in ("ce", "kl", "explained", "attribution_l0", "unexplained"):
+        assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4)
+    latents = pipeline.looked_at(run, num=3)
+    assert latents.keys() == {f"{name}-k2-s0" for name in names}
+    before = {p: p.read_bytes() for p in Path(job.out).rglob("*") if p.is_file()}
+    for step, given in (("trained", job), ("decomposed", run), ("evaluated", run)):
+        getattr(pipeline, step)(given, never)
+    assert before == {
+        p: p.read_bytes() for p in Path(job.out).rglob("*") if p.is_file()
+    }
+    other = jax.tree.map(lambda x: 2 * x, run.model.params)
+    changed = run._replace(model=run.model._replace(params=other))
+    with pytest.raises(ValueError, match=r"job: .* was written by other weights"):
+        site.stats_of(changed, SITE)
+
+
+def test_batches_straight_from_the_model_are_windows_of_the_store(done):
+    """Each once an epoch, with the gradients that the store has."""
+    run = done["run"]._replace(job=replace(done["job"], source="model"))
+    whole = [*chunks_of(done["stores"][SITE])]
+    rows = jax.tree.map(
+        lambda *x: np.concatenate(x).reshape(16, 16, *x[0].shape[1:]), *whole
+    )
+    supply = live.of_model(run, SITE)
+    assert (supply.dim, supply.readouts) == (16, 2)
+    assert supply.about.items() <= done["stores"][SITE].metadata.items()
+    chunks = jax.tree.map(lambda *x: np.concatenate(x), *supply.chunks())
+    for mine, theirs in zip(*map(jax.tree.leaves, (chunks, rows)), strict=True):
+        wanted = theirs.reshape(mine.shape)
+        np.testing.assert_allclose(mine, wanted, rtol=1e-3, atol=1e-4)
+    batches, seen = supply.batches(3, False), []
+    for step in range(4):
+        taps = batches.take(batches.data, jnp.int32(step))
+        for window in range(4):
+            part = slice(16 * window, 16 * window + 16)
+            gaps = np.abs(rows.acts - np.asarray(taps.acts[part])).max(axis=(1, 2))
+            seen.append(int(gaps.argmin()))
+            assert gaps.min() < 1e-4
+            wanted = rows.grads[seen[-1]]
+            np.testing.assert_allclose(taps.grads[part], wanted, rtol=1e-3, atol=1e-4)
+            np.testing.assert_array_equal(taps.weights[part], rows.weights[seen[-1]])
+    assert sorted(seen) == list(range(16))
+    other = supply.batches(3, True)
+    taps = other.take(other.data, jnp.int32(0))
+    assert (taps.acts.shape, taps.grads) == ((128, 16), None)
+    np.testing.assert_allclose(
+        taps.acts[:2], np.sqrt(2) * rows.grads[seen[0], 0], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_a_batch_straight_from_the_model_is_of_whole_windows(done, tmp_path):
+    for batch in (40, 512):
+        job = straight(done["job"], tmp_path / f"{batch}", batch=batch)
+        with pytest.raises(
+            ValueError, match=f"job: train.batch must be whole.*{batch}"
+        ):
+            pipeline.trained(job)
+
+
+def test_more_losses_may_be_asked_for_and_none_changed(copy):
+    with_more = replace(
+        copy.train, attribution=(Attribution(), Attribution("strong", 1.0))
+    )
+    said = []
+    pipeline.trained(replace(copy, train=with_more), said.append)
+    assert [line.split(":")[0] for line in said] == ["strong-k2-s0"]
+    other = replace(copy.train, attribution=(Attribution("strong", 2.0),))
+    with pytest.raises(ValueError, match=r"train\.attribution\.strong = .*, not"):
+        pipeline.trained(replace(copy, train=other))

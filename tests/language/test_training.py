@@ -5,8 +5,18 @@ from tiny_collection import SITES, collected
 
 import toyfeat as tf
 from toyfeat.data.store import shard_taps
-from toyfeat.language import Train, training
-from toyfeat.language.training import Run, batches_of, design, finished, runs_of
+from toyfeat.interop import load_saelens
+from toyfeat.language import Attribution, Train, supply
+from toyfeat.language.supply import batches_of, of_store
+from toyfeat.language.training import (
+    Run,
+    curves,
+    design,
+    finished,
+    runs_of,
+    train_one,
+    train_together,
+)
 
 
 def test_a_job_has_every_kind_number_of_codes_and_seed():
@@ -24,6 +34,54 @@ def test_an_unknown_kind_is_refused(tmp_path):
         runs_of(train)
     with pytest.raises(ValueError, match="train: kinds"):
         list(finished(train, tmp_path))
+
+
+def test_every_loss_of_attributions_is_a_run():
+    losses = Attribution(), Attribution("strong 10", 1.0, 1.0)
+    train = Train(kinds=("acts", "attribution"), codes=(4,), attribution=losses)
+    names = ["acts-k4-s0", "attribution-k4-s0", "strong 10-k4-s0"]
+    assert [run.name for run in runs_of(train)] == names
+
+
+@pytest.mark.parametrize(
+    "names", [("a", "a"), ("acts",), ("../a",), ("",), ("a-k3-s0",), ("paired",)]
+)
+def test_names_of_losses_must_differ_and_be_names(names):
+    train = Train(attribution=tuple(Attribution(name) for name in names))
+    with pytest.raises(ValueError, match=f"train: losses want names.*{names[-1]!r}"):
+        runs_of(train)
+
+
+def test_a_loss_has_its_coefficients():
+    loss = Attribution("x", 3.0, 0.0, "l1")
+    _, objective, _ = design("attribution", 5, 12, 3, loss)
+    found = {term.name: term.coefficient for term in objective}
+    assert found["attribution_sparsity"] == 3.0
+    assert "unexplained" not in found
+
+
+@pytest.mark.parametrize("kind", ["acts", "gradients", "paired", "attribution"])
+def test_a_population_has_the_dictionaries_of_single_trainings(store, tmp_path, kind):
+    """With batches of everything, seeds differ by the start alone."""
+    train = Train(kinds=(kind,), codes=(2, 3), seeds=(0, 1), latents=9, steps=8)
+    source, runs = of_store(store, 1000), runs_of(train)
+    train_together(runs, train, source, tmp_path / "all")
+    for run in runs:
+        train_one(run, train, source, tmp_path / "one")
+    found, wanted = (dict(finished(train, tmp_path / x)) for x in ("all", "one"))
+    assert len(found) == len(wanted) == 4
+    for run in runs:
+        (sae, mine), (other, alone) = (load_saelens(x[run]) for x in (found, wanted))
+        assert sae.config == other.config
+        for name, value in alone.items():
+            np.testing.assert_allclose(
+                mine[name], value, rtol=2e-2, atol=2e-3, err_msg=f"{run.name} {name}"
+            )
+    mine, alone = (curves(train, tmp_path / x) for x in ("all", "one"))
+    assert mine.keys() == alone.keys() == {run.name for run in runs}
+    for name, of in alone.items():
+        assert mine[name]["step"].tolist() == of["step"].tolist() == [8]
+        np.testing.assert_allclose(mine[name]["fvu"], of["fvu"], rtol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +127,7 @@ def test_batches_in_memory_are_the_tokens_that_count(store, of_gradients):
         for i in range(3)
     )
     wanted = (grads[:, 0] if of_gradients else acts)[weights > 0]
-    batches = batches_of(store, 1000, 0, of_gradients=of_gradients)
+    batches = batches_of(store, 1000, 0, of_gradients)
     taps = batches(jnp.int32(0))
     assert taps.acts.shape == wanted.shape
     found = np.asarray(taps.acts)
@@ -83,8 +141,8 @@ def test_batches_in_memory_are_the_tokens_that_count(store, of_gradients):
 def test_batches_of_a_store_that_is_too_large_are_read(
     store, of_gradients, monkeypatch
 ):
-    monkeypatch.setattr(training, "_IN_MEMORY", 0)
-    batches = batches_of(store, 8, 0, of_gradients=of_gradients)
+    monkeypatch.setattr(supply, "_IN_MEMORY", 0)
+    batches = batches_of(store, 8, 0, of_gradients)
     taps = batches(0)
     assert taps.acts.shape == (8, store.dim)
     assert (taps.grads is None) == of_gradients
@@ -101,13 +159,13 @@ def test_batches_of_a_store_that_is_too_large_are_read(
 def test_gradients_of_a_store_without_any_are_refused():
     taps = tf.Taps(jnp.ones((2, 3)), None, jnp.ones(2))
     with pytest.raises(ValueError, match="train: a dictionary of gradients wants"):
-        training._as_acts(taps)
+        supply.as_acts(taps)
 
 
 def test_every_draw_of_a_gradient_is_an_example():
     rng = np.random.default_rng(0)
     taps = tf.Taps(np.zeros((3, 4)), rng.normal(size=(3, 2, 4)), np.array([1.0, 0, 2]))
-    found = training._as_acts(taps)
+    found = supply.as_acts(taps)
     for n in range(3):
         for k in range(2):
             wanted = np.sqrt(2) * taps.grads[n, k]

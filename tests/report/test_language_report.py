@@ -8,7 +8,7 @@ pytest.importorskip("matplotlib")
 
 SCORES = dict.fromkeys(
     ("ce", "kl", "recovered", "recovered_zero", "explained", "attribution_l0"), 0.5
-) | {"unexplained": 0.1, "unmet": 0.2, "dead": 0.0}
+) | {"attribution_l0_explained": 2.0, "unexplained": 0.1, "unmet": 0.2, "dead": 0.0}
 
 
 def scored(method, l0, **more):
@@ -36,6 +36,11 @@ BASES = [
     scored("pca, 1", 1.0),
     scored("pca, 4", 4.0, recovered=None),
 ]
+STEPS = np.array([1.0, 2.0])
+CURVES = {
+    "acts-k4-s0": {"step": STEPS, "fvu": STEPS / 4, "dead": 0 * STEPS},
+    "acts-k4-s1": {"step": STEPS, "fvu": STEPS / 8, "dead": 0 * STEPS},
+}
 CONTEXT = Context(("<b>", "\n", " c"), (0.0, 2.0, -1.0), 1, -0.25)
 LATENT = Latent(7, 0.125, 0.5, (CONTEXT,), (CONTEXT,), ("<i>",), ("no",), ((3, 0.75),))
 
@@ -45,13 +50,20 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     latents = {"acts-k4-s0": [LATENT]}
     header = {"model": "tiny"}
-    path = language.write_language(folder, ROWS, BASES, latents, header=header)
+    path = language.write_language(
+        folder, ROWS, BASES, latents, header=header, curves=CURVES
+    )
     return path.read_text(encoding="utf-8")
 
 
 def test_the_page_has_everything_in_it_and_fetches_nothing(page):
-    assert page.count("data:image/png;base64,") == 3
-    for text in ("What the model keeps", "Attributions against leaving out", "Bases"):
+    assert page.count("data:image/png;base64,") == 4
+    for text in (
+        "What the model keeps",
+        "Training",
+        "Attributions against leaving out",
+        "Bases",
+    ):
         assert f"<h2>{text}</h2>" in page
     assert "model: tiny" in page
     assert "http" not in page.replace("http-equiv", "")
@@ -78,7 +90,7 @@ def test_shades_follow_the_codes_and_the_token_in_question_is_underlined():
 
 def test_scores_have_a_line_each_with_faithfulness_beside_them():
     head, *lines = language.score_lines(ROWS)
-    assert [line[0] for line in lines] == ["acts-k4-s0", "acts-k8-s0", "pca-k4"]
+    assert [line[0] for line in lines] == ["acts-k4", "acts-k8", "pca-k4"]
     columns = dict(zip(head, lines[0], strict=True))
     assert columns["l0"] == "4.000"
     assert columns["correlation"] == "0.900"
@@ -89,11 +101,17 @@ def test_scores_have_a_line_each_with_faithfulness_beside_them():
 
 def test_pictures_show_the_rows():
     fronts = language.fronts_figure(ROWS).axes
-    lines = {line.get_label(): line.get_xdata() for line in fronts[0].lines}
+    lines = {x.get_label(): x.lines[0].get_xdata() for x in fronts[0].containers}
     assert {name: list(x) for name, x in lines.items()} == {
         "acts": [4.0, 8.0],
         "pca": [4.0],
     }
+    fvu, dead, unexplained = language.curves_figure(CURVES).axes
+    assert [list(line.get_ydata()) for line in fvu.lines] == [
+        [0.25, 0.5],
+        [0.125, 0.25],
+    ]
+    assert [len(axis.lines) for axis in (dead, unexplained)] == [2, 0]
     drawn = language.faithfulness_figure(ROWS).axes
     np.testing.assert_allclose(
         drawn[0].collections[0].get_offsets(), [[0.1, 0.2], [-0.3, -0.2]]
@@ -101,6 +119,26 @@ def test_pictures_show_the_rows():
     kept, spectrum = language.decomposition_figure(BASES).axes
     assert list(kept.lines[0].get_xdata()) == [1.0, 4.0]
     assert list(spectrum.lines[0].get_ydata()) == [1.0, 0.5]
+
+
+def test_seeds_are_one_line_and_one_point_with_their_range():
+    rows = [
+        scored(f"{kind}-k4-s{seed}", 4.0, recovered=value)
+        for kind in ("acts", "paired alone")
+        for seed, value in ((0, 0.5), (1, 0.9), (12, 0.6))
+    ]
+    rows.append(faithful("acts-k4-s1", [[0.1, 0.2]], correlation=0.7))
+    head, *lines = language.score_lines(rows)
+    found = [dict(zip(head, line, strict=True)) for line in lines]
+    assert [x["method"] for x in found] == ["acts-k4", "paired alone-k4"]
+    assert [x["seeds"] for x in found] == ["3", "3"]
+    assert found[0]["recovered"] == "0.600 (0.500 to 0.900)"
+    assert found[0]["correlation"] == "0.700"
+    bars = language.fronts_figure(rows).axes[0].containers[0]
+    assert bars.lines[0].get_ydata().tolist() == [0.6]
+    np.testing.assert_allclose(
+        bars.lines[2][0].get_segments()[0][:, 1], [0.5, 0.9], atol=1e-12
+    )
 
 
 def test_a_page_of_nothing_is_refused(tmp_path):

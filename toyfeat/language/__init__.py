@@ -8,7 +8,16 @@ from toyfeat.language.collecting import (
     store_moments,
 )
 from toyfeat.language.halves import Halves, halves
-from toyfeat.language.jobs import Collect, Evaluate, Job, Train, command, read_job
+from toyfeat.language.jobs import (
+    Attribution,
+    Collect,
+    Decompose,
+    Evaluate,
+    Job,
+    Train,
+    command,
+    read_job,
+)
 from toyfeat.language.sources import (
     PACKAGES,
     cache_folder,
@@ -19,7 +28,9 @@ from toyfeat.language.sources import (
 
 __all__ = [
     "PACKAGES",
+    "Attribution",
     "Collect",
+    "Decompose",
     "Evaluate",
     "Halves",
     "Job",

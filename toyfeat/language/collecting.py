@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +21,7 @@ from toyfeat.tap.readouts import Readout
 from toyfeat.types import Array, Moments, Outputs, Params, Probed, Taps
 
 ReadoutOf = Callable[[Array, Array], Readout]
-"""``(tokens [B, T], index of the first window []) -> Readout``."""
+"""``(tokens [B, T], index of the first window [], or of each [B]) -> Readout``."""
 
 
 def readout_of(kind: str, *, draws: int = 1, seed: int = 0) -> ReadoutOf:
@@ -34,8 +34,8 @@ def readout_of(kind: str, *, draws: int = 1, seed: int = 0) -> ReadoutOf:
       seed: of the draws.
 
     Returns:
-      ``(tokens [B, T], index of the first window) -> Readout``; what is drawn for a
-      window depends on its index and not on the batch it is in.
+      :data:`ReadoutOf`; what is drawn for a window depends on its index and not on the
+      batch it is in.
 
     Raises:
       ValueError: for another kind.
@@ -45,10 +45,11 @@ def readout_of(kind: str, *, draws: int = 1, seed: int = 0) -> ReadoutOf:
     if kind != "sampled":
         raise ValueError(f"readout: wanted 'loss' or 'sampled', got {kind!r}")
 
-    def sampled(tokens: Array, first: Array) -> Readout:
+    def sampled(tokens: Array, index: Array) -> Readout:
         weights = readouts.next_token_loss(tokens).mask
         drawn = readouts.sampled_labels(jax.random.key(seed), num=draws, mask=weights)
-        index = first + jnp.arange(len(tokens))
+        if not jnp.ndim(index):
+            index = index + jnp.arange(len(tokens))
         return dataclasses.replace(
             drawn, rule=_sampled_by_window, labels=index, shared=drawn.key
         )
@@ -170,28 +171,46 @@ def site_folder(site: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in site)
 
 
-def store_moments(store: Store, *, rows: int = 8192) -> Moments:
-    """Second moments of everything in a store.
+def chunks_of(store: Store, *, rows: int = 4096) -> Iterator[Taps]:
+    """A store in order, as float32.
 
     Args:
       store: from :func:`collect`.
-      rows: at a time.
+      rows: at a time; fewer at the end of a shard.
 
-    Returns:
-      :class:`Moments`.
+    Yields:
+      Taps of host arrays.
     """
-    stats = moments(store.dim, grads=store.readouts is not None)
-    update = jax.jit(stats.update)
-    state = stats.init()
     for index in range(len(store.shards)):
         taps = shard_taps(store, index)
         for start in range(0, len(taps.weights), rows):
             part = slice(start, start + rows)
-            state = update(
-                state,
-                jax.tree.map(lambda x, part=part: jnp.asarray(x[part], float), taps),
-            )
+            yield jax.tree.map(lambda x, p=part: np.asarray(x[p], np.float32), taps)
+
+
+def moments_of(chunks: Iterable[Taps], dim: int, *, grads: bool = True) -> Moments:
+    """Second moments of everything in some taps.
+
+    Args:
+      chunks: of one site.
+      dim: ``D``.
+      grads: whether they have gradients.
+
+    Returns:
+      :class:`Moments`.
+    """
+    stats = moments(dim, grads=grads)
+    update = jax.jit(stats.update)
+    state = stats.init()
+    for taps in chunks:
+        state = update(state, jax.tree.map(jnp.asarray, taps))
     return stats.finish(state)
+
+
+def store_moments(store: Store, *, rows: int = 4096) -> Moments:
+    """:func:`moments_of` a store, ``rows`` at a time."""
+    grads = store.readouts is not None
+    return moments_of(chunks_of(store, rows=rows), store.dim, grads=grads)
 
 
 def fingerprint(params: Params) -> str:
@@ -213,10 +232,10 @@ def tapped(
     massive: float,
     params: Params,
     tokens: Array,
-    first: Array,
+    index: Array,
 ) -> dict[str, Taps]:
     """Compiled once for one model, and not for every call of :func:`collect`."""
-    asked = readout(tokens, first)
+    asked = readout(tokens, index)
     taps = tap(probed, params, tokens, sites=sites, readout=asked)
     length = tokens.shape[1]
     return {site: without_massive(one, length, massive) for site, one in taps.items()}

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.data.store import Store, shard_taps
 from toyfeat.dictionary.coding import lengths
 from toyfeat.models.decoder import Pretrained
 from toyfeat.types import Array, Dictionary, Params, Taps
@@ -113,7 +112,7 @@ def of_grads(
 
 def latents_of(
     described: Described,
-    store: Store,
+    chunks: Callable[[], Iterator[Taps]],
     tokens: np.ndarray,
     model: Pretrained,
     *,
@@ -125,7 +124,8 @@ def latents_of(
 
     Args:
       described: the dictionary.
-      store: of the site, with the gradients of one readout first.
+      chunks: the taps of the site in order, with the gradients of one readout first;
+        called twice.
       tokens: ``[num, T]``, the windows that were collected.
       model: for its vocabulary.
       residual: whether writers are in the residual stream, so that they have tokens.
@@ -136,30 +136,31 @@ def latents_of(
       Latents, the largest mean absolute attribution first.
 
     Raises:
-      ValueError: if the store is not of these tokens or has no gradients.
+      ValueError: if the taps are not of these tokens or have no gradients.
     """
-    if store.rows != tokens.size or store.readouts is None:
-        raise ValueError(
-            f"latents_of: wanted a store with gradients of these {tokens.size} tokens, "
-            f"got one of {store.rows} rows and {store.readouts} readouts"
-        )
     measured = partial(_measured, described.rule)
     sums = jax.jit(lambda arrays, taps: _sums(measured, arrays, taps))
     some = jax.jit(lambda arrays, taps, at: [x[:, at] for x in measured(arrays, taps)])
-    sizes = np.zeros((2, len(described.writers)))
-    for taps in _chunks(store):
+    sizes, rows, total = np.zeros((2, len(described.writers))), 0, 0.0
+    for taps in chunks():
+        if taps.grads is None:
+            raise ValueError("latents_of: wanted taps with gradients")
+        rows, total = rows + len(taps.weights), total + float(np.sum(taps.weights))
         sizes += np.asarray(sums(described.arrays, taps), np.float64)
+    if rows != tokens.size:
+        raise ValueError(
+            f"latents_of: wanted taps of these {tokens.size} tokens, got {rows} rows"
+        )
     counts, sizes = sizes
     chosen = np.argsort(-sizes, kind="stable")[:num]
     chosen = chosen[sizes[chosen] > 0]
-    columns = [some(described.arrays, taps, chosen) for taps in _chunks(store)]
+    columns = [some(described.arrays, taps, chosen) for taps in chunks()]
     codes, effects = (np.concatenate(x) for x in zip(*columns, strict=True))
     names = [model.tokenizer.decode([i]) for i in range(model.config.vocab)]
     promoted = _promoted(model.params, described.writers[chosen]) if residual else None
     readers = np.asarray(described.readers, np.float64)
     lengths = np.linalg.norm(readers, axis=1, keepdims=True)
     readers = readers / np.where(lengths > 0, lengths, 1)
-    total = float(np.sum(_weights(store)))
     found = []
     for slot, index in enumerate(chosen):
         show = partial(_contexts, tokens, names, codes[:, slot], effects[:, slot])
@@ -197,20 +198,6 @@ def _sums(measured: Callable[..., Any], arrays: Any, taps: Taps) -> Array:
     codes, effects = measured(arrays, taps)
     there = jnp.sum(codes != 0, axis=0).astype(effects.dtype)
     return jnp.stack([there, jnp.sum(jnp.abs(effects), axis=0)])
-
-
-def _chunks(store: Store, rows: int = 4096) -> Iterator[Taps]:
-    """Of one size each but for the last of a shard."""
-    for index in range(len(store.shards)):
-        taps = shard_taps(store, index)
-        for start in range(0, len(taps.weights), rows):
-            part = slice(start, start + rows)
-            yield jax.tree.map(lambda x, p=part: np.asarray(x[p], np.float32), taps)
-
-
-def _weights(store: Store) -> np.ndarray:
-    shards = range(len(store.shards))
-    return np.concatenate([np.asarray(shard_taps(store, i).weights) for i in shards])
 
 
 def _promoted(params: Params, writers: Array) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What is done with a language model, from its text to the report: one file."""
 
 import dataclasses
+import math
 import sys
 import tomllib
 import types
@@ -15,6 +16,14 @@ _LEAST = {"start": -1} | dict.fromkeys(
     ("held_out", "seed", "seeds", "uniform", "largest"), 0
 )  # of whole numbers; 1 for all others
 _DTYPES = ("float32", "bfloat16")
+_ONE_OF = {
+    "dtype": _DTYPES,
+    "compute": _DTYPES,
+    "source": ("store", "model"),
+    "penalty": ("geman_mcclure", "log", "l1"),
+    "form": ("positive", "signed"),
+    "bases": ("pca", "gradient pca", "joint pca", "lib", "random"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,19 +65,62 @@ class Collect:
 
 
 @dataclass(frozen=True)
+class Decompose:
+    """Which bases are made, and what is kept of them.
+
+    Attributes:
+      bases: ``"pca"``, ``"gradient pca"``, ``"joint pca"``, ``"lib"`` (the local
+        interaction basis towards the logits, from the model in any case) and
+        ``"random"``.
+      ranks: numbers of directions that are kept.
+      sources: random directions of the logits of a window that stand for all of them,
+        of ``"lib"``.
+    """
+
+    bases: tuple[str, ...] = ("pca", "gradient pca", "joint pca", "random")
+    ranks: tuple[int, ...] = (1, 4, 16, 64, 256)
+    sources: int = 4
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """A four-term attribution loss, :func:`toyfeat.attribution_objective`.
+
+    Activations and gradients are in units of their root mean square there.
+
+    Attributes:
+      name: of the dictionaries that are trained with it.
+      attribution_sparsity: coefficient of the penalty on attributions.
+      unexplained: coefficient of the first-order effect that no latent has.
+      penalty: ``"geman_mcclure"`` and ``"log"`` are bounded or nearly so, ``"l1"`` is
+        the published form.
+      form: ``"positive"``, or the published ``"signed"``.
+    """
+
+    name: str = "attribution"
+    attribution_sparsity: float = 0.1
+    unexplained: float = 0.1
+    penalty: str = "geman_mcclure"
+    form: str = "positive"
+
+
+@dataclass(frozen=True)
 class Train:
     """Which dictionaries are trained, each with all numbers of codes and seeds.
 
     Attributes:
-      site: where; the first one of what is stored by default.
-      kinds: ``"acts"`` (TopK), ``"attribution"`` (TopK with the attribution terms),
-        ``"gradients"`` (signed TopK of gradients), ``"paired"``.
+      site: where; the first one of what is collected by default.
+      kinds: ``"acts"`` (TopK), ``"attribution"`` (TopK with every loss of
+        ``attribution``), ``"gradients"`` (signed TopK of gradients), ``"paired"``.
       codes: ``k``.
       seeds: of starts and orders.
       latents: of a dictionary.
       steps: of training.
       batch: tokens per step.
       learning_rate: of Adam.
+      population: train all codes and seeds of a kind side by side in one program; they
+        see the same batches then.
+      attribution: losses, as many as are wanted.
     """
 
     site: str = ""
@@ -79,6 +131,8 @@ class Train:
     steps: int = 2000
     batch: int = 1024
     learning_rate: float = 1e-3
+    population: bool = False
+    attribution: tuple[Attribution, ...] = (Attribution(),)
 
 
 @dataclass(frozen=True)
@@ -110,7 +164,10 @@ class Job:
       model: a folder, a ``.gguf`` file or a name that ``scripts/fetch.py`` knows.
       text: a folder of ``.txt`` files, of which some are held out, or such a name.
       out: folder of everything that is made.
-      collect: what is stored.
+      source: ``"store"``, what ``scripts/collect.py`` wrote, or ``"model"``:
+        activations and gradients are made when they are wanted and never stored.
+      collect: what is looked at.
+      decompose: which bases are made.
       train: which dictionaries.
       evaluate: how they are judged.
     """
@@ -118,7 +175,9 @@ class Job:
     model: str = "smollm2"
     text: str = "sotu"
     out: str = "out/smollm2"
+    source: str = "store"
     collect: Collect = field(default_factory=Collect)
+    decompose: Decompose = field(default_factory=Decompose)
     train: Train = field(default_factory=Train)
     evaluate: Evaluate = field(default_factory=Evaluate)
 
@@ -171,12 +230,9 @@ def _made(kind: Any, content: dict[str, Any], where: str) -> Any:
         )
     values = {}
     for name, value in content.items():
-        wanted, place = types_[name], f"{where}, {name}"
-        if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
-            values[name] = _made(wanted, value, place)
-        else:
-            values[name] = _checked(wanted, value, place)
-            _check_range(name, values[name], place)
+        place = f"{where}, {name}"
+        values[name] = _checked(types_[name], value, place)
+        _check_range(name, values[name], place)
     return kind(**values)
 
 
@@ -187,6 +243,8 @@ def _checked(wanted: Any, value: Any, where: str) -> Any:
         if not value:
             raise ValueError(f"read_job: {where} must not be empty")
         return tuple(_checked(wanted.__args__[0], x, where) for x in value)
+    if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
+        return _made(wanted, value, where)
     if wanted is float and type(value) is int:
         return float(value)
     if type(value) is not wanted:
@@ -199,9 +257,22 @@ def _checked(wanted: Any, value: Any, where: str) -> Any:
 def _check_range(name: str, value: Any, where: str) -> None:
     least = _LEAST.get(name, 1)
     for x in value if isinstance(value, tuple) else (value,):
+        if type(x) is float:
+            _check_float(name, x, where)
         if type(x) is int and x < least:
             raise ValueError(f"read_job: {where} must be at least {least}, got {x}")
-    if name in ("dtype", "compute") and value not in _DTYPES:
-        raise ValueError(
-            f"read_job: {where} must be {' or '.join(_DTYPES)}, got {value!r}"
-        )
+        if name in _ONE_OF and x not in _ONE_OF[name]:
+            raise ValueError(
+                f"read_job: {where} must be {' or '.join(_ONE_OF[name])}, got {x!r}"
+            )
+
+
+def _check_float(name: str, value: float, where: str) -> None:
+    endless = name == "massive" and value == math.inf
+    if not (endless or math.isfinite(value)):
+        raise ValueError(f"read_job: {where} must be finite, got {value}")
+    if name in ("attribution_sparsity", "unexplained"):
+        if value < 0:
+            raise ValueError(f"read_job: {where} must be at least 0, got {value}")
+    elif value <= 0:
+        raise ValueError(f"read_job: {where} must be above 0, got {value}")

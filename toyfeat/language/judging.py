@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.dictionary import attribution_l0
-from toyfeat.language.collecting import without_massive
+from toyfeat.language.collecting import ReadoutOf, without_massive
 from toyfeat.language.halves import Halves
 from toyfeat.language.methods import Method, Replaced
 from toyfeat.splicing import Faithfulness, attribution_faithfulness, ce_recovered
@@ -27,7 +27,8 @@ class Held(NamedTuple):
       tokens: ``[num, T]``.
       entry: ``[num, T, D]``, the residual stream that the second half starts from.
       acts: ``[num, T, width]``, at the site.
-      grads: ``[num, T, 1, width]``, of the summed cross-entropy of a window.
+      grads: ``[num, T, K, width]``, first of the summed cross-entropy of a window; the
+        others, of which methods choose latents, are what was asked for beside.
       weights: ``[num, T]``, 0 at the first and the last position and where
         activations are massive.
       mean: ``[width]``, of the activations that count, over the training text.
@@ -44,8 +45,9 @@ class Held(NamedTuple):
 class Judgement(NamedTuple):
     """Scores of a method on held-out text; first positions are left out.
 
-    A method that chooses latents by gradients (of readers, a paired dictionary) sees
-    those of the loss against the true next token, which the others do not.
+    A method that chooses latents by the gradients of the loss (of readers, a paired
+    dictionary) sees the true next token, which the others do not; those of a loss
+    against tokens that the model draws know nothing of it.
 
     Attributes:
       ce: cross-entropy of the next token with the method in the model, in nats.
@@ -56,6 +58,8 @@ class Judgement(NamedTuple):
       l0: latents per token.
       attribution_l0: fewest latents with 95 % of the first-order effect on the loss,
         :func:`toyfeat.attribution_l0`.
+      attribution_l0_explained: the same of the effect that latents have, that of the
+        error left out.
       unexplained: share of the first-order effect that no latent has.
       dead: share of the latents that are nowhere in this text.
       unmet: share of the tokens at which all latents together have less than 95 % of
@@ -69,6 +73,7 @@ class Judgement(NamedTuple):
     explained: float
     l0: float
     attribution_l0: float
+    attribution_l0_explained: float
     unexplained: float
     dead: float
     unmet: float
@@ -83,6 +88,7 @@ def held_out(
     *,
     massive: float = 10.0,
     batch: int = 8,
+    beside: ReadoutOf | None = None,
 ) -> Held:
     """Tap held-out windows once, for all methods.
 
@@ -93,9 +99,10 @@ def held_out(
       mean: ``[width]``, of the training text.
       massive: as of :func:`toyfeat.language.collect`.
       batch: windows at a time.
+      beside: another readout whose gradients are kept too.
 
     Returns:
-      :class:`Held`, in host memory: ``4 num T (2 width + D)`` bytes.
+      :class:`Held`, in host memory: ``4 num T (width + K width + D)`` bytes.
 
     Raises:
       ValueError: if windows do not fill the batches, or have no position between
@@ -114,10 +121,17 @@ def held_out(
     sites = tuple(dict.fromkeys((cut.entry, cut.site)))
 
     @jax.jit
-    def tapped(params: Params, tokens: Array) -> dict[str, Taps]:
+    def tapped(params: Params, tokens: Array, index: Array) -> dict[str, Taps]:
         readout = readouts.next_token_loss(tokens)
         taps = tap(cut.whole, params, tokens, sites=sites, readout=readout)
         site = without_massive(taps[cut.site], tokens.shape[1], massive)
+        if beside is not None:
+            asked = beside(tokens, index)
+            more = tap(cut.whole, params, tokens, sites=(cut.site,), readout=asked)
+            first, other = site.grads, more[cut.site].grads
+            assert first is not None
+            assert other is not None
+            site = site._replace(grads=jnp.concatenate([first, other], axis=1))
         return {**taps, cut.site: site}
 
     found: dict[str, list[np.ndarray]] = {
@@ -125,7 +139,7 @@ def held_out(
     }
     for start in range(0, len(tokens), batch):
         part = tokens[start : start + batch]
-        taps = tapped(params, jnp.asarray(part))
+        taps = tapped(params, jnp.asarray(part), start)
         site = taps[cut.site]
         assert site.grads is not None
         for name, x in (
@@ -200,15 +214,15 @@ def judge(
       Name to :class:`Judgement`.
     """
     losses = losses or losses_of(cut, params, held, batch=batch)
-    forward = jax.jit(cut.after)
+    clean = jax.jit(lambda *args: jax.nn.log_softmax(cut.after(*args)))
     run = partial(jax.jit(_losses, static_argnums=0), cut.after)
     replace = {name: _compiled(method) for name, method in methods.items()}
     describe = jax.jit(_described, static_argnums=0)
     sums: dict[str, dict[str, Any]] = {name: {} for name in methods}
     for part in _batches(held, batch):
         taps, entry = _flat(part), jnp.asarray(part.entry)
-        logits = forward(params, entry, jnp.asarray(part.acts))
-        place = params, entry, part.acts, part.weights, part.tokens, logits
+        was = clean(params, entry, jnp.asarray(part.acts))
+        place = params, entry, part.acts, part.weights, part.tokens, was
         for name, method in methods.items():
             replaced = replace[name](taps)
             ce, kl = run(*place, replaced.recon.reshape(part.acts.shape))
@@ -296,7 +310,7 @@ def _flat(held: Held) -> Taps:
     width = held.acts.shape[-1]
     return Taps(
         jnp.asarray(held.acts.reshape(-1, width)),
-        jnp.asarray(held.grads.reshape(-1, 1, width)),
+        jnp.asarray(held.grads.reshape(-1, *held.grads.shape[2:])),
         jnp.asarray(held.weights.reshape(-1)),
     )
 
@@ -352,12 +366,11 @@ def _losses(
     acts: Array,
     weights: Array,
     tokens: Array,
-    clean: Array,
+    was: Array,
     value: Array,
 ) -> tuple[Array, Array]:
-    """Summed cross-entropy, and divergence from the logits ``clean``."""
+    """Summed cross-entropy, and divergence from the log-probabilities ``was``."""
     now = _predictions(after, params, entry, acts, weights, value)
-    was = jax.nn.log_softmax(clean)
     kl = jnp.sum(jnp.exp(was) * (was - now), axis=2)
     return _of_next(now, weights, tokens), jnp.sum(weights * kl)
 
@@ -384,6 +397,7 @@ def _described(
     effects = jnp.einsum("nkd,nd->nk", replaced.parts, grads)
     rest = jnp.sum(error * grads, axis=1)
     count, share = attribution_l0(effects, rest, latents)
+    among, _ = attribution_l0(effects, jnp.zeros_like(rest), latents)
     there = jnp.any(replaced.parts != 0, axis=2) & (weights[:, None] > 0)
     fired = jnp.zeros(latents).at[replaced.index].add(there.astype(jnp.float32))
     return {
@@ -391,6 +405,7 @@ def _described(
         "spread": weights @ jnp.sum((taps.acts - mean[None, :]) ** 2, axis=1),
         "l0": jnp.sum(there),
         "attribution_l0": weights @ count,
+        "attribution_l0_explained": weights @ among,
         "unexplained": weights @ share,
         "unmet": weights @ (share > _LEFT).astype(weights.dtype),
         "fired": fired,
@@ -412,6 +427,7 @@ def _judgement(sums: Mapping[str, Any], losses: Losses, total: float) -> Judgeme
         float(1 - sums["error"] / sums["spread"]),
         float(sums["l0"] / total),
         float(sums["attribution_l0"] / total),
+        float(sums["attribution_l0_explained"] / total),
         float(sums["unexplained"] / total),
         float(np.mean(sums["fired"] == 0)),
         float(sums["unmet"] / total),

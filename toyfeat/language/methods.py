@@ -49,7 +49,11 @@ class Method(NamedTuple):
 
 
 def of_dictionary(
-    dictionary: Dictionary, params: Params, *, most: int | None = None
+    dictionary: Dictionary,
+    params: Params,
+    *,
+    most: int | None = None,
+    chooser: int | None = None,
 ) -> Method:
     """A dictionary, with gradients where its architecture looks at them.
 
@@ -58,6 +62,8 @@ def of_dictionary(
       params: for activations as they are.
       most: codes of an example that are looked at, the largest effects on the
         activation; ``k`` by default, where the architecture has one of every example.
+      chooser: which of the gradients codes are chosen by, where they are; all of them
+        together by default.
 
     Returns:
       :class:`Method`; ``recon`` is of all codes in any case.
@@ -86,7 +92,10 @@ def of_dictionary(
 
     def rule(arrays: Any, taps: Taps) -> Replaced:
         params, writers, relative = arrays
-        codes = dictionary.encode(params, taps.acts, grads=taps.grads)
+        grads = taps.grads
+        if chooser is not None and grads is not None:
+            grads = grads[:, chooser : chooser + 1]
+        codes = dictionary.encode(params, taps.acts, grads=grads)
         index, _ = best_of_each(jnp.abs(codes) * relative[None, :], most)
         values = jnp.take_along_axis(codes, index, axis=1)
         parts = values[:, :, None] * writers[index]
@@ -126,7 +135,12 @@ def of_basis(basis: Basis, rank: int) -> Method:
 
 
 def of_readers(
-    dictionary: Dictionary, params: Params, mean: Array, covariance: Array
+    dictionary: Dictionary,
+    params: Params,
+    mean: Array,
+    covariance: Array,
+    *,
+    chooser: int = 0,
 ) -> Method:
     r"""A dictionary of gradients, whose latents only say what is read.
 
@@ -139,6 +153,7 @@ def of_readers(
       params: its parameters for gradients as they are; rows of ``W_dec`` are readers.
       mean: ``[D]``, of the activations.
       covariance: ``[D, D]``.
+      chooser: which of the gradients the support is chosen by.
 
     Returns:
       :class:`Method`; a latent's part is its column of
@@ -159,7 +174,7 @@ def of_readers(
     def rule(arrays: Any, taps: Taps) -> Replaced:
         params, mean, rows, spread = arrays
         assert taps.grads is not None
-        codes = dictionary.encode(params, taps.grads[:, 0])
+        codes = dictionary.encode(params, taps.grads[:, chooser])
         index, here = best_of_each(jnp.abs(codes), k)
         here = (here & (jnp.take_along_axis(codes, index, axis=1) != 0)).astype(float)
         readers, patterns = rows[index], spread[index]

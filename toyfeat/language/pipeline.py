@@ -3,66 +3,77 @@
 import time
 from collections.abc import Callable
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.checkpoint import load_tree, save_tree
-from toyfeat.data.store import Store, open_store, shard_taps, store_size
-from toyfeat.decompose import gradient_pca, joint_pca, pca
+from toyfeat.checkpoint import save_tree
+from toyfeat.data.store import Store
 from toyfeat.decompose.second_moments import covariance
 from toyfeat.interop import load_saelens
 from toyfeat.language.collecting import (
-    ReadoutOf,
     collect,
-    fingerprint,
     readout_of,
     site_folder,
     store_moments,
-    tapped,
 )
 from toyfeat.language.contexts import Latent, latents_of, of_acts, of_grads
-from toyfeat.language.halves import Halves, checked_site, halves
+from toyfeat.language.halves import Halves, halves
 from toyfeat.language.jobs import Job
 from toyfeat.language.judging import Held, faithfulness, held_out, judge, losses_of
+from toyfeat.language.live import of_model
 from toyfeat.language.methods import Method, of_basis, of_dictionary, of_readers
-from toyfeat.language.results import Rows, own_folder
-from toyfeat.language.sources import located, texts_of
-from toyfeat.language.training import finished, runs_of, train_one
-from toyfeat.linalg.precise import norm
-from toyfeat.models.decoder import (
-    Decoder,
-    DecoderConfig,
-    Pretrained,
-    load_decoder,
-    token_windows,
+from toyfeat.language.opening import (
+    Opened,
+    about,
+    asked_of,
+    opened,
+    probed_of,
+    seconds_per_token,
+    size_of,
+    width_of,
 )
+from toyfeat.language.results import Rows, own_folder
+from toyfeat.language.site import (
+    Say,
+    bases_of,
+    check_collected,
+    left_out,
+    stats_of,
+    store_of,
+    supply_of,
+)
+from toyfeat.language.supply import of_store
+from toyfeat.language.training import (
+    Run,
+    finished,
+    runs_of,
+    train_one,
+    train_together,
+)
+from toyfeat.linalg.precise import norm
 from toyfeat.splicing import attribution_faithfulness
-from toyfeat.tap import from_linen
-from toyfeat.types import Array, Basis, Moments, Params, Probed
+from toyfeat.types import Array, Moments, Params
 
-Say = Callable[[str], None]
-RANKS = (1, 4, 16, 64, 256)
+__all__ = [
+    "Opened",
+    "collected",
+    "decomposed",
+    "evaluated",
+    "left_out",
+    "looked_at",
+    "opened",
+    "seconds_per_token",
+    "size_of",
+    "trained",
+]
+
+_BASELINES = "pca", "gradient pca", "joint pca", "random"
+_CHECKED = "pca", "random"  # baselines whose attributions are checked, too
 _TOGETHER = 8  # methods that share the model's own predictions
-
-
-class Opened(NamedTuple):
-    """A job with its model and its text.
-
-    Attributes:
-      job: what is done.
-      model: as it was released.
-      tokens: ``[num, T]``, windows to train on.
-      held_out: ``[num, T]``, windows of other texts.
-    """
-
-    job: Job
-    model: Pretrained
-    tokens: np.ndarray
-    held_out: np.ndarray
 
 
 class _Judge(NamedTuple):
@@ -70,95 +81,6 @@ class _Judge(NamedTuple):
 
     cut: Halves
     held: Callable[[], Held]
-
-
-def opened(job: Job) -> Opened:
-    """Read the model of a job and cut its text into windows.
-
-    One text of every ``job.collect.every`` is held out; windows of either part are
-    in random order, the same for the same seed.
-
-    Args:
-      job: what is done.
-
-    Returns:
-      :class:`Opened`.
-
-    Raises:
-      FileNotFoundError: if the model or the text is not there.
-      ValueError: for a model that cannot be read or has no tokenizer, a site or a
-        token that it does not have, or too little text.
-    """
-    given = job.collect
-    model = load_decoder(located(job.model))
-    if model.tokenizer is None:
-        raise ValueError(f"job: {job.model} has no tokenizer")
-    for site in given.sites:
-        checked_site(model.config, site)
-    if job.site not in given.sites:
-        raise ValueError(
-            f"job: train.site {job.site!r} is not one of collect.sites, "
-            f"{', '.join(given.sites)}"
-        )
-    runs_of(job.train)
-    if given.start >= model.config.vocab:
-        raise ValueError(
-            "job: collect.start must be a token of the model, 0 .. "
-            f"{model.config.vocab - 1}, or -1 for none, got {given.start}"
-        )
-    texts = [text for _, text in texts_of(located(job.text))]
-    if given.every < 2 or len(texts) < given.every:
-        raise ValueError(
-            f"job: one of every {given.every} texts is to be held out, there are "
-            f"{len(texts)}; give more of them, or set collect.every from 2 to that"
-        )
-    away = set(range(given.every // 2, len(texts), given.every))
-    start = None if given.start < 0 else given.start
-    parts = []
-    for wanted, chosen in (
-        (given.tokens, [t for i, t in enumerate(texts) if i not in away]),
-        (given.held_out, [t for i, t in enumerate(texts) if i in away]),
-    ):
-        windows = token_windows(model.tokenizer, chosen, given.length, start=start)
-        num = -(-wanted // given.length)
-        if len(windows) < num:
-            raise ValueError(
-                f"job: wanted {wanted} tokens in windows of {given.length}, the text "
-                f"has {windows.size}; lower collect.tokens or collect.held_out"
-            )
-        order = np.random.default_rng(given.seed).permutation(len(windows))
-        parts.append(windows[order[:num]])
-    return Opened(job, model, *parts)
-
-
-def size_of(run: Opened) -> str:
-    """Disk that collecting takes, in words."""
-    given, config = run.job.collect, run.model.config
-    widths = [_width(config, site) for site in given.sites]
-    total = sum(
-        store_size(
-            run.tokens.size,
-            dim=width,
-            readouts=_readouts(run.job),
-            dtype=given.dtype,
-            rows_per_shard=given.rows_per_shard,
-        )
-        for width in widths
-    )
-    return f"{run.tokens.size:,} tokens at {len(widths)} sites, {total / 1e6:,.0f} MB"
-
-
-def seconds_per_token(run: Opened) -> float:
-    """Measured on one batch, after one that compiles what collecting runs."""
-    given = run.job.collect
-    place = _probed(run), given.sites, _readout(run.job), given.massive
-    part = jnp.asarray(run.tokens[: given.batch])
-    times = []
-    for _ in range(2):
-        begun = time.perf_counter()
-        jax.block_until_ready(tapped(*place, run.model.params, part, 0))
-        times.append(time.perf_counter() - begun)
-    return times[-1] / part.size
 
 
 def collected(
@@ -172,27 +94,28 @@ def collected(
 
     Returns:
       Site to store.
+
+    Raises:
+      ValueError: for a job without a store, or one whose store is of other settings.
     """
+    if run.job.source != "store":
+        raise ValueError(
+            f"job: source is {run.job.source!r}, so that nothing is stored; leave this "
+            'step out, or set source = "store"'
+        )
     given, folder = run.job.collect, own_folder(run.job, "collect")
-    metadata = {
-        "model_name": run.model.name,
-        "weights": fingerprint(run.model.params),
-        "readout": given.readout,
-        "draws": given.draws if given.readout == "sampled" else 1,
-        "compute": given.compute,
-    }
     stores = collect(
-        _probed(run),
+        probed_of(run),
         run.model.params,
         run.tokens,
         given.sites,
         folder / "stores",
-        readout=_readout(run.job),
+        readout=asked_of(run.job),
         batch=given.batch,
         dtype=given.dtype,
         rows_per_shard=given.rows_per_shard,
         massive=given.massive,
-        metadata=metadata,
+        metadata=about(run),
         report=report,
     )
     for site, store in stores.items():
@@ -202,64 +125,52 @@ def collected(
     return stores
 
 
-def left_out(store: Store) -> int:
-    """Tokens between the first and the last of a window that do not count.
-
-    Their activations are massive (``collect.massive``).
-    """
-    num = 0
-    for index in range(len(store.shards)):
-        num += int(np.sum(np.asarray(shard_taps(store, index).weights) == 0))
-    return num - 2 * (store.rows // store.metadata["length"])
-
-
-def store_of(job: Job, site: str) -> tuple[Store, Moments]:
-    """A site's store and moments.
-
-    Raises:
-      FileNotFoundError: if nothing was collected there.
-    """
-    folder, name = Path(job.out), site_folder(site)
-    if not (folder / "moments" / name).exists():
-        raise FileNotFoundError(
-            f"job: {job.out} has nothing of {site!r} yet; run scripts/collect.py first"
-        )
-    store = open_store(folder / "stores" / name)
-    shapes = jax.eval_shape(lambda: store_moments_like(store.dim))
-    return store, load_tree(folder / "moments" / name, shapes)
-
-
-def store_moments_like(dim: int) -> Moments:
-    """The shape of a store's moments."""
-    zeros = jnp.zeros((dim, dim))
-    return Moments(jnp.zeros(()), zeros[0], zeros, zeros[0], zeros)
-
-
 def trained(job: Job, say: Say = print) -> None:
     """Train every dictionary of a job that is not finished.
 
     Args:
-      job: with its store collected.
+      job: with its store collected, or without one.
       say: told of every one.
+
+    Raises:
+      FileNotFoundError: if nothing was collected.
+      ValueError: for a batch of a job without a store that is not of whole windows.
     """
     into = own_folder(job, "collect", "train") / "train"
-    store, _ = store_of(job, job.site)
-    for run in runs_of(job.train):
-        folder = into / run.name
-        if (folder / "features" / "cfg.json").exists():
-            continue
+    into.mkdir(exist_ok=True)
+    runs = [r for r in runs_of(job.train) if not _is_finished(into, r)]
+    if not runs:
+        return
+    if job.source == "store":
+        supply = of_store(store_of(job, job.site)[0], job.train.batch)
+    else:
+        supply = of_model(opened(job), job.site)
+    groups = [[run] for run in runs]
+    if job.train.population:
+        runs = sorted(runs, key=lambda run: run.label)  # stable
+        groups = [list(some) for _, some in groupby(runs, lambda run: run.label)]
+    for some in groups:
         begun, last = time.perf_counter(), {}
 
         def keep(step: int, means: Any, *_: Any, last: dict = last) -> None:
             last.update(means)
 
-        train_one(run, job.train, store, folder, on_chunk=keep)
-        shown = ", ".join(
-            f"{name} {float(np.mean(last[name])):.3g}"
-            for name in ("fvu", "l0", "dead")
-            if name in last
-        )
-        say(f"{run.name}: {shown}, {time.perf_counter() - begun:.0f} s")
+        if job.train.population:
+            train_together(some, job.train, supply, into, on_chunk=keep)
+        else:
+            train_one(some[0], job.train, supply, into, on_chunk=keep)
+        seconds = time.perf_counter() - begun
+        for i, run in enumerate(some):
+            shown = ", ".join(
+                f"{name} {float(np.ravel(last[name])[i]):.3g}"
+                for name in ("fvu", "l0", "dead")
+                if name in last
+            )
+            say(f"{run.name}: {shown}, {seconds:.0f} s")
+
+
+def _is_finished(folder: Path, run: Run) -> bool:
+    return (folder / run.name / "features" / "cfg.json").exists()
 
 
 def decomposed(run: Opened, say: Say = print) -> list[dict[str, Any]]:
@@ -280,9 +191,10 @@ def decomposed(run: Opened, say: Say = print) -> list[dict[str, Any]]:
     folder = own_folder(run.job, "collect", "evaluate")
     job, rows = run.job, Rows(folder / "decompose.jsonl")
     for site in job.collect.sites:
-        _, stats = _own_store(run, site)
+        stats = stats_of(run, site, say)
         width = len(stats.mean)
-        bases = bases_of(stats)
+        names = [n for n in job.decompose.bases if not _has_all(rows, site, n, run)]
+        bases = bases_of(run, site, stats, names)
         for name, basis in bases.items():
             values = np.asarray(basis.spectrum, np.float64)
             ratio = float(values.sum() ** 2 / np.sum(values**2))
@@ -294,25 +206,22 @@ def decomposed(run: Opened, say: Say = print) -> list[dict[str, Any]]:
         methods = {
             f"{name}, {rank}": of_basis(basis, rank)
             for name, basis in bases.items()
-            for rank in (r for r in RANKS if r < width)
+            for rank in (r for r in job.decompose.ranks if r < width)
         }
         _judged(run, _judge_of(run, site, stats), methods, rows, say)
     return rows.rows
 
 
-def bases_of(stats: Moments) -> dict[str, Basis]:
-    """PCA of activations, of gradients and of both, and random directions."""
-    width = len(stats.mean)
-    random = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (width, width)))[0]
-    plain = pca(stats, width)
-    return {
-        "pca": plain,
-        "gradient pca": gradient_pca(stats, width),
-        "joint pca": joint_pca(stats, width),
-        "random": plain._replace(
-            readers=random, writers=random.T, spectrum=jnp.ones(width)
-        ),
-    }
+def _has_all(rows: Rows, site: str, basis: str, run: Opened) -> bool:
+    """Whether everything that :func:`decomposed` wants of a basis is known."""
+    width = width_of(run.model.config, site)
+    wanted: list[dict[str, Any]] = [{"site": site, "basis": basis}]
+    wanted += [
+        {"site": site, "method": f"{basis}, {rank}", "what": "scores"}
+        for rank in run.job.decompose.ranks
+        if rank < width
+    ]
+    return all(rows.has(where) for where in wanted)
 
 
 def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
@@ -332,60 +241,87 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
     folder = own_folder(run.job, "collect", "train", "evaluate")
     job, rows = run.job, Rows(folder / "evaluation.jsonl")
     site = job.site
-    _, stats = _own_store(run, site)
+    check_collected(job, site)
     found = dict(finished(job.train, Path(job.out) / "train"))
     if not found:
         raise FileNotFoundError(
             f"job: {job.out} has no finished dictionary; run "
             "scripts/train_dictionary.py first"
         )
+    stats = stats_of(run, site, say)
     methods: dict[str, Method] = {}
     for one, features in found.items():
-        sae, params = load_saelens(features)
-        if "grad_scale" in params:  # of all draws together: here is one readout
-            params["grad_scale"] = norm(params["grad_scale"])[None]
-        if one.kind == "gradients":
-            methods[one.name] = of_readers(
-                sae, params, jnp.asarray(stats.mean), covariance(stats)
-            )
-        else:
-            methods[one.name] = of_dictionary(sae, params)
-        if one.kind == "paired":  # chosen by activations alone
-            alone = sae._replace(encode=_without_grads(sae.encode))
-            methods[one.name.replace("paired", "paired alone")] = of_dictionary(
-                alone, params
-            )
-    for name, basis in bases_of(stats).items():
+        methods |= _methods_of(one, features, stats)
+    baselines = {}
+    for name, basis in bases_of(run, site, stats, _BASELINES).items():
         for k in (k for k in job.train.codes if k <= len(stats.mean)):
-            methods[f"{name}-k{k}"] = of_basis(basis, k)
+            baselines[f"{name}-k{k}"] = of_basis(basis, k)
     by = _judge_of(run, site, stats)
-    _judged(run, by, methods, rows, say)
-    given = job.evaluate
-    for one in found:
-        where = {"site": site, "method": one.name, "what": "faithfulness"}
-        if rows.has(where) or _is_dead(rows, site, one.name):
+    _judged(run, by, methods | baselines, rows, say)
+    middle = job.train.codes[len(job.train.codes) // 2]
+    which = {one.name for one in found} | {f"{name}-k{middle}" for name in _CHECKED}
+    every = methods | baselines
+    _checked(run, by, {n: x for n, x in every.items() if n in which}, rows, say)
+    return rows.rows
+
+
+def _checked(
+    run: Opened, by: _Judge, methods: dict[str, Method], rows: Rows, say: Say
+) -> None:
+    """Attributions of methods that were not yet compared with leaving latents out."""
+    site, given = by.cut.site, run.job.evaluate
+    for name, method in methods.items():
+        where = {"site": site, "method": name, "what": "faithfulness"}
+        if rows.has(where) or _is_dead(rows, site, name):
             continue
         begun = time.perf_counter()
         options = {"uniform": given.uniform, "largest": given.largest}
         options |= {"batch": given.pair_batch, "seed": given.seed}
         scores, effects, drawn = faithfulness(
-            by.cut, run.model.params, by.held(), methods[one.name], **options
+            by.cut, run.model.params, by.held(), method, **options
         )
         parts = {"uniform": effects[:drawn], "largest": effects[drawn:]}
         more = {
-            f"{name}_{score}": value
-            for name, some in parts.items()
+            f"{part}_{score}": value
+            for part, some in parts.items()
             if len(some)
             for score, value in attribution_faithfulness(*some.T)._asdict().items()
         }
         more |= {"seconds": time.perf_counter() - begun, "effects": effects.tolist()}
         rows.add(where, {**scores._asdict(), **more})
         say(
-            f"{one.name}: attributions against leaving out, correlation "
+            f"{name}: attributions against leaving out, correlation "
             f"{scores.correlation:.3f}, slope {scores.slope:.2f}, error "
             f"{scores.error:.3f} over {scores.pairs} pairs"
         )
-    return rows.rows
+
+
+def _methods_of(run: Run, features: Path, stats: Moments) -> dict[str, Method]:
+    """A dictionary, in every way in which it can choose its latents.
+
+    By its name latents are chosen as in training.  What was trained on gradients is
+    there once more with those of the loss against tokens that the model draws
+    (``sampled``), and a paired dictionary by activations alone (``alone``).
+    """
+    sae, params = load_saelens(features)
+    if "grad_scale" in params:  # of all draws together: here is one readout
+        params["grad_scale"] = norm(params["grad_scale"])[None]
+
+    def named(way: str) -> str:
+        return run.name.replace(run.label, f"{run.label} {way}", 1)
+
+    if run.kind == "gradients":
+        args = sae, params, jnp.asarray(stats.mean), covariance(stats)
+        return {
+            run.name: of_readers(*args),
+            named("sampled"): of_readers(*args, chooser=1),
+        }
+    found = {run.name: of_dictionary(sae, params, chooser=0)}
+    if run.kind == "paired":
+        alone = sae._replace(encode=_without_grads(sae.encode))
+        found[named("sampled")] = of_dictionary(sae, params, chooser=1)
+        found[named("alone")] = of_dictionary(alone, params)
+    return found
 
 
 def _without_grads(encode: Callable[..., Array]) -> Callable[..., Array]:
@@ -416,7 +352,7 @@ def looked_at(run: Opened, *, num: int = 24) -> dict[str, list[Latent]]:
       Name to :class:`Latent`, those with the largest effects.
     """
     job, site = run.job, run.job.site
-    store, stats = _own_store(run, site)
+    stats, supply = stats_of(run, site), supply_of(run, site)
     spread, mean = covariance(stats), jnp.asarray(stats.mean)
     first = job.train.seeds[0], job.train.codes[len(job.train.codes) // 2]
     residual = not site.endswith("mlp_hidden")
@@ -429,20 +365,9 @@ def looked_at(run: Opened, *, num: int = 24) -> dict[str, list[Latent]]:
         if one.kind == "gradients":
             described = of_grads(sae, params, mean, spread)
         found[one.name] = latents_of(
-            described, store, run.tokens, run.model, residual=residual, num=num
+            described, supply.chunks, run.tokens, run.model, residual=residual, num=num
         )
     return found
-
-
-def _own_store(run: Opened, site: str) -> tuple[Store, Moments]:
-    """:func:`store_of` a job, of the very weights that are open."""
-    store, stats = store_of(run.job, site)
-    if store.metadata["weights"] != fingerprint(run.model.params):
-        raise ValueError(
-            f"job: {store.path} was written by other weights than those of "
-            f"{run.job.model}; give the model it was, or another folder as out"
-        )
-    return store, stats
 
 
 def _judged(
@@ -493,34 +418,7 @@ def _judge_of(run: Opened, site: str, stats: Moments) -> _Judge:
             jnp.asarray(stats.mean),
             massive=run.job.collect.massive,
             batch=given.batch,
+            beside=readout_of("sampled", seed=given.seed),
         )
 
     return _Judge(cut, held)
-
-
-def _probed(run: Opened) -> Probed:
-    return _decoder(run.model.config, run.job.collect.compute)
-
-
-def _readout(job: Job) -> ReadoutOf:
-    given = job.collect
-    return _named(given.readout, given.draws, given.seed)
-
-
-# The same objects for the same settings, so that what they are in is compiled once.
-@cache
-def _decoder(config: DecoderConfig, compute: str) -> Probed:
-    return from_linen(Decoder(config, dtype=jnp.dtype(compute)))
-
-
-@cache
-def _named(kind: str, draws: int, seed: int) -> ReadoutOf:
-    return readout_of(kind, draws=draws, seed=seed)
-
-
-def _readouts(job: Job) -> int:
-    return job.collect.draws if job.collect.readout == "sampled" else 1
-
-
-def _width(config: DecoderConfig, site: str) -> int:
-    return config.hidden if site.endswith("mlp_hidden") else config.dim

@@ -47,6 +47,9 @@ def _settings(job: Job, parts: Iterable[str]) -> dict[str, Any]:
     given = asdict(job)
     given["train"] = {n: x for n, x in given["train"].items() if n not in _ADDED}
     given["train"]["site"] = job.site
+    given["train"]["source"] = job.source
+    for loss in given["train"].pop("attribution"):  # more may be added, by name
+        given["train"][f"attribution.{loss['name']}"] = loss
     flat = {"model": given["model"], "text": given["text"]}
     for part in parts:
         flat |= {f"{part}.{name}": value for name, value in given[part].items()}

@@ -1,6 +1,8 @@
-"""Dictionaries of a store, by kind, number of codes and seed."""
+"""Dictionaries of a language model, by kind, number of codes and seed."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.data import array_batches, store_batches
-from toyfeat.data.store import Store, shard_taps
+from toyfeat.checkpoint.files import write_whole
 from toyfeat.dictionary import (
     attribution_objective,
     dictionary_objective,
@@ -17,12 +18,13 @@ from toyfeat.dictionary import (
     topk,
 )
 from toyfeat.interop import save_saelens
-from toyfeat.language.jobs import Train
-from toyfeat.train import fit, folded, trainer
-from toyfeat.types import ArrayBatches, Dictionary, Objective, Params, Taps
+from toyfeat.language.jobs import Attribution, Train
+from toyfeat.language.supply import Supply
+from toyfeat.train import fit, folded, population, trainer
+from toyfeat.types import Dictionary, Objective, Trainer, TrainState
 
 KINDS = ("acts", "attribution", "gradients", "paired")
-_IN_MEMORY = 2**31  # bytes of a store that are held at once
+OnChunk = Callable[..., None]
 
 
 class Run(NamedTuple):
@@ -32,38 +34,57 @@ class Run(NamedTuple):
       kind: of :data:`KINDS`.
       k: codes per token.
       seed: of its start and the order of the tokens.
+      loss: of the kind ``"attribution"``.
     """
 
     kind: str
     k: int
     seed: int
+    loss: Attribution | None = None
+
+    @property
+    def label(self) -> str:
+        """The kind, or the name of its loss."""
+        return self.loss.name if self.loss else self.kind
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{self.kind}-k{self.k}-s{self.seed}"
+        return f"{self.label}-k{self.k}-s{self.seed}"
 
 
 def runs_of(train: Train) -> list[Run]:
     """All dictionaries of a job.
 
     Raises:
-      ValueError: for an unknown kind.
+      ValueError: for an unknown kind, or losses whose names cannot be told apart.
     """
     if unknown := [kind for kind in train.kinds if kind not in KINDS]:
         raise ValueError(
             f"train: kinds must be of {', '.join(KINDS)}, got {unknown[0]!r}"
         )
+    names = [loss.name for loss in train.attribution]
+    for name in names:
+        taken = name in KINDS and name != "attribution"
+        plain = name.replace(" ", "").replace("_", "").isalnum()
+        if taken or not plain or names.count(name) > 1:
+            raise ValueError(
+                "train: losses want names of their own, of letters, digits, spaces and "
+                f"underscores, and not those of other kinds, got {name!r}"
+            )
+    losses: dict[str, Sequence[Attribution | None]] = dict.fromkeys(KINDS, (None,))
+    losses["attribution"] = train.attribution
     return [
-        Run(kind, k, seed)
+        Run(kind, k, seed, loss)
         for seed in train.seeds
         for k in train.codes
         for kind in train.kinds
+        for loss in losses[kind]
     ]
 
 
 def design(
-    kind: str, dim: int, latents: int, k: int
+    kind: str, dim: int, latents: int, k: int, loss: Attribution | None = None
 ) -> tuple[Dictionary, Objective, bool]:
     """Dictionary, objective and whether it is one of gradients.
 
@@ -74,6 +95,7 @@ def design(
       dim: width of the site.
       latents: how many.
       k: codes per token.
+      loss: of ``"attribution"``.
 
     Returns:
       All three.
@@ -84,74 +106,96 @@ def design(
         sae = topk(dim, latents, k, signed=kind == "gradients")
     objective = dictionary_objective(sae)
     if kind == "attribution":
-        objective = attribution_objective(sae, dead_latents=1.0)
+        loss = loss or Attribution()
+        objective = attribution_objective(
+            sae,
+            attribution_sparsity=loss.attribution_sparsity,
+            unexplained=loss.unexplained,
+            penalty=loss.penalty,
+            form=loss.form,
+            dead_latents=1.0,
+        )
     return sae, objective, kind == "gradients"
 
 
 def train_one(
     run: Run,
     train: Train,
-    store: Store,
+    supply: Supply,
     folder: Path,
     *,
-    on_chunk: Callable[..., None] | None = None,
-) -> tuple[Dictionary, Params]:
-    """Train a dictionary from a store, going on where it was cut off.
+    on_chunk: OnChunk | None = None,
+) -> None:
+    """Train a dictionary, going on where it was cut off.
 
     Args:
       run: which.
       train: settings.
-      store: of the site.
-      folder: gets ``checkpoint/``, ``metrics.jsonl`` and ``features/``, the latter in
-        SAELens' format.
+      supply: of the site.
+      folder: one for each run is made in it, with ``checkpoint/``, ``metrics.jsonl``
+        and ``features/``, the latter in SAELens' format.
       on_chunk: as of :func:`toyfeat.fit`.
-
-    Returns:
-      The dictionary and its parameters for taps as they are.
     """
-    sae, objective, of_gradients = design(run.kind, store.dim, train.latents, run.k)
-    readouts = 1 if of_gradients else store.readouts or 1
-    one = trainer(
-        sae,
-        objective,
-        readouts=readouts,
-        center=not of_gradients,
-        warm_up=max(1, train.steps // 10),
-        dead_after=max(20, train.steps // 10),
-    )
-    key = jax.random.key(run.seed)
-    state = one.init(key, learning_rate=train.learning_rate)
+    one, of_gradients = _trainer(run, train, supply, run.k)
+    state = one.init(jax.random.key(run.seed), learning_rate=train.learning_rate)
     state = fit(
         one,
         state,
-        batches_of(store, train.batch, run.seed, of_gradients=of_gradients),
+        supply.batches(run.seed, of_gradients),
         steps=train.steps,
-        directory=folder,
+        directory=folder / run.name,
         on_chunk=on_chunk,
         check_data=False,
     )
-    params = folded(sae, state)
-    about = {"kind": run.kind, "seed": run.seed, **store.metadata}
-    save_saelens(folder / "features", sae, params, metadata=about)
-    return sae, params
+    _save(run, train, supply, folder, state)
 
 
-def batches_of(
-    store: Store, batch: int, seed: int, *, of_gradients: bool
-) -> ArrayBatches | Callable[[int], Taps]:
-    """Tokens that count, activations or gradients in their place, shuffled.
+def train_together(
+    runs: Sequence[Run],
+    train: Train,
+    supply: Supply,
+    folder: Path,
+    *,
+    on_chunk: OnChunk | None = None,
+) -> None:
+    """Train dictionaries of one kind side by side; they see the same batches.
 
-    A store that fits is held in memory; a larger one is read as it goes, tokens of
-    weight 0 included.
+    Args:
+      runs: of one kind, with any codes and seeds.
+      train: settings.
+      supply: of the site.
+      folder: gets one for all with checkpoints, and for each run one with
+        ``metrics.jsonl`` and ``features/``.
+      on_chunk: as of :func:`toyfeat.fit`, with a value per run of every metric.
     """
-    size = sum((store.path / shard.file).stat().st_size for shard in store.shards)
-    if size <= _IN_MEMORY:
-        parts = [_counting(shard_taps(store, i)) for i in range(len(store.shards))]
-        taps = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-        taps = _as_acts(taps) if of_gradients else taps
-        return array_batches(taps, batch=min(batch, len(taps.weights)), seed=seed)
-    batches = store_batches(store, batch=batch, seed=seed)
-    return lambda step: _as_acts(batches(step)) if of_gradients else batches(step)
+    one, of_gradients = _trainer(runs[0], train, supply, max(run.k for run in runs))
+    many = population(one)
+    keys = jax.vmap(jax.random.key)(jnp.array([run.seed for run in runs]))
+    codes = jnp.array([float(run.k) for run in runs])
+    state = many.init(keys, k=codes, learning_rate=train.learning_rate)
+    members = "+".join(f"k{run.k}s{run.seed}" for run in runs)
+    whole = folder / f"{runs[0].label} of {members}"
+    state = fit(
+        many,
+        state,
+        supply.batches(min(run.seed for run in runs), of_gradients),
+        steps=train.steps,
+        directory=whole,
+        on_chunk=on_chunk,
+        check_data=False,
+    )
+    lines = (whole / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    for i, run in enumerate(runs):
+        mine = [
+            {n: x[i] if isinstance(x, list) else x for n, x in row.items()}
+            for row in rows
+        ]
+        (folder / run.name).mkdir(exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in mine)
+        write_whole(folder / run.name / "metrics.jsonl", text)
+        member = jax.tree.map(lambda x, i=i: x[i], state)
+        _save(run, train, supply, folder, member)
 
 
 def finished(train: Train, folder: Path) -> Iterator[tuple[Run, Path]]:
@@ -162,16 +206,52 @@ def finished(train: Train, folder: Path) -> Iterator[tuple[Run, Path]]:
             yield run, features
 
 
-def _counting(taps: Taps) -> Taps:
-    kept = np.flatnonzero(np.asarray(taps.weights))
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x[kept], np.float32)), taps)
+def curves(train: Train, folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """What was measured while the finished dictionaries of a job were trained.
+
+    Args:
+      train: settings.
+      folder: of :func:`train_one`.
+
+    Returns:
+      Name of a run to metric to ``[chunks]``; ``step`` is one of them.
+    """
+    found = {}
+    for run, features in finished(train, folder):
+        path = features.parent / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        rows = [json.loads(line) for line in text.splitlines()]
+        if rows:
+            names = [n for n, x in rows[-1].items() if isinstance(x, int | float)]
+            found[run.name] = {
+                n: np.array([row.get(n) for row in rows], np.float64) for n in names
+            }
+    return found
 
 
-def _as_acts(taps: Taps) -> Taps:
-    """Gradients in the place of activations, every draw an example of its own."""
-    if taps.grads is None:
-        raise ValueError("train: a dictionary of gradients wants a store with some")
-    num, draws, dim = taps.grads.shape
-    rows: Any = taps.grads.reshape(num * draws, dim)
-    rows = rows * np.sqrt(draws).astype(rows.dtype)  # draws are scaled by 1 / sqrt(K)
-    return Taps(rows, None, np.repeat(taps.weights, draws))  # pyright: ignore[reportArgumentType]
+def _trainer(run: Run, train: Train, supply: Supply, k: int) -> tuple[Trainer, bool]:
+    sae, objective, of_gradients = design(
+        run.kind, supply.dim, train.latents, k, run.loss
+    )
+    one = trainer(
+        sae,
+        objective,
+        readouts=1 if of_gradients else supply.readouts or 1,
+        center=not of_gradients,
+        warm_up=max(1, train.steps // 10),
+        dead_after=max(20, train.steps // 10),
+    )
+    return one, of_gradients
+
+
+def _save(
+    run: Run, train: Train, supply: Supply, folder: Path, state: TrainState
+) -> None:
+    """The dictionary for taps as they are."""
+    sae, *_ = design(run.kind, supply.dim, train.latents, run.k, run.loss)
+    about: dict[str, Any] = {"kind": run.kind, "seed": run.seed, **supply.about}
+    if run.loss:
+        about["loss"] = asdict(run.loss)
+    save_saelens(
+        folder / run.name / "features", sae, folded(sae, state), metadata=about
+    )

@@ -1,6 +1,7 @@
 """A page on a language model's dictionaries: scores, pictures, latents."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,14 @@ _SCORES = (
     "explained",
     "l0",
     "attribution_l0",
+    "attribution_l0_explained",
     "unexplained",
     "unmet",
     "dead",
 )
 _FAITH = ("correlation", "slope", "error")
+_CURVES = ("fvu", "dead", "unexplained_share")
+_SEED = re.compile(r"-s[0-9]+$")
 
 
 def kind_of(method: str) -> str:
@@ -39,21 +43,47 @@ def kind_of(method: str) -> str:
 
 
 def score_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """A line per method with every score; medians are left to the reader's seeds."""
+    """A line per method with every score; of several seeds their median and range.
+
+    Args:
+      rows: of ``evaluation.jsonl``.
+
+    Returns:
+      The names of the columns, then the lines, as text.
+    """
+    scores = [row for row in rows if row.get("what") == "scores"]
     faith = {r["method"]: r for r in rows if r.get("what") == "faithfulness"}
-    lines: list[tuple[str, ...]] = [("method", *_SCORES, *_FAITH)]
-    for row in rows:
-        if row.get("what") != "scores":
-            continue
-        cells = [_short(row.get(name)) for name in _SCORES]
-        other = faith.get(row["method"], {})
-        cells += [_short(other[name]) if other else "" for name in _FAITH]
-        lines.append((row["method"], *cells))
+    lines: list[tuple[str, ...]] = [("method", "seeds", *_SCORES, *_FAITH)]
+    for name, mine in _by_seed(scores).items():
+        others = [faith[row["method"]] for row in mine if row["method"] in faith]
+        cells = [_range([row.get(score) for row in mine]) for score in _SCORES]
+        cells += [_range([row.get(score) for row in others]) for score in _FAITH]
+        lines.append((name, str(len(mine)), *cells))
     return lines
+
+
+def _by_seed(
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows of methods that differ by nothing but the seed."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(_SEED.sub("", row["method"]), []).append(row)
+    return found
+
+
+def _range(values: Sequence[Any]) -> str:
+    """A median and, of several numbers, the least and the largest."""
+    numbers = [float(x) for x in values if x is not None]
+    if len(numbers) < 2:
+        return _short(numbers[0]) if numbers else ""
+    return f"{np.median(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
 
 
 def fronts_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Cross-entropy recovered and attribution L0, by activation L0.
+
+    Medians over seeds, with bars from the least to the largest.
 
     Returns:
       A matplotlib figure.
@@ -62,34 +92,79 @@ def fronts_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
       ImportError: without matplotlib.
     """
     scores = [row for row in rows if row.get("what") == "scores"]
-    drawn = figure(12, 4)
-    axes = drawn.subplots(1, 3)
+    drawn = figure(15, 4)
+    axes = drawn.subplots(1, 4)
     kinds = list(dict.fromkeys(kind_of(row["method"]) for row in scores))
+    panels = {
+        "recovered": "cross-entropy recovered (mean ablation)",
+        "attribution_l0": "attribution L0",
+        "attribution_l0_explained": "attribution L0, error left out",
+        "unexplained": "first-order effect that no latent has",
+    }
     for kind in kinds:
-        mine = sorted(
-            (r for r in scores if kind_of(r["method"]) == kind), key=lambda r: r["l0"]
-        )
-        style = {"color": _COLOURS.get(kind, GREY), "marker": "o", "label": kind}
-        if kind not in _COLOURS:
-            style |= {"linestyle": ":", "alpha": 0.7, "marker": _marker(kind, kinds)}
-        x = [row["l0"] for row in mine]
-        for axis, name in zip(
-            axes, ("recovered", "attribution_l0", "unexplained"), strict=True
-        ):
-            axis.plot(x, [_number(row[name]) for row in mine], **style)
-    for axis, name in zip(
-        axes,
-        (
-            "cross-entropy recovered (mean ablation)",
-            "attribution L0",
-            "first-order effect that no latent has",
-        ),
-        strict=True,
-    ):
+        mine = [row for row in scores if kind_of(row["method"]) == kind]
+        groups = [*_by_seed(mine).values()]
+        groups.sort(key=lambda rows: np.median([row["l0"] for row in rows]))
+        x = [float(np.median([row["l0"] for row in rows])) for rows in groups]
+        for axis, name in zip(axes, panels, strict=True):
+            values = [[_number(row.get(name)) for row in rows] for rows in groups]
+            middle = np.array([np.median(some) for some in values])
+            ends = np.array([(min(some), max(some)) for some in values])
+            bars = np.abs(ends.T - middle)
+            axis.errorbar(x, middle, bars, label=kind, **_style(kind, kinds))
+    for axis, name in zip(axes, panels.values(), strict=True):
         axis.set_xlabel("latents per token")
         axis.set_ylabel(name)
         axis.set_xscale("log", base=2)
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=6)
+    return drawn
+
+
+def _style(kind: str, kinds: Sequence[str]) -> dict[str, Any]:
+    """Variants have the colour of their kind and a dashed line, baselines are grey."""
+    plain = {"marker": "o", "markersize": 4, "linewidth": 1.2, "elinewidth": 0.8}
+    if kind in _COLOURS:
+        return plain | {"color": _COLOURS[kind]}
+    plain |= {"marker": _marker(kind, kinds), "alpha": 0.7}
+    base = _COLOURS.get(kind.split(" ")[0])
+    if base is None:
+        return plain | {"color": GREY, "linestyle": ":"}
+    return plain | {"color": base, "linestyle": "--"}
+
+
+def curves_figure(curves: Mapping[str, Mapping[str, Any]]) -> Any:
+    """What was measured in training, a line per dictionary.
+
+    Args:
+      curves: of :func:`toyfeat.language.training.curves`.
+
+    Returns:
+      A matplotlib figure.
+
+    Raises:
+      ImportError: without matplotlib.
+    """
+    titles = {
+        "fvu": "share of the variance not explained",
+        "dead": "dead latents",
+        "unexplained_share": "first-order effect that no latent has",
+    }
+    drawn = figure(12, 3.6)
+    axes, shown = drawn.subplots(1, 3), set()
+    for name, of in curves.items():
+        kind = kind_of(name)
+        colour = _COLOURS.get(kind, _COLOURS.get(kind.split(" ")[0], GREY))
+        line = "-" if kind in _COLOURS else "--"
+        for axis, metric in zip(axes, _CURVES, strict=True):
+            if metric in of:
+                label = None if (kind, metric) in shown else kind
+                shown.add((kind, metric))
+                style = {"color": colour, "linestyle": line, "linewidth": 0.8}
+                axis.plot(of["step"], of[metric], label=label, **style)
+    for axis, metric in zip(axes, _CURVES, strict=True):
+        axis.set_xlabel("step")
+        axis.set_ylabel(titles[metric])
+    axes[0].legend(fontsize=6)
     return drawn
 
 
@@ -155,7 +230,8 @@ def decomposition_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
         kept.set_title(site, size=9)
         kept.set_xlabel("directions kept")
         kept.set_ylabel("cross-entropy recovered")
-        kept.legend(fontsize=7)
+        if kept.lines:
+            kept.legend(fontsize=7)
         for row in (r for r in spectra if r["site"] == site):
             values = np.asarray(row["spectrum"], float)
             values = values[values > 0] / values.max()
@@ -175,6 +251,7 @@ def write_language(
     latents: Mapping[str, Sequence[Latent]],
     *,
     header: Mapping[str, Any],
+    curves: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write ``report.html``, with everything in it.
 
@@ -184,6 +261,7 @@ def write_language(
       decomposition: rows of ``decompose.jsonl``, or none.
       latents: dictionary to latents.
       header: settings, for the foot of the page.
+      curves: of :func:`curves_figure`.
 
     Returns:
       The path of the page.
@@ -203,15 +281,21 @@ def write_language(
                 "left as it is. Recovered is the share of the cross-entropy that the "
                 "site's mean in its place costs; attribution L0 the fewest latents "
                 "with 95 % of the first-order effect on the loss, and all of them "
-                "where these have less (unmet: at what share of the tokens). "
+                "where these have less (unmet: at what share of the tokens); "
+                "attribution L0 explained leaves the error's effect out of the sum. "
                 "Gradient and paired dictionaries choose latents by the gradient of "
-                "the loss against the true next token, which the others do not see; "
-                "'paired alone' does without."
+                "the loss against the true next token, which the others do not see: "
+                "'sampled' goes by a token that the model draws, 'paired alone' by "
+                "activations. Of several seeds: the median (least to largest)."
             ),
             page.picture(data_uri(png(fronts_figure(evaluation))), "By latents."),
             page.table(html_lines(score_lines(evaluation))),
         ]
         sections.append(page.section("What the model keeps", body))
+    if curves:
+        image = data_uri(png(curves_figure(curves)))
+        body = [page.picture(image, "A line is a dictionary.")]
+        sections.append(page.section("Training", body))
     if any(row.get("what") == "faithfulness" for row in evaluation):
         text = (
             "A latent is left out of one token; the prediction is minus its "

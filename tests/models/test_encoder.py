@@ -73,6 +73,16 @@ def folder(tmp_path_factory):
     return write(tmp_path_factory.mktemp("bert"), weights)
 
 
+def test_a_tokenizer_with_other_tokens_is_refused(tmp_path):
+    write(tmp_path, tensors())
+    words = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    words.add_tokens(["more"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    message = f"load_encoder: the tokenizer has {VOCAB + 1} tokens, the model {VOCAB};"
+    with pytest.raises(ValueError, match=message):
+        enc.load_encoder(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def model(folder):
     return enc.load_encoder(folder)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.models.decoder.module import Site
-from toyfeat.models.decoder.tokens import tokenizer_of
+from toyfeat.models.decoder.tokens import check_tokenizer, tokenizer_of
 from toyfeat.models.weights import (
     Piece,
     assembled,
@@ -160,7 +160,8 @@ def load_encoder(folder: str | Path) -> PretrainedEncoder:
     Raises:
       FileNotFoundError: if the folder or a file is not there.
       ValueError: for another kind of model, an option that is not covered, tensors that
-        are missing or do not fit, a file that is not whole.
+        are missing or do not fit, a file that is not whole, a tokenizer with tokens
+        that the model does not have.
       ImportError: without the ``lm`` extra.
     """
     folder, who = Path(folder), "load_encoder"
@@ -174,7 +175,10 @@ def load_encoder(folder: str | Path) -> PretrainedEncoder:
     wanted = jax.eval_shape(Encoder(config).init, jax.random.key(0), example)
     pieces = _pieces(config)
     params = assembled(who, wanted, pieces, source, dtype=jnp.float32, ignored=_IGNORED)
-    return PretrainedEncoder(folder.name, config, params, tokenizer_of(folder))
+    words = tokenizer_of(folder)
+    if words is not None:
+        check_tokenizer(who, words, config.vocab)
+    return PretrainedEncoder(folder.name, config, params, words)
 
 
 def sentences_of(

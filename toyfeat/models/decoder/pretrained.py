@@ -71,5 +71,5 @@ def load_decoder(
     config, params = read(path, dtype)
     words = tokenizer_of(path) if tokenizer else None
     if words is not None:
-        check_tokenizer(words, config)
+        check_tokenizer("load_decoder", words, config.vocab)
     return Pretrained(path.name, config, params, words)

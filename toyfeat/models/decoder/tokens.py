@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from toyfeat.models.decoder import gguf_files
-from toyfeat.models.decoder.config import DecoderConfig
 
 _CONTROL, _OF_USER = 3, 4  # token types of a GGUF file that are not split
 
@@ -91,17 +90,17 @@ def _byte_pairs(
     return found
 
 
-def check_tokenizer(tokenizer: Any, config: DecoderConfig) -> None:
+def check_tokenizer(who: str, tokenizer: Any, vocab: int) -> None:
     """Raise if a tokenizer has tokens that the model does not have.
 
     Raises:
       ValueError: with both sizes.
     """
     num = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if num > config.vocab:
+    if num > vocab:
         raise ValueError(
-            f"load_decoder: the tokenizer has {num} tokens, the model {config.vocab}; "
-            "they do not belong together"
+            f"{who}: the tokenizer has {num} tokens, the model {vocab}; they do not "
+            "belong together"
         )
 
 

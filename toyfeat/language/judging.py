@@ -327,22 +327,26 @@ def _batches(held: Held, batch: int) -> Iterator[Held]:
         yield held._replace(**parts)
 
 
-def _predictions(
+def _logits(
     after: Callable[..., Array],
     params: Params,
     entry: Array,
     acts: Array,
     weights: Array,
     value: Array,
-) -> Array:
-    """Log-probabilities with ``value`` where weights are not 0."""
-    value = jnp.where(weights[:, :, None] > 0, value, acts)
-    return jax.nn.log_softmax(after(params, entry, value))
+) -> tuple[Array, Array]:
+    """Logits with ``value`` where weights are not 0, and the log of their sums.
+
+    Log-probabilities of all tokens are never made: there are many.
+    """
+    logits = after(params, entry, jnp.where(weights[:, :, None] > 0, value, acts))
+    return logits, jax.nn.logsumexp(logits, axis=2)
 
 
-def _of_next(predictions: Array, weights: Array, tokens: Array) -> Array:
+def _of_next(logits: Array, total: Array, tokens: Array) -> Array:
+    """Cross-entropy of the next token ``[B, T]``, at the last one of nothing."""
     targets = jnp.roll(tokens, -1, axis=1)[:, :, None]
-    return -jnp.sum(weights * jnp.take_along_axis(predictions, targets, axis=2)[..., 0])
+    return total - jnp.take_along_axis(logits, targets, axis=2)[:, :, 0]
 
 
 def _cross_entropy(
@@ -355,8 +359,8 @@ def _cross_entropy(
     value: Array,
 ) -> Array:
     """Summed over the positions that count."""
-    now = _predictions(after, params, entry, acts, weights, value)
-    return _of_next(now, weights, tokens)
+    logits, total = _logits(after, params, entry, acts, weights, value)
+    return jnp.sum(weights * _of_next(logits, total, tokens))
 
 
 def _losses(
@@ -370,9 +374,10 @@ def _losses(
     value: Array,
 ) -> tuple[Array, Array]:
     """Summed cross-entropy, and divergence from the log-probabilities ``was``."""
-    now = _predictions(after, params, entry, acts, weights, value)
+    logits, total = _logits(after, params, entry, acts, weights, value)
+    now = logits - total[:, :, None]
     kl = jnp.sum(jnp.exp(was) * (was - now), axis=2)
-    return _of_next(now, weights, tokens), jnp.sum(weights * kl)
+    return jnp.sum(weights * _of_next(logits, total, tokens)), jnp.sum(weights * kl)
 
 
 def _per_token(
@@ -383,8 +388,9 @@ def _per_token(
     tokens: Array,
 ) -> Array:
     """Cross-entropy at every position but the last, ``[B, T - 1]``."""
-    now = jax.nn.log_softmax(after(params, entry, value)[:, :-1])
-    return -jnp.take_along_axis(now, tokens[:, 1:, None], axis=2)[:, :, 0]
+    ones = jnp.ones(tokens.shape, value.dtype)
+    logits, total = _logits(after, params, entry, value, ones, value)
+    return _of_next(logits, total, tokens)[:, :-1]
 
 
 def _described(

@@ -17,6 +17,7 @@ from toyfeat.language import Job, command, pipeline
 
 def main(job: Job) -> None:
     """Estimate, then collect."""
+    pipeline.check_stored(job)
     run = pipeline.opened(job)
     each = pipeline.seconds_per_token(run)
     minutes = each * run.tokens.size / 60

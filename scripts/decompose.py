@@ -2,9 +2,10 @@
 
     python scripts/decompose.py examples/smollm2.toml
 
-After ``scripts/collect.py``.  Prints participation ratios and what the model loses when
-a site keeps the first 1, 4, 16, 64 or 256 directions; ``decompose.jsonl`` has spectra
-too.
+After ``scripts/collect.py``, or straight from the model (``source = "model"``).  Prints
+participation ratios and what the model loses when a site keeps the first directions of
+a basis (``decompose.ranks``; ``decompose.bases`` may name LIB too).  Spectra are in
+``decompose.jsonl`` too.
 """
 
 from toyfeat.language import Job, command, pipeline

@@ -2,9 +2,10 @@
 
     python scripts/train_dictionary.py examples/smollm2.toml
 
-After ``scripts/collect.py``.  Trains every kind with every number of codes and seed of
-the job; each has a folder with ``metrics.jsonl``, checkpoints and SAELens' files.
-The same command goes on where it was cut off.
+After ``scripts/collect.py``, or straight from the model (``source = "model"``).  Trains
+every kind with every number of codes and seed of the job, one after the other or side
+by side (``train.population``); each has a folder with ``metrics.jsonl``, checkpoints
+and SAELens' files.  The same command goes on where it was cut off.
 """
 
 from toyfeat.language import Job, command, pipeline

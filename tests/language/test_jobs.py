@@ -99,8 +99,9 @@ def test_losses_are_tables_of_their_own(tmp_path):
     hash(job)
 
 
-def test_the_example_is_a_job():
-    job = read_job(Path(__file__).parents[2] / "examples" / "smollm2.toml")
+@pytest.mark.parametrize("name", ["smollm2", "smollm2_comparison"])
+def test_the_examples_are_jobs(name):
+    job = read_job(Path(__file__).parents[2] / "examples" / f"{name}.toml")
     assert job.site in job.collect.sites
     assert job.model == "smollm2"
 

@@ -477,7 +477,9 @@ def test_a_job_without_a_store_goes_straight_to_the_model(done, tmp_path):
     rows = pipeline.decomposed(run, said.append)
     assert said[0] == f"{SITE}: 256 tokens straight from the model"
     assert {row["basis"] for row in rows if "basis" in row} == {"pca", "lib"}
-    (tmp_path / "out" / "stores").mkdir()  # nothing is looked for there
+    for name in ("stores", "moments"):  # nothing is looked for there
+        (tmp_path / "out" / name).mkdir()
+        (tmp_path / "out" / name / site.site_folder(SITE)).write_text("broken")
     mine, theirs = site.stats_of(run, SITE), site.stats_of(done["run"], SITE)
     for one, other in zip(mine, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
@@ -545,11 +547,50 @@ def test_batches_straight_from_the_model_are_windows_of_the_store(done):
 
 def test_a_batch_straight_from_the_model_is_of_whole_windows(done, tmp_path):
     for batch in (40, 512):
-        job = straight(done["job"], tmp_path / f"{batch}", batch=batch)
-        with pytest.raises(
-            ValueError, match=f"job: train.batch must be whole.*{batch}"
-        ):
+        job = straight(done["job"], tmp_path / "out", batch=batch)
+        with pytest.raises(ValueError, match=f"train.batch must be whole .*{batch}"):
             pipeline.trained(job)
+    assert not (tmp_path / "out").exists()  # what was wrong is not kept
+
+
+def test_a_job_without_a_store_is_of_one_text(done, tmp_path):
+    job = straight(done["job"], tmp_path / "out")
+    run = done["run"]._replace(job=job)
+    site.stats_of(run, SITE)
+    other = run._replace(tokens=run.tokens[::-1])
+    with pytest.raises(ValueError, match="has work on another text than"):
+        site.stats_of(other, SITE)
+    with pytest.raises(ValueError, match="has work on another text than"):
+        site.supply_of(other, SITE)
+
+
+def test_products_in_bfloat16_are_trained_on_as_float32(done, tmp_path):
+    job = straight(done["job"], tmp_path / "out")
+    job = replace(job, collect=replace(job.collect, compute="bfloat16"))
+    run = done["run"]._replace(job=job)
+    for supply in (live.of_model(x, SITE) for x in (run, done["run"])):
+        batches = supply.batches(0, False)
+        taps = batches.take(batches.data, jnp.int32(0))
+        assert {x.dtype for x in jax.tree.leaves(taps)} == {jnp.dtype("float32")}
+        first = next(supply.chunks())
+        assert {x.dtype for x in jax.tree.leaves(first)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("massive", [1.2, float("inf")])
+def test_lib_is_of_the_tokens_that_count(done, tmp_path, massive):
+    """Its readers see what PCA of the same weights does; every output by a source."""
+    job = straight(done["job"], tmp_path / "out")
+    job = replace(job, collect=replace(job.collect, massive=massive, batch=5))
+    run = done["run"]._replace(job=job)
+    stats = site.stats_of(run, SITE)
+    assert (float(stats.weight) == 16 * 14) == (massive > 2)
+    basis = site.bases_of(run, SITE, stats, ["lib"])["lib"]
+    np.testing.assert_allclose(basis.mean, stats.mean, rtol=1e-4, atol=1e-5)
+    covariance = np.asarray(stats.scatter / stats.weight, np.float64)
+    readers = np.asarray(basis.readers, np.float64)
+    codes = readers.T @ covariance @ readers  # their mean squares are the spectrum
+    top = float(basis.spectrum[0])
+    np.testing.assert_allclose(codes / top, np.diag(basis.spectrum / top), atol=1e-3)
 
 
 def test_more_losses_may_be_asked_for_and_none_changed(copy):

@@ -6,13 +6,14 @@ from tiny_collection import SITES, collected
 import toyfeat as tf
 from toyfeat.data.store import shard_taps
 from toyfeat.interop import load_saelens
-from toyfeat.language import Attribution, Train, supply
+from toyfeat.language import Attribution, Train, supply, training
 from toyfeat.language.supply import batches_of, of_store
 from toyfeat.language.training import (
     Run,
     curves,
     design,
     finished,
+    is_finished,
     runs_of,
     train_one,
     train_together,
@@ -44,12 +45,77 @@ def test_every_loss_of_attributions_is_a_run():
 
 
 @pytest.mark.parametrize(
-    "names", [("a", "a"), ("acts",), ("../a",), ("",), ("a-k3-s0",), ("paired",)]
+    "names",
+    [
+        ("a", "a"),
+        ("acts",),
+        ("../a",),
+        ("",),
+        ("a-k3-s0",),
+        ("paired alone",),
+        ("gradients sampled",),
+        ("random",),
+    ],
 )
 def test_names_of_losses_must_differ_and_be_names(names):
     train = Train(attribution=tuple(Attribution(name) for name in names))
     with pytest.raises(ValueError, match=f"train: losses want names.*{names[-1]!r}"):
         runs_of(train)
+
+
+def test_losses_that_nothing_is_trained_with_are_refused():
+    train = Train(kinds=("acts",), attribution=(Attribution("weak"),))
+    with pytest.raises(ValueError, match=r"are losses \(weak\), but kinds has no"):
+        runs_of(train)
+
+
+def test_a_population_that_was_cut_off_goes_on_with_its_members(
+    store, tmp_path, monkeypatch
+):
+    """Killed while members are saved; nothing is trained anew."""
+    train = Train(kinds=("acts",), codes=(2, 3), seeds=(4, 1), latents=9, steps=8)
+    source, runs = of_store(store, 20), runs_of(train)
+    train_together(runs, train, source, tmp_path / "whole")
+    saved = training._save
+
+    def killed(run, *args):
+        if run == runs[1]:
+            raise KeyboardInterrupt
+        saved(run, *args)
+
+    monkeypatch.setattr(training, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_together(runs, train, source, tmp_path / "cut")
+    monkeypatch.setattr(training, "_save", saved)
+    left = [run for run in runs if not is_finished(tmp_path / "cut", run)]
+    assert left == runs[1:]
+    none = source._replace(batches=lambda *_: lambda step: pytest.fail(f"step {step}"))
+    train_together(left, train, none, tmp_path / "cut")
+    for run in runs:
+        parts = [tmp_path / name / run.name / "features" for name in ("whole", "cut")]
+        (_, wanted), (_, found) = map(load_saelens, parts)
+        for name, value in wanted.items():
+            np.testing.assert_array_equal(found[name], value)
+    more = Run("acts", 5, 0)
+    train_together([more], train, source, tmp_path / "cut")
+    assert is_finished(tmp_path / "cut", more)
+
+
+def test_members_that_diverge_do_not_take_the_others_along(
+    store, tmp_path, monkeypatch
+):
+    train = Train(kinds=("acts",), codes=(2,), seeds=(0, 1, 2), latents=9, steps=4)
+    source, runs, fit = of_store(store, 20), runs_of(train), training.fit
+
+    def diverging(*args, **options):
+        state = fit(*args, **options)
+        bad = state.params["W_dec"].at[1].set(jnp.nan)
+        return state._replace(params={**state.params, "W_dec": bad})
+
+    monkeypatch.setattr(training, "fit", diverging)
+    with pytest.raises(FloatingPointError, match="train: acts-k2-s1 diverged in"):
+        train_together(runs, train, source, tmp_path)
+    assert [is_finished(tmp_path, run) for run in runs] == [True, False, True]
 
 
 def test_a_loss_has_its_coefficients():
@@ -141,7 +207,7 @@ def test_batches_in_memory_are_the_tokens_that_count(store, of_gradients):
 def test_batches_of_a_store_that_is_too_large_are_read(
     store, of_gradients, monkeypatch
 ):
-    monkeypatch.setattr(supply, "_IN_MEMORY", 0)
+    monkeypatch.setattr(supply, "IN_MEMORY", 0)
     batches = batches_of(store, 8, 0, of_gradients)
     taps = batches(0)
     assert taps.acts.shape == (8, store.dim)

@@ -141,6 +141,27 @@ def test_seeds_are_one_line_and_one_point_with_their_range():
     )
 
 
+def test_a_seed_without_a_score_is_said_and_not_drawn():
+    rows = [
+        scored(f"acts-k4-s{i}", 4.0, recovered=x) for i, x in enumerate((None, 0.5))
+    ]
+    head, line = language.score_lines(rows)
+    assert dict(zip(head, line, strict=True))["recovered"] == "0.500, 1 missing"
+    bars = language.fronts_figure(rows).axes[0].containers[0]
+    assert bars.lines[0].get_ydata().tolist() == [0.5]
+
+
+def test_only_bases_are_grey():
+    kinds = "acts", "strong", "paired alone", "joint pca"
+    found = [language._colour(kind) for kind in kinds]
+    assert found == [
+        (language.BLUE, "-"),
+        (language.RED, "--"),
+        (language.ORANGE, "--"),
+        (language.GREY, ":"),
+    ]
+
+
 def test_a_page_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there are no rows"):
         language.write_language(tmp_path, [], [], {}, header={})

@@ -15,6 +15,7 @@ SITE = "blocks_15/resid_post"
 _LEAST = {"start": -1} | dict.fromkeys(
     ("held_out", "seed", "seeds", "uniform", "largest"), 0
 )  # of whole numbers; 1 for all others
+BASES = "pca", "gradient pca", "joint pca", "lib", "random"
 _DTYPES = ("float32", "bfloat16")
 _ONE_OF = {
     "dtype": _DTYPES,
@@ -22,7 +23,7 @@ _ONE_OF = {
     "source": ("store", "model"),
     "penalty": ("geman_mcclure", "log", "l1"),
     "form": ("positive", "signed"),
-    "bases": ("pca", "gradient pca", "joint pca", "lib", "random"),
+    "bases": BASES,
 }
 
 

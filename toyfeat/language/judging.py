@@ -214,7 +214,7 @@ def judge(
       Name to :class:`Judgement`.
     """
     losses = losses or losses_of(cut, params, held, batch=batch)
-    clean = jax.jit(lambda *args: jax.nn.log_softmax(cut.after(*args)))
+    clean = partial(jax.jit(_clean, static_argnums=0), cut.after)
     run = partial(jax.jit(_losses, static_argnums=0), cut.after)
     replace = {name: _compiled(method) for name, method in methods.items()}
     describe = jax.jit(_described, static_argnums=0)
@@ -335,12 +335,19 @@ def _logits(
     weights: Array,
     value: Array,
 ) -> tuple[Array, Array]:
-    """Logits with ``value`` where weights are not 0, and the log of their sums.
+    """Logits with ``value`` where weights are not 0, and logs of summed exponentials.
 
-    Log-probabilities of all tokens are never made: there are many.
+    Their difference are log-probabilities, of which most are not wanted.
     """
     logits = after(params, entry, jnp.where(weights[:, :, None] > 0, value, acts))
     return logits, jax.nn.logsumexp(logits, axis=2)
+
+
+def _clean(
+    after: Callable[..., Array], params: Params, entry: Array, acts: Array
+) -> Array:
+    """Log-probabilities of the model as it is."""
+    return jax.nn.log_softmax(after(params, entry, acts))
 
 
 def _of_next(logits: Array, total: Array, tokens: Array) -> Array:

@@ -34,7 +34,16 @@ def of_model(run: Opened, site: str) -> Supply:
 
     Returns:
       :class:`Supply`.
+
+    Raises:
+      ValueError: if the batch of the job is not of whole windows.
     """
+    wanted, length = run.job.train.batch, run.tokens.shape[1]
+    if wanted % length or not wanted <= run.tokens.size:
+        raise ValueError(
+            f"job: train.batch must be whole windows of {length} tokens, at most the "
+            f"{run.tokens.size} there are, got {wanted}"
+        )
     return Supply(
         width_of(run.model.config, site),
         readouts_of(run.job),
@@ -56,16 +65,15 @@ def _chunks(run: Opened, site: str) -> Iterator[Taps]:
         part = run.tokens[first : first + batch]
         full = jnp.asarray(np.resize(part, (batch, part.shape[1])))
         taps = of(run.model.params, full, first)[site]
-        yield jax.tree.map(lambda x, n=part.size: np.asarray(x)[:n], taps)
+        yield jax.tree.map(lambda x, n=part.size: np.asarray(x, np.float32)[:n], taps)
+
+
+def _as_float(taps: Taps) -> Taps:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), taps)
 
 
 def _batches(run: Opened, site: str, seed: int, of_gradients: bool) -> Batches:
     wanted, length = run.job.train.batch, run.tokens.shape[1]
-    if wanted % length or not wanted <= run.tokens.size:
-        raise ValueError(
-            f"job: train.batch must be whole windows of {length} tokens, at most the "
-            f"{run.tokens.size} there are, got {wanted}"
-        )
     windows, num = jnp.asarray(run.tokens, jnp.int32), len(run.tokens)
     rows = Taps(windows, jnp.arange(num), jnp.ones(num))  # with their indices
     order = array_batches(rows, batch=wanted // length, seed=seed)
@@ -74,7 +82,7 @@ def _batches(run: Opened, site: str, seed: int, of_gradients: bool) -> Batches:
     def take(data: Any, step: Array) -> Taps:
         params, order = data
         chosen = order(step)
-        taps = of(params, chosen.acts, chosen.grads)[site]
+        taps = _as_float(of(params, chosen.acts, chosen.grads)[site])
         return as_acts(taps) if of_gradients else taps
 
     return ArrayBatches(take, (run.model.params, order))

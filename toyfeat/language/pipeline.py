@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,6 @@ from toyfeat.language.contexts import Latent, latents_of, of_acts, of_grads
 from toyfeat.language.halves import Halves, halves
 from toyfeat.language.jobs import Job
 from toyfeat.language.judging import Held, faithfulness, held_out, judge, losses_of
-from toyfeat.language.live import of_model
 from toyfeat.language.methods import Method, of_basis, of_dictionary, of_readers
 from toyfeat.language.opening import (
     Opened,
@@ -46,10 +45,11 @@ from toyfeat.language.site import (
     store_of,
     supply_of,
 )
-from toyfeat.language.supply import of_store
+from toyfeat.language.supply import IN_MEMORY, of_store
 from toyfeat.language.training import (
     Run,
     finished,
+    is_finished,
     runs_of,
     train_one,
     train_together,
@@ -60,6 +60,7 @@ from toyfeat.types import Array, Moments, Params
 
 __all__ = [
     "Opened",
+    "check_stored",
     "collected",
     "decomposed",
     "evaluated",
@@ -98,11 +99,7 @@ def collected(
     Raises:
       ValueError: for a job without a store, or one whose store is of other settings.
     """
-    if run.job.source != "store":
-        raise ValueError(
-            f"job: source is {run.job.source!r}, so that nothing is stored; leave this "
-            'step out, or set source = "store"'
-        )
+    check_stored(run.job)
     given, folder = run.job.collect, own_folder(run.job, "collect")
     stores = collect(
         probed_of(run),
@@ -125,6 +122,19 @@ def collected(
     return stores
 
 
+def check_stored(job: Job) -> None:
+    """Whether there is anything to collect.
+
+    Raises:
+      ValueError: for a job without a store.
+    """
+    if job.source != "store":
+        raise ValueError(
+            f"job: source is {job.source!r}, so that nothing is stored; leave this "
+            'step out, or set source = "store"'
+        )
+
+
 def trained(job: Job, say: Say = print) -> None:
     """Train every dictionary of a job that is not finished.
 
@@ -136,15 +146,16 @@ def trained(job: Job, say: Say = print) -> None:
       FileNotFoundError: if nothing was collected.
       ValueError: for a batch of a job without a store that is not of whole windows.
     """
-    into = own_folder(job, "collect", "train") / "train"
-    into.mkdir(exist_ok=True)
-    runs = [r for r in runs_of(job.train) if not _is_finished(into, r)]
-    if not runs:
-        return
+    into = Path(job.out) / "train"
+    runs = [r for r in runs_of(job.train) if not is_finished(into, r)]
     if job.source == "store":
         supply = of_store(store_of(job, job.site)[0], job.train.batch)
-    else:
-        supply = of_model(opened(job), job.site)
+    elif runs:
+        supply = supply_of(opened(job), job.site)
+    own_folder(job, "collect", "train")
+    if not runs:
+        return
+    into.mkdir(exist_ok=True)
     groups = [[run] for run in runs]
     if job.train.population:
         runs = sorted(runs, key=lambda run: run.label)  # stable
@@ -169,10 +180,6 @@ def trained(job: Job, say: Say = print) -> None:
             say(f"{run.name}: {shown}, {seconds:.0f} s")
 
 
-def _is_finished(folder: Path, run: Run) -> bool:
-    return (folder / run.name / "features" / "cfg.json").exists()
-
-
 def decomposed(run: Opened, say: Say = print) -> list[dict[str, Any]]:
     """Bases of a site, their spectra, and what is lost as directions are dropped.
 
@@ -188,7 +195,9 @@ def decomposed(run: Opened, say: Say = print) -> list[dict[str, Any]]:
       FileNotFoundError: if nothing was collected.
       ValueError: if a store is of other weights.
     """
-    folder = own_folder(run.job, "collect", "evaluate")
+    for site in run.job.collect.sites:
+        check_collected(run.job, site)
+    folder = own_folder(run.job, "collect", "decompose", "evaluate")
     job, rows = run.job, Rows(folder / "decompose.jsonl")
     for site in job.collect.sites:
         stats = stats_of(run, site, say)
@@ -238,10 +247,10 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
       FileNotFoundError: if no dictionary is finished.
       ValueError: if the store is of other weights.
     """
-    folder = own_folder(run.job, "collect", "train", "evaluate")
-    job, rows = run.job, Rows(folder / "evaluation.jsonl")
-    site = job.site
+    job, site = run.job, run.job.site
     check_collected(job, site)
+    folder = own_folder(job, "collect", "train", "evaluate")
+    rows = Rows(folder / "evaluation.jsonl")
     found = dict(finished(job.train, Path(job.out) / "train"))
     if not found:
         raise FileNotFoundError(
@@ -355,7 +364,10 @@ def looked_at(run: Opened, *, num: int = 24) -> dict[str, list[Latent]]:
     stats, supply = stats_of(run, site), supply_of(run, site)
     spread, mean = covariance(stats), jnp.asarray(stats.mean)
     first = job.train.seeds[0], job.train.codes[len(job.train.codes) // 2]
-    residual = not site.endswith("mlp_hidden")
+    residual, chunks = not site.endswith("mlp_hidden"), supply.chunks
+    if job.source != "store" and supply.size * run.tokens.size <= IN_MEMORY:
+        held = [*supply.chunks()]  # the model is run once
+        chunks = partial(iter, held)
     found = {}
     for one, features in finished(job.train, Path(job.out) / "train"):
         if (one.seed, one.k) != first:
@@ -365,7 +377,7 @@ def looked_at(run: Opened, *, num: int = 24) -> dict[str, list[Latent]]:
         if one.kind == "gradients":
             described = of_grads(sae, params, mean, spread)
         found[one.name] = latents_of(
-            described, supply.chunks, run.tokens, run.model, residual=residual, num=num
+            described, chunks, run.tokens, run.model, residual=residual, num=num
         )
     return found
 

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from toyfeat.checkpoint.files import write_whole
-from toyfeat.language.jobs import Job
+from toyfeat.language.jobs import Attribution, Job
 
-_ADDED = ("kinds", "codes", "seeds")  # of training: more of them may be asked for
+_ADDED = {  # more of them may be asked for
+    "train": ("kinds", "codes", "seeds"),
+    "decompose": ("bases", "ranks"),
+}
+_BEFORE = {  # what folders were that do not say it
+    "train.population": False,
+    "train.source": "store",
+    "train.attribution.attribution": asdict(Attribution()),
+}
 
 
 def own_folder(job: Job, *parts: str) -> Path:
@@ -30,6 +38,8 @@ def own_folder(job: Job, *parts: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "train.steps" in found:
+        found = _BEFORE | found
     wanted = _settings(job, parts)
     for name in sorted(found.keys() & wanted.keys()):
         if found[name] != wanted[name]:
@@ -45,7 +55,8 @@ def own_folder(job: Job, *parts: str) -> Path:
 def _settings(job: Job, parts: Iterable[str]) -> dict[str, Any]:
     """What results depend on, by name."""
     given = asdict(job)
-    given["train"] = {n: x for n, x in given["train"].items() if n not in _ADDED}
+    for part, names in _ADDED.items():
+        given[part] = {n: x for n, x in given[part].items() if n not in names}
     given["train"]["site"] = job.site
     given["train"]["source"] = job.source
     for loss in given["train"].pop("attribution"):  # more may be added, by name

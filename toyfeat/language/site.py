@@ -1,7 +1,10 @@
 """What is known of a site: its store, its second moments, its bases."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +24,7 @@ from toyfeat.language.jobs import Job
 from toyfeat.language.live import of_model
 from toyfeat.language.opening import Opened, probed_of
 from toyfeat.language.supply import Supply, of_store
-from toyfeat.tap import readouts
-from toyfeat.types import Array, Basis, Moments
+from toyfeat.types import Acts, Array, Basis, Moments, Params
 
 Say = Callable[[str], None]
 
@@ -82,35 +84,58 @@ def stats_of(run: Opened, site: str, say: Say = print) -> Moments:
         supply_of(run, site)
         return stats
     path = Path(run.job.out) / "moments of the model" / site_folder(site)
-    weights = path.with_name(f"{path.name}.weights")
-    mine, supply = fingerprint(run.model.params), of_model(run, site)
-    if path.exists() and weights.exists():
-        if weights.read_text(encoding="utf-8") != mine:
-            raise ValueError(_other_weights(path, run.job))
+    supply = supply_of(run, site)
+    if path.exists():
         like = jax.eval_shape(lambda: store_moments_like(supply.dim))
         return load_tree(path, like)
     say(f"{site}: {run.tokens.size:,} tokens straight from the model")
     stats = moments_of(supply.chunks(), supply.dim)
     save_tree(path, stats)
-    write_whole(weights, mine)
     return stats
 
 
 def supply_of(run: Opened, site: str) -> Supply:
-    """Activations and gradients of a site, of the very weights that are open."""
+    """Activations and gradients of a site, of the very weights that are open.
+
+    A job without a store keeps which weights and text it was begun with.
+
+    Raises:
+      FileNotFoundError: if nothing was collected, of a job with a store.
+      ValueError: if what is there is of other weights or another text, or a batch of a
+        job without a store is not of whole windows.
+    """
     if run.job.source != "store":
-        return of_model(run, site)
+        supply = of_model(run, site)
+        _check_same(run)
+        return supply
     store, _ = store_of(run.job, site)
-    if store.metadata["weights"] != fingerprint(run.model.params):
-        raise ValueError(_other_weights(store.path, run.job))
+    _check_weights(run, store.path, store.metadata["weights"])
     return of_store(store, run.job.train.batch)
 
 
-def _other_weights(path: Path, job: Job) -> str:
-    return (
-        f"job: {path} was written by other weights than those of {job.model}; give the "
-        "model it was, or another folder as out"
-    )
+def _check_same(run: Opened) -> None:
+    path = Path(run.job.out) / "model and text.json"
+    text = np.ascontiguousarray(run.tokens, np.int32)
+    mine = {"weights": fingerprint(run.model.params)}
+    mine["tokens"] = hashlib.sha256(text.data).hexdigest()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(mine) + "\n")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    _check_weights(run, path.parent, found["weights"])
+    if found["tokens"] != mine["tokens"]:
+        raise ValueError(
+            f"job: {path.parent} has work on another text than {run.job.text} is now; "
+            "give another folder as out"
+        )
+
+
+def _check_weights(run: Opened, path: Path, weights: str) -> None:
+    if weights != fingerprint(run.model.params):
+        raise ValueError(
+            f"job: {path} was written by other weights than those of {run.job.model}; "
+            "give the model it was, or another folder as out"
+        )
 
 
 def bases_of(
@@ -118,38 +143,42 @@ def bases_of(
 ) -> dict[str, Basis]:
     """Bases of a site by name, of :class:`toyfeat.language.Decompose`."""
     width = len(stats.mean)
-
-    def random() -> Basis:
-        key = jax.random.key(0)
-        rows = jnp.linalg.qr(jax.random.normal(key, (width, width)))[0]
-        return pca(stats, width)._replace(
-            readers=rows, writers=rows.T, spectrum=jnp.ones(width)
-        )
-
+    plain = pca(stats, width)
+    rows = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (width, width)))[0]
+    random = {"readers": rows, "writers": rows.T, "spectrum": jnp.ones(width)}
     made: dict[str, Callable[[], Basis]] = {
-        "pca": lambda: pca(stats, width),
+        "pca": lambda: plain,
         "gradient pca": lambda: gradient_pca(stats, width),
         "joint pca": lambda: joint_pca(stats, width),
         "lib": lambda: _interaction(run, site),
-        "random": random,
+        "random": lambda: plain._replace(**random),
     }
     return {name: made[name]() for name in names}
 
 
 def _interaction(run: Opened, site: str) -> Basis:
-    """The local interaction basis towards the logits, over the training text."""
-    batch = min(run.job.collect.batch, len(run.tokens))
+    """The local interaction basis towards the logits, over the tokens that count."""
+    probed, batch = probed_of(run), min(run.job.collect.batch, len(run.tokens))
+    chunks = supply_of(run, site).chunks()
+    weights = np.concatenate([taps.weights for taps in chunks])
+    weights = weights.reshape(run.tokens.shape)
 
-    def batches() -> Iterator[Array]:
-        for start in range(0, len(run.tokens) - batch + 1, batch):
-            yield jnp.asarray(run.tokens[start : start + batch])
+    def batches() -> Iterator[tuple[Array, Array]]:
+        for start in range(0, len(run.tokens), batch):
+            rows = np.arange(start, start + batch)  # the last batch is filled up
+            there = (rows < len(run.tokens))[:, None]
+            rows = rows % len(run.tokens)
+            yield jnp.asarray(run.tokens[rows]), jnp.asarray(weights[rows] * there)
+
+    def alone(params: Params, inputs: Any, probes: Any) -> tuple[Any, Acts]:
+        return probed(params, inputs[0], probes)
 
     return local_interaction_basis(
-        probed_of(run),
+        alone,
         run.model.params,
         batches,
         sites=[site],
         sources=run.job.decompose.sources,
         key=jax.random.key(run.job.collect.seed),
-        mask=lambda tokens: jnp.asarray(readouts.next_token_loss(tokens).mask),
+        mask=lambda inputs: inputs[1],
     )[site]

@@ -14,7 +14,7 @@ from toyfeat.language.collecting import chunks_of
 from toyfeat.types import Array, ArrayBatches, Taps
 
 Batches = ArrayBatches | Callable[[int], Taps]
-_IN_MEMORY = 2**31  # bytes of a store that are held at once
+IN_MEMORY = 2**31  # bytes of a store that are held at once
 
 
 class Supply(NamedTuple):
@@ -34,6 +34,11 @@ class Supply(NamedTuple):
     about: Mapping[str, Any]
     batches: Callable[[int, bool], Batches]
     chunks: Callable[[], Iterator[Taps]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of a token in float32."""
+        return 4 * self.dim * (1 + self.readouts)
 
 
 def of_store(store: Store, batch: int) -> Supply:
@@ -62,7 +67,7 @@ def batches_of(store: Store, batch: int, seed: int, of_gradients: bool) -> Batch
     weight 0 included.
     """
     size = sum((store.path / shard.file).stat().st_size for shard in store.shards)
-    if size <= _IN_MEMORY:
+    if size <= IN_MEMORY:
         parts = [_counting(shard_taps(store, i)) for i in range(len(store.shards))]
         taps = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         taps = as_acts(taps) if of_gradients else taps

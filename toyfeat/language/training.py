@@ -1,5 +1,6 @@
 """Dictionaries of a language model, by kind, number of codes and seed."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from toyfeat.dictionary import (
     topk,
 )
 from toyfeat.interop import save_saelens
-from toyfeat.language.jobs import Attribution, Train
+from toyfeat.language.jobs import BASES, Attribution, Train
 from toyfeat.language.supply import Supply
 from toyfeat.train import fit, folded, population, trainer
 from toyfeat.types import Dictionary, Objective, Trainer, TrainState
@@ -65,13 +66,19 @@ def runs_of(train: Train) -> list[Run]:
         )
     names = [loss.name for loss in train.attribution]
     for name in names:
-        taken = name in KINDS and name != "attribution"
+        taken = name in BASES or name.split(" ")[0] in KINDS[:1] + KINDS[2:]
         plain = name.replace(" ", "").replace("_", "").isalnum()
         if taken or not plain or names.count(name) > 1:
             raise ValueError(
                 "train: losses want names of their own, of letters, digits, spaces and "
-                f"underscores, and not those of other kinds, got {name!r}"
+                "underscores, that do not begin as other kinds and are no bases', got "
+                f"{name!r}"
             )
+    if train.attribution != (Attribution(),) and "attribution" not in train.kinds:
+        raise ValueError(
+            f"train: there are losses ({', '.join(names)}), but kinds has no "
+            "'attribution'; add it, or leave the losses out"
+        )
     losses: dict[str, Sequence[Attribution | None]] = dict.fromkeys(KINDS, (None,))
     losses["attribution"] = train.attribution
     return [
@@ -160,6 +167,8 @@ def train_together(
 ) -> None:
     """Train dictionaries of one kind side by side; they see the same batches.
 
+    What was cut off goes on with the members it was begun with.
+
     Args:
       runs: of one kind, with any codes and seeds.
       train: settings.
@@ -167,26 +176,35 @@ def train_together(
       folder: gets one for all with checkpoints, and for each run one with
         ``metrics.jsonl`` and ``features/``.
       on_chunk: as of :func:`toyfeat.fit`, with a value per run of every metric.
+
+    Raises:
+      FloatingPointError: if a member diverged; those that did not are saved.
     """
-    one, of_gradients = _trainer(runs[0], train, supply, max(run.k for run in runs))
+    whole, members = _begun(runs, folder)
+    one, of_gradients = _trainer(
+        members[0], train, supply, max(run.k for run in members)
+    )
     many = population(one)
-    keys = jax.vmap(jax.random.key)(jnp.array([run.seed for run in runs]))
-    codes = jnp.array([float(run.k) for run in runs])
+    keys = jax.vmap(jax.random.key)(jnp.array([run.seed for run in members]))
+    codes = jnp.array([float(run.k) for run in members])
     state = many.init(keys, k=codes, learning_rate=train.learning_rate)
-    members = "+".join(f"k{run.k}s{run.seed}" for run in runs)
-    whole = folder / f"{runs[0].label} of {members}"
     state = fit(
         many,
         state,
-        supply.batches(min(run.seed for run in runs), of_gradients),
+        supply.batches(min(run.seed for run in members), of_gradients),
         steps=train.steps,
         directory=whole,
         on_chunk=on_chunk,
         check_data=False,
     )
     lines = (whole / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    for i, run in enumerate(runs):
+    rows, lost = [json.loads(line) for line in lines], []
+    for i, run in enumerate(members):
+        member = jax.tree.map(lambda x, i=i: x[i], state)
+        if not all(bool(jnp.isfinite(x).all()) for x in member.params.values()):
+            lost.append(run.name)
+        if run not in runs or run.name in lost:
+            continue
         mine = [
             {n: x[i] if isinstance(x, list) else x for n, x in row.items()}
             for row in rows
@@ -194,16 +212,42 @@ def train_together(
         (folder / run.name).mkdir(exist_ok=True)
         text = "".join(json.dumps(row) + "\n" for row in mine)
         write_whole(folder / run.name / "metrics.jsonl", text)
-        member = jax.tree.map(lambda x, i=i: x[i], state)
         _save(run, train, supply, folder, member)
+    if lost:
+        raise FloatingPointError(
+            f"train: {', '.join(lost)} diverged in {whole}; lower train.learning_rate "
+            "(in another folder), or leave them out"
+        )
+
+
+def _begun(runs: Sequence[Run], folder: Path) -> tuple[Path, list[Run]]:
+    """The folder of a population with these runs among its members, and all of them."""
+    for number in itertools.count():
+        whole = folder / f"{runs[0].label} together {number}"
+        path = whole / "members.json"
+        if not path.exists():
+            whole.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps([(run.k, run.seed) for run in runs]))
+            return whole, list(runs)
+        members = [
+            runs[0]._replace(k=k, seed=seed)
+            for k, seed in json.loads(path.read_text(encoding="utf-8"))
+        ]
+        if set(runs) <= set(members):
+            return whole, members
+    raise AssertionError  # counting does not end
 
 
 def finished(train: Train, folder: Path) -> Iterator[tuple[Run, Path]]:
     """Runs of a job whose features are there."""
     for run in runs_of(train):
-        features = folder / run.name / "features"
-        if (features / "cfg.json").exists():
-            yield run, features
+        if is_finished(folder, run):
+            yield run, folder / run.name / "features"
+
+
+def is_finished(folder: Path, run: Run) -> bool:
+    """Whether a run has its features."""
+    return (folder / run.name / "features" / "cfg.json").exists()
 
 
 def curves(train: Train, folder: Path) -> dict[str, dict[str, np.ndarray]]:

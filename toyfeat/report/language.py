@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from toyfeat.language.contexts import Context, Latent
+from toyfeat.language.jobs import BASES
 from toyfeat.report import page
 from toyfeat.report.figures import BLUE, GREEN, GREY, ORANGE, RED, data_uri, figure, png
 from toyfeat.report.rows import html_lines
@@ -75,9 +76,13 @@ def _by_seed(
 def _range(values: Sequence[Any]) -> str:
     """A median and, of several numbers, the least and the largest."""
     numbers = [float(x) for x in values if x is not None]
-    if len(numbers) < 2:
-        return _short(numbers[0]) if numbers else ""
-    return f"{np.median(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
+    if not numbers:
+        return ""
+    text = f"{np.median(numbers):.3f}"
+    if len(numbers) > 1:
+        text += f" ({min(numbers):.3f} to {max(numbers):.3f})"
+    missing = len(values) - len(numbers)
+    return text + (f", {missing} missing" if missing else "")
 
 
 def fronts_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -108,8 +113,9 @@ def fronts_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
         x = [float(np.median([row["l0"] for row in rows])) for rows in groups]
         for axis, name in zip(axes, panels, strict=True):
             values = [[_number(row.get(name)) for row in rows] for rows in groups]
-            middle = np.array([np.median(some) for some in values])
-            ends = np.array([(min(some), max(some)) for some in values])
+            there = [[x for x in some if x == x] or [np.nan] for some in values]
+            middle = np.array([np.median(some) for some in there])
+            ends = np.array([(min(some), max(some)) for some in there])
             bars = np.abs(ends.T - middle)
             axis.errorbar(x, middle, bars, label=kind, **_style(kind, kinds))
     for axis, name in zip(axes, panels.values(), strict=True):
@@ -121,15 +127,23 @@ def fronts_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _style(kind: str, kinds: Sequence[str]) -> dict[str, Any]:
-    """Variants have the colour of their kind and a dashed line, baselines are grey."""
     plain = {"marker": "o", "markersize": 4, "linewidth": 1.2, "elinewidth": 0.8}
+    colour, line = _colour(kind)
+    if kind not in _COLOURS:
+        plain |= {"marker": _marker(kind, kinds), "alpha": 0.7}
+    return plain | {"color": colour, "linestyle": line}
+
+
+def _colour(kind: str) -> tuple[str, str]:
+    """Colour and line: bases grey, dashed what is not chosen or trained as usual.
+
+    A name that is no kind's is that of a loss on attributions.
+    """
     if kind in _COLOURS:
-        return plain | {"color": _COLOURS[kind]}
-    plain |= {"marker": _marker(kind, kinds), "alpha": 0.7}
-    base = _COLOURS.get(kind.split(" ")[0])
-    if base is None:
-        return plain | {"color": GREY, "linestyle": ":"}
-    return plain | {"color": base, "linestyle": "--"}
+        return _COLOURS[kind], "-"
+    if kind in BASES:
+        return GREY, ":"
+    return _COLOURS.get(kind.split(" ")[0], _COLOURS["attribution"]), "--"
 
 
 def curves_figure(curves: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -153,8 +167,7 @@ def curves_figure(curves: Mapping[str, Mapping[str, Any]]) -> Any:
     axes, shown = drawn.subplots(1, 3), set()
     for name, of in curves.items():
         kind = kind_of(name)
-        colour = _COLOURS.get(kind, _COLOURS.get(kind.split(" ")[0], GREY))
-        line = "-" if kind in _COLOURS else "--"
+        colour, line = _colour(kind)
         for axis, metric in zip(axes, _CURVES, strict=True):
             if metric in of:
                 label = None if (kind, metric) in shown else kind
@@ -184,7 +197,7 @@ def faithfulness_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     axes = np.atleast_1d(drawn.subplots(down, across)).ravel()
     for axis, row in zip(axes, mine, strict=False):
         predicted, true = np.asarray(row["effects"]).T
-        colour = _COLOURS.get(kind_of(row["method"]), GREY)
+        colour, _ = _colour(kind_of(row["method"]))
         axis.scatter(predicted, true, s=4, alpha=0.4, color=colour, linewidths=0)
         most = 1.05 * max(np.abs(predicted).max(), np.abs(true).max(), 1e-12)
         axis.plot([-most, most], [-most, most], color="black", linewidth=0.6)
@@ -294,7 +307,8 @@ def write_language(
         sections.append(page.section("What the model keeps", body))
     if curves:
         image = data_uri(png(curves_figure(curves)))
-        body = [page.picture(image, "A line is a dictionary.")]
+        caption = "A line is a dictionary; the variance is that of what it describes."
+        body = [page.picture(image, caption)]
         sections.append(page.section("Training", body))
     if any(row.get("what") == "faithfulness" for row in evaluation):
         text = (

@@ -284,6 +284,9 @@ def _trainer(run: Run, train: Train, supply: Supply, k: int) -> tuple[Trainer, b
         center=not of_gradients,
         warm_up=max(1, train.steps // 10),
         dead_after=max(20, train.steps // 10),
+        # Half of a paired dictionary dies early, and its auxiliary loss, which only
+        # looks at activations, does not bring it back.
+        revive=max(10, train.steps // 20) if run.kind == "paired" else None,
     )
     return one, of_gradients
 

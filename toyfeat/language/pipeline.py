@@ -268,9 +268,10 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
     by = _judge_of(run, site, stats)
     _judged(run, by, methods | baselines, rows, say)
     middle = job.train.codes[len(job.train.codes) // 2]
-    which = {one.name for one in found} | {f"{name}-k{middle}" for name in _CHECKED}
+    order = sorted(found, key=lambda one: one.k != middle)  # stable
+    names = [one.name for one in order] + [f"{name}-k{middle}" for name in _CHECKED]
     every = methods | baselines
-    _checked(run, by, {n: x for n, x in every.items() if n in which}, rows, say)
+    _checked(run, by, {n: every[n] for n in names if n in every}, rows, say)
     return rows.rows
 
 

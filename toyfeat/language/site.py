@@ -106,23 +106,23 @@ def supply_of(run: Opened, site: str) -> Supply:
     """
     if run.job.source != "store":
         supply = of_model(run, site)
-        _check_same(run)
+        _check_same(run, supply.about["weights"])
         return supply
     store, _ = store_of(run.job, site)
-    _check_weights(run, store.path, store.metadata["weights"])
+    mine = fingerprint(run.model.params)
+    _check_weights(run, store.path, store.metadata["weights"], mine)
     return of_store(store, run.job.train.batch)
 
 
-def _check_same(run: Opened) -> None:
+def _check_same(run: Opened, weights: str) -> None:
     path = Path(run.job.out) / "model and text.json"
     text = np.ascontiguousarray(run.tokens, np.int32)
-    mine = {"weights": fingerprint(run.model.params)}
-    mine["tokens"] = hashlib.sha256(text.data).hexdigest()
+    mine = {"weights": weights, "tokens": hashlib.sha256(text.data).hexdigest()}
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(mine) + "\n")
     found = json.loads(path.read_text(encoding="utf-8"))
-    _check_weights(run, path.parent, found["weights"])
+    _check_weights(run, path.parent, found["weights"], weights)
     if found["tokens"] != mine["tokens"]:
         raise ValueError(
             f"job: {path.parent} has work on another text than {run.job.text} is now; "
@@ -130,8 +130,8 @@ def _check_same(run: Opened) -> None:
         )
 
 
-def _check_weights(run: Opened, path: Path, weights: str) -> None:
-    if weights != fingerprint(run.model.params):
+def _check_weights(run: Opened, path: Path, found: str, mine: str) -> None:
+    if found != mine:
         raise ValueError(
             f"job: {path} was written by other weights than those of {run.job.model}; "
             "give the model it was, or another folder as out"

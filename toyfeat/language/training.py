@@ -66,7 +66,7 @@ def runs_of(train: Train) -> list[Run]:
         )
     names = [loss.name for loss in train.attribution]
     for name in names:
-        taken = name in BASES or name.split(" ")[0] in KINDS[:1] + KINDS[2:]
+        taken = name in BASES or name.split(" ")[0] in {*KINDS} - {"attribution"}
         plain = name.replace(" ", "").replace("_", "").isalnum()
         if taken or not plain or names.count(name) > 1:
             raise ValueError(

@@ -33,6 +33,22 @@ def test_after_is_the_rest_of_the_model(name, layer):
     assert np.abs(wanted - np.asarray(logits)).max() > 0.1
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("name", SITES)
+def test_after_a_past_is_the_rest_of_the_positions(name, layer):
+    site, tokens, num = f"blocks_{layer}/{name}", windows()[:2], 3
+    cut = halves(CONFIG, site)
+    _, acts = plain()
+    value = acts[site].at[:, num:].multiply(-2)
+    wanted = logits_with(site, value, tokens)[:, num:]
+    past = cut.past(weights(), acts[cut.entry], acts[site])
+    blocks = range(layer + (name == "resid_post"), CONFIG.layers)
+    assert len(past) == 2 * len(blocks)
+    past = {name: x[:, :num] for name, x in past.items()}
+    found = cut.after(weights(), acts[cut.entry][:, num:], value[:, num:], past)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize("make", [gpt2, neox])
 @pytest.mark.parametrize("name", ["resid_pre", "attn_out", "mlp_hidden"])
 def test_after_of_other_shapes_of_decoder(make, name):

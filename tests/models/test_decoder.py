@@ -26,6 +26,7 @@ from toyfeat.models.weights import Source, assembled
 KINDS = list(oracle.CONFIGS)
 SHAPES = ["gpt2", "neox", "llama"]
 BATCH, TIME, LAYERS = 2, 6, 3
+ALL_KEPT = [f"blocks_{i}/attn/{n}" for i in range(LAYERS) for n in ("key", "value")]
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 13, (BATCH, TIME)), jnp.int32)
 
 
@@ -322,6 +323,82 @@ def test_computing_blocks_again_changes_no_gradient(scan):
     whole = taps(kind, of_block(1))(params, TOKENS, LOSS)
     for name, site in zip(names, of_block(1), strict=True):
         same_taps(found[name], whole[site])
+
+
+def past_of(acts, num, layers=range(LAYERS)):
+    names = [f"blocks_{i}/attn/{name}" for i in layers for name in ("key", "value")]
+    return {name: acts[name][:, :num] for name in names}
+
+
+@pytest.mark.parametrize("num", [1, 4])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_positions_behind_a_past_are_those_of_the_whole(kind, num):
+    """Tokens, and the residual stream before a block, and gradients there."""
+    params = case(kind).params
+    logits, values = wanted(kind)
+    acts = run(kind)(params, TOKENS, {})[1]
+    found, here = run(kind)(params, (TOKENS[:, num:], past_of(acts, num)), {})
+    close(found, logits[:, num:])
+    for (layer, site), value in values.items():
+        close(here[f"blocks_{layer}/{site}"], value[:, num:])
+    resid = acts["blocks_1/resid_pre"][:, num:]
+    kept = past_of(acts, num, (1, 2))
+    close(run(kind, start=1)(params, (resid, kept), {})[0], logits[:, num:])
+    site = "blocks_2/mlp_hidden"
+    later = jnp.arange(TIME) >= num
+    loss = tf.readouts.next_token_loss(
+        TOKENS, mask=jnp.broadcast_to(later, TOKENS.shape)
+    )
+    whole = taps(kind, (site,))(params, TOKENS, loss)[site].grads
+    loss = tf.readouts.next_token_loss(
+        TOKENS[:, num:], mask=jnp.ones((BATCH, TIME - num))
+    )
+    part = taps(kind, (site,))(params, (TOKENS[:, num:], past_of(acts, num)), loss)
+    shape = BATCH, TIME, -1
+    close(
+        part[site].grads.reshape(BATCH, TIME - num, -1),
+        whole.reshape(shape)[:, num:],
+    )
+
+
+def test_an_empty_past_is_none_and_the_norm_and_logits_need_none():
+    params, acts = (
+        case("llama").params,
+        run("llama")(case("llama").params, TOKENS, {})[1],
+    )
+    for past in (None, {}, past_of(acts, 0)):
+        close(run("llama")(params, (TOKENS, past), {})[0], wanted("llama")[0])
+    resid = acts["blocks_2/resid_post"][:, 3:]
+    found = run("llama", start=LAYERS)(params, (resid, past_of(acts, 3)), {})[0]
+    close(found, wanted("llama")[0][:, 3:])
+
+
+KEPT = jnp.zeros((2, 3, 12))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "past", "match"),
+    [
+        ("llama", {"scan": True}, {"x": KEPT}, r"a scanned model takes no past"),
+        ("llama", {}, {"x": KEPT}, r"values of 3 blocks, such as 'blocks_0/attn/key'"),
+        (
+            "llama",
+            {"start": 2},
+            {"blocks_2/attn/key": KEPT},
+            r"of 1 blocks, such as 'blocks_2/attn/value', got \['blocks_2/attn/key'\]",
+        ),
+        ("llama", {}, past_of(dict.fromkeys(ALL_KEPT, KEPT[:1]), 3), r"\[2, P, 12\]"),
+        ("llama", {}, past_of(dict.fromkeys(ALL_KEPT, KEPT[..., :5]), 3), "one shape"),
+        ("llama", {}, past_of(dict.fromkeys(ALL_KEPT, KEPT[0]), 3), "one shape"),
+        ("gpt2", {}, past_of(dict.fromkeys(ALL_KEPT, KEPT), 3), "8 learned .* got 9"),
+    ],
+)
+def test_a_past_that_does_not_fit(kind, options, past, match):
+    config, params = case(kind).config, case(kind).params
+    inputs = jnp.zeros((2, 6, 12)) if "start" in options else TOKENS
+    params = stacked(params) if "scan" in options else params
+    with pytest.raises(ValueError, match=match):
+        jax.eval_shape(Decoder(config, **options).apply, params, inputs, past)
 
 
 @pytest.mark.parametrize("kind", SHAPES)

@@ -11,6 +11,7 @@ from toyfeat.tap import from_linen
 from toyfeat.types import Array, Params, Probed
 
 _SITE = re.compile(r"blocks_(0|[1-9][0-9]*)/(\w+)")
+_KEPT = re.compile(r"blocks_[0-9]+/attn/(key|value)")
 
 
 class Halves(NamedTuple):
@@ -21,14 +22,18 @@ class Halves(NamedTuple):
       entry: the site of the residual stream that the second half starts from; for
         residual sites the site itself.
       whole: the probed model, tokens to logits.
-      after: ``(params, entry [B, T, D], value [B, T, width]) -> logits [B, T, V]``,
-        the rest of the model with ``value`` at the site.
+      after: ``(params, entry [B, T, D], value [B, T, width], past=None) -> logits
+        [B, T, V]``, the rest of the model with ``value`` at the site; with a past all
+        of it is of the positions behind.
+      past: ``(params, entry, value) -> {site: [B, T, .]}``, keys and values of the
+        rest of the model; their first positions are the past of the others.
     """
 
     site: str
     entry: str
     whole: Probed
-    after: Callable[[Params, Array, Array], Array]
+    after: Callable[..., Array]
+    past: Callable[[Params, Array, Array], dict[str, Array]]
 
 
 def halves(config: DecoderConfig, site: str, *, dtype: Any = jnp.float32) -> Halves:
@@ -55,19 +60,28 @@ def halves(config: DecoderConfig, site: str, *, dtype: Any = jnp.float32) -> Hal
       'blocks_1/resid_pre'
     """
     layer, name = checked_site(config, site)
-    whole = from_linen(Decoder(config, dtype=dtype))
-    if name in ("resid_pre", "resid_post"):
-        start = layer + (name == "resid_post")
-        from_resid = from_linen(Decoder(config, start=start, dtype=dtype))
-        return Halves(
-            site, site, whole, lambda p, _, value: from_resid(p, value, {})[0]
-        )
-    rest = from_linen(Decoder(config, start=layer, dtype=dtype))
+    is_resid = name in ("resid_pre", "resid_post")
+    start = layer + (name == "resid_post")
+    rest = from_linen(Decoder(config, start=start, dtype=dtype))
 
-    def after(params: Params, entry: Array, value: Array) -> Array:
-        return rest(params, entry, {site: lambda _: value})[0]
+    def run(
+        params: Params, entry: Array, value: Array, past: Any = None
+    ) -> tuple[Array, dict[str, Array]]:
+        if is_resid:
+            return rest(params, (value, past), {})
+        return rest(params, (entry, past), {site: lambda _: value})
 
-    return Halves(site, f"blocks_{layer}/resid_pre", whole, after)
+    def past(params: Params, entry: Array, value: Array) -> dict[str, Array]:
+        acts = run(params, entry, value)[1]
+        return {name: x for name, x in acts.items() if _KEPT.fullmatch(name)}
+
+    return Halves(
+        site,
+        site if is_resid else f"blocks_{layer}/resid_pre",
+        from_linen(Decoder(config, dtype=dtype)),
+        lambda *args: run(*args)[0],
+        past,
+    )
 
 
 def checked_site(config: DecoderConfig, site: str) -> tuple[int, str]:

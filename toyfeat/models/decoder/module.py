@@ -1,6 +1,6 @@
 """A decoder as a flax module, with named sites."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,10 @@ _ACTIVATIONS = {
 }
 
 
+Past = tuple[Array, Array]
+"""Keys and values of the positions before, as the matrices gave them."""
+
+
 class Decoder(nn.Module):
     r"""A causal language model: tokens to logits of the next token.
 
@@ -36,6 +40,11 @@ class Decoder(nn.Module):
     ``"blocks_<start>/resid_pre"`` is for the whole model.  With the same parameters
     the sites have the same names, so that a gradient or a splice at a later layer
     does not pay for the layers before it a second time.
+
+    With a ``past`` it runs on the positions behind those that it has seen: the values
+    of ``"blocks_<i>/attn/key"`` and ``"blocks_<i>/attn/value"`` at the first ``P``
+    positions, for every block that is run.  What does not change at the positions
+    before is not computed again.
 
     Attributes:
       config: sizes and kinds.
@@ -65,7 +74,8 @@ class Decoder(nn.Module):
 
     Raises:
       ValueError: when called, for a start that is no layer, inputs of another shape
-        or kind, or more positions than there are learned ones.
+        or kind, more positions than there are learned ones, or a past that is not of
+        the blocks that are run, or of a scanned model.
     """
 
     config: DecoderConfig
@@ -75,15 +85,17 @@ class Decoder(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(self, inputs: Array, past: Mapping[str, Array] | None = None) -> Array:
         """Logits ``[B, T, V]`` in float32.
 
         Args:
           inputs: tokens ``[B, T]`` int, or with a start the residual stream
             ``[B, T, D]``.
+          past: keys and values ``[B, P, kv_heads * head_dim]`` of the positions
+            before, by site.
         """
         config = self.config
-        _check_inputs(self, inputs)
+        before = _check_inputs(self, inputs, past or {})
         embed = nn.Embed(config.vocab, config.dim, dtype=self.dtype, name="embed")
         from_tokens, start = self.start is None, self.start or 0
         resid = embed(inputs) if from_tokens else inputs
@@ -92,7 +104,8 @@ class Decoder(nn.Module):
             where = nn.Embed(
                 config.context, config.dim, dtype=self.dtype, name="positions"
             )
-            resid = resid + where(jnp.arange(inputs.shape[1]))[None]
+            seen = before + jnp.arange(inputs.shape[1])
+            resid = resid + where(seen)[None]
         block = nn.remat(Block) if self.remat else Block
         if self.scan and start < config.layers:
             layers = nn.scan(
@@ -104,7 +117,9 @@ class Decoder(nn.Module):
             resid, _ = layers(config, self.dtype, name="blocks")(resid, None)
         elif not self.scan:
             for i in range(start, config.layers):
-                resid, _ = block(config, self.dtype, name=f"blocks_{i}")(resid, None)
+                name = f"blocks_{i}"
+                mine = _past_of(name, past) if past else None
+                resid, _ = block(config, self.dtype, name=name)(resid, mine)
         last = _norm(config, "final_norm")(resid)
         if config.tied:
             table = embed.embedding.astype(self.dtype)
@@ -130,12 +145,12 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, resid: Array, _: None) -> tuple[Array, None]:
+    def __call__(self, resid: Array, past: Past | None) -> tuple[Array, None]:
         """The residual stream after the block."""
         config = self.config
         resid = Site(name="resid_pre")(resid)
         read = _norm(config, "attn_norm")(resid).astype(self.dtype)
-        added = Attention(config, self.dtype, name="attn")(read)
+        added = Attention(config, self.dtype, name="attn")(read, past)
         added = Site(name="attn_out")(added)
         between = resid + added
         source = resid if config.parallel else between
@@ -158,25 +173,30 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, read: Array) -> Array:
+    def __call__(self, read: Array, past: Past | None) -> Array:
         """What the heads add to the residual stream."""
         config = self.config
         batch, time, _ = read.shape
 
-        def heads(name: str, num: int) -> Array:
+        def heads(name: str, num: int, before: Array | None = None) -> Array:
             dense = nn.Dense(
                 num * config.head_dim,
                 use_bias=config.qkv_bias,
                 dtype=self.dtype,
                 name=name,
             )
-            return dense(read).reshape(batch, time, num, config.head_dim)
+            rows = dense(read)
+            if before is not None:
+                rows = jnp.concatenate([before.astype(rows.dtype), rows], axis=1)
+            return rows.reshape(batch, -1, num, config.head_dim)
 
+        keys, values = past or (None, None)
         query = heads("query", config.heads)
-        key = heads("key", config.kv_heads)
-        value = heads("value", config.kv_heads)
+        key = heads("key", config.kv_heads, keys)
+        value = heads("value", config.kv_heads, values)
         if config.positions == "rotary":
-            query, key = (rotated(x, config) for x in (query, key))
+            query = rotated(query, config, first=key.shape[1] - time)
+            key = rotated(key, config)
         mixed = attended(query, key, value)
         return nn.Dense(
             config.dim, use_bias=config.out_bias, dtype=self.dtype, name="out"
@@ -186,7 +206,8 @@ class Attention(nn.Module):
 def attended(query: Array, key: Array, value: Array) -> Array:
     """Values mixed by causal attention, ``[B, T, H, head_dim]``.
 
-    A head of keys and values serves a group of query heads.  The gradient of
+    A head of keys and values serves a group of query heads; queries are of the last
+    positions that there are keys of.  The gradient of
     ``jax.nn.dot_product_attention`` in bfloat16 raises where promotion of types is
     forbidden, so it is written out.
     """
@@ -195,22 +216,24 @@ def attended(query: Array, key: Array, value: Array) -> Array:
     scores = jnp.einsum(
         "bqkgd,bskd->bkqgs", groups, key, preferred_element_type=jnp.float32
     )
-    seen = jnp.tri(time, dtype=bool)[None, None, :, None]
+    known = key.shape[1]
+    seen = jnp.tri(time, known, known - time, dtype=bool)[None, None, :, None]
     scores = jnp.where(seen, scores * width**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores).astype(value.dtype)
     return jnp.einsum("bkqgs,bskd->bqkgd", weights, value).reshape(query.shape)
 
 
-def rotated(heads: Array, config: DecoderConfig) -> Array:
+def rotated(heads: Array, config: DecoderConfig, *, first: int = 0) -> Array:
     """Queries or keys ``[B, T, H, head_dim]``, turned by an angle of their position.
 
-    Entry ``i`` is paired with entry ``i + rotary_dim / 2``; entries from
-    ``rotary_dim`` on stay.
+    Positions are counted from ``first``.  Entry ``i`` is paired with entry ``i +
+    rotary_dim / 2``; entries from ``rotary_dim`` on stay.
     """
     width = config.rotary_dim
     powers = jnp.arange(0, width, 2, dtype=jnp.float32) / width
     rates = float(config.rotary_base) ** -powers
-    angles = jnp.outer(jnp.arange(heads.shape[1], dtype=jnp.float32), rates)
+    positions = jnp.arange(first, first + heads.shape[1], dtype=jnp.float32)
+    angles = jnp.outer(positions, rates)
     cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
     whole = heads.astype(jnp.float32)
     a, b, rest = jnp.split(whole, [width // 2, width], axis=-1)
@@ -236,7 +259,12 @@ def _product(x: Array, matrix: Array) -> Array:
     return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
 
 
-def _check_inputs(model: Decoder, inputs: Array) -> None:
+def _past_of(block: str, past: Mapping[str, Array]) -> Past:
+    return past[f"{block}/attn/key"], past[f"{block}/attn/value"]
+
+
+def _check_inputs(model: Decoder, inputs: Array, past: Mapping[str, Array]) -> int:
+    """How many positions were before."""
     config, start = model.config, model.start
     shape, dtype = jnp.shape(inputs), jnp.result_type(inputs)
     if start is not None and not 0 <= start <= config.layers:
@@ -259,9 +287,34 @@ def _check_inputs(model: Decoder, inputs: Array) -> None:
         raise ValueError(f"Decoder: wanted {wanted}, got shape {shape} of {dtype}")
     if not shape[1]:
         raise ValueError("Decoder: there is no position, the inputs are empty")
+    before = _check_past(model, shape[0], past) if past else 0
     learned = config.positions == "learned" and start is None
-    if learned and shape[1] > config.context:
+    if learned and before + shape[1] > config.context:
         raise ValueError(
-            f"Decoder: there are {config.context} learned positions, got {shape[1]} "
-            "tokens; cut the text into pieces"
+            f"Decoder: there are {config.context} learned positions, got "
+            f"{before + shape[1]} tokens; cut the text into pieces"
         )
+    return before
+
+
+def _check_past(model: Decoder, batch: int, past: Mapping[str, Array]) -> int:
+    config = model.config
+    if model.scan:
+        raise ValueError("Decoder: a scanned model takes no past; use scan=False")
+    blocks = range(model.start or 0, config.layers)
+    wanted = [f"blocks_{i}/attn/{name}" for i in blocks for name in ("key", "value")]
+    missing = [site for site in wanted if site not in past]
+    if missing:
+        raise ValueError(
+            f"Decoder: the past wants keys and values of {len(blocks)} blocks, such as "
+            f"{missing[0]!r}, got {sorted(past)}"
+        )
+    shapes = {jnp.shape(past[site]) for site in wanted}
+    width = config.kv_heads * config.head_dim
+    shape = next(iter(shapes), (batch, 0, width))
+    if len(shapes) > 1 or len(shape) != 3 or (shape[0], shape[2]) != (batch, width):
+        raise ValueError(
+            f"Decoder: the past must be of one shape [{batch}, P, {width}], got "
+            f"{sorted(shapes)}"
+        )
+    return shape[1]

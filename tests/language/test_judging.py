@@ -1,6 +1,3 @@
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,33 +12,12 @@ from tiny_decoder import (
     whole,
     windows,
 )
+from tiny_held import LATENTS, SITES, K, dictionary, held_at, replaced_by
 
 import toyfeat as tf
 from toyfeat.language import halves, readout_of
-from toyfeat.language.judging import faithfulness, held_out, judge
-from toyfeat.language.methods import Method, Replaced, of_basis, of_dictionary
-
-SITES = "blocks_1/resid_post", "blocks_1/mlp_hidden", "blocks_0/attn_out"
-LATENTS, K = 20, 3
-
-
-@functools.cache
-def held_at(site):
-    width = CONFIG.hidden if site.endswith("hidden") else CONFIG.dim
-    mean = 0.1 * jnp.arange(width, dtype=float)
-    cut = halves(CONFIG, site)
-    return cut, held_out(cut, weights(), windows(), mean, batch=2)
-
-
-def dictionary(width):
-    sae = tf.topk(width, LATENTS, K)
-    params = dict(sae.init(jax.random.key(4)))
-    keys = jax.random.split(jax.random.key(5), 2)
-    rows = jax.random.normal(keys[0], params["W_dec"].shape)
-    params |= {"W_dec": rows, "W_enc": 0.3 * rows.T / width**0.5}
-    params["b_dec"] = 0.2 * jax.random.normal(keys[1], (width,))
-    params["b_enc"] = params["b_enc"].at[-4:].set(-50)  # never there
-    return sae, params
+from toyfeat.language.judging import held_out, judge
+from toyfeat.language.methods import Method, of_basis, of_dictionary
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -157,16 +133,6 @@ def test_judgement_does_not_depend_on_the_batch(batch):
     np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-6)
 
 
-def replaced_by(value):
-    """A method of one latent that puts a value in the place of every activation."""
-
-    def rule(_, taps):
-        recon = jnp.broadcast_to(value, taps.acts.shape) + 0 * taps.acts
-        return Replaced(recon, recon[:, None], jnp.zeros((len(recon), 1), int))
-
-    return Method(rule, 1, None)
-
-
 def test_the_model_itself_the_mean_and_zero_are_the_ends_of_the_scale():
     cut, held = held_at(SITES[0])
     itself = Method(lambda _, taps: replaced_by(taps.acts).replace(taps), 1, None)
@@ -232,120 +198,3 @@ def test_held_out_wants_a_position_between_the_first_and_the_last():
     cut = halves(CONFIG, SITES[0])
     with pytest.raises(ValueError, match=r"held_out: .* at least 3 tokens, got 2"):
         held_out(cut, weights(), windows()[:, :2], jnp.zeros(CONFIG.dim), batch=2)
-
-
-def effects_by_hand(site, held, method):
-    """``{(window, position, latent): (predicted, true)}``, the whole model each."""
-    tokens, effects = held.tokens, {}
-    clean = cross_entropy(logits_with(site, held.acts, tokens), tokens).sum(axis=1)
-    for t in range(1, tokens.shape[1] - 1):
-        taps = tf.Taps(
-            jnp.asarray(held.acts[:, t]),
-            jnp.asarray(held.grads[:, t]),
-            jnp.ones(len(tokens)),
-        )
-        found = method.replace(taps)
-        parts = np.asarray(found.parts, np.float64)
-        for slot in range(parts.shape[1]):
-            value = held.acts.astype(np.float64)
-            value[:, t] -= parts[:, slot]
-            after = cross_entropy(logits_with(site, value, tokens), tokens).sum(axis=1)
-            for n in range(len(tokens)):
-                if np.any(parts[n, slot]):
-                    predicted = -parts[n, slot] @ held.grads[n, t, 0]
-                    where = n, t, int(found.index[n, slot])
-                    effects[where] = predicted, after[n] - clean[n]
-    return effects
-
-
-@pytest.mark.parametrize("site", SITES[1:])
-def test_every_effect_is_that_of_leaving_it_out_of_the_whole_model(site):
-    cut, held = held_at(site)
-    method = of_dictionary(*dictionary(held.acts.shape[-1]))
-    wanted = np.array(list(effects_by_hand(site, held, method).values()))
-    few, some, num = faithfulness(
-        cut, weights(), held, method, uniform=9, largest=7, batch=16
-    )
-    assert few.pairs == len(some) == 16
-    assert num == 9
-    assert len(np.unique(some[:, 0])) == 16  # none of them twice
-    scores, drawn, num = faithfulness(
-        cut, weights(), held, method, uniform=10**6, largest=7, batch=16
-    )
-    assert scores.pairs == len(drawn) == num == len(wanted)
-    effects, largest = drawn, some[9:]
-    np.testing.assert_allclose(
-        drawn[np.lexsort(drawn.T[::-1])],
-        wanted[np.lexsort(wanted.T[::-1])],
-        rtol=1e-3,
-        atol=2e-4,
-    )
-    sizes = np.sort(np.abs(wanted[:, 0]))[::-1]
-    left = [x for x in sizes if np.abs(np.abs(some[:9, 0]) - x).min() > 1e-4 * x][:7]
-    np.testing.assert_allclose(np.abs(largest[:, 0]), left, rtol=1e-3)
-    again = tf.attribution_faithfulness(*effects.T)
-    assert scores == again
-
-
-def test_pairs_are_drawn_once_each_and_by_the_seed():
-    cut, held = held_at(SITES[0])
-    method = of_dictionary(*dictionary(CONFIG.dim))
-
-    def pairs(seed, batch=16, uniform=30):
-        _, found, _ = faithfulness(
-            cut,
-            weights(),
-            held,
-            method,
-            uniform=uniform,
-            largest=0,
-            batch=batch,
-            seed=seed,
-        )
-        return found
-
-    first = pairs(0)
-    assert len(first) == len(np.unique(first[:, 0])) == 30
-    np.testing.assert_array_equal(pairs(0), first)
-    np.testing.assert_allclose(pairs(0, batch=7), first, rtol=1e-3, atol=1e-4)
-    assert not np.array_equal(pairs(1)[:, 0], first[:, 0])
-
-
-def test_small_parts_have_the_effects_that_attributions_say():
-    """To first order the model is linear in what is left out."""
-    site = SITES[1]
-    cut, held = held_at(site)
-    whole_ = of_dictionary(*dictionary(CONFIG.hidden))
-
-    def a_hundredth(_, taps):
-        found = whole_.replace(taps)
-        return found._replace(parts=found.parts / 100)
-
-    scores, _, _ = faithfulness(
-        cut, weights(), held, Method(a_hundredth, LATENTS, None), uniform=60, largest=20
-    )
-    assert scores.correlation > 0.999
-    assert scores.slope == pytest.approx(1, abs=0.02)
-    assert scores.error < 1e-3
-
-
-def test_where_the_rest_of_the_model_is_all_but_linear_predictions_are_true():
-    """A residual stream so long that the last norm and the logits hardly move."""
-    site = "blocks_2/mlp_out"
-    tree = dict(weights()["params"])
-    tree["embed"] = {"embedding": 1000 * tree["embed"]["embedding"]}
-    params = {**weights(), "params": tree}
-    cut = halves(CONFIG, site)
-    held = held_out(cut, params, windows(), jnp.zeros(CONFIG.dim), batch=2)
-    method = of_dictionary(*dictionary(CONFIG.dim))
-    scores, _, _ = faithfulness(cut, params, held, method, uniform=60, largest=20)
-    assert scores.correlation > 0.999
-    assert scores.slope == pytest.approx(1, abs=0.02)
-    assert scores.error < 1e-3
-
-
-def test_no_effect_anywhere_is_an_error():
-    cut, held = held_at(SITES[0])
-    nothing = replaced_by(jnp.zeros((1, CONFIG.dim)))
-    with pytest.raises(ValueError, match="faithfulness: no latent has an effect"):
-        faithfulness(cut, weights(), held, nothing, uniform=3, largest=3)

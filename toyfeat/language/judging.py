@@ -12,12 +12,12 @@ from toyfeat.dictionary import attribution_l0
 from toyfeat.language.collecting import ReadoutOf, without_massive
 from toyfeat.language.halves import Halves
 from toyfeat.language.methods import Method, Replaced
-from toyfeat.splicing import Faithfulness, attribution_faithfulness, ce_recovered
+from toyfeat.splicing import ce_recovered
 from toyfeat.tap import readouts, tap
 from toyfeat.types import Array, Params, Taps
 
 _LEFT = 0.05  # of the first-order effect, which attribution L0 leaves out
-_precise = jax.default_matmul_precision("highest")  # small differences of large losses
+precise = jax.default_matmul_precision("highest")  # small differences of large losses
 
 
 class Held(NamedTuple):
@@ -79,7 +79,7 @@ class Judgement(NamedTuple):
     unmet: float
 
 
-@_precise
+@precise
 def held_out(
     cut: Halves,
     params: Params,
@@ -167,7 +167,7 @@ class Losses(NamedTuple):
     mean: float
 
 
-@_precise
+@precise
 def losses_of(cut: Halves, params: Params, held: Held, *, batch: int = 8) -> Losses:
     """What methods are measured against.
 
@@ -190,7 +190,7 @@ def losses_of(cut: Halves, params: Params, held: Held, *, batch: int = 8) -> Los
     return Losses(*(sums / total).tolist())
 
 
-@_precise
+@precise
 def judge(
     cut: Halves,
     params: Params,
@@ -216,7 +216,7 @@ def judge(
     losses = losses or losses_of(cut, params, held, batch=batch)
     clean = partial(jax.jit(_clean, static_argnums=0), cut.after)
     run = partial(jax.jit(_losses, static_argnums=0), cut.after)
-    replace = {name: _compiled(method) for name, method in methods.items()}
+    replace = {name: compiled(method) for name, method in methods.items()}
     describe = jax.jit(_described, static_argnums=0)
     sums: dict[str, dict[str, Any]] = {name: {} for name in methods}
     for part in _batches(held, batch):
@@ -232,80 +232,6 @@ def judge(
     return {name: _judgement(sums[name], losses, total) for name in methods}
 
 
-@_precise
-def faithfulness(
-    cut: Halves,
-    params: Params,
-    held: Held,
-    method: Method,
-    *,
-    uniform: int,
-    largest: int,
-    batch: int = 16,
-    seed: int = 0,
-) -> tuple[Faithfulness, np.ndarray, int]:
-    """How well attributions predict what leaving one latent out of one token does.
-
-    Pairs of a token and a latent that is there are drawn evenly, and those of the
-    largest :math:`|A|` that were not drawn are added.  The latent's part is taken out
-    of the activation of its token alone, the rest of it stays as it is, what no latent
-    explains included; the true effect is what that does to the cross-entropy of the
-    window.
-
-    Args:
-      cut: the decoder at a site.
-      params: its parameters.
-      held: from :func:`held_out`.
-      method: that describes the site.
-      uniform: pairs that are drawn.
-      largest: pairs of the largest attributions.
-      batch: pairs at a time.
-      seed: of the draw.
-
-    Returns:
-      :class:`Faithfulness` of all pairs, ``[pairs, 2]`` predicted and true effects,
-      and how many of them, the first ones, were drawn.
-
-    Raises:
-      ValueError: if no latent is there at any token that counts.
-    """
-    tokens = np.argwhere(held.weights > 0)  # window and position
-    replace = _compiled(method)
-    sizes = _attributions(replace, held, tokens)
-    there = np.argwhere(sizes != 0)
-    if not len(there):
-        raise ValueError("faithfulness: no latent has an effect at any token")
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(there))
-    drawn, rest = there[order[:uniform]], there[np.sort(order[uniform:])]
-    order = np.argsort(-np.abs(sizes[tuple(rest.T)]), kind="stable")[:largest]
-    pairs = np.concatenate([drawn, rest[order]])
-    run = partial(jax.jit(_per_token, static_argnums=0), cut.after)
-    whole = np.resize(
-        np.arange(len(held.tokens)), -(-len(held.tokens) // batch) * batch
-    )
-    before = np.concatenate(
-        [
-            np.asarray(run(params, held.entry[w], held.acts[w], held.tokens[w]))
-            for w in np.split(whole, len(whole) // batch)
-        ]
-    )
-    true = []
-    for start in range(0, len(pairs), batch):
-        part = pairs[start : start + batch]
-        place, slot = np.resize(part, (batch, 2)).T
-        window, position = tokens[place].T
-        removed = np.asarray(replace(_rows(held, window, position)).parts)
-        value = held.acts[window]
-        value[np.arange(batch), position] -= removed[np.arange(batch), slot]
-        after = np.asarray(run(params, held.entry[window], value, held.tokens[window]))
-        later = np.arange(before.shape[1])[None, :] >= position[:, None]
-        change = np.where(later, after.astype(np.float64) - before[window], 0)
-        true.append(change.sum(axis=1)[: len(part)])
-    effects = np.stack([-sizes[tuple(pairs.T)], np.concatenate(true)], axis=1)
-    return attribution_faithfulness(*effects.T), effects, len(drawn)
-
-
 def _flat(held: Held) -> Taps:
     width = held.acts.shape[-1]
     return Taps(
@@ -315,7 +241,7 @@ def _flat(held: Held) -> Taps:
     )
 
 
-def _compiled(method: Method) -> Callable[[Taps], Replaced]:
+def compiled(method: Method) -> Callable[[Taps], Replaced]:
     """With the method's arrays as arguments, not as constants to be folded."""
     return partial(jax.jit(method.rule), method.params)
 
@@ -350,7 +276,7 @@ def _clean(
     return jax.nn.log_softmax(after(params, entry, acts))
 
 
-def _of_next(logits: Array, total: Array, tokens: Array) -> Array:
+def of_next(logits: Array, total: Array, tokens: Array) -> Array:
     """Cross-entropy of the next token ``[B, T]``, at the last one of nothing."""
     targets = jnp.roll(tokens, -1, axis=1)[:, :, None]
     return total - jnp.take_along_axis(logits, targets, axis=2)[:, :, 0]
@@ -367,7 +293,7 @@ def _cross_entropy(
 ) -> Array:
     """Summed over the positions that count."""
     logits, total = _logits(after, params, entry, acts, weights, value)
-    return jnp.sum(weights * _of_next(logits, total, tokens))
+    return jnp.sum(weights * of_next(logits, total, tokens))
 
 
 def _losses(
@@ -384,20 +310,7 @@ def _losses(
     logits, total = _logits(after, params, entry, acts, weights, value)
     now = logits - total[:, :, None]
     kl = jnp.sum(jnp.exp(was) * (was - now), axis=2)
-    return jnp.sum(weights * _of_next(logits, total, tokens)), jnp.sum(weights * kl)
-
-
-def _per_token(
-    after: Callable[..., Array],
-    params: Params,
-    entry: Array,
-    value: Array,
-    tokens: Array,
-) -> Array:
-    """Cross-entropy at every position but the last, ``[B, T - 1]``."""
-    ones = jnp.ones(tokens.shape, value.dtype)
-    logits, total = _logits(after, params, entry, value, ones, value)
-    return _of_next(logits, total, tokens)[:, :-1]
+    return jnp.sum(weights * of_next(logits, total, tokens)), jnp.sum(weights * kl)
 
 
 def _described(
@@ -445,23 +358,3 @@ def _judgement(sums: Mapping[str, Any], losses: Losses, total: float) -> Judgeme
         float(np.mean(sums["fired"] == 0)),
         float(sums["unmet"] / total),
     )
-
-
-def _attributions(
-    replace: Callable[[Taps], Replaced], held: Held, tokens: np.ndarray
-) -> np.ndarray:
-    """``[tokens, k]``, in chunks of one size."""
-    size = min(1024, len(tokens))
-    found = []
-    for start in range(0, len(tokens), size):
-        rows = _rows(held, *np.resize(tokens[start : start + size], (size, 2)).T)
-        assert rows.grads is not None
-        parts = replace(rows).parts
-        found.append(np.asarray(jnp.einsum("nkd,nd->nk", parts, rows.grads[:, 0])))
-    return np.concatenate(found)[: len(tokens)]
-
-
-def _rows(held: Held, window: np.ndarray, position: np.ndarray) -> Taps:
-    """Single tokens."""
-    acts, grads = held.acts[window, position], held.grads[window, position]
-    return Taps(jnp.asarray(acts), jnp.asarray(grads), jnp.ones(len(acts)))

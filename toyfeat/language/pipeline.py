@@ -21,9 +21,10 @@ from toyfeat.language.collecting import (
     store_moments,
 )
 from toyfeat.language.contexts import Latent, latents_of, of_acts, of_grads
+from toyfeat.language.faithful import faithfulness
 from toyfeat.language.halves import Halves, halves
 from toyfeat.language.jobs import Job
-from toyfeat.language.judging import Held, faithfulness, held_out, judge, losses_of
+from toyfeat.language.judging import Held, held_out, judge, losses_of
 from toyfeat.language.methods import Method, of_basis, of_dictionary, of_readers
 from toyfeat.language.opening import (
     Opened,

@@ -1,0 +1,128 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_decoder import CONFIG, cross_entropy, logits_with, weights, windows
+from tiny_held import LATENTS, SITES, dictionary, held_at, replaced_by
+
+import toyfeat as tf
+from toyfeat.language import halves
+from toyfeat.language.faithful import faithfulness
+from toyfeat.language.judging import held_out
+from toyfeat.language.methods import Method, of_dictionary
+
+
+def effects_by_hand(site, held, method):
+    """``{(window, position, latent): (predicted, true)}``, the whole model each."""
+    tokens, effects = held.tokens, {}
+    clean = cross_entropy(logits_with(site, held.acts, tokens), tokens).sum(axis=1)
+    for t in range(1, tokens.shape[1] - 1):
+        taps = tf.Taps(
+            jnp.asarray(held.acts[:, t]),
+            jnp.asarray(held.grads[:, t]),
+            jnp.ones(len(tokens)),
+        )
+        found = method.replace(taps)
+        parts = np.asarray(found.parts, np.float64)
+        for slot in range(parts.shape[1]):
+            value = held.acts.astype(np.float64)
+            value[:, t] -= parts[:, slot]
+            after = cross_entropy(logits_with(site, value, tokens), tokens).sum(axis=1)
+            for n in range(len(tokens)):
+                if np.any(parts[n, slot]):
+                    predicted = -parts[n, slot] @ held.grads[n, t, 0]
+                    where = n, t, int(found.index[n, slot])
+                    effects[where] = predicted, after[n] - clean[n]
+    return effects
+
+
+@pytest.mark.parametrize("site", SITES[1:])
+def test_every_effect_is_that_of_leaving_it_out_of_the_whole_model(site):
+    cut, held = held_at(site)
+    method = of_dictionary(*dictionary(held.acts.shape[-1]))
+    wanted = np.array(list(effects_by_hand(site, held, method).values()))
+    few, some, num = faithfulness(
+        cut, weights(), held, method, uniform=9, largest=7, batch=16
+    )
+    assert few.pairs == len(some) == 16
+    assert num == 9
+    assert len(np.unique(some[:, 0])) == 16  # none of them twice
+    scores, drawn, num = faithfulness(
+        cut, weights(), held, method, uniform=10**6, largest=7, batch=16
+    )
+    assert scores.pairs == len(drawn) == num == len(wanted)
+    effects, largest = drawn, some[9:]
+    np.testing.assert_allclose(
+        drawn[np.lexsort(drawn.T[::-1])],
+        wanted[np.lexsort(wanted.T[::-1])],
+        rtol=1e-3,
+        atol=2e-4,
+    )
+    sizes = np.sort(np.abs(wanted[:, 0]))[::-1]
+    left = [x for x in sizes if np.abs(np.abs(some[:9, 0]) - x).min() > 1e-4 * x][:7]
+    np.testing.assert_allclose(np.abs(largest[:, 0]), left, rtol=1e-3)
+    again = tf.attribution_faithfulness(*effects.T)
+    assert scores == again
+
+
+def test_pairs_are_drawn_once_each_and_by_the_seed():
+    cut, held = held_at(SITES[0])
+    method = of_dictionary(*dictionary(CONFIG.dim))
+
+    def pairs(seed, batch=16, uniform=30):
+        _, found, _ = faithfulness(
+            cut,
+            weights(),
+            held,
+            method,
+            uniform=uniform,
+            largest=0,
+            batch=batch,
+            seed=seed,
+        )
+        return found
+
+    first = pairs(0)
+    assert len(first) == len(np.unique(first[:, 0])) == 30
+    np.testing.assert_array_equal(pairs(0), first)
+    np.testing.assert_allclose(pairs(0, batch=7), first, rtol=1e-3, atol=1e-4)
+    assert not np.array_equal(pairs(1)[:, 0], first[:, 0])
+
+
+def test_small_parts_have_the_effects_that_attributions_say():
+    """To first order the model is linear in what is left out."""
+    site = SITES[1]
+    cut, held = held_at(site)
+    whole_ = of_dictionary(*dictionary(CONFIG.hidden))
+
+    def a_hundredth(_, taps):
+        found = whole_.replace(taps)
+        return found._replace(parts=found.parts / 100)
+
+    scores, _, _ = faithfulness(
+        cut, weights(), held, Method(a_hundredth, LATENTS, None), uniform=60, largest=20
+    )
+    assert scores.correlation > 0.999
+    assert scores.slope == pytest.approx(1, abs=0.02)
+    assert scores.error < 1e-3
+
+
+def test_where_the_rest_of_the_model_is_all_but_linear_predictions_are_true():
+    """A residual stream so long that the last norm and the logits hardly move."""
+    site = "blocks_2/mlp_out"
+    tree = dict(weights()["params"])
+    tree["embed"] = {"embedding": 1000 * tree["embed"]["embedding"]}
+    params = {**weights(), "params": tree}
+    cut = halves(CONFIG, site)
+    held = held_out(cut, params, windows(), jnp.zeros(CONFIG.dim), batch=2)
+    method = of_dictionary(*dictionary(CONFIG.dim))
+    scores, _, _ = faithfulness(cut, params, held, method, uniform=60, largest=20)
+    assert scores.correlation > 0.999
+    assert scores.slope == pytest.approx(1, abs=0.02)
+    assert scores.error < 1e-3
+
+
+def test_no_effect_anywhere_is_an_error():
+    cut, held = held_at(SITES[0])
+    nothing = replaced_by(jnp.zeros((1, CONFIG.dim)))
+    with pytest.raises(ValueError, match="faithfulness: no latent has an effect"):
+        faithfulness(cut, weights(), held, nothing, uniform=3, largest=3)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,7 +7,7 @@ from tiny_decoder import CONFIG, cross_entropy, logits_with, weights, windows
 from tiny_held import LATENTS, SITES, dictionary, held_at, replaced_by
 
 import toyfeat as tf
-from toyfeat.language import halves
+from toyfeat.language import faithful, halves
 from toyfeat.language.faithful import faithfulness
 from toyfeat.language.judging import held_out
 from toyfeat.language.methods import Method, of_dictionary
@@ -35,19 +37,27 @@ def effects_by_hand(site, held, method):
     return effects
 
 
-@pytest.mark.parametrize("site", SITES[1:])
-def test_every_effect_is_that_of_leaving_it_out_of_the_whole_model(site):
+@pytest.mark.parametrize(
+    ("site", "stretch"), [(SITES[0], 2), (SITES[1], None), (SITES[2], 3)]
+)
+def test_every_effect_is_that_of_leaving_it_out_of_the_whole_model(site, stretch):
     cut, held = held_at(site)
     method = of_dictionary(*dictionary(held.acts.shape[-1]))
     wanted = np.array(list(effects_by_hand(site, held, method).values()))
-    few, some, num = faithfulness(
-        cut, weights(), held, method, uniform=9, largest=7, batch=16
-    )
+    run = partial(faithfulness, cut, weights(), held, method, stretch=stretch)
+    few, some, num = run(uniform=9, largest=7)
     assert few.pairs == len(some) == 16
     assert num == 9
     assert len(np.unique(some[:, 0])) == 16  # none of them twice
     scores, drawn, num = faithfulness(
-        cut, weights(), held, method, uniform=10**6, largest=7, batch=16
+        cut,
+        weights(),
+        held,
+        method,
+        uniform=10**6,
+        largest=7,
+        batch=16,
+        stretch=stretch,
     )
     assert scores.pairs == len(drawn) == num == len(wanted)
     effects, largest = drawn, some[9:]
@@ -64,11 +74,11 @@ def test_every_effect_is_that_of_leaving_it_out_of_the_whole_model(site):
     assert scores == again
 
 
-def test_pairs_are_drawn_once_each_and_by_the_seed():
+def test_pairs_are_drawn_once_each_and_by_the_seed(monkeypatch):
     cut, held = held_at(SITES[0])
     method = of_dictionary(*dictionary(CONFIG.dim))
 
-    def pairs(seed, batch=16, uniform=30):
+    def pairs(seed, batch=16, uniform=30, **options):
         _, found, _ = faithfulness(
             cut,
             weights(),
@@ -78,13 +88,20 @@ def test_pairs_are_drawn_once_each_and_by_the_seed():
             largest=0,
             batch=batch,
             seed=seed,
+            **options,
         )
         return found
 
     first = pairs(0)
     assert len(first) == len(np.unique(first[:, 0])) == 30
     np.testing.assert_array_equal(pairs(0), first)
-    np.testing.assert_allclose(pairs(0, batch=7), first, rtol=1e-3, atol=1e-4)
+    for options in ({"batch": 7}, {"stretch": 2}, {"stretch": 4, "batch": 3}):
+        np.testing.assert_allclose(pairs(0, **options), first, rtol=1e-3, atol=1e-4)
+    few = pairs(0, uniform=8, stretch=2)  # too few for keys and values
+    np.testing.assert_allclose(few, first[:8], rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr(faithful, "_MEMORY", 1)
+    found = pairs(0, stretch=2, batch=2)  # two windows at a time
+    np.testing.assert_allclose(found, first, rtol=1e-3, atol=1e-4)
     assert not np.array_equal(pairs(1)[:, 0], first[:, 0])
 
 

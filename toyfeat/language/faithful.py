@@ -1,7 +1,9 @@
 """Whether attributions say what leaving a latent out does."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from operator import itemgetter
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,27 @@ from toyfeat.language.judging import Held, compiled, of_next, precise
 from toyfeat.language.methods import Method, Replaced
 from toyfeat.splicing import Faithfulness, attribution_faithfulness
 from toyfeat.types import Array, Params, Taps
+
+_STRETCH, _STRETCHES = 32, 8  # positions at least, and so many in a window at most
+_MEMORY = 2**30  # bytes of keys and values
+
+
+class _Place(NamedTuple):
+    """Windows, and what the model does at their positions.
+
+    Attributes:
+      entry: ``[W, T, D]``, the residual stream that the second half starts from.
+      acts: ``[W, T, width]``, at the site.
+      tokens: ``[W, T]``.
+      losses: ``[W, T - 1]``, cross-entropy of the next token.
+      past: keys and values ``[W, T, .]`` by site; none if they are not used.
+    """
+
+    entry: Array
+    acts: Array
+    tokens: Array
+    losses: Array
+    past: dict[str, Array]
 
 
 @precise
@@ -25,6 +48,7 @@ def faithfulness(
     largest: int,
     batch: int = 16,
     seed: int = 0,
+    stretch: int | None = None,
 ) -> tuple[Faithfulness, np.ndarray, int]:
     """How well attributions predict what leaving one latent out of one token does.
 
@@ -34,6 +58,10 @@ def faithfulness(
     explains included; the true effect is what that does to the cross-entropy of the
     window.
 
+    Nothing changes at the positions before the token, so that the model is run on the
+    stretches of the window from that of the token on, behind the keys and values of
+    those before.
+
     Args:
       cut: the decoder at a site.
       params: its parameters.
@@ -41,8 +69,11 @@ def faithfulness(
       method: that describes the site.
       uniform: pairs that are drawn.
       largest: pairs of the largest attributions.
-      batch: pairs at a time.
+      batch: pairs at a time that run on whole windows; more where they do not.
       seed: of the draw.
+      stretch: positions of a stretch; by default an eighth of the window and at least
+        32, since each is compiled for itself.  Where there are fewer than two pairs in
+        a window, all of it is run.
 
     Returns:
       :class:`Faithfulness` of all pairs, ``[pairs, 2]`` predicted and true effects,
@@ -62,30 +93,88 @@ def faithfulness(
     drawn, rest = there[order[:uniform]], there[np.sort(order[uniform:])]
     order = np.argsort(-np.abs(sizes[tuple(rest.T)]), kind="stable")[:largest]
     pairs = np.concatenate([drawn, rest[order]])
-    run = partial(jax.jit(_per_token, static_argnums=0), cut.after)
-    whole = np.resize(
-        np.arange(len(held.tokens)), -(-len(held.tokens) // batch) * batch
-    )
-    before = np.concatenate(
-        [
-            np.asarray(run(params, held.entry[w], held.acts[w], held.tokens[w]))
-            for w in np.split(whole, len(whole) // batch)
-        ]
-    )
-    true = []
-    for start in range(0, len(pairs), batch):
-        part = pairs[start : start + batch]
-        place, slot = np.resize(part, (batch, 2)).T
-        window, position = tokens[place].T
-        removed = np.asarray(replace(_rows(held, window, position)).parts)
-        value = held.acts[window]
-        value[np.arange(batch), position] -= removed[np.arange(batch), slot]
-        after = np.asarray(run(params, held.entry[window], value, held.tokens[window]))
-        later = np.arange(before.shape[1])[None, :] >= position[:, None]
-        change = np.where(later, after.astype(np.float64) - before[window], 0)
-        true.append(change.sum(axis=1)[: len(part)])
-    effects = np.stack([-sizes[tuple(pairs.T)], np.concatenate(true)], axis=1)
+    (window, position), slot = tokens[pairs[:, 0]].T, pairs[:, 1]
+    length, used = held.tokens.shape[1], np.unique(window)
+    step = stretch or max(_STRETCH, -(-length // _STRETCHES))
+    if len(pairs) < 2 * len(used):
+        step = length
+    true = np.zeros(len(pairs))
+    for place, windows in _places(cut, params, held, used, batch, step < length):
+        for first in range(0, length, step):
+            here = np.isin(window, windows) & (position // step == first // step)
+            size = batch * length // (length - first)
+            for part in _parts(np.flatnonzero(here), size):
+                rows = _rows(held, window[part], position[part])
+                removed = replace(rows).parts[jnp.arange(size), slot[part]]
+                where = np.searchsorted(windows, window[part]), position[part]
+                true[part] = _changes(cut.after, first, params, place, *where, removed)
+    effects = np.stack([-sizes[tuple(pairs.T)], true], axis=1)
     return attribution_faithfulness(*effects.T), effects, len(drawn)
+
+
+def _places(
+    cut: Halves,
+    params: Params,
+    held: Held,
+    windows: np.ndarray,
+    batch: int,
+    keep: bool,
+) -> Iterator[tuple[_Place, np.ndarray]]:
+    """As many windows at a time as keys and values have room for."""
+    run = partial(_seen, cut.after, cut.past if keep else None, params)
+
+    def arrays(windows: np.ndarray) -> tuple[Array, Array, Array]:
+        entry, acts = held.entry[windows], held.acts[windows]
+        return jnp.asarray(entry), jnp.asarray(acts), jnp.asarray(held.tokens[windows])
+
+    past = jax.eval_shape(run, *arrays(windows[:1]))[1]
+    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(past))
+    room = max(batch, _MEMORY // max(each, 1))
+    for start in range(0, len(windows), room):
+        mine = windows[start : start + room]
+        found = [run(*arrays(part)) for part in _parts(mine, batch)]
+        whole = jax.tree.map(lambda *x: jnp.concatenate(x), *found)
+        losses, past = jax.tree.map(itemgetter(slice(len(mine))), whole)
+        yield _Place(*arrays(mine), losses, past), mine
+
+
+def _parts(items: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """So many at a time; the last one is filled up with some of its own."""
+    for start in range(0, len(items), size):
+        yield np.resize(items[start : start + size], size)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _seen(
+    after: Callable[..., Array],
+    past: Callable[..., dict[str, Array]] | None,
+    params: Params,
+    entry: Array,
+    acts: Array,
+    tokens: Array,
+) -> tuple[Array, dict[str, Array]]:
+    """Losses of windows, and their keys and values."""
+    losses = _per_token(after, params, entry, acts, tokens, {})
+    return losses, past(params, entry, acts) if past else {}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _changes(
+    after: Callable[..., Array],
+    first: int,
+    params: Params,
+    place: _Place,
+    window: Array,
+    position: Array,
+    removed: Array,
+) -> Array:
+    """Of the losses of windows ``[B]``, from position ``first`` on."""
+    past = {name: x[window, :first] for name, x in place.past.items()}
+    entry, value, tokens, was = (x[window, first:] for x in place[:4])
+    at = jnp.arange(first, place.tokens.shape[1])[None, :] - position[:, None]
+    value = value - jnp.where(at[:, :, None] == 0, removed[:, None, :], 0)
+    now = _per_token(after, params, entry, value, tokens, past)
+    return jnp.sum(jnp.where(at[:, :-1] >= 0, now - was, 0), axis=1)
 
 
 def _per_token(
@@ -94,9 +183,10 @@ def _per_token(
     entry: Array,
     value: Array,
     tokens: Array,
+    past: dict[str, Array],
 ) -> Array:
     """Cross-entropy at every position but the last, ``[B, T - 1]``."""
-    logits = after(params, entry, value)
+    logits = after(params, entry, value, past)
     return of_next(logits, jax.nn.logsumexp(logits, axis=2), tokens)[:, :-1]
 
 

@@ -53,6 +53,22 @@ CONFIGS = {
     "neox-unbiased-tied": NEOX
     | {"attention_bias": False, "tie_word_embeddings": True, "rotary_pct": 1.0},
     "llama": LLAMA,
+    "llama-linear": LLAMA
+    | {"rope_scaling": {"type": "linear", "factor": 2.5}, "head_dim": 8},
+    "llama3": LLAMA
+    | {
+        "head_dim": 10,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 50.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 3.0,
+            "original_max_position_embeddings": 40,
+        },
+    },
+    "neox-linear": NEOX
+    | {"rope_scaling": {"rope_type": "linear", "factor": 3, "rope_theta": 50}},
     "llama-biased-tied": LLAMA
     | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
 }
@@ -232,7 +248,8 @@ def _neox(given, get, tokens, at):
         three = _linear(get, f"{name}.attention.query_key_value", read)
         three = three.reshape(*x.shape[:-1], heads, 3 * (dim // heads))
         q, k, v = np.split(three, 3, axis=-1)
-        q, k = _rotary(q, turned, base), _rotary(k, turned, base)
+        slower = slowed(given, turned, base)
+        q, k = _rotary(q, turned, base, slower), _rotary(k, turned, base, slower)
         added = _linear(get, f"{name}.attention.dense", _attention(q, k, v))
         added = at(i, "attn_out", added)
         source = x if given["use_parallel_residual"] else x + added
@@ -262,7 +279,8 @@ def _llama(given, get, tokens, at):
             )
             for part, num in (("q", heads), ("k", groups), ("v", groups))
         )
-        q, k = _rotary(q, width, base), _rotary(k, width, base)
+        slower = slowed(given, width, base)
+        q, k = _rotary(q, width, base, slower), _rotary(k, width, base, slower)
         k, v = (np.repeat(y, heads // groups, axis=-2) for y in (k, v))
         added = _linear(get, f"{name}.self_attn.o_proj", _attention(q, k, v))
         x = x + at(i, "attn_out", added)
@@ -311,9 +329,26 @@ def _attention(q, k, v):
     return mixed.reshape(*mixed.shape[:-2], -1)
 
 
-def _rotary(x, turned, base):
+def slowed(given, turned, base):
+    """What rates are divided by; of Llama 3 by how often a wave fits into the context.
+
+    Waves that fit less than once (``low``) are stretched, those that fit more often
+    than ``high`` stay, and rates between go from one to the other in a straight line.
+    """
+    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "llama3":
+        return np.ones(turned // 2) * (rope["factor"] if kind == "linear" else 1)
+    rates = base ** (-np.arange(turned // 2) * 2 / turned)
+    fits = rope["original_max_position_embeddings"] * rates / (2 * np.pi)
+    between = rope["low_freq_factor"], rope["high_freq_factor"]
+    return rates / (rates * np.interp(fits, between, (1 / rope["factor"], 1)))
+
+
+def _rotary(x, turned, base, slower=1.0):
     """Entry ``j`` and entry ``j + turned / 2`` as one complex number, turned."""
     half = turned // 2
-    angle = np.arange(x.shape[-3])[:, None] * base ** (-np.arange(half) * 2 / turned)
+    rates = base ** (-np.arange(half) * 2 / turned) / slower
+    angle = np.arange(x.shape[-3])[:, None] * rates
     z = (x[..., :half] + 1j * x[..., half:turned]) * np.exp(1j * angle)[:, None, :]
     return np.concatenate([z.real, z.imag, x[..., turned:]], axis=-1)

@@ -504,6 +504,13 @@ def test_a_base_of_rotations_is_any_whole_number():
         (neox, {"rotary_share": "0.25"}, r"neox: rotary_share .* got '0.25'"),
         (neox, {"rotary_base": float("inf")}, r"must be positive, got 1e-05 and inf"),
         (gpt2, {"activation": "gelu_new"}, r"activation must be .* got 'gelu_new'"),
+        (
+            llama,
+            {"rotary_divisors": (1.0,)},
+            r"must be 32 positive .* half of rotary_d",
+        ),
+        (llama, {"rotary_divisors": [1.0] * 32}, r"32 positive numbers in a tuple"),
+        (neox, {"rotary_divisors": (0.0,) * 8}, r"must be 8 positive numbers"),
         (gpt2, {"tied": "no"}, r"flags must be True or False, got .*'tied': 'no'"),
         (neox, {"parallel": None}, r"flags must be .*'parallel': None"),
     ],

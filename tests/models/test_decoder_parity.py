@@ -27,6 +27,8 @@ NAMES = [
     "neox-unbiased",
     "llama",
     "llama-biased-tied",
+    "llama-linear",
+    "llama3",
 ]
 START = 1
 
@@ -76,6 +78,21 @@ models = {
         tr.LlamaConfig(
             **llama, head_dim=6, attention_bias=True, mlp_bias=True,
             tie_word_embeddings=True, rope_theta=100.0,
+        ),
+    ),
+    "llama-linear": (
+        tr.LlamaForCausalLM,
+        tr.LlamaConfig(
+            **llama, rope_theta=100.0, rope_scaling=dict(rope_type="linear", factor=2.5)
+        ),
+    ),
+    "llama3": (
+        tr.LlamaForCausalLM,
+        tr.LlamaConfig(
+            **llama, head_dim=8, rope_theta=100.0, rope_scaling=dict(
+                rope_type="llama3", factor=4.0, low_freq_factor=1.0,
+                high_freq_factor=3.0, original_max_position_embeddings=40,
+            ),
         ),
     ),
 }

@@ -380,15 +380,53 @@ def test_flags_that_are_none(name, value):
 @pytest.mark.parametrize(
     "entries",
     [
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 50.0}},
     ],
 )
 @pytest.mark.parametrize("name", ["neox", "llama"])
-def test_scaled_rotations(name, entries):
-    with pytest.raises(ValueError, match=r"'(linear|llama3|yarn)' are not covered"):
+def test_rotations_of_other_types(name, entries):
+    with pytest.raises(ValueError, match=r"'(dynamic|yarn)' are not covered, only"):
         config_of(OLD[name] | entries)
+
+
+LLAMA3 = oracle.CONFIGS["llama3"]["rope_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"factor": 0}, r"'llama3' want positive numbers, .*'factor': 0"),
+        ({"factor": "8"}, r"positive numbers, .*'factor': '8'"),
+        ({"low_freq_factor": 3.0}, r"high frequencies above that of low ones"),
+        ({"factor": ...}, r"config.json has no entry 'factor'"),
+        (
+            {"original_max_position_embeddings": ...},
+            r"no entry 'original_max_position_embeddings'",
+        ),
+        ({"rope_type": "linear", "factor": -1}, r"'linear' want .*'factor': -1"),
+        ({"rope_type": "linear", "factor": float("nan")}, r"'factor': nan"),
+    ],
+)
+def test_scaled_rotations_that_cannot_be(changes, match):
+    rope = {k: v for k, v in {**LLAMA3, **changes}.items() if v is not ...}
+    with pytest.raises(ValueError, match=match):
+        config_of(oracle.LLAMA | {"rope_parameters": rope})
+
+
+def test_rotations_of_llama_3_slow_long_waves_and_no_short_ones():
+    """Of the published sizes of Llama 3.1."""
+    rope = LLAMA3 | {"rope_theta": 5e5, "factor": 8.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192}
+    more = {"head_dim": 128, "rope_parameters": rope}
+    found = config_of(oracle.LLAMA | more)[1].rotary_divisors
+    waves = 2 * np.pi * 5e5 ** (np.arange(64) / 64)
+    np.testing.assert_allclose(np.array(found)[waves > 8192], 8.0)
+    np.testing.assert_allclose(np.array(found)[waves < 8192 / 4], 1.0)
+    between = np.array(found)[(waves > 8192 / 4) & (waves < 8192)]
+    assert len(between) > 3
+    assert np.all(np.diff(between) > 0)
+    assert 1 < between[0] < between[-1] < 8
 
 
 @pytest.mark.parametrize("value", ["linear", [50.0], 2])
@@ -611,13 +649,31 @@ def test_entries_of_gguf_that_say_the_same(tmp_path, entries):
 
 
 @pytest.mark.parametrize(
+    ("entries", "slower", "total"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, None, [4.0] * 4),
+        ({"rope.scaling.factor": 4.0}, [1, 1, 2, 3], [4.0, 4.0, 8.0, 12.0]),
+        ({"rope.scale_linear": 2.0}, None, [2.0] * 4),
+        ({}, [1, 1, 2, 8], [1.0, 1.0, 2.0, 8.0]),
+    ],
+)
+def test_scaled_rotations_of_gguf(tmp_path, monkeypatch, entries, slower, total):
+    """A factor of all, and those of Llama 3, which are a tensor of the file."""
+    extra = {} if slower is None else {"rope_freqs.weight": np.array(slower, "f4")}
+    tensors, path = oracle.random_tensors(GGUF), tmp_path / "a.gguf"
+    meant = write_gguf(path, tensors, entries=entries, extra=extra)
+    loaded = load_decoder(path)
+    assert loaded.config.rotary_divisors == tuple(total)
+    monkeypatch.setattr(oracle, "slowed", lambda *_: np.array(total))
+    check(loaded, GGUF, meant)
+
+
+@pytest.mark.parametrize(
     ("entries", "match"),
     [
         ({"rope.scaling.type": "yarn"}, r"rotations scaled by 'yarn'"),
-        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, r"'linear', 4.0"),
-        ({"rope.scaling.factor": 4.0}, r"rotations scaled by 'linear', 4.0"),
-        ({"rope.scale_linear": 2.0}, r"rotations scaled by 'linear', 2.0"),
-        ({"expert_count": 8}, r"or experts, which are not covered"),
+        ({"rope.scaling.factor": -4.0}, r"rotary_divisors must be 4 positive numbers"),
+        ({"expert_count": 8}, r"has experts, which are not covered"),
         ({"attention.key_length": 16}, r"rotates a part of every head only"),
         ({"block_count": ...}, r"a.gguf has no entry 'llama.block_count'"),
         ({"embedding_length": ...}, r"has no entry 'llama.embedding_length'"),
@@ -646,8 +702,8 @@ def test_gguf_tensors_that_do_not_fit(tmp_path):
     more = {"blk.0.attn_q.bias": np.ones(32, "f4")}
     write_gguf(path, tensors, extra=more)
     refused(path, r"that this kind of model does not have: blk.0.attn_q.bias")
-    write_gguf(path, tensors, extra={"rope_freqs.weight": np.full(4, 2.0, "f4")})
-    refused(path, r"a.gguf rescales its rotations, which is not covered")
+    write_gguf(path, tensors, extra={"rope_freqs.weight": np.full(4, -2.0, "f4")})
+    refused(path, r"rotary_divisors must be 4 positive numbers")
     del tensors["model.embed_tokens.weight"]
     write_gguf(path, tensors)
     refused(path, r"a.gguf has no entry 'token_embd.weight'")

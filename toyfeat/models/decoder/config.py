@@ -34,6 +34,9 @@ class DecoderConfig:
       out_bias: whether the attention's output has one.
       mlp_bias: whether the MLP's matrices have one.
       tied: whether the logits' matrix is the embedding.
+      rotary_divisors: what the rate of each pair of entries of a head is divided by,
+        ``rotary_dim / 2`` of them, for models that were trained on longer texts later;
+        ``None`` for ones.
     """
 
     vocab: int
@@ -56,6 +59,7 @@ class DecoderConfig:
     out_bias: bool
     mlp_bias: bool
     tied: bool
+    rotary_divisors: tuple[float, ...] | None = None
 
     def __post_init__(self: Self) -> None:
         """Check the sizes.
@@ -85,6 +89,17 @@ class DecoderConfig:
             raise ValueError(
                 "decoder: eps and rotary_base must be positive, got "
                 f"{self.eps!r} and {self.rotary_base!r}"
+            )
+        slower = self.rotary_divisors
+        good = slower is None or (
+            isinstance(slower, tuple)
+            and len(slower) == width // 2
+            and all(_is_positive(x) for x in slower)
+        )
+        if not good:
+            raise ValueError(
+                f"decoder: rotary_divisors must be {width // 2} positive numbers in a "
+                f"tuple, half of rotary_dim, got {slower!r}"
             )
         kinds = get_args(Activation)
         if self.activation not in kinds:
@@ -168,6 +183,7 @@ def neox(
     parallel: bool = True,
     rotary_share: float = 0.25,
     rotary_base: float = 10_000.0,
+    rotary_divisors: tuple[float, ...] | None = None,
     eps: float = 1e-5,
     attention_bias: bool = True,
     tied: bool = False,
@@ -185,6 +201,7 @@ def neox(
       parallel: whether attention and MLP read the same residual.
       rotary_share: of a head's entries that are rotated.
       rotary_base: of the wavelengths.
+      rotary_divisors: of the rates, one for every pair of entries that is rotated.
       eps: of LayerNorm.
       attention_bias: whether attention has biases.
       tied: whether the logits' matrix is the embedding.
@@ -221,6 +238,7 @@ def neox(
         parallel=parallel,
         rotary_dim=int(head_dim * rotary_share),
         rotary_base=rotary_base,
+        rotary_divisors=rotary_divisors,
         eps=eps,
         qkv_bias=attention_bias,
         out_bias=attention_bias,
@@ -241,6 +259,7 @@ def llama(
     context: int = 8192,
     activation: Activation = "silu",
     rotary_base: float = 10_000.0,
+    rotary_divisors: tuple[float, ...] | None = None,
     eps: float = 1e-5,
     attention_bias: bool = False,
     mlp_bias: bool = False,
@@ -259,6 +278,7 @@ def llama(
       context: positions.
       activation: of the MLP's gate.
       rotary_base: of the wavelengths.
+      rotary_divisors: of the rates, one for every pair of entries that is rotated.
       eps: of RMSNorm.
       attention_bias: whether attention has biases.
       mlp_bias: whether the MLP has biases.
@@ -292,6 +312,7 @@ def llama(
         parallel=False,
         rotary_dim=width,
         rotary_base=rotary_base,
+        rotary_divisors=rotary_divisors,
         eps=eps,
         qkv_bias=attention_bias,
         out_bias=attention_bias,

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,12 @@ def read(path: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
         return np.asarray(values, np.float32).reshape(shapes[name])
 
     config = _config_of(fields, shapes, path)
-    if "rope_freqs.weight" in tensors and np.any(unpacked("rope_freqs.weight") != 1):
-        raise ValueError(f"{_WHO}: {path} rescales its rotations, which is not covered")
+    slower = _factor(fields, path)
+    if "rope_freqs.weight" in tensors:
+        slower = slower * unpacked("rope_freqs.weight").reshape(-1)
+    if np.any(slower != 1):
+        slower = np.broadcast_to(slower, config.rotary_dim // 2)
+        config = replace(config, rotary_divisors=tuple(slower.tolist()))
     source = Source(str(path), shapes, unpacked)
     pieces = gguf_pieces(config)
     return config, assembled(
@@ -81,16 +86,8 @@ def _config_of(
             f"{_WHO}: wanted a GGUF file of the architecture 'llama', {path} has "
             f"{kind!r}; use the safetensors of that model"
         )
-    # A factor without a type is linear for llama.cpp too.
-    scaling = fields.get("llama.rope.scaling.type", "linear")
-    factor = fields.get("llama.rope.scale_linear", 1)
-    factor = fields.get("llama.rope.scaling.factor", factor)
-    plain = scaling == "none" or (scaling == "linear" and factor in (0, 1))
-    if not plain or fields.get("llama.expert_count", 0):
-        raise ValueError(
-            f"{_WHO}: {path} has rotations scaled by {scaling!r}, {factor}, or "
-            "experts, which are not covered"
-        )
+    if fields.get("llama.expert_count", 0):
+        raise ValueError(f"{_WHO}: {path} has experts, which are not covered")
     try:
         heads = fields["llama.attention.head_count"]
         width = fields.get("llama.attention.key_length")
@@ -115,3 +112,16 @@ def _config_of(
         )
     except KeyError as error:
         raise ValueError(f"{_WHO}: {path} has no entry {error}") from None
+
+
+def _factor(fields: Mapping[str, Any], path: Path) -> Any:
+    """What all rates of rotations are divided by."""
+    # A factor without a type is linear for llama.cpp too.
+    scaling = fields.get("llama.rope.scaling.type", "linear")
+    factor = fields.get("llama.rope.scale_linear", 1)
+    factor = fields.get("llama.rope.scaling.factor", factor)
+    if scaling not in ("none", "linear"):
+        raise ValueError(
+            f"{_WHO}: {path} has rotations scaled by {scaling!r}, which is not covered"
+        )
+    return 1.0 if scaling == "none" or not factor else float(factor)

@@ -1,6 +1,8 @@
 """Folders of ``transformers``: ``config.json`` and safetensors."""
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,7 @@ def _of_neox(given: Mapping[str, Any]) -> DecoderConfig:
     rope = _rope(given)
     share = given.get("rotary_pct", rope.get("partial_rotary_factor", 0.25))
     base = given.get("rotary_emb_base", rope.get("rope_theta", 10_000.0))
-    return neox(
+    config = neox(
         vocab=given["vocab_size"],
         layers=given["num_hidden_layers"],
         dim=given["hidden_size"],
@@ -111,11 +113,12 @@ def _of_neox(given: Mapping[str, Any]) -> DecoderConfig:
         attention_bias=given.get("attention_bias", True),
         tied=given.get("tie_word_embeddings", False),
     )
+    return _slowed(config, rope)
 
 
 def _of_llama(given: Mapping[str, Any]) -> DecoderConfig:
     rope = _rope(given)
-    return llama(
+    config = llama(
         vocab=given["vocab_size"],
         layers=given["num_hidden_layers"],
         dim=given["hidden_size"],
@@ -131,6 +134,7 @@ def _of_llama(given: Mapping[str, Any]) -> DecoderConfig:
         mlp_bias=given.get("mlp_bias", False),
         tied=given.get("tie_word_embeddings", False),
     )
+    return _slowed(config, rope)
 
 
 _KINDS: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
@@ -145,12 +149,42 @@ def _rope(given: Mapping[str, Any]) -> Mapping[str, Any]:
     found = given.get("rope_parameters") or given.get("rope_scaling") or {}
     if not isinstance(found, Mapping):
         raise ValueError(f"{_WHO}: rope_parameters must be entries, got {found!r}")
-    kind = found.get("rope_type", found.get("type", "default"))
-    if kind != "default":
-        raise ValueError(
-            f"{_WHO}: rotations of type {kind!r} are not covered, only 'default'"
-        )
     return found
+
+
+def _slowed(config: DecoderConfig, rope: Mapping[str, Any]) -> DecoderConfig:
+    """With the rates of rotations that longer texts were trained with."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return config
+    if kind not in ("linear", "llama3"):
+        raise ValueError(
+            f"{_WHO}: rotations of type {kind!r} are not covered, only 'default', "
+            "'linear' and 'llama3'"
+        )
+    names = ["factor"]
+    if kind == "llama3":
+        names += ["low_freq_factor", "high_freq_factor"]
+        names += ["original_max_position_embeddings"]
+    sizes = {name: rope[name] for name in names}
+    fit = all(isinstance(x, int | float) and x > 0 for x in sizes.values())
+    if not fit or sizes.get("low_freq_factor", 0) >= sizes.get("high_freq_factor", 1):
+        raise ValueError(
+            f"{_WHO}: rotations of type {kind!r} want positive numbers, the factor of "
+            f"high frequencies above that of low ones, got {sizes}"
+        )
+    factor, num = sizes["factor"], config.rotary_dim // 2
+    if kind == "linear":
+        return replace(config, rotary_divisors=(float(factor),) * num)
+    _, low, high, context = sizes.values()
+    waves = [
+        2 * math.pi * config.rotary_base ** (i / num) for i in range(num)
+    ]  # positions of a whole turn
+    shares = [(context / wave - low) / (high - low) for wave in waves]
+    kept = [min(max(share, 0.0), 1.0) for share in shares]
+    return replace(
+        config, rotary_divisors=tuple(1 / ((1 - k) / factor + k) for k in kept)
+    )
 
 
 def _activation(name: str) -> Activation:

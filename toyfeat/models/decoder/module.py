@@ -232,6 +232,8 @@ def rotated(heads: Array, config: DecoderConfig, *, first: int = 0) -> Array:
     width = config.rotary_dim
     powers = jnp.arange(0, width, 2, dtype=jnp.float32) / width
     rates = float(config.rotary_base) ** -powers
+    if config.rotary_divisors is not None:
+        rates = rates / jnp.asarray(config.rotary_divisors, jnp.float32)
     positions = jnp.arange(first, first + heads.shape[1], dtype=jnp.float32)
     angles = jnp.outer(positions, rates)
     cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))

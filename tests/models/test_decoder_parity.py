@@ -173,10 +173,13 @@ def test_logits_and_gradients_are_those_of_transformers(folder, name):
 
 def test_models_are_of_the_kinds_that_they_are_called(folder):
     configs = {name: load_decoder(folder / name).config for name in NAMES}
-    assert [configs[n].tied for n in NAMES] == [1, 0, 0, 0, 1, 0, 1]
-    assert [configs[n].parallel for n in NAMES] == [0, 0, 1, 0, 1, 0, 0]
-    assert [configs[n].qkv_bias for n in NAMES] == [1, 1, 1, 1, 0, 0, 1]
+    assert [configs[n].tied for n in NAMES] == [1, 0, 0, 0, 1, 0, 1, 0, 0]
+    assert [configs[n].parallel for n in NAMES] == [0, 0, 1, 0, 1, 0, 0, 0, 0]
+    assert [configs[n].qkv_bias for n in NAMES] == [1, 1, 1, 1, 0, 0, 1, 0, 0]
     assert configs["neox"].rotary_dim == 4
     assert configs["llama"].kv_heads == 2
     assert configs["llama-biased-tied"].head_dim == 6
     assert configs["llama-biased-tied"].rotary_base == 100.0
+    assert configs["llama-linear"].rotary_divisors == (2.5, 2.5)
+    slower = configs["llama3"].rotary_divisors
+    assert slower[0] == 1 < slower[1] < slower[-1] == 4

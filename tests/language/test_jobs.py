@@ -13,6 +13,9 @@ from toyfeat.language import (
     Train,
     read_job,
 )
+from toyfeat.language.training import runs_of
+
+ROOT = Path(__file__).parents[2]
 
 
 def read(tmp_path, text):
@@ -168,3 +171,11 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path):
     (tmp_path / "job.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"read_job: .*job\.toml is not TOML"):
         read_job(tmp_path / "job.toml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=str)
+def test_jobs_of_the_examples_can_be_read(path):
+    job = read_job(path)
+    names = [run.name for run in runs_of(job.train)]
+    assert len(names) == len(set(names)) > 3
+    assert job.out.startswith("out/smollm2")

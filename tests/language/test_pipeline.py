@@ -212,6 +212,20 @@ def test_again_nothing_is_computed(copy, done, monkeypatch, capsys):
     assert content(out) == before
 
 
+def test_without_pairs_attributions_are_not_checked(copy, done, monkeypatch):
+    out = Path(copy.out)
+    path = out / "evaluation.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(x for x in lines if '"faithfulness"' not in x))
+    said = json.loads((out / "job.json").read_text())
+    none = {"evaluate.uniform": 0, "evaluate.largest": 0}
+    (out / "job.json").write_text(json.dumps(said | none))
+    monkeypatch.setattr(pipeline, "faithfulness", never)
+    few = replace(copy, evaluate=replace(copy.evaluate, uniform=0, largest=0))
+    rows = pipeline.evaluated(done["run"]._replace(job=few))
+    assert {row["what"] for row in rows} == {"losses", "scores"}
+
+
 @pytest.mark.parametrize("what", ["scores", "faithfulness"])
 def test_a_row_that_was_cut_off_is_dropped_and_computed_again(copy, done, what):
     path = Path(copy.out) / "evaluation.jsonl"

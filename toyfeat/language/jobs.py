@@ -144,7 +144,8 @@ class Evaluate:
       windows: of held-out text.
       batch: windows at a time.
       uniform: pairs of a token and a latent that is active there, drawn evenly.
-      largest: pairs with the largest attributions.
+      largest: pairs with the largest attributions; with neither, attributions are
+        not checked.
       pair_batch: pairs at a time.
       seed: of the draws.
     """
@@ -162,7 +163,8 @@ class Job:
     """A model, a text, and what is done with them.
 
     Attributes:
-      model: a folder, a ``.gguf`` file or a name that ``scripts/fetch.py`` knows.
+      model: a folder, a ``.gguf`` file or a name that ``scripts/fetch.py`` knows,
+        ``hub:owner/name`` among them.
       text: a folder of ``.txt`` files, of which some are held out, or such a name.
       out: folder of everything that is made.
       source: ``"store"``, what ``scripts/collect.py`` wrote, or ``"model"``:

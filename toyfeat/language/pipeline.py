@@ -272,7 +272,8 @@ def evaluated(run: Opened, say: Say = print) -> list[dict[str, Any]]:
     order = sorted(found, key=lambda one: one.k != middle)  # stable
     names = [one.name for one in order] + [f"{name}-k{middle}" for name in _CHECKED]
     every = methods | baselines
-    _checked(run, by, {n: every[n] for n in names if n in every}, rows, say)
+    if job.evaluate.uniform + job.evaluate.largest:
+        _checked(run, by, {n: every[n] for n in names if n in every}, rows, say)
     return rows.rows
 
 

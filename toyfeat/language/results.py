@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from toyfeat.checkpoint.files import write_whole
-from toyfeat.language.jobs import Attribution, Job
+from toyfeat.language.jobs import Job
 
 _ADDED = {  # more of them may be asked for
     "train": ("kinds", "codes", "seeds"),
     "decompose": ("bases", "ranks"),
-}
-_BEFORE = {  # what folders were that do not say it
-    "train.population": False,
-    "train.source": "store",
-    "train.attribution.attribution": asdict(Attribution()),
 }
 
 
@@ -38,8 +33,6 @@ def own_folder(job: Job, *parts: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if "train.steps" in found:
-        found = _BEFORE | found
     wanted = _settings(job, parts)
     for name in sorted(found.keys() & wanted.keys()):
         if found[name] != wanted[name]:

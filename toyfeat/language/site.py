@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -143,15 +144,15 @@ def bases_of(
 ) -> dict[str, Basis]:
     """Bases of a site by name, of :class:`toyfeat.language.Decompose`."""
     width = len(stats.mean)
-    plain = pca(stats, width)
+    plain = cache(lambda: pca(stats, width))
     rows = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (width, width)))[0]
     random = {"readers": rows, "writers": rows.T, "spectrum": jnp.ones(width)}
     made: dict[str, Callable[[], Basis]] = {
-        "pca": lambda: plain,
+        "pca": plain,
         "gradient pca": lambda: gradient_pca(stats, width),
         "joint pca": lambda: joint_pca(stats, width),
         "lib": lambda: _interaction(run, site),
-        "random": lambda: plain._replace(**random),
+        "random": lambda: plain()._replace(**random),
     }
     return {name: made[name]() for name in names}
 

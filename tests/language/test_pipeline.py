@@ -590,6 +590,26 @@ def test_products_in_bfloat16_are_trained_on_as_float32(done, tmp_path):
         assert {x.dtype for x in jax.tree.leaves(first)} == {np.dtype("float32")}
 
 
+def test_weights_in_bfloat16_are_near_and_others(done, folder, tmp_path):
+    few = replace(done["job"].decompose, bases=("pca",), ranks=(4,))
+    job = replace(job_of(folder, tmp_path / "out"), weights="bfloat16", decompose=few)
+    run = pipeline.opened(job)
+    kinds = {x.dtype for x in jax.tree.leaves(run.model.params)}
+    assert kinds == {jnp.dtype("bfloat16")}
+    pipeline.collected(run)
+    rows = {row.get("method"): row for row in pipeline.decomposed(run)}
+    wanted = {row.get("method"): row for row in done["decomposed"]}
+    for name in ("ce", "explained", "unexplained"):
+        value = wanted["pca, 4"][name]
+        assert rows["pca, 4"][name] == pytest.approx(value, rel=0.05)
+        assert rows["pca, 4"][name] != value
+    plain = pipeline.opened(replace(job, weights="float32"))
+    with pytest.raises(ValueError, match=r"was written by other weights"):
+        pipeline.decomposed(plain)
+    with pytest.raises(ValueError, match=r"was begun with metadata = .*'weights': '"):
+        pipeline.collected(plain)
+
+
 @pytest.mark.parametrize("massive", [1.2, float("inf")])
 def test_lib_is_of_the_tokens_that_count(done, tmp_path, massive):
     """Its readers see what PCA of the same weights does; every output by a source."""

@@ -20,6 +20,7 @@ _DTYPES = ("float32", "bfloat16")
 _ONE_OF = {
     "dtype": _DTYPES,
     "compute": _DTYPES,
+    "weights": _DTYPES,
     "source": ("store", "model"),
     "penalty": ("geman_mcclure", "log", "l1"),
     "form": ("positive", "signed"),
@@ -167,6 +168,8 @@ class Job:
         ``hub:owner/name`` among them.
       text: a folder of ``.txt`` files, of which some are held out, or such a name.
       out: folder of everything that is made.
+      weights: dtype of the model's parameters in memory, ``"float32"`` or
+        ``"bfloat16"``.
       source: ``"store"``, what ``scripts/collect.py`` wrote, or ``"model"``:
         activations and gradients are made when they are wanted and never stored.
       collect: what is looked at.
@@ -178,6 +181,7 @@ class Job:
     model: str = "smollm2"
     text: str = "sotu"
     out: str = "out/smollm2"
+    weights: str = "float32"
     source: str = "store"
     collect: Collect = field(default_factory=Collect)
     decompose: Decompose = field(default_factory=Decompose)

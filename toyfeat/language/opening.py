@@ -60,7 +60,7 @@ def opened(job: Job) -> Opened:
         token that it does not have, or too little text.
     """
     given = job.collect
-    model = load_decoder(located(job.model))
+    model = load_decoder(located(job.model), dtype=jnp.dtype(job.weights))
     if is_hub(job.model):  # the folder there is named after a commit
         model = model._replace(name=job.model)
     if model.tokenizer is None:

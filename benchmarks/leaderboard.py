@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,16 @@ def measured(
     return row(name, size, method, **scores._asdict(), **more)
 
 
-def verdicts(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Lines on the bars: what is asked of the tasks, and of the general method."""
+def verdicts(
+    rows: list[dict[str, Any]], failed: Sequence[tuple[str, str, str]] = ()
+) -> list[tuple[str, ...]]:
+    """Lines on the bars: what is asked of the tasks, and of the general method.
+
+    Tasks on which a method ``failed`` have none: their best would be of fewer.
+    """
     table = leaderboard.medians(rows)
     names = list(dict.fromkeys(one["case"] for one in rows))
+    names = [name for name in names if name not in {task for task, *_ in failed}]
     methods = {one["method"] for one in rows}
     lines: list[tuple[str, ...]] = [("bar", "task", "figure", "wanted", "")]
 
@@ -162,9 +168,14 @@ def main() -> None:
             folder,
             mine,
             argument=ARGUMENT,
-            header={"size": options.size, "seeds": options.seeds, "root": options.root},
+            header={
+                "size": options.size,
+                "seeds": options.seeds,
+                "root": options.root,
+                "failed": failed,
+            },
             tasks=pages,
-            verdicts=verdicts(mine),
+            verdicts=verdicts(mine, failed),
             console=console,
         )
         print(f"the page is {page}")
@@ -174,7 +185,7 @@ def main() -> None:
     if failed:
         raise SystemExit(
             f"leaderboard: {len(failed)} rows are missing, the same command tries them "
-            f"again: {'; '.join(failed)}"
+            f"again: {'; '.join(' '.join(one) for one in failed)}"
         )
 
 
@@ -183,9 +194,9 @@ def fill(
     pages: dict[str, tuple[str, Any]],
     path: Path,
     options: argparse.Namespace,
-) -> tuple[list[str], list[str]]:
-    """Measure what is missing; the methods that are there, and what raised."""
-    failed: list[str] = []
+) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """Measure what is missing; the methods that are there, and what raised where."""
+    failed: list[tuple[str, str, str]] = []
     tasks, budget, _ = SIZES[options.size]
     methods = options.methods
     pairs = [(seed, name) for seed in range(options.seeds) for name in options.tasks]
@@ -209,8 +220,8 @@ def fill(
                 continue
             except Exception as error:  # of one method: the others go on
                 traceback.print_exc()
-                place = f"{name}, {method}, seed {seed}"
-                failed.append(f"{place} ({type(error).__name__}: {error})")
+                why = f"({type(error).__name__}: {error})"
+                failed.append((name, f"{method}, seed {seed}", why))
                 continue
             rows.append(one)
             with path.open("a", encoding="utf-8") as file:

@@ -131,11 +131,13 @@ def main() -> None:
     results.append(tap_decoder.measured(tiny=tiny))
     rows = [line for lines, _ in results for line in lines]
     for line in rows:
+        ratio = line["ratio"]
+        speed = "" if ratio is None else f"  {ratio:5.2f} x the speed of the peer"
         print(
             f"{line['case']:>7} {line['method']:<14} {1e3 * line['ours_s']:8.2f} ms"
             f"  {line['times_forward']:5.2f} x forward"
             f"  {line['flops_times_forward']:5.2f} x its flops"
-            f"  {line['ratio']:5.2f} x the speed of a split"
+            f"{speed}"
         )
     finish(rows, [text for _, texts in results for text in texts])
 

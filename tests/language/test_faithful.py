@@ -38,7 +38,8 @@ def effects_by_hand(site, held, method):
 
 
 @pytest.mark.parametrize(
-    ("site", "stretch"), [(SITES[0], 2), (SITES[1], None), (SITES[2], 3)]
+    ("site", "stretch"),
+    [(SITES[0], 2), (SITES[1], None), (SITES[2], 3), ("blocks_2/resid_post", 3)],
 )
 def test_every_effect_is_that_of_leaving_it_out_of_the_whole_model(site, stretch):
     cut, held = held_at(site)
@@ -97,8 +98,6 @@ def test_pairs_are_drawn_once_each_and_by_the_seed(monkeypatch):
     np.testing.assert_array_equal(pairs(0), first)
     for options in ({"batch": 7}, {"stretch": 2}, {"stretch": 4, "batch": 3}):
         np.testing.assert_allclose(pairs(0, **options), first, rtol=1e-3, atol=1e-4)
-    few = pairs(0, uniform=8, stretch=2)  # too few for keys and values
-    np.testing.assert_allclose(few, first[:8], rtol=1e-3, atol=1e-4)
     monkeypatch.setattr(faithful, "_MEMORY", 1)
     found = pairs(0, stretch=2, batch=2)  # two windows at a time
     np.testing.assert_allclose(found, first, rtol=1e-3, atol=1e-4)
@@ -143,3 +142,33 @@ def test_no_effect_anywhere_is_an_error():
     nothing = replaced_by(jnp.zeros((1, CONFIG.dim)))
     with pytest.raises(ValueError, match="faithfulness: no latent has an effect"):
         faithfulness(cut, weights(), held, nothing, uniform=3, largest=3)
+
+
+@pytest.mark.parametrize(("uniform", "ways"), [(90, {0, 2, 4, 6}), (40, {0})])
+def test_windows_are_run_in_quarters_where_that_pays(monkeypatch, uniform, ways):
+    """Six windows of seven tokens; eight pairs in each of them are enough."""
+    cut, held = held_at(SITES[0])
+    method = of_dictionary(*dictionary(CONFIG.dim))
+    run = partial(faithfulness, cut, weights(), held, method, largest=0)
+    whole = run(uniform=uniform)[1]  # shorter than the shortest stretch
+    monkeypatch.setattr(faithful, "_STRETCH", 2)
+    firsts, changes = set(), faithful._changes
+
+    def seen(after, first, *args):
+        firsts.add(first)
+        return changes(after, first, *args)
+
+    monkeypatch.setattr(faithful, "_changes", seen)
+    np.testing.assert_allclose(run(uniform=uniform)[1], whole, rtol=1e-3, atol=1e-4)
+    assert firsts == ways - {6}  # the last position has no next token
+
+
+@pytest.mark.parametrize(
+    "bad", [{"uniform": 0}, {"stretch": 0}, {"stretch": -1}, {"uniform": -5}]
+)
+def test_pairs_and_stretches_that_cannot_be(bad):
+    cut, held = held_at(SITES[0])
+    method = of_dictionary(*dictionary(CONFIG.dim))
+    options = {"uniform": 3, "largest": 0, **bad}
+    with pytest.raises(ValueError, match="faithfulness: wanted at least a pair, and a"):
+        faithfulness(cut, weights(), held, method, **options)

@@ -41,11 +41,12 @@ def test_after_a_past_is_the_rest_of_the_positions(name, layer):
     _, acts = plain()
     value = acts[site].at[:, num:].multiply(-2)
     wanted = logits_with(site, value, tokens)[:, num:]
-    past = cut.past(weights(), acts[cut.entry], acts[site])
+    logits, past = cut.seen(weights(), acts[cut.entry], acts[site])
+    np.testing.assert_allclose(logits, plain()[0], atol=1e-5)
     blocks = range(layer + (name == "resid_post"), CONFIG.layers)
     assert len(past) == 2 * len(blocks)
     past = {name: x[:, :num] for name, x in past.items()}
-    found = cut.after(weights(), acts[cut.entry][:, num:], value[:, num:], past)
+    found = cut.after(weights(), acts[cut.entry][:, num:], value[:, num:], past=past)
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("huggingface_hub")
 pytest.importorskip("safetensors")
 
-from toyfeat.language.hub import HubName, hub_licence, hub_name
+from toyfeat.language.hub import HubName, hub_commit, hub_licence, hub_name
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "a" * 40
@@ -33,7 +33,7 @@ CARD = "---\nlicense: mit\n---\n# tiny\n"
 USER = """
 import json, sys
 from toyfeat.language import fetch, located
-from toyfeat.language.hub import hub_licence
+from toyfeat.language.hub import hub_licence, hub_commit
 from toyfeat.models.decoder import load_decoder
 
 def said(run, name):
@@ -47,7 +47,8 @@ def said(run, name):
 found = [said(located, "hub:them/tiny"), said(fetch, "hub:them/tiny")]
 model = load_decoder(located("hub:them/tiny"), tokenizer=False)
 embedding = model.params["params"]["embed"]["embedding"]
-found += [model.config.layers, float(embedding.sum())]
+name = hub_commit("hub:them/tiny@main", located("hub:them/tiny@main"))
+found += [model.config.layers, float(embedding.sum()), name]
 for run, name in json.loads(sys.argv[1]):
     found.append(said({"fetch": fetch, "located": located}[run], name))
 print(json.dumps(found))
@@ -143,10 +144,13 @@ def hub(tmp_path_factory):
 def user(address, home, *more):
     """What the user sees, in a process whose hub is at an address."""
     mine = {"HF_ENDPOINT": address, "HF_HOME": str(home), "JAX_PLATFORMS": "cpu"}
-    mine |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    mine |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
+    others = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    for name in ("NO_PROXY", "no_proxy"):
+        others[name] = "127.0.0.1"
     done = subprocess.run(
         [sys.executable, "-c", USER, json.dumps(more)],
-        env=os.environ | mine | {"PYTHONPATH": str(ROOT)},
+        env=others | mine,
         capture_output=True,
         text=True,
         check=False,
@@ -163,7 +167,7 @@ def home(tmp_path_factory):
 
 def test_a_model_is_fetched_once_with_nothing_that_is_not_wanted(hub, home):
     address, asked = hub
-    before, fetched, layers, total, gguf, again, none, no_file, odd = user(
+    before, fetched, layers, total, commit, *more = user(
         address,
         home,
         ("fetch", "hub:them/tiny/tiny-Q8_0.gguf"),
@@ -171,18 +175,22 @@ def test_a_model_is_fetched_once_with_nothing_that_is_not_wanted(hub, home):
         ("fetch", "hub:them/none"),
         ("fetch", "hub:them/tiny/small.gguf"),
         ("located", "hub:tiny"),
+        ("located", "hub:them/tiny/tiny-Q8_0.gguf"),
     )
     assert before[0] == "FileNotFoundError"
     assert before[1].endswith("run: python scripts/fetch.py hub:them/tiny")
     wanted = ["README.md", "config.json", "model.safetensors"]
     assert fetched == ["mit", wanted]
     assert (layers, total) == (1, 10.0)
+    assert commit == f"hub:them/tiny@{COMMIT}"
+    gguf, again, none, no_file, odd, file = more
     assert gguf == ["mit", ["tiny-Q8_0.gguf"]]
     assert again == ["mit", sorted([*wanted, "tiny-Q8_0.gguf"])]
     assert none[0] == "RuntimeError"
     assert none[1].startswith("fetch: hub:them/none cannot be had: 404")
     assert no_file[0] == "RuntimeError"
     assert no_file[1].endswith("them/tiny has no small.gguf")
+    assert file == gguf
     assert odd[0] == "ValueError"
     assert odd[1].startswith("hub: wanted hub:owner/name")
     files = [path.rpartition("/")[2] for path in asked if "/resolve/" in path]
@@ -195,8 +203,8 @@ def test_what_was_fetched_is_there_without_a_network(hub, home):
     user(hub[0], home)
     found = user("http://127.0.0.1:9", home, ("fetch", "hub:them/other"))
     assert found[0][0] == "mit"  # located
-    assert found[4][0] == "RuntimeError"
-    assert found[4][1].startswith("fetch: hub:them/other cannot be had: ")
+    assert found[5][0] == "RuntimeError"
+    assert found[5][1].startswith("fetch: hub:them/other cannot be had: ")
 
 
 @pytest.mark.parametrize(
@@ -223,9 +231,22 @@ def test_other_names_are_refused(name):
 
 def test_a_model_without_a_card_says_no_licence(tmp_path):
     assert hub_licence(tmp_path) == "not said"
-    (tmp_path / "README.md").write_text("no entries at all")
-    assert hub_licence(tmp_path) == "not said"
+    for text in ("no entries at all", "---\n- a list\n---\n", "---\na: [b\n---\n"):
+        (tmp_path / "README.md").write_text(text)
+        assert hub_licence(tmp_path) == "not said"
     (tmp_path / "README.md").write_text(
         "---\nlicense: other\nlicense_name: free\n---\n"
     )
     assert hub_licence(tmp_path) == "free"
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("hub:a/b", "snapshots/0f"),
+        ("hub:a/b/c.gguf", "snapshots/0f/c.gguf"),
+        ("hub:a/b/d/e/c.gguf", "snapshots/0f/d/e/c.gguf"),
+    ],
+)
+def test_results_say_which_commit_they_are_of(name, path):
+    assert hub_commit(f"{name}@main", Path(path)) == f"{name}@0f"

@@ -398,12 +398,9 @@ LLAMA3 = oracle.CONFIGS["llama3"]["rope_parameters"]
     [
         ({"factor": 0}, r"'llama3' want positive numbers, .*'factor': 0"),
         ({"factor": "8"}, r"positive numbers, .*'factor': '8'"),
-        ({"low_freq_factor": 3.0}, r"high frequencies above that of low ones"),
+        ({"low_freq_factor": 3.0}, r"high_freq_factor above low_freq_factor, got"),
+        ({"factor": float("inf")}, r"positive numbers, .*'factor': inf"),
         ({"factor": ...}, r"config.json has no entry 'factor'"),
-        (
-            {"original_max_position_embeddings": ...},
-            r"no entry 'original_max_position_embeddings'",
-        ),
         ({"rope_type": "linear", "factor": -1}, r"'linear' want .*'factor': -1"),
         ({"rope_type": "linear", "factor": float("nan")}, r"'factor': nan"),
     ],
@@ -412,6 +409,15 @@ def test_scaled_rotations_that_cannot_be(changes, match):
     rope = {k: v for k, v in {**LLAMA3, **changes}.items() if v is not ...}
     with pytest.raises(ValueError, match=match):
         config_of(oracle.LLAMA | {"rope_parameters": rope})
+
+
+def test_the_context_of_scaled_rotations_is_that_of_the_model_by_default():
+    """As transformers has it."""
+    rope = {k: v for k, v in LLAMA3.items() if "original" not in k}
+    size = {"max_position_embeddings": LLAMA3["original_max_position_embeddings"]}
+    given = oracle.CONFIGS["llama3"]
+    found = config_of(given | size | {"rope_parameters": rope})[1].rotary_divisors
+    assert found == config_of(given)[1].rotary_divisors
 
 
 def test_rotations_of_llama_3_slow_long_waves_and_no_short_ones():
@@ -704,6 +710,9 @@ def test_gguf_tensors_that_do_not_fit(tmp_path):
     refused(path, r"that this kind of model does not have: blk.0.attn_q.bias")
     write_gguf(path, tensors, extra={"rope_freqs.weight": np.full(4, -2.0, "f4")})
     refused(path, r"rotary_divisors must be 4 positive numbers")
+    for num in (1, 5):
+        write_gguf(path, tensors, extra={"rope_freqs.weight": np.ones(num, "f4")})
+        refused(path, rf"a.gguf: rope_freqs.weight is \({num},\), wanted \(4,\)")
     del tensors["model.embed_tokens.weight"]
     write_gguf(path, tensors)
     refused(path, r"a.gguf has no entry 'token_embd.weight'")

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,9 @@ from toyfeat.splicing import Faithfulness, attribution_faithfulness
 from toyfeat.types import Array, Params, Taps
 
 _STRETCH, _STRETCHES = 16, 4  # positions at least, and so many in a window at most
-_MEMORY = 2**30  # bytes of keys and values
+_PAIRS = 8  # in a window, from which on its keys and values are worth having
+_MEMORY = 2**30  # bytes of windows with keys and values
+_CHUNK = 1024  # tokens of which a method is asked at a time
 
 
 class _Place(NamedTuple):
@@ -72,16 +73,22 @@ def faithfulness(
       batch: pairs at a time that run on whole windows; more where they do not.
       seed: of the draw.
       stretch: positions of a stretch; by default a quarter of the window and at least
-        16, since each is compiled for itself.  Where there are fewer than two pairs in
-        a window, all of it is run.
+        16, since each is compiled for itself.  Where windows have fewer than eight
+        pairs on average, all of them is run.
 
     Returns:
       :class:`Faithfulness` of all pairs, ``[pairs, 2]`` predicted and true effects,
       and how many of them, the first ones, were drawn.
 
     Raises:
-      ValueError: if no latent is there at any token that counts.
+      ValueError: if no latent is there at any token that counts, or no pairs are asked
+        for.
     """
+    if (stretch is not None and stretch < 1) or uniform + largest < 1:
+        raise ValueError(
+            "faithfulness: wanted at least a pair, and a position in a stretch, got "
+            f"uniform {uniform}, largest {largest}, stretch {stretch}"
+        )
     tokens = np.argwhere(held.weights > 0)  # window and position
     replace = compiled(method)
     sizes = _attributions(replace, held, tokens)
@@ -94,9 +101,10 @@ def faithfulness(
     order = np.argsort(-np.abs(sizes[tuple(rest.T)]), kind="stable")[:largest]
     pairs = np.concatenate([drawn, rest[order]])
     (window, position), slot = tokens[pairs[:, 0]].T, pairs[:, 1]
+    removed = _removed(replace, held, window, position, slot)
     length, used = held.tokens.shape[1], np.unique(window)
     step = stretch or max(_STRETCH, -(-length // _STRETCHES))
-    if len(pairs) < 2 * len(used):
+    if stretch is None and len(pairs) < _PAIRS * len(used):
         step = length
     true = np.zeros(len(pairs))
     for place, windows in _places(cut, params, held, used, batch, step < length):
@@ -104,10 +112,10 @@ def faithfulness(
             here = np.isin(window, windows) & (position // step == first // step)
             size = batch * length // (length - first)
             for part in _parts(np.flatnonzero(here), size):
-                rows = _rows(held, window[part], position[part])
-                removed = replace(rows).parts[jnp.arange(size), slot[part]]
                 where = np.searchsorted(windows, window[part]), position[part]
-                true[part] = _changes(cut.after, first, params, place, *where, removed)
+                run = partial(_changes, cut.after, first, params, place)
+                true[part] = run(*where, removed[part])
+        del place  # before the next one is made
     effects = np.stack([-sizes[tuple(pairs.T)], true], axis=1)
     return attribution_faithfulness(*effects.T), effects, len(drawn)
 
@@ -120,22 +128,24 @@ def _places(
     batch: int,
     keep: bool,
 ) -> Iterator[tuple[_Place, np.ndarray]]:
-    """As many windows at a time as keys and values have room for."""
-    run = partial(_seen, cut.after, cut.past if keep else None, params)
+    """As many windows at a time as there is room for, filled up to one number."""
+    run = partial(_seen, cut.seen, keep, params)
 
     def arrays(windows: np.ndarray) -> tuple[Array, Array, Array]:
         entry, acts = held.entry[windows], held.acts[windows]
         return jnp.asarray(entry), jnp.asarray(acts), jnp.asarray(held.tokens[windows])
 
-    past = jax.eval_shape(run, *arrays(windows[:1]))[1]
-    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(past))
-    room = max(batch, _MEMORY // max(each, 1))
+    def seen(windows: np.ndarray, index: np.ndarray) -> Any:
+        found = [run(*arrays(part)) for part in _parts(windows, batch)]
+        return jax.tree.map(lambda *x: jnp.concatenate(x)[index], *found)
+
+    one = jax.eval_shape(lambda *x: (x, run(*x)), *arrays(windows[:1]))
+    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one))
+    room = min(max(batch, _MEMORY // each), len(held.tokens))
     for start in range(0, len(windows), room):
         mine = windows[start : start + room]
-        found = [run(*arrays(part)) for part in _parts(mine, batch)]
-        whole = jax.tree.map(lambda *x: jnp.concatenate(x), *found)
-        losses, past = jax.tree.map(itemgetter(slice(len(mine))), whole)
-        yield _Place(*arrays(mine), losses, past), mine
+        index = np.resize(np.arange(len(mine)), room)
+        yield _Place(*arrays(mine[index]), *seen(mine, index)), mine
 
 
 def _parts(items: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -146,16 +156,16 @@ def _parts(items: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _seen(
-    after: Callable[..., Array],
-    past: Callable[..., dict[str, Array]] | None,
+    seen: Callable[..., tuple[Array, dict[str, Array]]],
+    keep: bool,
     params: Params,
     entry: Array,
     acts: Array,
     tokens: Array,
 ) -> tuple[Array, dict[str, Array]]:
     """Losses of windows, and their keys and values."""
-    losses = _per_token(after, params, entry, acts, tokens, {})
-    return losses, past(params, entry, acts) if past else {}
+    logits, past = seen(params, entry, acts)
+    return _per_token(logits, tokens), past if keep else {}
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -173,35 +183,51 @@ def _changes(
     entry, value, tokens, was = (x[window, first:] for x in place[:4])
     at = jnp.arange(first, place.tokens.shape[1])[None, :] - position[:, None]
     value = value - jnp.where(at[:, :, None] == 0, removed[:, None, :], 0)
-    now = _per_token(after, params, entry, value, tokens, past)
+    now = _per_token(after(params, entry, value, past), tokens)
     return jnp.sum(jnp.where(at[:, :-1] >= 0, now - was, 0), axis=1)
 
 
-def _per_token(
-    after: Callable[..., Array],
-    params: Params,
-    entry: Array,
-    value: Array,
-    tokens: Array,
-    past: dict[str, Array],
-) -> Array:
+def _per_token(logits: Array, tokens: Array) -> Array:
     """Cross-entropy at every position but the last, ``[B, T - 1]``."""
-    logits = after(params, entry, value, past)
     return of_next(logits, jax.nn.logsumexp(logits, axis=2), tokens)[:, :-1]
 
 
 def _attributions(
     replace: Callable[[Taps], Replaced], held: Held, tokens: np.ndarray
 ) -> np.ndarray:
-    """``[tokens, k]``, in chunks of one size."""
-    size = min(1024, len(tokens))
+    """``[tokens, k]``."""
     found = []
-    for start in range(0, len(tokens), size):
-        rows = _rows(held, *np.resize(tokens[start : start + size], (size, 2)).T)
+    for part, rows in _chunks(held, *tokens.T):
         assert rows.grads is not None
+        effects = jnp.einsum("nkd,nd->nk", replace(rows).parts, rows.grads[:, 0])
+        found.append(np.asarray(effects)[: len(part)])
+    return np.concatenate(found)
+
+
+def _removed(
+    replace: Callable[[Taps], Replaced],
+    held: Held,
+    window: np.ndarray,
+    position: np.ndarray,
+    slot: np.ndarray,
+) -> np.ndarray:
+    """Parts of pairs, ``[P, width]``."""
+    found = []
+    for part, rows in _chunks(held, window, position):
         parts = replace(rows).parts
-        found.append(np.asarray(jnp.einsum("nkd,nd->nk", parts, rows.grads[:, 0])))
-    return np.concatenate(found)[: len(tokens)]
+        found.append(np.asarray(parts[jnp.arange(len(part)), slot[part]]))
+    return np.concatenate(found)
+
+
+def _chunks(
+    held: Held, window: np.ndarray, position: np.ndarray
+) -> Iterator[tuple[np.ndarray, Taps]]:
+    """Indices of some tokens, and these tokens, filled up to one number."""
+    size = min(_CHUNK, held.tokens.size)
+    for start in range(0, len(window), size):
+        part = np.arange(start, min(start + size, len(window)))
+        full = np.resize(part, size)
+        yield part, _rows(held, window[full], position[full])
 
 
 def _rows(held: Held, window: np.ndarray, position: np.ndarray) -> Taps:

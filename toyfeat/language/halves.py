@@ -1,7 +1,7 @@
 """A decoder in two halves at a site, so that the first is run once."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from toyfeat.tap import from_linen
 from toyfeat.types import Array, Params, Probed
 
 _SITE = re.compile(r"blocks_(0|[1-9][0-9]*)/(\w+)")
+Past = Mapping[str, Array] | None
 _KEPT = re.compile(r"blocks_[0-9]+/attn/(key|value)")
 
 
@@ -25,15 +26,16 @@ class Halves(NamedTuple):
       after: ``(params, entry [B, T, D], value [B, T, width], past=None) -> logits
         [B, T, V]``, the rest of the model with ``value`` at the site; with a past all
         of it is of the positions behind.
-      past: ``(params, entry, value) -> {site: [B, T, .]}``, keys and values of the
-        rest of the model; their first positions are the past of the others.
+      seen: ``(params, entry, value) -> logits, {site: [B, T, .]}`` with the keys and
+        values of the rest of the model, whose first positions are the past of the
+        others.
     """
 
     site: str
     entry: str
     whole: Probed
     after: Callable[..., Array]
-    past: Callable[[Params, Array, Array], dict[str, Array]]
+    seen: Callable[[Params, Array, Array], tuple[Array, dict[str, Array]]]
 
 
 def halves(config: DecoderConfig, site: str, *, dtype: Any = jnp.float32) -> Halves:
@@ -65,23 +67,24 @@ def halves(config: DecoderConfig, site: str, *, dtype: Any = jnp.float32) -> Hal
     rest = from_linen(Decoder(config, start=start, dtype=dtype))
 
     def run(
-        params: Params, entry: Array, value: Array, past: Any = None
+        params: Params, entry: Array, value: Array, past: Past = None
     ) -> tuple[Array, dict[str, Array]]:
         if is_resid:
             return rest(params, (value, past), {})
         return rest(params, (entry, past), {site: lambda _: value})
 
-    def past(params: Params, entry: Array, value: Array) -> dict[str, Array]:
-        acts = run(params, entry, value)[1]
-        return {name: x for name, x in acts.items() if _KEPT.fullmatch(name)}
+    def after(params: Params, entry: Array, value: Array, past: Past = None) -> Array:
+        return run(params, entry, value, past)[0]
 
-    return Halves(
-        site,
-        site if is_resid else f"blocks_{layer}/resid_pre",
-        from_linen(Decoder(config, dtype=dtype)),
-        lambda *args: run(*args)[0],
-        past,
-    )
+    def seen(
+        params: Params, entry: Array, value: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        logits, acts = run(params, entry, value)
+        return logits, {n: x for n, x in acts.items() if _KEPT.fullmatch(n)}
+
+    entry = site if is_resid else f"blocks_{layer}/resid_pre"
+    whole = from_linen(Decoder(config, dtype=dtype))
+    return Halves(site, entry, whole, after, seen)
 
 
 def checked_site(config: DecoderConfig, site: str) -> tuple[int, str]:

@@ -90,12 +90,29 @@ def hub_path(name: str, *, download: bool) -> Path:
             raise _not_fetched(name) from None
         said = " ".join(str(error).split()) or type(error).__name__
         raise RuntimeError(f"fetch: {name} cannot be had: {said[:500]}") from error
-    there = folder / (file or "config.json")
-    if there.exists():
-        return folder if file is None else there
-    if not download:
-        raise _not_fetched(name)
-    raise RuntimeError(f"fetch: {name} cannot be had: {repo} has no {there.name}")
+    weights = "model.safetensors"
+    wanted = [[file]] if file else [["config.json"], [weights, f"{weights}.index.json"]]
+    for names in wanted:
+        if not any((folder / one).exists() for one in names):
+            if not download:
+                raise _not_fetched(name)
+            raise RuntimeError(f"fetch: {name} cannot be had: {repo} has no {names[0]}")
+    return folder / file if file else folder
+
+
+def hub_commit(name: str, path: Path) -> str:
+    """A name with the commit that is there.
+
+    Args:
+      name: see :func:`hub_name`.
+      path: from :func:`hub_path`.
+
+    Returns:
+      ``hub:owner/name@commit``.
+    """
+    repo, file, _ = hub_name(name)
+    place = path if file is None else path.parents[file.count("/")]
+    return f"hub:{repo}{f'/{file}' if file else ''}@{place.name}"
 
 
 def hub_licence(path: Path) -> str:
@@ -111,7 +128,10 @@ def hub_licence(path: Path) -> str:
     card = next((card for card in cards if card.is_file()), None)
     if card is None:
         return "not said"
-    data = _library().ModelCard.load(card, ignore_metadata_errors=True).data
+    try:
+        data = _library().ModelCard.load(card, ignore_metadata_errors=True).data
+    except Exception:  # whatever people write there
+        return "not said"
     return str(data.get("license_name") or data.get("license") or "not said")
 
 

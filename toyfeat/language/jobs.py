@@ -166,7 +166,8 @@ class Job:
     Attributes:
       model: a folder, a ``.gguf`` file or a name that ``scripts/fetch.py`` knows,
         ``hub:owner/name`` among them.
-      text: a folder of ``.txt`` files, of which some are held out, or such a name.
+      text: a folder of ``.txt`` files, of which some are held out, or a name that
+        ``scripts/fetch.py`` knows.
       out: folder of everything that is made.
       weights: dtype of the model's parameters in memory, ``"float32"`` or
         ``"bfloat16"``.

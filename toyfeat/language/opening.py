@@ -11,7 +11,7 @@ import numpy as np
 from toyfeat.data.store import store_size
 from toyfeat.language.collecting import ReadoutOf, fingerprint, readout_of, tapped
 from toyfeat.language.halves import checked_site
-from toyfeat.language.hub import is_hub
+from toyfeat.language.hub import hub_commit, is_hub
 from toyfeat.language.jobs import Job
 from toyfeat.language.sources import located, texts_of
 from toyfeat.language.training import runs_of
@@ -60,9 +60,10 @@ def opened(job: Job) -> Opened:
         token that it does not have, or too little text.
     """
     given = job.collect
-    model = load_decoder(located(job.model), dtype=jnp.dtype(job.weights))
+    path = located(job.model)
+    model = load_decoder(path, dtype=jnp.dtype(job.weights))
     if is_hub(job.model):  # the folder there is named after a commit
-        model = model._replace(name=job.model)
+        model = model._replace(name=hub_commit(job.model, path))
     if model.tokenizer is None:
         raise ValueError(f"job: {job.model} has no tokenizer")
     for site in given.sites:

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from toyfeat.checkpoint.files import write_whole
-from toyfeat.language.jobs import Job
+from toyfeat.language.jobs import Attribution, Job
 
 _ADDED = {  # more of them may be asked for
     "train": ("kinds", "codes", "seeds"),
     "decompose": ("bases", "ranks"),
+}
+_BEFORE = {  # what folders were that do not say it
+    "train.population": False,
+    "train.source": "store",
+    "train.attribution.attribution": asdict(Attribution()),
 }
 
 
@@ -33,6 +38,10 @@ def own_folder(job: Job, *parts: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if found:
+        found = {"weights": "float32"} | found
+    if "train.steps" in found:
+        found = _BEFORE | found
     wanted = _settings(job, parts)
     for name in sorted(found.keys() & wanted.keys()):
         if found[name] != wanted[name]:
@@ -54,7 +63,7 @@ def _settings(job: Job, parts: Iterable[str]) -> dict[str, Any]:
     given["train"]["source"] = job.source
     for loss in given["train"].pop("attribution"):  # more may be added, by name
         given["train"][f"attribution.{loss['name']}"] = loss
-    flat = {"model": given["model"], "text": given["text"]}
+    flat = {name: given[name] for name in ("model", "text", "weights")}
     for part in parts:
         flat |= {f"{part}.{name}": value for name, value in given[part].items()}
     return json.loads(json.dumps(flat))  # tuples are lists there

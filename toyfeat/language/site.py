@@ -134,8 +134,8 @@ def _check_same(run: Opened, weights: str) -> None:
 def _check_weights(run: Opened, path: Path, found: str, mine: str) -> None:
     if found != mine:
         raise ValueError(
-            f"job: {path} was written by other weights than those of {run.job.model}; "
-            "give the model it was, or another folder as out"
+            f"job: {path} was written by other weights than those of {run.job.model} "
+            f"in {run.job.weights}; give the model it was, or another folder as out"
         )
 
 

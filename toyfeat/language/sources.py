@@ -105,6 +105,8 @@ def located(name: str) -> Path:
 
     Raises:
       FileNotFoundError: if it is neither there nor fetched; says what to run.
+      ValueError: for a name of the hub of another form.
+      ImportError: for one, without the ``lm`` extra.
     """
     if is_hub(name):
         return hub_path(name, download=False)
@@ -136,6 +138,7 @@ def fetch(name: str) -> Path:
       ValueError: for another name, or a file whose SHA-256 is not the known one,
         which is not unpacked and not kept.
       RuntimeError: if the download fails.
+      ImportError: for a model of the hub, without the ``lm`` extra.
     """
     if is_hub(name):
         return hub_path(name, download=True)

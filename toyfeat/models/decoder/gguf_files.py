@@ -38,11 +38,15 @@ def read(path: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
         return np.asarray(values, np.float32).reshape(shapes[name])
 
     config = _config_of(fields, shapes, path)
-    slower = _factor(fields, path)
+    slower = np.full(config.rotary_dim // 2, _factor(fields, path))
     if "rope_freqs.weight" in tensors:
-        slower = slower * unpacked("rope_freqs.weight").reshape(-1)
+        wanted, found = slower.shape, shapes["rope_freqs.weight"]
+        if found != wanted:
+            raise ValueError(
+                f"{_WHO}: {path}: rope_freqs.weight is {found}, wanted {wanted}"
+            )
+        slower = slower * unpacked("rope_freqs.weight")
     if np.any(slower != 1):
-        slower = np.broadcast_to(slower, config.rotary_dim // 2)
         config = replace(config, rotary_divisors=tuple(slower.tolist()))
     source = Source(str(path), shapes, unpacked)
     pieces = gguf_pieces(config)

@@ -166,12 +166,17 @@ def _slowed(config: DecoderConfig, rope: Mapping[str, Any]) -> DecoderConfig:
     if kind == "llama3":
         names += ["low_freq_factor", "high_freq_factor"]
         names += ["original_max_position_embeddings"]
-    sizes = {name: rope[name] for name in names}
-    fit = all(isinstance(x, int | float) and x > 0 for x in sizes.values())
-    if not fit or sizes.get("low_freq_factor", 0) >= sizes.get("high_freq_factor", 1):
+    known = {"original_max_position_embeddings": config.context, **rope}
+    sizes = {name: known[name] for name in names}
+    fit = all(isinstance(x, int | float) and 0 < x < math.inf for x in sizes.values())
+    if not fit:
         raise ValueError(
-            f"{_WHO}: rotations of type {kind!r} want positive numbers, the factor of "
-            f"high frequencies above that of low ones, got {sizes}"
+            f"{_WHO}: rotations of type {kind!r} want positive numbers, got {sizes}"
+        )
+    if sizes.get("low_freq_factor", 0) >= sizes.get("high_freq_factor", 1):
+        raise ValueError(
+            f"{_WHO}: rotations of type {kind!r} want high_freq_factor above "
+            f"low_freq_factor, got {sizes}"
         )
     factor, num = sizes["factor"], config.rotary_dim // 2
     if kind == "linear":

@@ -6,10 +6,9 @@ are five a block.  "gradient alone" is ``jax.grad`` of the same loss by the embe
 tokens, with no site returned: what this model's backward pass costs here.
 """
 
-import statistics
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contest import HERE, PEERS, Worker
-from harness import program, row
+from harness import medians, program, row
 
 import toyfeat as tf
 from toyfeat.models.decoder import SITES, Decoder, load_decoder
@@ -62,62 +61,19 @@ def measured(*, tiny: bool = False) -> tuple[list[dict], list[str]]:
 def _measured(
     worker: Worker, folder: Path, tokens: jax.Array, size: dict[str, int]
 ) -> tuple[list[dict], list[str]]:
-    model = load_decoder(folder, tokenizer=False)
-    probed = tf.from_linen(Decoder(model.config))
-    layers = range(size["layers"])
-    sites = [f"blocks_{i}/{name}" for i in layers for name in SITES]
-    middle = f"blocks_{size['layers'] // 2}/resid_post"
-
-    def tapped(sites: Any) -> Any:
-        return lambda p, x: tf.tap(
-            probed, p, x, sites=sites, readout=tf.readouts.next_token_loss(x)
-        )
-
-    behind = Decoder(model.config, start=0)
-
-    def bare(p: Any, x: jax.Array) -> jax.Array:
-        """By hand, of the loss that the readout has."""
-
-        def loss(resid: jax.Array) -> jax.Array:
-            logits = jnp.asarray(behind.apply(p, resid))[:, :-1]
-            picked = jnp.take_along_axis(logits, x[:, 1:, None], axis=2)[:, :, 0]
-            return jnp.sum(jax.nn.logsumexp(logits, axis=2) - picked)
-
-        return jax.grad(loss)(p["params"]["embed"]["embedding"][x])
-
-    programs = {
-        "forward": program(lambda p, x: probed(p, x, {})[0], model.params, tokens),
-        ALONE: program(bare, model.params, tokens),
-        "tap all sites": program(tapped(sites), model.params, tokens),
-        "tap one site": program(tapped([middle]), model.params, tokens),
-    }
-    taps = programs["tap all sites"].run()
-    worker.ask(what="run", method="hooked")
-    names = [f"{i}/{name}" for i in layers for name in SITES]
-    worker.ask(what="save", sites=names, path=str(folder / "grads.npz"))
-    theirs = np.load(folder / "grads.npz")
-    error = max(
-        _distance(taps[f"blocks_{name}"].grads, theirs[name.replace("/", ".")])
-        for name in names
-    )
-    first = taps["blocks_0/resid_pre"].grads
-    own = _distance(first, np.asarray(programs[ALONE].run()))
-    del taps
-    if not own < 1e-4:
-        return [], [f"decoder: gradients are {own:.1e} off jax.grad's, no time"]
-    if not error < 1e-3:
-        return [], [f"decoder: gradients are {error:.1e} off torch's, no time"]
-    times: dict[str, list[float]] = {}
-    for _ in range(ROUNDS):  # in turns, so that noise is shared
-        for name, one in programs.items():
-            start = time.perf_counter()
-            one.run()
-            times.setdefault(name, []).append(time.perf_counter() - start)
-        for name in ("forward", "hooked"):
-            answer = worker.ask(what="run", method=name)
-            times.setdefault(f"torch {name}", []).append(answer["seconds"])
-    seconds = {name: statistics.median(taken) for name, taken in times.items()}
-    peers = {"forward": "torch forward"}
+    names = [f"{i}/{name}" for i in range(size["layers"]) for name in SITES]
+    programs = _programs(folder, tokens, names, size["layers"] // 2)
+    error, own = _errors(worker, folder, programs, names)
+    if not (error < 1e-3 and own < 1e-4):
+        return [], [
+            f"decoder: gradients are {error:.1e} off torch's and {own:.1e} off "
+            "jax.grad's, no time"
+        ]
+    runs = {name: one.run for name, one in programs.items()}
+    for name in ("forward", "hooked"):
+        runs[f"torch {name}"] = partial(worker.ask, what="run", method=name)
+    seconds = medians(runs, rounds=ROUNDS)
+    forward, peers = programs["forward"], {"forward": "torch forward"}
     rows = []
     for name, one in programs.items():
         peer = seconds[peers.get(name, "torch hooked")]
@@ -130,22 +86,69 @@ def _measured(
                 peer_s=peer,
                 ratio=None if name == ALONE else peer / seconds[name],
                 times_forward=seconds[name] / seconds["forward"],
-                flops_times_forward=one.flops / programs["forward"].flops,
+                flops_times_forward=one.flops / forward.flops,
                 error=own if name == ALONE else error,
                 peer_error=None,
                 flops=one.flops,
                 compile_s=one.compile_s,
             )
         )
-    missed = []
-    by_name = {line["method"]: line for line in rows}
-    every = by_name["tap all sites"]
+    every = next(line for line in rows if line["method"] == "tap all sites")
     share, speed = every["times_forward"], every["ratio"]
+    missed = []
     if share > BAR:
         missed.append(f"decoder: all sites take {share:.2f} x the forward, bar {BAR}")
     if speed < 1:
         missed.append(f"decoder: all sites at {speed:.2f} x the speed of torch, bar 1")
     return rows, missed
+
+
+def _programs(
+    folder: Path, tokens: jax.Array, names: list[str], middle: int
+) -> dict[str, Any]:
+    """What is timed, compiled."""
+    model = load_decoder(folder, tokenizer=False)
+    probed = tf.from_linen(Decoder(model.config))
+    behind = Decoder(model.config, start=0)
+
+    def tapped(sites: list[str]) -> Any:
+        return lambda p, x: tf.tap(
+            probed, p, x, sites=sites, readout=tf.readouts.next_token_loss(x)
+        )
+
+    def alone(p: Any, x: jax.Array) -> jax.Array:
+        """By hand, of the loss that the readout has."""
+
+        def loss(resid: jax.Array) -> jax.Array:
+            logits = jnp.asarray(behind.apply(p, resid))[:, :-1]
+            picked = jnp.take_along_axis(logits, x[:, 1:, None], axis=2)[:, :, 0]
+            return jnp.sum(jax.nn.logsumexp(logits, axis=2) - picked)
+
+        return jax.grad(loss)(p["params"]["embed"]["embedding"][x])
+
+    functions = {
+        "forward": lambda p, x: probed(p, x, {})[0],
+        ALONE: alone,
+        "tap all sites": tapped([f"blocks_{name}" for name in names]),
+        "tap one site": tapped([f"blocks_{middle}/resid_post"]),
+    }
+    return {name: program(f, model.params, tokens) for name, f in functions.items()}
+
+
+def _errors(
+    worker: Worker, folder: Path, programs: dict[str, Any], names: list[str]
+) -> tuple[float, float]:
+    """Of all gradients against torch's, and of the first against ``jax.grad``'s."""
+    taps = programs["tap all sites"].run()
+    worker.ask(what="run", method="hooked")
+    worker.ask(what="save", sites=names, path=str(folder / "grads.npz"))
+    theirs = np.load(folder / "grads.npz")
+    error = max(
+        _distance(taps[f"blocks_{name}"].grads, theirs[name.replace("/", ".")])
+        for name in names
+    )
+    own = np.asarray(programs[ALONE].run())
+    return error, _distance(taps["blocks_0/resid_pre"].grads, own)
 
 
 def _distance(ours: Any, theirs: np.ndarray) -> float:

@@ -17,13 +17,14 @@ that task; (b) also has the number of codes that was asked for, within 10 %.
   readout to choose; its codes are top-k, so that (b) is (a).
 
 Writes maps and ``out/brittleness/brittleness.html``; what was swept is kept there, and
-the same command goes on.
+the same command goes on (hours; after some minutes at most it has something to keep).
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +89,10 @@ class Run(NamedTuple):
     codes: float
 
 
-Sweep = Callable[[Task, float, Grid], Iterator[Run]]
+Part = Callable[[], list[Run]]
+"""Every learning rate with every coefficient, all else the same."""
+
+Sweep = Callable[[Task, float, Grid], list[Part]]
 
 
 def readouts(key: Array) -> dict[str, Readout]:
@@ -127,7 +131,7 @@ def covered(found: np.ndarray, task: Task) -> float:
     return tf.match_features(found, task.truth.readers).coverage
 
 
-def published(task: Task, target: float, grid: Grid) -> Iterator[Run]:
+def published(task: Task, target: float, grid: Grid) -> list[Part]:
     """The four-term loss as it was written down."""
     del target
     width = len(np.asarray(task.truth.readers)[0])
@@ -139,10 +143,10 @@ def published(task: Task, target: float, grid: Grid) -> Iterator[Run]:
         "clip": np.inf,
         "warm_up": 0,
     }
-    yield from four_terms(task, grid, tf.trainer(sae, objective, **off))
+    return four_terms(task, grid, tf.trainer(sae, objective, **off))
 
 
-def robust(task: Task, target: float, grid: Grid) -> Iterator[Run]:
+def robust(task: Task, target: float, grid: Grid) -> list[Part]:
     """Our four-term loss, steered to the codes that were asked for."""
     width = len(np.asarray(task.truth.readers)[0])
     sae = tf.standard(width, int(np.clip(4 * width, 16, 512)))
@@ -153,34 +157,42 @@ def robust(task: Task, target: float, grid: Grid) -> Iterator[Run]:
         controller=control,
         warm_up=grid.steps // 10,
     )
-    yield from four_terms(task, grid, one)
+    return four_terms(task, grid, one)
 
 
-def four_terms(task: Task, grid: Grid, one: Trainer) -> Iterator[Run]:
+def four_terms(task: Task, grid: Grid, one: Trainer) -> list[Part]:
     """An attribution dictionary over the whole grid."""
     many = tf.population(one)
     rates, coefficients = cells_of(grid)
-    for scale in grid.scales:
-        inputs, drawn = jax.random.split(jax.random.key(1))
-        for name, readout in readouts(drawn).items():
-            taps = scaled_taps(inputs, task, readout, scale, grid.examples)
-            for start in range(grid.starts):
-                keys = jax.random.split(jax.random.key(start), len(rates))
-                state = many.init(
-                    keys,
-                    learning_rate=jnp.asarray(rates, float),
-                    sparsity=jnp.asarray(coefficients, float),
-                    attribution_sparsity=jnp.asarray(coefficients, float),
-                )
-                state, codes = trained(many, state, taps, grid, start)
-                decoders = np.asarray(state.params["W_dec"])
-                encoders = np.asarray(state.params["W_enc"]).swapaxes(1, 2)
-                for i, (rate, c) in enumerate(zip(rates, coefficients, strict=True)):
-                    sides = decoders[i], encoders[i]
-                    finite = all(np.isfinite(side).all() for side in sides)
-                    best = max(covered(side, task) for side in sides) if finite else 0.0
-                    where = (float(rate), float(c), scale, name, start)
-                    yield Run(*where, finite, best, float(codes[i]))
+    inputs, drawn = jax.random.split(jax.random.key(1))
+
+    def part(scale: float, name: str, readout: Readout, start: int) -> list[Run]:
+        taps = scaled_taps(inputs, task, readout, scale, grid.examples)
+        keys = jax.random.split(jax.random.key(start), len(rates))
+        state = many.init(
+            keys,
+            learning_rate=jnp.asarray(rates, float),
+            sparsity=jnp.asarray(coefficients, float),
+            attribution_sparsity=jnp.asarray(coefficients, float),
+        )
+        state, codes = trained(many, state, taps, grid, start)
+        decoders = np.asarray(state.params["W_dec"])
+        encoders = np.asarray(state.params["W_enc"]).swapaxes(1, 2)
+        runs = []
+        for i, (rate, c) in enumerate(zip(rates, coefficients, strict=True)):
+            sides = decoders[i], encoders[i]
+            finite = all(np.isfinite(side).all() for side in sides)
+            best = max(covered(side, task) for side in sides) if finite else 0.0
+            where = (float(rate), float(c), scale, name, start)
+            runs.append(Run(*where, finite, best, float(codes[i])))
+        return runs
+
+    return [
+        partial(part, scale, name, readout, start)
+        for scale in grid.scales
+        for name, readout in readouts(drawn).items()
+        for start in range(grid.starts)
+    ]
 
 
 def trained(
@@ -206,28 +218,36 @@ def trained(
     return state, np.nan_to_num(last[-1])
 
 
-def consensus(task: Task, target: float, grid: Grid) -> Iterator[Run]:
+def consensus(task: Task, target: float, grid: Grid) -> list[Part]:
     """The consensus over the whole grid, in one population per readout."""
     rates, coefficients = cells_of(grid)
     settings = {"learning_rate": rates, "dead_latents": coefficients}
     description = tf.Description(examples=grid.examples, steps=grid.steps)
     each = len(description.codes) * description.repeats
-    for scale in grid.scales:
-        for start in range(grid.starts):
-            parts = jax.random.split(jax.random.key(start), 4)
-            random = tf.readouts.random_directions(parts[1], 4, "gaussian")
-            described = []
-            for i, readout in enumerate((tf.readouts.scalar(half_square), random)):
-                taps = scaled_taps(parts[0], task, readout, scale, grid.examples)
-                rows, key = gradient_rows(taps), parts[2 + i]
-                options = {"signed": i > 0, "settings": settings}
-                described.append(dictionaries(key, rows, description, **options))
-            for i, (rate, c) in enumerate(zip(rates, coefficients, strict=True)):
-                part = slice(i * each, (i + 1) * each)
-                mine = described[0][part] + described[1][part]
-                found, _ = recurring(mine, support=2, cosine=0.95)
-                where = (float(rate), float(c), scale, "both", start)
-                yield Run(*where, True, covered(found, task), target)
+
+    def part(scale: float, start: int) -> list[Run]:
+        keys = jax.random.split(jax.random.key(start), 4)
+        random = tf.readouts.random_directions(keys[1], 4, "gaussian")
+        described = []
+        for i, readout in enumerate((tf.readouts.scalar(half_square), random)):
+            taps = scaled_taps(keys[0], task, readout, scale, grid.examples)
+            options = {"signed": i > 0, "settings": settings}
+            rows = gradient_rows(taps)
+            described.append(dictionaries(keys[2 + i], rows, description, **options))
+        runs = []
+        for i, (rate, c) in enumerate(zip(rates, coefficients, strict=True)):
+            here = slice(i * each, (i + 1) * each)
+            mine = described[0][here] + described[1][here]
+            found, _ = recurring(mine, support=2, cosine=0.95)
+            where = (float(rate), float(c), scale, "both", start)
+            runs.append(Run(*where, True, covered(found, task), target))
+        return runs
+
+    return [
+        partial(part, scale, start)
+        for scale in grid.scales
+        for start in range(grid.starts)
+    ]
 
 
 FAMILIES: dict[str, Sweep] = {
@@ -264,21 +284,29 @@ def shares(
 def swept(
     path: Path, sweep: Sweep, task: Task, target: float, grid: Grid
 ) -> tuple[list[Run], float]:
-    """The runs of a family, and seconds; kept in a file."""
-    if not path.exists():
-        jax.clear_caches()
+    """The runs of a family, and seconds; every part is kept in a file at once."""
+    runs, seconds = kept(path, grid) if path.exists() else ([], 0.0)
+    cells = len(cells_of(grid)[0])
+    jax.clear_caches()
+    for part in sweep(task, target, grid)[len(runs) // cells :]:
         begun = time.perf_counter()
-        runs = list(sweep(task, target, grid))
-        seconds = time.perf_counter() - begun
+        runs += part()
+        seconds += time.perf_counter() - begun
         text = json.dumps({"grid": grid, "seconds": seconds, "runs": runs})
         write_whole(path, text + "\n")
+    return runs, seconds
+
+
+def kept(path: Path, grid: Grid) -> tuple[list[Run], float]:
+    """What a file has, whole parts of this grid."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        grid_of, runs, seconds = (kept[name] for name in ("grid", "runs", "seconds"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        grid_of, runs, seconds = (found[name] for name in ("grid", "runs", "seconds"))
         runs = [Run(*one) for one in runs]
+        whole = len(runs) % len(cells_of(grid)[0]) == 0
     except (ValueError, KeyError, TypeError):
         raise SystemExit(f"brittleness: {path} is damaged; move it away") from None
-    if grid_of != json.loads(json.dumps(grid)):
+    if grid_of != json.loads(json.dumps(grid)) or not whole:
         raise SystemExit(f"brittleness: {path} is of another grid; move it away")
     return runs, seconds
 

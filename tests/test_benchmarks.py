@@ -1,4 +1,5 @@
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -179,6 +180,33 @@ def test_a_sweep_that_is_damaged_or_of_another_grid_is_left_to_the_user(
         with pytest.raises(SystemExit, match=match):
             sweeps.swept(path, None, None, 1.0, grid)
         assert path.read_text() == text
+
+
+def test_a_sweep_goes_on_after_its_last_whole_part(bench, tmp_path):
+    sweeps = bench("brittleness")
+    path, grid = tmp_path / "x.json", sweeps.GRIDS["tiny"]
+    cells, asked = len(sweeps.cells_of(grid)[0]), []
+
+    def sweep(stopped):
+        def part(i):
+            asked.append(i)
+            if i == stopped:
+                raise KeyboardInterrupt
+            return [sweeps.Run(1e-3, 1.0, 1.0, "x", i, True, 0.5, 2.0)] * cells
+
+        return lambda *_: [functools.partial(part, i) for i in range(3)]
+
+    with pytest.raises(KeyboardInterrupt):
+        sweeps.swept(path, sweep(1), None, 2.0, grid)
+    runs, seconds = sweeps.swept(path, sweep(None), None, 2.0, grid)
+    assert asked == [0, 1, 1, 2]
+    assert [run.start for run in runs] == sorted([0, 1, 2] * cells)
+    assert sweeps.swept(path, sweep(0), None, 2.0, grid) == (runs, seconds)
+    few = json.loads(path.read_text())
+    few["runs"].pop()
+    path.write_text(json.dumps(few))
+    with pytest.raises(SystemExit, match=r"x.json is of another grid; move"):
+        sweeps.swept(path, sweep(None), None, 2.0, grid)
 
 
 def test_nothing_found_is_no_success(bench):

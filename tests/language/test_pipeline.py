@@ -370,7 +370,7 @@ def test_a_script_without_a_job_or_with_one_that_is_not_there(script):
         ({"model": "EMPTY"}, r"load_decoder: .* has no config\.json; is it the folder"),
         (
             {"model": "/nowhere"},
-            r"there is no /nowhere; give a path, or one of smollm2",
+            r"there is no /nowhere; give a path, one of smollm2",
         ),
         ({"model": "TEXT"}, r"load_decoder: wanted a folder or a \.gguf file, got"),
         ({"text": "EMPTY"}, r"texts_of: there is no text in "),

@@ -17,7 +17,8 @@ that task; (b) also has the number of codes that was asked for, within 10 %.
   readout to choose; its codes are top-k, so that (b) is (a).
 
 Writes maps and ``out/brittleness/brittleness.html``; what was swept is kept there, and
-the same command goes on (hours; after some minutes at most it has something to keep).
+the same command goes on (hours; every part of as many runs as the grid has rates times
+coefficients is kept at once, which took up to twenty minutes).
 """
 
 import argparse

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from harness import finish, row
+from tap_decoder import SIZE
 
 import toyfeat as tf
 from toyfeat.data.store import shard_taps
@@ -26,14 +27,7 @@ from toyfeat.models.decoder import SITES, Decoder, llama
 
 SIZES = {
     "small": {"layers": 6, "dim": 512, "heads": 8, "hidden": 1024, "vocab": 4096},
-    "SmolLM2": {
-        "layers": 30,
-        "dim": 576,
-        "heads": 9,
-        "kv_heads": 3,
-        "hidden": 1536,
-        "vocab": 49152,
-    },
+    "SmolLM2": SIZE,
 }
 TINY = {"tiny": {"layers": 2, "dim": 16, "heads": 2, "hidden": 32, "vocab": 64}}
 BATCH, LENGTH, BATCHES, ROUNDS, BAR = 8, 128, 8, 3, 1.1

@@ -13,12 +13,12 @@ that task; (b) also has the number of codes that was asked for, within 10 %.
   its best coefficient at every other setting.  The better of decoder and encoder
   counts.
 - ``robust``: our four-term loss with a controller, coefficients as they begin.
-- ``consensus``: its only coefficient is that of the dead latents' loss, and it has no
-  readout to choose; its codes are top-k, so that (b) is (a).
+- ``consensus``: has no coefficient and no readout to choose, so that what it finds at
+  a learning rate stands at every coefficient; its codes are top-k, so that (b) is (a).
 
 Writes maps and ``out/brittleness/brittleness.html``; what was swept is kept there, and
 the same command goes on (hours; every part of as many runs as the grid has rates times
-coefficients is kept at once, which took up to twenty minutes).
+coefficients is kept at once).
 """
 
 import argparse
@@ -220,9 +220,8 @@ def trained(
 
 
 def consensus(task: Task, target: float, grid: Grid) -> list[Part]:
-    """The consensus over the whole grid, in one population per readout."""
-    rates, coefficients = cells_of(grid)
-    settings = {"learning_rate": rates, "dead_latents": coefficients}
+    """The consensus at every learning rate, in one population per readout."""
+    settings = {"learning_rate": np.array(grid.rates)}
     description = tf.Description(examples=grid.examples, steps=grid.steps)
     each = len(description.codes) * description.repeats
 
@@ -236,12 +235,14 @@ def consensus(task: Task, target: float, grid: Grid) -> list[Part]:
             rows = gradient_rows(taps)
             described.append(dictionaries(keys[2 + i], rows, description, **options))
         runs = []
-        for i, (rate, c) in enumerate(zip(rates, coefficients, strict=True)):
+        for i, rate in enumerate(grid.rates):
             here = slice(i * each, (i + 1) * each)
             mine = described[0][here] + described[1][here]
-            found, _ = recurring(mine, support=2, cosine=0.95)
-            where = (float(rate), float(c), scale, "both", start)
-            runs.append(Run(*where, True, covered(found, task), target))
+            found, _ = recurring(mine, support=None, cosine=0.95)
+            reached = covered(found, task)
+            for c in grid.coefficients:
+                where = (rate, c, scale, "both", start)
+                runs.append(Run(*where, True, reached, target))
         return runs
 
     return [

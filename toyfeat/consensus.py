@@ -38,6 +38,7 @@ from toyfeat.types import (
 
 _USED = 1e-3  # of the largest energy, below which a latent does not describe anything
 _CHUNK = 5000
+_OF_MOST = 3  # part of the largest support that a direction has to have
 _IN_A_PLANE = np.cos(np.pi / 16)  # one direction in eight has it with another
 
 
@@ -49,7 +50,7 @@ def consensus(
     subject: Subject,
     *,
     description: Description = DEFAULT,
-    support: int = 2,
+    support: int | None = None,
     cosine: float = 0.95,
 ) -> Consensus:
     r"""Readers of a model, by the agreement of dictionaries of its gradients.
@@ -68,7 +69,8 @@ def consensus(
       key: random key.
       subject: the model, its inputs and the site.
       description: how gradients are described.
-      support: descriptions in which a reader has to recur.
+      support: descriptions in which a reader has to recur; ``None`` for a third of
+        those in which the most frequent one does, two at least.
       cosine: from where on two directions are the same.
 
     Returns:
@@ -92,7 +94,7 @@ def consensus(
       equation 6, for the writers.
     """
     total = 2 * len(description.codes) * description.repeats
-    if not (1 <= support <= total and 0 < cosine < 1):
+    if not (support is None or 1 <= support <= total) or not 0 < cosine < 1:
         raise ValueError(
             f"consensus: wanted support in 1 .. {total}, the number of descriptions, "
             f"and cosine in (0, 1), got {support} and {cosine}"
@@ -154,6 +156,9 @@ def dictionaries(
 ) -> list[np.ndarray]:
     """Train every dictionary of a description, all at once.
 
+    Rows begin at unit length, so that codes begin as projections: from short ones a
+    slow learning rate makes those grow that happen to come first.
+
     Args:
       key: random key.
       rows: ``[N, D]``, in units of their size.
@@ -169,8 +174,9 @@ def dictionaries(
     dim = rows.shape[1]
     latents = int(np.clip(description.latents * _rank(rows), 16, description.most))
     codes = [min(k, latents) for k in description.codes]
-    sae = topk(dim, latents, max(codes), signed=signed)
-    many = population(trainer(sae, dictionary_objective(sae), center=False))
+    sae = topk(dim, latents, max(codes), signed=signed, decoder_norm=1.0)
+    objective = dictionary_objective(sae, dead_latents=0)
+    many = population(trainer(sae, objective, center=False))
     start, order = jax.random.split(key)
     every = np.repeat(np.array(codes, float), description.repeats)
     given = {"learning_rate": [description.learning_rate], **(settings or {})}
@@ -217,7 +223,7 @@ def _used_rows(sae: Dictionary, state: TrainState, some: Array) -> list[np.ndarr
 
 
 def recurring(
-    described: Sequence[ArrayLike], *, support: int, cosine: float
+    described: Sequence[ArrayLike], *, support: int | None, cosine: float
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""Directions that several sets of unit rows have in common.
 
@@ -228,7 +234,7 @@ def recurring(
 
     Args:
       described: sets of unit rows ``[R_i, D]``.
-      support: sets in which a direction has to be.
+      support: sets in which a direction has to be, as in :func:`consensus`.
       cosine: from where on two directions are the same.
 
     Returns:
@@ -252,6 +258,8 @@ def recurring(
     while left.any():
         in_sets = np.where(left, (counts > 0.5).sum(1), 0)
         best = int(in_sets.argmax())
+        if support is None:  # the first is in most sets
+            support = max(2, -(-int(in_sets[best]) // _OF_MOST))
         if in_sets[best] < support:
             break
         here = left & near[best]

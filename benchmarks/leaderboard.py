@@ -1,13 +1,15 @@
 """Every method on every planted task, scored against the truth.
 
-    python benchmarks/leaderboard.py [--quick] [--seeds N] [--tasks A,B] [--methods A,B]
+    python benchmarks/leaderboard.py [--quick | --shapes] [--seeds N]
+        [--tasks A,B] [--methods A,B]
 
 Prints coverage of each task's side (median over seeds) and the bars, and writes
 ``out/leaderboard/leaderboard.html`` with all scores, the same as JSON, and a picture.
 What was measured is kept in ``rows.jsonl`` there; the same command goes on.  Quick:
 one seed of nine small tasks with short trainings, some ten minutes on two cores; all
-of it is some hours.  Without scikit-learn (the ``bench`` extra) ICA is left out.  A
-method that raises leaves its row out and ends nothing; the exit status says so.
+of it is some hours.  Shapes: one seed of tasks of the same kinds with other knobs, on
+which nothing was chosen.  Without scikit-learn (the ``bench`` extra) ICA is left out.
+A method that raises leaves its row out and ends nothing; the exit status says so.
 """
 
 import argparse
@@ -66,8 +68,26 @@ QUICK: dict[str, Callable[[Array], Task]] = {
     ),
 }
 TINY = {"product space": partial(planted.product_space, colours=2, shapes=2, dim=6)}
+SHAPES: dict[str, Callable[[Array], Task]] = {
+    "ignored structure 12 x 3": partial(
+        planted.ignored_structure, features=12, parts=3, manifold=10
+    ),
+    "curve of 10 harmonics": partial(planted.tiled_curve, harmonics=10),
+    "product space 5 x 13": partial(planted.product_space, colours=5, shapes=13),
+    "three squares": partial(planted.squares, features=3, neurons=40),
+    "circuits 30/40": partial(planted.circuits, features=30, neurons=40),
+    "20 quiet, 40 loud": partial(planted.quiet_and_loud, dim=48, quiet=20, loud=40),
+    "superposition 20-6": partial(planted.superposition, features=20, hidden=6),
+    "superposition 6-2": partial(planted.superposition, features=6, hidden=2),
+    "cross-layer 12": partial(planted.cross_layer, features=12),
+    "addition mod 71": partial(planted.modular_addition, modulus=71),
+    "world of 2048": partial(planted.world_with_head, features=2048, dim=256),
+}
+"""The same kinds of tasks, of sizes that no method was made with."""
+
 SIZES = {
     "full": (TASKS, Budget(), 5),
+    "shapes": (SHAPES, Budget(), 1),
     "quick": (QUICK, Budget(6000, 500, 256), 1),
     "tiny": (TINY, Budget(400, 20, 64), 1),
 }
@@ -203,7 +223,8 @@ def fill(
     for seed, name in pairs:
         jax.clear_caches()  # a process can map only so many programs
         key = jax.random.key(options.root)
-        key = jax.random.fold_in(key, 1000 * seed + list(TASKS).index(name))
+        index = [*TASKS, *SHAPES].index(name)
+        key = jax.random.fold_in(key, 1000 * seed + index)
         done = {(one["case"], one["method"], one["seed"]) for one in rows}
         missing = [m for m in methods if (name, m, seed) not in done]
         if not missing and name in pages:
@@ -276,15 +297,17 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one seed, small tasks")
+    size.add_argument("--shapes", action="store_true", help="one seed, other sizes")
     size.add_argument("--tiny", action="store_true", help="only to see that it runs")
-    parser.add_argument("--seeds", type=int, help="5, or 1 if quick or tiny")
+    parser.add_argument("--seeds", type=int, help="5, or 1 if not all is run")
     parser.add_argument("--root", type=int, default=0, help="root of all task keys")
     parser.add_argument("--tasks", help="names, separated by commas")
     parser.add_argument("--methods", help="names, separated by commas")
     parser.add_argument("--out", help="folder, out/leaderboard by default")
     parser.add_argument("--json", help="also write the rows there, one per line")
     options = parser.parse_args()
-    options.size = "quick" if options.quick else "tiny" if options.tiny else "full"
+    given = [name for name in SIZES if getattr(options, name, False)]
+    options.size = given[0] if given else "full"
     tasks, _, seeds = SIZES[options.size]
     options.seeds = seeds if options.seeds is None else options.seeds
     if options.seeds < 1:

@@ -162,6 +162,11 @@ def test_names_are_looked_at_once_each(bench, capsys):
         with pytest.raises(SystemExit):
             board.parsed()
         assert match in capsys.readouterr().err
+    bench("leaderboard", "--shapes", "--methods", "consensus")
+    other = board.parsed()
+    assert (other.size, other.seeds) == ("shapes", 1)
+    assert other.out == "out/leaderboard-shapes"
+    assert not set(other.tasks) & set(board.TASKS)
 
 
 def test_a_sweep_that_is_damaged_or_of_another_grid_is_left_to_the_user(

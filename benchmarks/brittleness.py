@@ -289,8 +289,10 @@ def swept(
     """The runs of a family, and seconds; every part is kept in a file at once."""
     runs, seconds = kept(path, grid) if path.exists() else ([], 0.0)
     cells = len(cells_of(grid)[0])
-    jax.clear_caches()
-    for part in sweep(task, target, grid)[len(runs) // cells :]:
+    missing = sweep(task, target, grid)[len(runs) // cells :]
+    if missing:
+        jax.clear_caches()
+    for part in missing:
         begun = time.perf_counter()
         runs += part()
         seconds += time.perf_counter() - begun

@@ -436,9 +436,21 @@ def test_rotations_of_llama_3_slow_long_waves_and_no_short_ones():
 
 
 @pytest.mark.parametrize("value", ["linear", [50.0], 2])
-def test_rotations_that_are_no_entries(value):
-    with pytest.raises(ValueError, match=r"rope_parameters must be entries, got "):
-        config_of(oracle.LLAMA | {"rope_parameters": value})
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_rotations_that_are_no_entries(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be entries, got "):
+        config_of(oracle.LLAMA | {name: value})
+
+
+def test_of_both_names_of_rotations_the_older_one_counts():
+    """As in transformers' ``convert_rope_params_to_dict``."""
+    other = {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}}
+    older = {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    given = {k: v for k, v in oracle.LLAMA.items() if k != "rope_parameters"}
+    both = config_of(given | other | older)[1]
+    assert both == config_of(given | older)[1]
+    assert both != config_of(given | other)[1]
+    assert config_of(given | other | {"rope_scaling": None}) == config_of(given | other)
 
 
 @pytest.mark.parametrize("value", ["quick_gelu", None, ["gelu"]])

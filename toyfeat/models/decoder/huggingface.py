@@ -145,11 +145,16 @@ _KINDS: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
 
 
 def _rope(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Entries on rotations, which newer files keep together."""
-    found = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{_WHO}: rope_parameters must be entries, got {found!r}")
-    return found
+    """Entries on rotations, which newer files keep together.
+
+    Where a file has both, transformers takes the older name and none of the other.
+    """
+    for name in ("rope_scaling", "rope_parameters"):
+        if found := given.get(name):
+            if not isinstance(found, Mapping):
+                raise ValueError(f"{_WHO}: {name} must be entries, got {found!r}")
+            return found
+    return {}
 
 
 def _slowed(config: DecoderConfig, rope: Mapping[str, Any]) -> DecoderConfig:

@@ -76,7 +76,7 @@ SHAPES: dict[str, Callable[[Array], Task]] = {
     "product space 5 x 13": partial(planted.product_space, colours=5, shapes=13),
     "three squares": partial(planted.squares, features=3, neurons=40),
     "circuits 30/40": partial(planted.circuits, features=30, neurons=40),
-    "20 quiet, 40 loud": partial(planted.quiet_and_loud, dim=48, quiet=20, loud=40),
+    "20 quiet and 40 loud": partial(planted.quiet_and_loud, dim=48, quiet=20, loud=40),
     "superposition 20-6": partial(planted.superposition, features=20, hidden=6),
     "superposition 6-2": partial(planted.superposition, features=6, hidden=2),
     "cross-layer 12": partial(planted.cross_layer, features=12),
@@ -299,7 +299,7 @@ def parsed() -> argparse.Namespace:
     size.add_argument("--quick", action="store_true", help="one seed, small tasks")
     size.add_argument("--shapes", action="store_true", help="one seed, other sizes")
     size.add_argument("--tiny", action="store_true", help="only to see that it runs")
-    parser.add_argument("--seeds", type=int, help="5, or 1 if not all is run")
+    parser.add_argument("--seeds", type=int, help="5; 1 of --quick, --shapes and --tiny")
     parser.add_argument("--root", type=int, default=0, help="root of all task keys")
     parser.add_argument("--tasks", help="names, separated by commas")
     parser.add_argument("--methods", help="names, separated by commas")

@@ -167,6 +167,7 @@ def test_names_are_looked_at_once_each(bench, capsys):
     assert (other.size, other.seeds) == ("shapes", 1)
     assert other.out == "out/leaderboard-shapes"
     assert not set(other.tasks) & set(board.TASKS)
+    assert "," not in "".join([*board.TASKS, *board.SHAPES, *board.METHODS])
 
 
 def test_a_sweep_that_is_damaged_or_of_another_grid_is_left_to_the_user(

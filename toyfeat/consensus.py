@@ -38,7 +38,7 @@ from toyfeat.types import (
 
 _USED = 1e-3  # of the largest energy, below which a latent does not describe anything
 _CHUNK = 5000
-_OF_MOST = 3  # part of the largest support that a direction has to have
+_OF_MOST = 3  # the largest support over this has to be reached
 _IN_A_PLANE = np.cos(np.pi / 16)  # one direction in eight has it with another
 
 
@@ -60,7 +60,7 @@ def consensus(
     that tells readers apart behind a linear read-out), and random directions
     :math:`J^\top u` (the only one that tells apart features that always come
     together).  Each is described by TopK dictionaries of several ``k`` and starts, all
-    trained at once, and a direction is a reader if dictionaries agree on it within
+    trained at once, and a direction is a reader if enough of them agree on it within
     ``cosine``.  Circles, which no sparse code describes, are looked for in the first
     readout by :func:`circular_planes`.  Writers are the regression patterns
     :math:`\Sigma r` of the readers.
@@ -69,8 +69,8 @@ def consensus(
       key: random key.
       subject: the model, its inputs and the site.
       description: how gradients are described.
-      support: descriptions in which a reader has to recur; ``None`` for a third of
-        those in which the most frequent one does, two at least.
+      support: descriptions in which a reader has to recur; ``None`` for a third
+        (rounded down) of those in which the most frequent one does, two at least.
       cosine: from where on two directions are the same.
 
     Returns:
@@ -156,8 +156,9 @@ def dictionaries(
 ) -> list[np.ndarray]:
     """Train every dictionary of a description, all at once.
 
-    Rows begin at unit length, so that codes begin as projections: from short ones a
-    slow learning rate makes those grow that happen to come first.
+    Rows of the decoders begin at unit length, so that a code is a projection from the
+    first step on: from short ones, a slow learning rate lets few latents grow before
+    the others.
 
     Args:
       key: random key.
@@ -168,11 +169,11 @@ def dictionaries(
         with each of them, instead of its learning rate and the defaults.
 
     Returns:
-      Rows of the decoders ``[M_i, D]``, of unit length, of latents that are used:
-      dictionaries of the first setting, then of the next.
+      Rows of the decoders ``[M_i, D]`` in the span of the gradients, of unit length, of
+      latents that are used: dictionaries of the first setting, then of the next.
     """
-    dim = rows.shape[1]
-    latents = int(np.clip(description.latents * _rank(rows), 16, description.most))
+    dim, basis = rows.shape[1], _span(rows)
+    latents = int(np.clip(description.latents * len(basis), 16, description.most))
     codes = [min(k, latents) for k in description.codes]
     sae = topk(dim, latents, max(codes), signed=signed, decoder_norm=1.0)
     objective = dictionary_objective(sae, dead_latents=0)
@@ -201,11 +202,18 @@ def dictionaries(
         progress=False,
         check_data=False,
     )
-    return _used_rows(sae, state, rows[:_CHUNK] / state.running["acts_scale"][0])
+    some = rows[:_CHUNK] / state.running["acts_scale"][0]
+    return [_inside(basis, used) for used in _used_rows(sae, state, some)]
+
+
+def _inside(basis: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Unit rows in a span; what they began with beside it is in no gradient."""
+    rows = rows @ basis.T @ basis
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
 
 
 def _used_rows(sae: Dictionary, state: TrainState, some: Array) -> list[np.ndarray]:
-    """Unit rows of the latents that some rows use, of every member."""
+    """Rows of the latents that some rows use, of every member."""
 
     def mean_square(member: tuple[Params, Array]) -> Array:
         params, k = member
@@ -214,12 +222,8 @@ def _used_rows(sae: Dictionary, state: TrainState, some: Array) -> list[np.ndarr
     # One member after the other: their codes together may fill the memory.
     energy = np.asarray(jax.lax.map(mean_square, (state.params, state.hyper["k"])))
     decoders = np.asarray(state.params["W_dec"], np.float64)
-    squares = np.sum(decoders**2, axis=2)
-    energy = energy * squares
-    return [
-        w[e > _USED * e.max()] / np.sqrt(s[e > _USED * e.max()])[:, None]
-        for w, e, s in zip(decoders, energy, squares, strict=True)
-    ]
+    pairs = zip(decoders, energy, strict=True)
+    return [rows[each > _USED * each.max()] for rows, each in pairs]
 
 
 def recurring(
@@ -258,8 +262,8 @@ def recurring(
     while left.any():
         in_sets = np.where(left, (counts > 0.5).sum(1), 0)
         best = int(in_sets.argmax())
-        if support is None:  # the first is in most sets
-            support = max(2, -(-int(in_sets[best]) // _OF_MOST))
+        if support is None:  # none recurs more often than the first
+            support = max(2, int(in_sets[best]) // _OF_MOST)
         if in_sets[best] < support:
             break
         here = left & near[best]
@@ -285,7 +289,9 @@ def tapped(subject: Subject, inputs: Inputs, readout: Readout) -> Taps:
     return one[subject.site]
 
 
-def _rank(rows: Array) -> int:
-    some = np.asarray(rows[: 2 * _CHUNK], np.float64)
-    values = np.linalg.eigvalsh(some.T @ some)
-    return int(np.sum(values > 1e-6 * values[-1]))
+def _span(rows: Array) -> np.ndarray:
+    """Orthonormal rows that span what there is of rows ``[N, D]``."""
+    parts = (np.asarray(rows[i : i + _CHUNK]) for i in range(0, len(rows), _CHUNK))
+    square = sum(part.T.astype(np.float64) @ part for part in parts)
+    values, axes = np.linalg.eigh(square)
+    return axes.T[values > 1e-6 * values[-1]]

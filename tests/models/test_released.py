@@ -444,7 +444,7 @@ def test_rotations_that_are_no_entries(name, value):
 
 def test_of_both_names_of_rotations_the_older_one_counts():
     """As in transformers' ``convert_rope_params_to_dict``."""
-    other = {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}}
+    other = {"rope_parameters": {"rope_theta": 99.0, "rope_type": "default"}}
     older = {"rope_scaling": {"type": "linear", "factor": 2.0}}
     given = {k: v for k, v in oracle.LLAMA.items() if k != "rope_parameters"}
     both = config_of(given | other | older)[1]

@@ -299,7 +299,7 @@ def parsed() -> argparse.Namespace:
     size.add_argument("--quick", action="store_true", help="one seed, small tasks")
     size.add_argument("--shapes", action="store_true", help="one seed, other sizes")
     size.add_argument("--tiny", action="store_true", help="only to see that it runs")
-    parser.add_argument("--seeds", type=int, help="5; 1 of --quick, --shapes and --tiny")
+    parser.add_argument("--seeds", type=int, help="5, or 1 of a smaller size")
     parser.add_argument("--root", type=int, default=0, help="root of all task keys")
     parser.add_argument("--tasks", help="names, separated by commas")
     parser.add_argument("--methods", help="names, separated by commas")

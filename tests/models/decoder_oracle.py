@@ -335,7 +335,7 @@ def slowed(given, turned, base):
     Waves that fit less than once (``low``) are stretched, those that fit more often
     than ``high`` stay, and rates between go from one to the other in a straight line.
     """
-    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "llama3":
         return np.ones(turned // 2) * (rope["factor"] if kind == "linear" else 1)

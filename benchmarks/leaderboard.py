@@ -6,7 +6,7 @@
 Prints coverage of each task's side (median over seeds) and the bars, and writes
 ``out/leaderboard/leaderboard.html`` with all scores, the same as JSON, and a picture.
 What was measured is kept in ``rows.jsonl`` there; the same command goes on.  Quick:
-one seed of nine small tasks with short trainings, some ten minutes on two cores; all
+one seed of nine small tasks, short trainings, 10 to 15 minutes on two cores; all
 of it is some hours.  Shapes: one seed of tasks of the same kinds with other knobs, on
 which nothing was chosen.  Without scikit-learn (the ``bench`` extra) ICA is left out.
 A method that raises leaves its row out and ends nothing; the exit status says so.

@@ -61,11 +61,13 @@ def test_writers_of_a_product_space_carry_the_whole_output():
     assert tf.scores(KEY, task, tf.Found(noise, noise)).preserved < 0.7
 
 
-def by_hand(task, writers, examples):
-    """Projections on the writers of the largest attributions, example by example."""
+def by_hand(task, found, examples):
+    """Both replacements, example by example: least squares on writers, regressions."""
     inputs = task.sample(jax.random.split(KEY)[0], examples)
     outputs, acts = task.probed(task.params, inputs, {})
     acts = np.asarray(acts[task.site], np.float64)
+    more = task.sample(jax.random.fold_in(jax.random.split(KEY)[0], 1), 5000)
+    more = np.asarray(task.probed(task.params, more, {})[1][task.site], np.float64)
 
     def half(shift, one):
         probe = {task.site: shift[None]}
@@ -74,27 +76,77 @@ def by_hand(task, writers, examples):
 
     zero = jnp.zeros(acts.shape[1])
     grads = np.asarray(jax.vmap(jax.grad(half), in_axes=(None, 0))(zero, inputs))
-    unit = np.asarray(writers, np.float64)
+    unit = np.asarray(found.writers, np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    readers = np.asarray(found.readers, np.float64)
     num = tf.active_features(jax.random.split(KEY)[0], task, examples)
-    middle, spliced = acts.mean(0) / np.linalg.norm(acts.mean(0)), []
+    mean = more.mean(0)
+    middle = mean / np.linalg.norm(mean)
+    read = (more - mean) @ readers.T
+    slopes = [  # of the activation on each reader alone
+        np.linalg.lstsq(one[:, None], more - mean, rcond=None)[0][0] for one in read.T
+    ]
+    projected, guessed = [], []
     for act, grad in zip(acts, grads, strict=True):
         best = np.argsort(-np.abs((unit @ act) * (unit @ grad)))[:num]
         rows = np.concatenate([unit[best], middle[None]])
         codes = np.linalg.lstsq(rows.T, act, rcond=1e-3)[0]
-        spliced.append(codes @ rows)
-    probe = {task.site: lambda _: jnp.asarray(np.array(spliced), jnp.float32)}
-    now = np.asarray(task.probed(task.params, inputs, probe)[0], np.float64)
+        projected.append(codes @ rows)
+        now = readers @ (act - mean)
+        best = np.argsort(-np.abs(now * (slopes @ grad)))[:num]
+        table = np.linalg.lstsq(read[:, best], more - mean, rcond=None)[0]
+        guessed.append(mean + now[best] @ table)
     whole = np.asarray(outputs, np.float64)
-    return 1 - ((whole - now) ** 2).sum() / ((whole - whole.mean(0)) ** 2).sum()
+    shares = []
+    for spliced in (projected, guessed):
+        value = jnp.asarray(np.array(spliced), jnp.float32)
+        probe = {task.site: lambda _, value=value: value}
+        now = np.asarray(task.probed(task.params, inputs, probe)[0], np.float64)
+        shares.append(
+            1 - ((whole - now) ** 2).sum() / ((whole - whole.mean(0)) ** 2).sum()
+        )
+    return shares
 
 
 @every
-def test_what_is_preserved_is_what_a_loop_finds(name):
+@pytest.mark.parametrize("noise", [0.0, 0.3, 3.0])
+def test_what_is_preserved_is_what_a_loop_finds(name, noise):
     task = TASKS[name]
-    writers = jax.random.normal(jax.random.key(7), (20, task.truth.writers.shape[1]))
-    found = tf.scores(KEY, task, tf.Found(writers, writers), examples=60)
-    assert found.preserved == pytest.approx(by_hand(task, writers, 60), abs=1e-3)
+    found = tf.Found(
+        *(
+            rows + noise * jax.random.normal(jax.random.key(7 + i), rows.shape)
+            for i, rows in enumerate(truth_of(task))
+        )
+    )
+    got = tf.scores(KEY, task, found, examples=60).preserved
+    assert got == pytest.approx(max(by_hand(task, found, 60)), abs=1e-3)
+
+
+def test_true_readers_preserve_the_output_whatever_their_writers():
+    task = TASKS["ignored"]
+    projected, guessed = by_hand(task, truth_of(task), 200)
+    assert projected < 0.5 < 0.9 < guessed
+    readers, writers = truth_of(task)
+    for other in (writers, jax.random.normal(KEY, writers.shape)):
+        assert tf.scores(KEY, task, tf.Found(readers, other)).preserved > 0.9
+
+
+def test_true_writers_preserve_the_output_whatever_their_readers():
+    task = TASKS["product"]
+    readers, writers = truth_of(task)
+    noise = jax.random.normal(KEY, readers.shape)
+    projected, guessed = by_hand(task, tf.Found(noise, writers), 200)
+    assert guessed < 0.9 < 0.99 < projected
+    assert tf.scores(KEY, task, tf.Found(noise, writers)).preserved > 0.99
+
+
+def test_a_reader_that_reads_nothing_guesses_nothing():
+    task = TASKS["product"]
+    rows = np.linalg.svd(np.asarray(task.truth.writers, np.float64))[2]
+    outside = rows[np.linalg.matrix_rank(np.asarray(task.truth.writers)) :]
+    assert len(outside)
+    got = tf.scores(KEY, task, tf.Found(outside, outside)).preserved
+    assert got == pytest.approx(0, abs=0.05)
 
 
 def test_ignored_structure_that_is_returned_is_counted_by_dimension():

@@ -1,7 +1,6 @@
 """Scores of what a method found in a planted task."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +8,29 @@ import numpy as np
 
 from toyfeat.consensus import half_square
 from toyfeat.evaluate import match_features, random_coverage
-from toyfeat.linalg.precise import nonzero
 from toyfeat.tap import readouts, tap
-from toyfeat.types import Array, Found, Scores, Task
+from toyfeat.types import Array, Found, Outputs, Scores, Task
 
 _NEAR = 0.9  # length of a unit row's part that makes it a part of ignored structure
+_OTHERS = 5000  # inputs whose activations have the mean and the covariance
 
 
 def scores(key: Array, task: Task, found: Found, *, examples: int = 1000) -> Scores:
     r"""Score directions against the planted truth of a task.
 
-    ``preserved`` is measured at matched sparsity: as many writers per example as the
-    task has features at a time, the same number for all methods, those with the largest
-    attributions :math:`|(w_j \cdot a) (w_j \cdot g)|` for unit writers and :math:`g`
-    the gradient of half the squared output; the activation is replaced by its
-    projection on them and on the mean activation.
+    ``preserved`` is measured at matched sparsity: as many rows per example as the task
+    has features at a time, the same number for all methods.  The activation
+    :math:`a` is replaced in two ways, and the better one of the method counts:
+
+    - by its projection on writers and on the mean activation, with the unit writers of
+      the largest attributions :math:`|(w_j \cdot a) (w_j \cdot g)|`, where :math:`g` is
+      the gradient of half the squared output;
+    - by the best linear guess of it from what readers read, :math:`\mu + \Sigma R_S^T
+      (R_S \Sigma R_S^T)^+ R_S (a - \mu)`, with the readers of the largest
+      :math:`|r_j \cdot (a - \mu) \; g \cdot \Sigma r_j| / r_j^T \Sigma r_j`.
+
+    The first suits writers that are features of the activations; the true readers can
+    do poorly in it, because parts of writers that no reader reads may be large.
 
     Args:
       key: random key of the inputs and of random directions.
@@ -89,7 +96,7 @@ def scores(key: Array, task: Task, found: Found, *, examples: int = 1000) -> Sco
         num,
         random_coverage(draws, num, side, group=group, draws=2 if num > 200 else 8),
         _ignored(rows[task.side], task),
-        _preserved(inputs, task, writers, examples),
+        _preserved(inputs, task, readers, writers, examples),
     )
 
 
@@ -138,8 +145,10 @@ def _ignored(rows: np.ndarray, task: Task) -> float:
     return float(np.linalg.matrix_rank(inside, tol=0.1) / len(basis))
 
 
-def _preserved(key: Array, task: Task, writers: np.ndarray, examples: int) -> float:
-    """Share of the variance of the output that is kept."""
+def _preserved(
+    key: Array, task: Task, readers: np.ndarray, writers: np.ndarray, examples: int
+) -> float:
+    """Share of the variance of the output that is kept, by the better replacement."""
     inputs = task.sample(key, examples)
     taps = tap(
         task.probed,
@@ -149,36 +158,77 @@ def _preserved(key: Array, task: Task, writers: np.ndarray, examples: int) -> fl
         readout=readouts.scalar(half_square),
     )[task.site]
     assert taps.grads is not None
+    acts, grads = (np.asarray(x, np.float64) for x in (taps.acts, taps.grads[:, 0]))
+    others = task.sample(jax.random.fold_in(key, 1), _OTHERS)
+    others = np.asarray(task.probed(task.params, others, {})[1][task.site], np.float64)
     num = min(active_features(key, task, examples), len(writers))
-    unit = writers / np.linalg.norm(writers, axis=1, keepdims=True)
-    rows = jnp.asarray(unit, taps.acts.dtype)
-    spliced = _carried(num, rows, taps.acts, taps.grads[:, 0])
-    whole, now = (
-        np.concatenate(
-            [np.asarray(x).reshape(examples, -1) for x in jax.tree.leaves(y)], axis=1
-        )
-        for y in (
-            task.probed(task.params, inputs, {})[0],
-            task.probed(task.params, inputs, {task.site: lambda _: spliced})[0],
-        )
+    replacements = (
+        _projected(num, writers, acts, grads, others),
+        _guessed(num, readers, acts, grads, others),
     )
-    total = np.sum((whole - whole.mean(0)) ** 2, dtype=np.float64)
-    lost = np.sum((whole - now) ** 2, dtype=np.float64)
-    return float(1 - lost / total) if total > 0 else float(lost == 0)
+    whole = _flat(task.probed(task.params, inputs, {})[0], examples)
+    total = np.sum((whole - whole.mean(0)) ** 2)
+    shares = []
+    for replacement in replacements:
+        spliced = jnp.asarray(replacement, taps.acts.dtype)
+        probe = {task.site: lambda _, spliced=spliced: spliced}
+        now = _flat(task.probed(task.params, inputs, probe)[0], examples)
+        lost = np.sum((whole - now) ** 2)
+        shares.append(1 - lost / total if total > 0 else float(lost == 0))
+    return float(max(shares))
 
 
-@partial(jax.jit, static_argnums=0)
-def _carried(num: int, writers: Array, acts: Array, grads: Array) -> Array:
-    """Projections of activations on the mean and on the writers that matter most."""
-    effect = jnp.abs((acts @ writers.T) * (grads @ writers.T))
-    _, index = jax.lax.top_k(effect, num)
-    mean = jnp.mean(acts, axis=0)
-    mean = mean / nonzero(jnp.linalg.norm(mean))
+def _flat(outputs: Outputs, examples: int) -> np.ndarray:
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(outputs)]
+    return np.concatenate([x.reshape(examples, -1) for x in leaves], axis=1)
 
-    def one(act: Array, index: Array) -> Array:
-        rows = jnp.concatenate([writers[index], mean[None, :]])
-        u, s, _ = jnp.linalg.svd(rows.T, full_matrices=False)
-        axes = jnp.where(s > 1e-3 * s[0], 1.0, 0.0)  # some may be the same
-        return u @ (axes * (u.T @ act))
 
-    return jax.vmap(one)(acts, index)
+def _projected(
+    num: int,
+    writers: np.ndarray,
+    acts: np.ndarray,
+    grads: np.ndarray,
+    others: np.ndarray,
+) -> np.ndarray:
+    """Projections on the mean activation and on the writers that matter most."""
+    unit = writers / np.linalg.norm(writers, axis=1, keepdims=True)
+    best = _largest(num, (acts @ unit.T) * (grads @ unit.T))
+    mean = others.mean(0) / (np.linalg.norm(others.mean(0)) or 1.0)
+    rows = [unit[best], np.broadcast_to(mean, (len(acts), 1, len(mean)))]
+    rows = np.concatenate(rows, axis=1)
+    return _told(rows, rows, acts)
+
+
+def _guessed(
+    num: int,
+    readers: np.ndarray,
+    acts: np.ndarray,
+    grads: np.ndarray,
+    others: np.ndarray,
+) -> np.ndarray:
+    """Best linear guesses from what the readers that matter most read."""
+    mean = others.mean(0)
+    cov = (others - mean).T @ (others - mean) / len(others)
+    size = np.sqrt(np.sum(readers @ cov * readers, axis=1))
+    some = size > 1e-6 * np.linalg.norm(readers, axis=1) * np.sqrt(np.trace(cov))
+    rows = readers / np.where(some, size, np.inf)[:, None]
+    patterns = rows @ cov
+    best = _largest(num, ((acts - mean) @ rows.T) * (grads @ patterns.T))
+    return mean + _told(rows[best], patterns[best], acts - mean)
+
+
+def _largest(num: int, effects: np.ndarray) -> np.ndarray:
+    """``[N, num]``, the columns of the largest sizes in each row."""
+    return np.argsort(-np.abs(effects), axis=1, kind="stable")[:, :num]
+
+
+def _told(rows: np.ndarray, patterns: np.ndarray, acts: np.ndarray) -> np.ndarray:
+    r"""What ``rows`` tell: :math:`P^T (R P^T)^+ R a` of each example.
+
+    Rows and patterns are ``[N, k, D]``; :math:`R P^T` must be symmetric.
+    """
+    inverse = np.linalg.pinv(
+        rows @ patterns.transpose(0, 2, 1), rcond=1e-6, hermitian=True
+    )  # some rows may be the same
+    codes = inverse @ (rows @ acts[..., None])
+    return np.sum(codes * patterns, axis=1)

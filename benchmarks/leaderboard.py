@@ -1,25 +1,31 @@
 """Every method on every planted task, scored against the truth.
 
-    python benchmarks/leaderboard.py [--quick | --shapes] [--seeds N]
+    python benchmarks/leaderboard.py [--quick | --shapes] [--seeds N] [--jobs N]
         [--tasks A,B] [--methods A,B]
 
 Prints coverage of each task's side (median over seeds) and the bars, and writes
 ``out/leaderboard/leaderboard.html`` with all scores, the same as JSON, and a picture.
 What was measured is kept in ``rows.jsonl`` there; the same command goes on.  Quick:
-one seed of nine small tasks, short trainings, 10 to 15 minutes on two cores; all
+one seed of nine small tasks, short trainings, under ten minutes on two cores; all
 of it is some hours.  Shapes: one seed of tasks of the same kinds with other knobs, on
-which nothing was chosen.  Without scikit-learn (the ``bench`` extra) ICA is left out.
-A method that raises leaves its row out and ends nothing; the exit status says so.
+which nothing was chosen.  With more than one job tasks are measured side by side, and
+the seconds of a method are those beside another one.  Without scikit-learn (the
+``bench`` extra) ICA is left out.  A method that raises leaves its row out and ends
+nothing; the exit status says so.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from harness import row
@@ -182,6 +188,8 @@ def main() -> None:
         and one["method"] in methods
         and one["seed"] < options.seeds
     ]
+    order = {name: i for i, name in enumerate([*options.tasks, *options.methods])}
+    mine.sort(key=lambda one: (one["seed"], order[one["case"]], order[one["method"]]))
     if mine:
         console = Console(width=max(220, Console().width))
         page = leaderboard.write_leaderboard(
@@ -209,6 +217,24 @@ def main() -> None:
         )
 
 
+class Measured(NamedTuple):
+    """What came of a task with one seed.
+
+    Attributes:
+      name: of the task.
+      rows: one per method.
+      failed: task, method and seed, and why, of those that raised.
+      absent: methods that lack a package, and which.
+      page: a paragraph on the task and a picture of it, with seed 0.
+    """
+
+    name: str
+    rows: list[dict[str, Any]]
+    failed: list[tuple[str, str, str]]
+    absent: dict[str, str]
+    page: tuple[str, Any] | None
+
+
 def fill(
     rows: list[dict[str, Any]],
     pages: dict[str, tuple[str, Any]],
@@ -216,40 +242,75 @@ def fill(
     options: argparse.Namespace,
 ) -> tuple[list[str], list[tuple[str, str, str]]]:
     """Measure what is missing; the methods that are there, and what raised where."""
+    done = {(one["case"], one["method"], one["seed"]) for one in rows}
+    todo = []
+    for seed in range(options.seeds):
+        for name in reversed(options.tasks):  # the largest are last: not alone then
+            missing = [m for m in options.methods if (name, m, seed) not in done]
+            if missing or seed == 0:
+                todo.append((path, options.size, options.root, seed, name, missing))
     failed: list[tuple[str, str, str]] = []
-    tasks, budget, _ = SIZES[options.size]
-    methods = options.methods
-    pairs = [(seed, name) for seed in range(options.seeds) for name in options.tasks]
-    for seed, name in pairs:
-        jax.clear_caches()  # a process can map only so many programs
-        key = jax.random.key(options.root)
-        index = [*TASKS, *SHAPES].index(name)
-        key = jax.random.fold_in(key, 1000 * seed + index)
-        done = {(one["case"], one["method"], one["seed"]) for one in rows}
-        missing = [m for m in methods if (name, m, seed) not in done]
-        if not missing and name in pages:
+    absent: dict[str, str] = {}
+    for one in side_by_side(todo, options.jobs):
+        rows += one.rows
+        failed += one.failed
+        for method, why in one.absent.items():
+            if method not in absent:
+                print(f"{method} is left out: {why}")
+        absent |= one.absent
+        if one.page is not None:
+            pages[one.name] = one.page
+    return [m for m in options.methods if m not in absent], failed
+
+
+def side_by_side(todo: Sequence[tuple], jobs: int) -> Iterator[Measured]:
+    """:func:`measure` of each, in that many processes, as they are ready."""
+    if min(jobs, len(todo)) <= 1:
+        yield from (measure(*one) for one in todo)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=context) as pool:
+        futures = [pool.submit(measure, *one) for one in todo]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool:
+            raise SystemExit(
+                "leaderboard: a process was ended from outside, perhaps for its "
+                "memory; the same command goes on, with --jobs 1 one task at a time"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def measure(
+    path: Path, size: str, root: int, seed: int, name: str, methods: Sequence[str]
+) -> Measured:
+    """Rows of the methods on a task, each written to ``path`` as it is there."""
+    jax.clear_caches()  # a process can map only so many programs
+    tasks, budget, _ = SIZES[size]
+    key = jax.random.key(root)
+    key = jax.random.fold_in(key, 1000 * seed + [*TASKS, *SHAPES].index(name))
+    task = tasks[name](key)
+    page = (describe(task), task_figure(key, task)) if seed == 0 else None
+    result = Measured(name, [], [], {}, page)
+    for method in methods:
+        try:
+            one = measured(task, name, method, seed, budget)
+        except ImportError as error:
+            result.absent[method] = str(error)
             continue
-        task = tasks[name](key)
-        if name not in pages:
-            pages[name] = (describe(task), task_figure(key, task))
-        for method in missing:
-            try:
-                one = measured(task, name, method, seed, budget)
-            except ImportError as error:
-                print(f"{method} is left out: {error}")
-                methods = [m for m in methods if m != method]
-                continue
-            except Exception as error:  # of one method: the others go on
-                traceback.print_exc()
-                why = f"({type(error).__name__}: {error})"
-                failed.append((name, f"{method}, seed {seed}", why))
-                continue
-            rows.append(one)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(one) + "\n")
-            shown = f"{leaderboard.coverage(one):.3f}, {one['seconds']:.1f} s"
-            print(f"{name}, {method}, seed {seed}: {shown}", flush=True)
-    return methods, failed
+        except Exception as error:  # of one method: the others go on
+            traceback.print_exc()
+            why = f"({type(error).__name__}: {error})"
+            result.failed.append((name, f"{method}, seed {seed}", why))
+            continue
+        result.rows.append(one)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(one) + "\n")
+        shown = f"{leaderboard.coverage(one):.3f}, {one['seconds']:.1f} s"
+        print(f"{name}, {method}, seed {seed}: {shown}", flush=True)
+    return result
 
 
 def kept(path: Path, options: argparse.Namespace, budget: Budget) -> list[dict]:
@@ -300,6 +361,9 @@ def parsed() -> argparse.Namespace:
     size.add_argument("--shapes", action="store_true", help="one seed, other sizes")
     size.add_argument("--tiny", action="store_true", help="only to see that it runs")
     parser.add_argument("--seeds", type=int, help="5, or 1 of a smaller size")
+    parser.add_argument(
+        "--jobs", type=int, help="processes, 1 or, quick and without accelerator, 2"
+    )
     parser.add_argument("--root", type=int, default=0, help="root of all task keys")
     parser.add_argument("--tasks", help="names, separated by commas")
     parser.add_argument("--methods", help="names, separated by commas")
@@ -312,6 +376,11 @@ def parsed() -> argparse.Namespace:
     options.seeds = seeds if options.seeds is None else options.seeds
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    if options.jobs is None:
+        alone = options.size != "quick" or jax.default_backend() != "cpu"
+        options.jobs = 1 if alone else min(2, os.cpu_count() or 1)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
     every = {"tasks": list(tasks), "methods": [*METHODS, leaderboard.ORACLE]}
     for what, known in every.items():
         text = getattr(options, what)

@@ -3,6 +3,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ LIMITS = {"tap.py": 1e-5, "controllers.py": 1.0}  # of errors; others 1e-2
 
 def test_the_leaderboard_runs_every_method_and_goes_on(tmp_path):
     command = [sys.executable, "benchmarks/leaderboard.py", "--tiny", "--seeds", "2"]
-    command += ["--out", str(tmp_path)]
+    command += ["--jobs", "2", "--out", str(tmp_path)]
     few = [*command, "--methods", "random,TopK"]
     outputs = []
     for arguments in (few, command, command):
@@ -45,6 +46,11 @@ def test_the_leaderboard_runs_every_method_and_goes_on(tmp_path):
         r["method"] for r in rows
     }
     assert all(0 <= row["readers"] <= 1 and row["seconds"] > 0 for row in rows)
+    shown = json.loads((tmp_path / "leaderboard.json").read_text())["rows"]
+    assert [row["seed"] for row in shown] == sorted(row["seed"] for row in rows)
+    assert [row["method"] for row in shown[:methods]] == [
+        row["method"] for row in shown[methods:]
+    ]
     assert (tmp_path / "leaderboard.html").stat().st_size > 20_000
 
 
@@ -155,6 +161,7 @@ def test_names_are_looked_at_once_each(bench, capsys):
     assert board.parsed().methods == ["TopK", "random"]
     for bad, match in (
         (("--seeds", "0"), "--seeds must be at least 1, got 0"),
+        (("--jobs", "0"), "--jobs must be at least 1, got 0"),
         (("--tasks", "no"), "--tasks: there is no 'no'; there are product space"),
         (("--methods", ""), "--methods: there is no ''; there are random"),
     ):
@@ -275,3 +282,14 @@ def test_a_benchmark_runs_at_its_tiny_setting(name, tmp_path):
         assert error is None or not error > LIMITS.get(name, 1e-2)
         assert row["ours_s"] > 0
         assert {"case", "size", "method", "ratio", "device", "versions"} <= set(row)
+
+
+def end_this_process(*_):
+    os._exit(9)
+
+
+def test_a_process_that_is_ended_is_said(bench, monkeypatch):
+    board = bench("leaderboard", "--tiny")
+    monkeypatch.setattr(board, "measure", end_this_process)
+    with pytest.raises(SystemExit, match=r"ended from outside, .* with --jobs 1"):
+        list(board.side_by_side([(1,), (2,)], 2))

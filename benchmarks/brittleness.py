@@ -37,13 +37,7 @@ from leaderboard import TASKS
 from rich.console import Console
 
 import toyfeat as tf
-from toyfeat.consensus import (
-    dictionaries,
-    gradient_rows,
-    half_square,
-    recurring,
-    tapped,
-)
+from toyfeat.consensus import descriptions, half_square, recurring, tapped
 from toyfeat.report.rows import output_folder, write_whole
 from toyfeat.report.sweeps import brittleness_figure, write_sweep
 from toyfeat.tap.readouts import Readout
@@ -104,17 +98,14 @@ def readouts(key: Array) -> dict[str, Readout]:
     }
 
 
-def scaled_taps(
-    key: Array, task: Task, readout: Readout, scale: float, examples: int
-) -> Taps:
-    """Activations and gradients of the model with its output times ``scale``."""
+def scaled(task: Task, scale: float) -> Subject:
+    """The model with its output, and so all gradients, times ``scale``."""
 
     def probed(params: Any, inputs: Any, probes: Any) -> Any:
         outputs, acts = task.probed(params, inputs, probes)
         return jax.tree.map(lambda x: scale * x, outputs), acts
 
-    subject = Subject(probed, task.params, task.sample, task.site)
-    return tapped(subject, subject.sample(key, examples), readout)
+    return Subject(probed, task.params, task.sample, task.site)
 
 
 def cells_of(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +159,8 @@ def four_terms(task: Task, grid: Grid, one: Trainer) -> list[Part]:
     inputs, drawn = jax.random.split(jax.random.key(1))
 
     def part(scale: float, name: str, readout: Readout, start: int) -> list[Run]:
-        taps = scaled_taps(inputs, task, readout, scale, grid.examples)
+        subject = scaled(task, scale)
+        taps = tapped(subject, subject.sample(inputs, grid.examples), readout)
         keys = jax.random.split(jax.random.key(start), len(rates))
         state = many.init(
             keys,
@@ -223,23 +215,15 @@ def consensus(task: Task, target: float, grid: Grid) -> list[Part]:
     """The consensus at every learning rate, in one population per readout."""
     settings = {"learning_rate": np.array(grid.rates)}
     description = tf.Description(examples=grid.examples, steps=grid.steps)
-    each = len(description.codes) * description.repeats
 
     def part(scale: float, start: int) -> list[Run]:
-        keys = jax.random.split(jax.random.key(start), 4)
-        random = tf.readouts.random_directions(keys[1], 4, "gaussian")
-        described = []
-        for i, readout in enumerate((tf.readouts.scalar(half_square), random)):
-            taps = scaled_taps(keys[0], task, readout, scale, grid.examples)
-            options = {"signed": i > 0, "settings": settings}
-            rows = gradient_rows(taps)
-            described.append(dictionaries(keys[2 + i], rows, description, **options))
+        subject = scaled(task, scale)
+        every, _ = descriptions(
+            jax.random.key(start), subject, description, settings=settings
+        )
         runs = []
-        for i, rate in enumerate(grid.rates):
-            here = slice(i * each, (i + 1) * each)
-            mine = described[0][here] + described[1][here]
-            found, _ = recurring(mine, support=None, cosine=0.95)
-            reached = covered(found, task)
+        for rate, described in zip(grid.rates, every, strict=True):
+            reached = covered(recurring(described)[0], task)
             for c in grid.coefficients:
                 where = (rate, c, scale, "both", start)
                 runs.append(Run(*where, True, reached, target))

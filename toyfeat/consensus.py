@@ -38,6 +38,7 @@ from toyfeat.types import (
 
 _USED = 1e-3  # of the largest energy, below which a latent does not describe anything
 _CHUNK = 5000
+_SAME = 0.95  # |cos| of two directions that count as one
 _OF_MOST = 3  # the largest support over this has to be reached
 _IN_A_PLANE = np.cos(np.pi / 16)  # one direction in eight has it with another
 
@@ -51,7 +52,7 @@ def consensus(
     *,
     description: Description = DEFAULT,
     support: int | None = None,
-    cosine: float = 0.95,
+    cosine: float = _SAME,
 ) -> Consensus:
     r"""Readers of a model, by the agreement of dictionaries of its gradients.
 
@@ -99,23 +100,51 @@ def consensus(
             f"consensus: wanted support in 1 .. {total}, the number of descriptions, "
             f"and cosine in (0, 1), got {support} and {cosine}"
         )
-    parts = jax.random.split(key, 6)
-    inputs = subject.sample(parts[0], description.examples)
-    random = readouts.random_directions(parts[1], description.directions, "gaussian")
-    described: list[np.ndarray] = []
-    planes = np.zeros((0, 0))
-    for i, readout in enumerate((readouts.scalar(half_square), random)):
-        taps = tapped(subject, inputs, readout)
-        rows = gradient_rows(taps)
-        described += dictionaries(parts[2 + i], rows, description, signed=i > 0)
-        if not i:
-            planes = np.asarray(circular_planes(parts[4], rows))
-            spread = covariance_of(taps)
+    (described,), taps = descriptions(key, subject, description)
     directions, counts = recurring(described, support=support, cosine=cosine)
+    planes = circular_planes(jax.random.split(key, 5)[4], gradient_rows(taps))
     readers = jnp.asarray(np.concatenate([directions, planes]), float)
-    found = Found(readers, readers @ spread)
+    found = Found(readers, readers @ covariance_of(taps))
     counts = np.concatenate([counts, np.zeros(len(planes), int)])
     return Consensus(found, counts, len(described))
+
+
+def descriptions(
+    key: Array,
+    subject: Subject,
+    description: Description,
+    *,
+    settings: Mapping[str, ArrayLike] | None = None,
+) -> tuple[list[list[np.ndarray]], Taps]:
+    """Dictionaries of the gradients of both readouts.
+
+    Args:
+      key: random key.
+      subject: the model, its inputs and the site.
+      description: which dictionaries, and of what.
+      settings: as in :func:`dictionaries`.
+
+    Returns:
+      Sets of rows, one list for each of the settings, and the taps of half the squared
+      output.
+
+    Raises:
+      ValueError: if all gradients are 0, or one is not finite.
+    """
+    sampled, drawn, *trained = jax.random.split(key, 4)
+    inputs = subject.sample(sampled, description.examples)
+    random = readouts.random_directions(drawn, description.directions, "gaussian")
+    taps = [
+        tapped(subject, inputs, readout)
+        for readout in (readouts.scalar(half_square), random)
+    ]
+    each = len(description.codes) * description.repeats
+    sides = []
+    for one, start, signed in zip(taps, trained, (False, True), strict=True):
+        rows = gradient_rows(one)
+        sets = dictionaries(start, rows, description, signed=signed, settings=settings)
+        sides.append([sets[i : i + each] for i in range(0, len(sets), each)])
+    return [first + second for first, second in zip(*sides, strict=True)], taps[0]
 
 
 def covariance_of(taps: Taps) -> Array:
@@ -227,7 +256,10 @@ def _used_rows(sae: Dictionary, state: TrainState, some: Array) -> list[np.ndarr
 
 
 def recurring(
-    described: Sequence[ArrayLike], *, support: int | None, cosine: float
+    described: Sequence[ArrayLike],
+    *,
+    support: int | None = None,
+    cosine: float = _SAME,
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""Directions that several sets of unit rows have in common.
 

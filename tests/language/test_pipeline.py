@@ -24,8 +24,10 @@ from toyfeat.language import (
     Evaluate,
     Job,
     Train,
+    evaluating,
     live,
     pipeline,
+    results,
     site,
 )
 from toyfeat.language.collecting import chunks_of, fingerprint
@@ -199,8 +201,12 @@ def never(*_, **__):
 def test_again_nothing_is_computed(copy, done, monkeypatch, capsys):
     out = Path(copy.out)
     before = content(out)
-    for name in ("train_one", "judge", "faithfulness", "held_out", "store_moments"):
-        monkeypatch.setattr(pipeline, name, never)
+    for module, names in {
+        pipeline: ("train_one", "store_moments"),
+        evaluating: ("judge", "faithfulness", "held_out"),
+    }.items():
+        for name in names:
+            monkeypatch.setattr(module, name, never)
     run = done["run"]._replace(job=copy)
     told = []
     pipeline.collected(run, lambda now, total: told.append((now, total)))
@@ -220,7 +226,7 @@ def test_without_pairs_attributions_are_not_checked(copy, done, monkeypatch):
     said = json.loads((out / "job.json").read_text())
     none = {"evaluate.uniform": 0, "evaluate.largest": 0}
     (out / "job.json").write_text(json.dumps(said | none))
-    monkeypatch.setattr(pipeline, "faithfulness", never)
+    monkeypatch.setattr(evaluating, "faithfulness", never)
     few = replace(copy, evaluate=replace(copy.evaluate, uniform=0, largest=0))
     rows = pipeline.evaluated(done["run"]._replace(job=few))
     assert {row["what"] for row in rows} == {"losses", "scores"}
@@ -447,14 +453,14 @@ def test_fetch_lists_what_there_is(capsys):
 
 def test_a_broken_row_is_dropped_wherever_the_file_ends(tmp_path):
     path = tmp_path / "some" / "rows.jsonl"
-    rows = pipeline.Rows(path)
+    rows = results.Rows(path)
     assert rows.add({"a": 1, "b": "x"}, {"c": [1.0]})
     assert rows.add({"a": 2, "b": "x"}, {"c": float("nan")})
     assert not rows.add({"a": 1, "b": "x"}, {"c": 3})
     text = path.read_text()
     for end in range(len(text) + 1):
         path.write_text(text[:end])
-        found = pipeline.Rows(path)
+        found = results.Rows(path)
         whole = text[:end].count("\n")
         assert len(found.rows) == whole
         assert path.read_text() == "".join(text.splitlines(keepends=True)[:whole])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from toyfeat.language.contexts import Context, Latent
-from toyfeat.report import language
+from toyfeat.report import language, language_figures
 
 pytest.importorskip("matplotlib")
 
@@ -100,23 +100,23 @@ def test_scores_have_a_line_each_with_faithfulness_beside_them():
 
 
 def test_pictures_show_the_rows():
-    fronts = language.fronts_figure(ROWS).axes
+    fronts = language_figures.fronts_figure(ROWS).axes
     lines = {x.get_label(): x.lines[0].get_xdata() for x in fronts[0].containers}
     assert {name: list(x) for name, x in lines.items()} == {
         "acts": [4.0, 8.0],
         "pca": [4.0],
     }
-    fvu, dead, unexplained = language.curves_figure(CURVES).axes
+    fvu, dead, unexplained = language_figures.curves_figure(CURVES).axes
     assert [list(line.get_ydata()) for line in fvu.lines] == [
         [0.25, 0.5],
         [0.125, 0.25],
     ]
     assert [len(axis.lines) for axis in (dead, unexplained)] == [2, 0]
-    drawn = language.faithfulness_figure(ROWS).axes
+    drawn = language_figures.faithfulness_figure(ROWS).axes
     np.testing.assert_allclose(
         drawn[0].collections[0].get_offsets(), [[0.1, 0.2], [-0.3, -0.2]]
     )
-    kept, spectrum = language.decomposition_figure(BASES).axes
+    kept, spectrum = language_figures.decomposition_figure(BASES).axes
     assert list(kept.lines[0].get_xdata()) == [1.0, 4.0]
     assert list(spectrum.lines[0].get_ydata()) == [1.0, 0.5]
 
@@ -134,7 +134,7 @@ def test_seeds_are_one_line_and_one_point_with_their_range():
     assert [x["seeds"] for x in found] == ["3", "3"]
     assert found[0]["recovered"] == "0.600 (0.500 to 0.900)"
     assert found[0]["correlation"] == "0.700"
-    bars = language.fronts_figure(rows).axes[0].containers[0]
+    bars = language_figures.fronts_figure(rows).axes[0].containers[0]
     assert bars.lines[0].get_ydata().tolist() == [0.6]
     np.testing.assert_allclose(
         bars.lines[2][0].get_segments()[0][:, 1], [0.5, 0.9], atol=1e-12
@@ -147,18 +147,18 @@ def test_a_seed_without_a_score_is_said_and_not_drawn():
     ]
     head, line = language.score_lines(rows)
     assert dict(zip(head, line, strict=True))["recovered"] == "0.500, 1 missing"
-    bars = language.fronts_figure(rows).axes[0].containers[0]
+    bars = language_figures.fronts_figure(rows).axes[0].containers[0]
     assert bars.lines[0].get_ydata().tolist() == [0.5]
 
 
 def test_only_bases_are_grey():
     kinds = "acts", "strong", "paired alone", "joint pca"
-    found = [language._colour(kind) for kind in kinds]
+    found = [language_figures._colour(kind) for kind in kinds]
     assert found == [
-        (language.BLUE, "-"),
-        (language.RED, "--"),
-        (language.ORANGE, "--"),
-        (language.GREY, ":"),
+        (language_figures.BLUE, "-"),
+        (language_figures.RED, "--"),
+        (language_figures.ORANGE, "--"),
+        (language_figures.GREY, ":"),
     ]
 
 

@@ -122,28 +122,13 @@ def collect(
 
     tap_of = partial(tapped, probed, tuple(sites), readout, float(massive))
     shapes = jax.eval_shape(tap_of, params, jnp.asarray(tokens[:batch]), 0)
-    place = {site: Path(folder) / site_folder(site) for site in shapes}
-
-    def is_new(site: str) -> bool:
-        return not (place[site] / "store.json").exists()
-
     content = hashlib.sha256(np.ascontiguousarray(tokens, np.int32).data).hexdigest()
-    writers: dict[str, StoreWriter] = {}
+    about = {**(metadata or {}), "tokens": content, "length": length}
+    about |= {"massive": str(float(massive))}
+    options = {"dtype": dtype, "rows_per_shard": rows_per_shard}
     pending: Future[None] | None = None
     with ExitStack() as closing:  # all of them, even if one cannot be written
-        for site in sorted(shapes, key=is_new):  # refused before others are begun
-            taps = shapes[site]
-            about = {"site": site, "tokens": content, "length": length}
-            about["massive"] = str(float(massive))
-            writers[site] = store_writer(
-                place[site],
-                dim=taps.acts.shape[1],
-                readouts=taps.grads.shape[1],
-                dtype=dtype,
-                rows_per_shard=rows_per_shard,
-                metadata={**(metadata or {}), **about},
-            )
-            closing.enter_context(writers[site])
+        writers = _writers(Path(folder), shapes, about, closing, **options)
         done = min(writer.rows for writer in writers.values()) // length
         with ThreadPoolExecutor(1) as disk:
             for first in range(done // batch * batch, len(tokens), batch):
@@ -158,7 +143,37 @@ def collect(
             if pending is not None:
                 pending.result()
     report(tokens.size, tokens.size)
-    return {site: open_store(path) for site, path in place.items()}
+    return {site: open_store(Path(folder) / site_folder(site)) for site in shapes}
+
+
+def _writers(
+    folder: Path,
+    shapes: Mapping[str, Taps],
+    about: Mapping[str, Any],
+    closing: ExitStack,
+    **options: Any,
+) -> dict[str, StoreWriter]:
+    """Writers of every site; those of stores that are there are opened first.
+
+    So what is refused is refused before anything new is begun.
+    """
+
+    def is_new(site: str) -> bool:
+        return not (folder / site_folder(site) / "store.json").exists()
+
+    writers = {}
+    for site in sorted(shapes, key=is_new):
+        grads = shapes[site].grads
+        assert grads is not None
+        writers[site] = store_writer(
+            folder / site_folder(site),
+            dim=grads.shape[2],
+            readouts=grads.shape[1],
+            metadata={**about, "site": site},
+            **options,
+        )
+        closing.enter_context(writers[site])
+    return writers
 
 
 def site_folder(site: str) -> str:

@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import jax
@@ -99,6 +100,7 @@ SIZES = {
 }
 """Size to tasks, budget of a method and seeds."""
 
+SCORES = 2  # raised where a score changes its meaning: such rows are not mixed
 WORLD = "world with a head"
 HARD = tuple(TASKS)[:8]  # tasks that activations alone must not solve
 EASY = 0.8
@@ -188,8 +190,11 @@ def main() -> None:
         and one["method"] in methods
         and one["seed"] < options.seeds
     ]
-    order = {name: i for i, name in enumerate([*options.tasks, *options.methods])}
-    mine.sort(key=lambda one: (one["seed"], order[one["case"]], order[one["method"]]))
+    tasks, order = (
+        {name: i for i, name in enumerate(names)}
+        for names in (options.tasks, options.methods)
+    )
+    mine.sort(key=lambda one: (one["seed"], tasks[one["case"]], order[one["method"]]))
     if mine:
         console = Console(width=max(220, Console().width))
         page = leaderboard.write_leaderboard(
@@ -200,6 +205,7 @@ def main() -> None:
                 "size": options.size,
                 "seeds": options.seeds,
                 "root": options.root,
+                "jobs": options.jobs,
                 "failed": failed,
             },
             tasks=pages,
@@ -244,8 +250,11 @@ def fill(
     """Measure what is missing; the methods that are there, and what raised where."""
     done = {(one["case"], one["method"], one["seed"]) for one in rows}
     todo = []
+    tasks = options.tasks
+    if options.jobs > 1:  # the longest, which are last, first: none runs alone then
+        tasks = tasks[::-1]
     for seed in range(options.seeds):
-        for name in reversed(options.tasks):  # the largest are last: not alone then
+        for name in tasks:
             missing = [m for m in options.methods if (name, m, seed) not in done]
             if missing or seed == 0:
                 todo.append((path, options.size, options.root, seed, name, missing))
@@ -256,7 +265,7 @@ def fill(
         failed += one.failed
         for method, why in one.absent.items():
             if method not in absent:
-                print(f"{method} is left out: {why}")
+                print(f"{method} is left out: {why}", flush=True)
         absent |= one.absent
         if one.page is not None:
             pages[one.name] = one.page
@@ -268,19 +277,37 @@ def side_by_side(todo: Sequence[tuple], jobs: int) -> Iterator[Measured]:
     if min(jobs, len(todo)) <= 1:
         yield from (measure(*one) for one in todo)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=context) as pool:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads wait by spinning
+    pool = ProcessPoolExecutor(
+        min(jobs, len(todo)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=end_with_parent,
+    )
+    try:
         futures = [pool.submit(measure, *one) for one in todo]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool:
-            raise SystemExit(
-                "leaderboard: a process was ended from outside, perhaps for its "
-                "memory; the same command goes on, with --jobs 1 one task at a time"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise SystemExit(
+            f"leaderboard: a process ended, perhaps for its memory ({error}); the same "
+            "command goes on, with --jobs 1 one task at a time"
+        ) from error
+    finally:  # an interrupt, too, does not wait for what is being measured
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+
+def end_with_parent() -> None:
+    """End this process when its parent does, so that it writes no more rows."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def measure(
@@ -291,8 +318,13 @@ def measure(
     tasks, budget, _ = SIZES[size]
     key = jax.random.key(root)
     key = jax.random.fold_in(key, 1000 * seed + [*TASKS, *SHAPES].index(name))
-    task = tasks[name](key)
-    page = (describe(task), task_figure(key, task)) if seed == 0 else None
+    try:
+        task = tasks[name](key)
+        page = (describe(task), task_figure(key, task)) if seed == 0 else None
+    except Exception as error:  # of one task: the others go on
+        traceback.print_exc()
+        why = f"({type(error).__name__}: {error})"
+        return Measured(name, [], [(name, f"as a whole, seed {seed}", why)], {}, None)
     result = Measured(name, [], [], {}, page)
     for method in methods:
         try:
@@ -317,6 +349,7 @@ def kept(path: Path, options: argparse.Namespace, budget: Budget) -> list[dict]:
     """Rows that were measured before, under the same settings."""
     settings = path.with_name("settings.json")
     now = {"size": options.size, "root": options.root, "budget": budget._asdict()}
+    now |= {"scores": SCORES}
     said, text = (
         one.read_text(encoding="utf-8", errors="replace") if one.exists() else ""
         for one in (settings, path)
@@ -353,6 +386,13 @@ def loaded(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def parsed() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
@@ -378,9 +418,11 @@ def parsed() -> argparse.Namespace:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
     if options.jobs is None:
         alone = options.size != "quick" or jax.default_backend() != "cpu"
-        options.jobs = 1 if alone else min(2, os.cpu_count() or 1)
+        options.jobs = 1 if alone else min(2, cores())
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    if options.jobs > 1 and jax.default_backend() != "cpu":
+        parser.error("--jobs: an accelerator runs one process; JAX_PLATFORMS=cpu")
     every = {"tasks": list(tasks), "methods": [*METHODS, leaderboard.ORACLE]}
     for what, known in every.items():
         text = getattr(options, what)

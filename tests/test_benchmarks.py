@@ -3,9 +3,11 @@ import functools
 import importlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -284,12 +286,133 @@ def test_a_benchmark_runs_at_its_tiny_setting(name, tmp_path):
         assert {"case", "size", "method", "ratio", "device", "versions"} <= set(row)
 
 
-def end_this_process(*_):
+def end_this_process(path):
+    path.touch()
     os._exit(9)
 
 
-def test_a_process_that_is_ended_is_said(bench, monkeypatch):
+def raise_or_wait(path, last):
+    if not last:
+        raise ValueError("this is mine")
+    time.sleep(60)
+    path.touch()
+
+
+def process_of(_):
+    return os.getpid()
+
+
+def wait_and_write(path):
+    path.with_suffix(".begun").touch()
+    time.sleep(4)
+    path.touch()
+
+
+def test_jobs_are_processes(bench, monkeypatch):
+    board = bench("leaderboard", "--tiny")
+    monkeypatch.setattr(board, "measure", process_of)
+    alone = set(board.side_by_side([(0,), (1,)], 1))
+    assert alone == {os.getpid()}
+    others = list(board.side_by_side([(0,), (1,), (2,)], 2))
+    assert len(others) == 3
+    assert os.getpid() not in others
+
+
+def test_a_process_that_ends_is_said(bench, tmp_path, monkeypatch):
     board = bench("leaderboard", "--tiny")
     monkeypatch.setattr(board, "measure", end_this_process)
-    with pytest.raises(SystemExit, match=r"ended from outside, .* with --jobs 1"):
-        list(board.side_by_side([(1,), (2,)], 2))
+    paths = [(tmp_path / "one",), (tmp_path / "other",)]
+    with pytest.raises(SystemExit, match=r"a process ended, .* with --jobs 1"):
+        list(board.side_by_side(paths, 2))
+    assert any(path.exists() for (path,) in paths)  # and not because it never ran
+
+
+def test_what_goes_wrong_does_not_wait_for_the_rest(bench, tmp_path, monkeypatch):
+    board = bench("leaderboard", "--tiny")
+    monkeypatch.setattr(board, "measure", raise_or_wait)
+    begun = time.perf_counter()
+    todo = [(tmp_path / "late", last) for last in (True, False, True, True)]
+    with pytest.raises(ValueError, match="this is mine"):
+        list(board.side_by_side(todo, 2))
+    for child in multiprocessing.active_children():
+        child.join(20)
+    assert time.perf_counter() - begun < 40
+    assert not (tmp_path / "late").exists()
+
+
+def test_processes_end_with_the_one_that_began_them(tmp_path):
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT / "benchmarks")!r}, {str(ROOT / "tests")!r}]
+import leaderboard, test_benchmarks
+from pathlib import Path
+leaderboard.measure = test_benchmarks.wait_and_write
+if __name__ == "__main__":
+    paths = [(Path({str(tmp_path)!r}) / name,) for name in "ab"]
+    list(leaderboard.side_by_side(paths, 2))
+"""
+    (tmp_path / "run.py").write_text(code)
+    with subprocess.Popen([sys.executable, str(tmp_path / "run.py")]) as parent:
+        for _ in range(600):
+            if (tmp_path / "a.begun").exists() and (tmp_path / "b.begun").exists():
+                break
+            time.sleep(0.1)
+        parent.kill()
+    assert (tmp_path / "a.begun").exists()
+    time.sleep(6)
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_processes_found_is_put_together(bench, tmp_path, monkeypatch, capsys):
+    names = "--methods", "random,ICA,TopK"
+    board = bench("leaderboard", "--tiny", "--seeds", "3", "--jobs", "2", *names)
+    options = board.parsed()
+    asked = []
+
+    def side_by_side(todo, jobs):
+        asked.extend((one[3], one[5], jobs) for one in todo)
+        why = {"ICA": "no sklearn"}
+        row = ROW | {"seed": 1}
+        yield board.Measured("product space", [row], [], why, None)
+        bad = [("product space", "TopK, seed 0", "(E: e)")]
+        yield board.Measured("product space", [ROW], bad, why, ("about", None))
+
+    monkeypatch.setattr(board, "side_by_side", side_by_side)
+    rows, pages = [ROW | {"case": "product space", "seed": 2, "method": "TopK"}], {}
+    methods, failed = board.fill(rows, pages, tmp_path / "rows.jsonl", options)
+    every = ["random", "ICA", "TopK"]
+    assert asked == [(0, every, 2), (1, every, 2), (2, every[:2], 2)]
+    assert methods == ["random", "TopK"]
+    assert failed == [("product space", "TopK, seed 0", "(E: e)")]
+    assert [row["seed"] for row in rows] == [2, 1, 0]
+    assert pages == {"product space": ("about", None)}
+    assert capsys.readouterr().out == "ICA is left out: no sklearn\n"
+
+
+def test_a_task_that_raises_ends_nothing(bench, tmp_path, monkeypatch, capsys):
+    names = "--methods", "random"
+    board = bench("leaderboard", "--tiny", *names, "--out", tmp_path)
+
+    def broken(_):
+        raise ValueError("no such model")
+
+    monkeypatch.setitem(board.TINY, "product space", broken)
+    with pytest.raises(SystemExit, match=r"space as a whole, seed 0 \(ValueError: no"):
+        board.main()
+    assert "no such model" in capsys.readouterr().err
+
+
+def test_jobs_that_are_not_asked_for(bench, monkeypatch, capsys):
+    board = bench("leaderboard", "--quick")
+    monkeypatch.setattr(board, "cores", lambda: 16)
+    assert board.parsed().jobs == 2
+    monkeypatch.setattr(board.jax, "default_backend", lambda: "gpu")
+    assert board.parsed().jobs == 1
+    bench("leaderboard", "--quick", "--jobs", "2")
+    with pytest.raises(SystemExit):
+        board.parsed()
+    assert "an accelerator runs one process" in capsys.readouterr().err
+    monkeypatch.undo()
+    board = bench("leaderboard")
+    assert board.parsed().jobs == 1

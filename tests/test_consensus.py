@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 import toyfeat as tf
-from toyfeat.consensus import dictionaries, gradient_rows, half_square, recurring
+from toyfeat.consensus import (
+    covariance_of,
+    descriptions,
+    dictionaries,
+    gradient_rows,
+    half_square,
+    recurring,
+)
 from toyfeat.models import planted
 
 FEW = tf.Description(examples=1000, steps=300, batch=64, learning_rate=1e-2)
@@ -189,6 +196,34 @@ def test_dictionaries_are_unit_rows_of_latents_that_are_used(signed, key):
     assert near.max(0).min() > 0.99
     assert max(len(one) for one in described[:2]) < 16
     assert np.abs(described[2][0] - described[3][0]).max() > 1e-3
+
+
+def test_every_setting_has_descriptions_of_both_readouts(key):
+    subject = planted.blind(planted.product_space(key, dim=8, colours=3, shapes=3))
+    few = FEW._replace(examples=200, steps=3, codes=(1, 2), latents=1)
+    (alone,), taps = descriptions(key, subject, few)
+    rates = [few.learning_rate, 1.0]
+    both, _ = descriptions(key, subject, few, settings={"learning_rate": rates})
+    assert [len(sets) for sets in both] == [len(alone)] * 2 == [8, 8]
+    for one, other in zip(alone, both[0], strict=True):
+        np.testing.assert_allclose(one, other, atol=0.02)  # Adam begins by signs
+    changed = [
+        np.abs(one[:4] - fast[:4]).max() for one, fast in zip(*both, strict=True)
+    ]
+    assert np.median(changed) > 0.1
+    inputs = subject.sample(jax.random.split(key, 4)[0], few.examples)
+    gradients = jax.vmap(jax.grad(lambda a, x: half_of(subject, a, x)), (None, 0))
+    oracle = gradients(jnp.zeros(8), inputs)
+    assert taps.grads.shape == (200, 1, 8)
+    np.testing.assert_allclose(taps.grads[:, 0], oracle, rtol=1e-4, atol=1e-5)
+    acts = np.asarray(taps.acts, np.float64)
+    np.testing.assert_allclose(covariance_of(taps), np.cov(acts.T, ddof=0), atol=1e-4)
+
+
+def half_of(subject, shift, one):
+    probes = {subject.site: shift[None]}
+    inputs = jax.tree.map(lambda x: x[None], one)
+    return half_square(subject.probed(subject.params, inputs, probes)[0])
 
 
 def test_a_loss_of_dead_latents_is_no_setting(key):

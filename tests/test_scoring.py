@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import toyfeat as tf
+from toyfeat import scoring
 from toyfeat.models import planted
 
 KEY = jax.random.key(3)
@@ -66,7 +67,7 @@ def by_hand(task, found, examples):
     inputs = task.sample(jax.random.split(KEY)[0], examples)
     outputs, acts = task.probed(task.params, inputs, {})
     acts = np.asarray(acts[task.site], np.float64)
-    more = task.sample(jax.random.fold_in(jax.random.split(KEY)[0], 1), 5000)
+    more = task.sample(jax.random.fold_in(jax.random.split(KEY)[0], 1), scoring._OTHERS)
     more = np.asarray(task.probed(task.params, more, {})[1][task.site], np.float64)
 
     def half(shift, one):
@@ -110,7 +111,8 @@ def by_hand(task, found, examples):
 
 @every
 @pytest.mark.parametrize("noise", [0.0, 0.3, 3.0])
-def test_what_is_preserved_is_what_a_loop_finds(name, noise):
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_preserved_is_what_a_loop_finds(name, side, noise, monkeypatch):
     task = TASKS[name]
     found = tf.Found(
         *(
@@ -118,8 +120,15 @@ def test_what_is_preserved_is_what_a_loop_finds(name, noise):
             for i, rows in enumerate(truth_of(task))
         )
     )
+    shares = by_hand(task, found, 60)
     got = tf.scores(KEY, task, found, examples=60).preserved
-    assert got == pytest.approx(max(by_hand(task, found, 60)), abs=1e-3)
+    assert got == pytest.approx(max(shares), abs=1e-3)
+    both = "_projected", "_guessed"
+    one = getattr(scoring, both[side])  # alone, whichever is the better one
+    monkeypatch.setattr(scoring, both[1 - side], one)
+    rows = found.writers if side == 0 else found.readers
+    alone = tf.scores(KEY, task, tf.Found(rows, rows), examples=60).preserved
+    assert alone == pytest.approx(shares[side], abs=1e-3)
 
 
 def test_true_readers_preserve_the_output_whatever_their_writers():
@@ -140,13 +149,31 @@ def test_true_writers_preserve_the_output_whatever_their_readers():
     assert tf.scores(KEY, task, tf.Found(noise, writers)).preserved > 0.99
 
 
-def test_a_reader_that_reads_nothing_guesses_nothing():
+def test_readers_of_what_never_varies_guess_the_mean():
+    acts = np.random.default_rng(0).normal(size=(50, 6))
+    acts[:, 0] = 0.0  # dead
+    acts[:, 1] = 1.0 - acts[:, 2]  # their sum is constant
+    rows = np.zeros((2, 6))
+    rows[0, 0] = rows[1, 1] = rows[1, 2] = 1.0
+    for size in (1e-160, 1.0, 1e150):
+        told = scoring._guessed(2, size * rows, acts[:9], acts[:9], acts)
+        np.testing.assert_allclose(told, np.tile(acts.mean(0), (9, 1)), atol=1e-12)
+    told = scoring._guessed(2, rows, acts[:9], acts[:9], 0 * acts + acts[0])
+    np.testing.assert_allclose(told, np.tile(acts[0], (9, 1)), atol=1e-12)
+
+
+def test_the_same_row_many_times_tells_what_it_tells_once():
     task = TASKS["product"]
-    rows = np.linalg.svd(np.asarray(task.truth.writers, np.float64))[2]
-    outside = rows[np.linalg.matrix_rank(np.asarray(task.truth.writers)) :]
-    assert len(outside)
-    got = tf.scores(KEY, task, tf.Found(outside, outside)).preserved
-    assert got == pytest.approx(0, abs=0.05)
+    readers, writers = truth_of(task)
+    twice = tf.Found(jnp.repeat(readers[:2], 6, 0), jnp.repeat(writers[:2], 6, 0))
+    some = np.asarray(task.probed(task.params, task.sample(KEY, 200), {})[1][task.site])
+    some = some.astype(np.float64)
+    for replaced in (scoring._guessed, scoring._projected):
+        rows = twice.readers if replaced is scoring._guessed else twice.writers
+        rows = np.asarray(rows, np.float64)
+        many = replaced(12, rows, some, some, some)
+        few = replaced(2, rows[::6], some, some, some)
+        np.testing.assert_allclose(many, few, atol=1e-6)
 
 
 def test_ignored_structure_that_is_returned_is_counted_by_dimension():
@@ -208,6 +235,17 @@ def test_the_truth_must_have_the_side_of_the_task():
         tf.scores(KEY, bare, truth_of(task))
     with pytest.raises(ValueError, match=r"scores: .* got 'both'"):
         tf.scores(KEY, task._replace(side="both"), truth_of(task))
+
+
+def test_an_output_that_varies_by_rounding_alone_is_constant():
+    task = TASKS["product"]
+    steady = tf.from_split(
+        lambda p, x: x @ p["writers"],
+        lambda _, a: 7.0 + 1e-20 * a + jnp.float32(1e-7) * jnp.sign(a),
+        site=task.site,
+    )
+    found = tf.scores(KEY, task._replace(probed=steady), truth_of(task))
+    assert found.preserved == 1
 
 
 @pytest.mark.parametrize(("kept", "preserved"), [(True, 1), (False, 0)])

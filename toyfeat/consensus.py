@@ -102,7 +102,8 @@ def consensus(
         )
     (described,), taps = descriptions(key, subject, description)
     directions, counts = recurring(described, support=support, cosine=cosine)
-    planes = circular_planes(jax.random.split(key, 5)[4], gradient_rows(taps))
+    drawn = jax.random.split(key, 5)[4]  # the descriptions have the first four
+    planes = circular_planes(drawn, gradient_rows(taps))
     readers = jnp.asarray(np.concatenate([directions, planes]), float)
     found = Found(readers, readers @ covariance_of(taps))
     counts = np.concatenate([counts, np.zeros(len(planes), int)])
@@ -134,17 +135,17 @@ def descriptions(
     sampled, drawn, *trained = jax.random.split(key, 4)
     inputs = subject.sample(sampled, description.examples)
     random = readouts.random_directions(drawn, description.directions, "gaussian")
-    taps = [
-        tapped(subject, inputs, readout)
-        for readout in (readouts.scalar(half_square), random)
-    ]
     each = len(description.codes) * description.repeats
-    sides = []
-    for one, start, signed in zip(taps, trained, (False, True), strict=True):
-        rows = gradient_rows(one)
+
+    def by_setting(taps: Taps, start: Array, signed: bool) -> list[list[np.ndarray]]:
+        rows = gradient_rows(taps)
         sets = dictionaries(start, rows, description, signed=signed, settings=settings)
-        sides.append([sets[i : i + each] for i in range(0, len(sets), each)])
-    return [first + second for first, second in zip(*sides, strict=True)], taps[0]
+        return [sets[i : i + each] for i in range(0, len(sets), each)]
+
+    taps = tapped(subject, inputs, readouts.scalar(half_square))
+    first = by_setting(taps, trained[0], signed=False)
+    second = by_setting(tapped(subject, inputs, random), trained[1], signed=True)
+    return [one + other for one, other in zip(first, second, strict=True)], taps
 
 
 def covariance_of(taps: Taps) -> Array:

@@ -12,6 +12,7 @@ from toyfeat.tap import readouts, tap
 from toyfeat.types import Array, Found, Outputs, Scores, Task
 
 _NEAR = 0.9  # length of a unit row's part that makes it a part of ignored structure
+_QUIET = 1e-6  # of the size of activations, below which a reader reads nothing
 _OTHERS = 5000  # inputs whose activations have the mean and the covariance
 
 
@@ -29,8 +30,10 @@ def scores(key: Array, task: Task, found: Found, *, examples: int = 1000) -> Sco
       (R_S \Sigma R_S^T)^+ R_S (a - \mu)`, with the readers of the largest
       :math:`|r_j \cdot (a - \mu) \; g \cdot \Sigma r_j| / r_j^T \Sigma r_j`.
 
-    The first suits writers that are features of the activations; the true readers can
-    do poorly in it, because parts of writers that no reader reads may be large.
+    Mean and covariance are those of 5000 other inputs.  The first suits writers that
+    are features of the activations; the true readers can do poorly in it, because parts
+    of writers that no reader reads may be large.  Where as many rows as an example has
+    features span all that activations vary in, any rows preserve everything.
 
     Args:
       key: random key of the inputs and of random directions.
@@ -167,14 +170,14 @@ def _preserved(
         _guessed(num, readers, acts, grads, others),
     )
     whole = _flat(task.probed(task.params, inputs, {})[0], examples)
-    total = np.sum((whole - whole.mean(0)) ** 2)
+    total, noise = np.sum((whole - whole.mean(0)) ** 2), 1e-10 * np.sum(whole**2)
     shares = []
     for replacement in replacements:
         spliced = jnp.asarray(replacement, taps.acts.dtype)
         probe = {task.site: lambda _, spliced=spliced: spliced}
         now = _flat(task.probed(task.params, inputs, probe)[0], examples)
         lost = np.sum((whole - now) ** 2)
-        shares.append(1 - lost / total if total > 0 else float(lost == 0))
+        shares.append(1 - lost / total if total > noise else float(lost <= noise))
     return float(max(shares))
 
 
@@ -208,11 +211,12 @@ def _guessed(
 ) -> np.ndarray:
     """Best linear guesses from what the readers that matter most read."""
     mean = others.mean(0)
-    cov = (others - mean).T @ (others - mean) / len(others)
-    size = np.sqrt(np.sum(readers @ cov * readers, axis=1))
-    some = size > 1e-6 * np.linalg.norm(readers, axis=1) * np.sqrt(np.trace(cov))
-    rows = readers / np.where(some, size, np.inf)[:, None]
-    patterns = rows @ cov
+    parts = (others - mean) / np.sqrt(len(others))
+    unit = readers / np.linalg.norm(readers, axis=1, keepdims=True)
+    size = np.linalg.norm(parts @ unit.T, axis=0)  # of what each reads
+    reads = size > _QUIET * np.linalg.norm(parts)
+    rows = unit / np.where(reads, size, np.inf)[:, None]
+    patterns = (rows @ parts.T) @ parts
     best = _largest(num, ((acts - mean) @ rows.T) * (grads @ patterns.T))
     return mean + _told(rows[best], patterns[best], acts - mean)
 
@@ -231,4 +235,4 @@ def _told(rows: np.ndarray, patterns: np.ndarray, acts: np.ndarray) -> np.ndarra
         rows @ patterns.transpose(0, 2, 1), rcond=1e-6, hermitian=True
     )  # some rows may be the same
     codes = inverse @ (rows @ acts[..., None])
-    return np.sum(codes * patterns, axis=1)
+    return (codes.transpose(0, 2, 1) @ patterns)[:, 0]

@@ -561,7 +561,8 @@ class Scores(NamedTuple):
       random: coverage of the task's side by as many random directions.
       ignored: share of the dimensions of ignored structure that were returned.
       preserved: share of the variance of the output that is left when every
-        activation is replaced by what a few of the found features carry.
+        activation is replaced by what a few of the found writers carry, or a few of
+        the found readers tell; the larger one.
     """
 
     readers: float

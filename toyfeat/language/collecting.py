@@ -163,12 +163,11 @@ def _writers(
 
     writers = {}
     for site in sorted(shapes, key=is_new):
-        grads = shapes[site].grads
-        assert grads is not None
+        taps = shapes[site]
         writers[site] = store_writer(
             folder / site_folder(site),
-            dim=grads.shape[2],
-            readouts=grads.shape[1],
+            dim=taps.acts.shape[1],
+            readouts=None if taps.grads is None else taps.grads.shape[1],
             metadata={**about, "site": site},
             **options,
         )

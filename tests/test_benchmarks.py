@@ -228,8 +228,27 @@ def test_nothing_found_is_no_success(bench):
     sweeps = bench("brittleness")
     run = sweeps.Run(1e-3, 1.0, 1.0, "both", 0, True, 0.0, 2.0)
     assert sweeps.shares([run], 0.0, 2.0, choose=False) == (0, 0)
-    (member,) = sweeps.members_of([run], 0.0)
+    (member,) = sweeps.members_of([run], 0.0, 2.0)
     assert member.figures["share of the best"] == 0
+    assert member.figures["success (a)"] == member.figures["success (b)"] == 0
+    bare = run._replace(codes=None)
+    assert sweeps.shares([bare], 0.5, 2.0, choose=True) == (0, None)
+
+
+def test_success_is_near_the_best_and_b_has_the_codes_too(bench):
+    sweeps = bench("brittleness")
+    run = sweeps.Run(1e-3, 1.0, 1.0, "both", 0, True, 0.9, 2.0)
+    runs = [
+        run,
+        run._replace(coefficient=2.0, codes=2.3),
+        run._replace(coefficient=3.0, coverage=0.89),
+        run._replace(coefficient=4.0, finite=False),
+    ]
+    found = sweeps.members_of(runs, 1.0, 2.0)
+    assert [m.figures["success (a)"] for m in found] == [1, 1, 0, 0]
+    assert [m.figures["success (b)"] for m in found] == [1, 0, 0, 0]
+    assert sweeps.shares(runs, 1.0, 2.0, choose=False) == (0.5, 0.25)
+    assert sweeps.shares(runs, 1.0, 2.0, choose=True) == (0.5, 1.0)
 
 
 def test_brittleness_is_swept_once_and_drawn(tmp_path):
@@ -248,7 +267,9 @@ def test_brittleness_is_swept_once_and_drawn(tmp_path):
     methods = [row["method"] for row in rows]
     assert methods == ["published", "robust", "consensus"]
     assert [row["size"]["runs"] for row in rows] == [8, 8, 4]
-    assert all(0 <= row["b"] <= row["a"] <= 1 for row in rows[1:])
+    assert 0 <= rows[1]["b"] <= rows[1]["a"] <= 1
+    assert rows[2]["b"] is None
+    assert (tmp_path / "out" / "product-space-b.png").stat().st_size > 5000
     assert all(0 < row["best"] <= 1 and row["target"] == 2 for row in rows)
     assert (tmp_path / "out" / "product-space.png").stat().st_size > 5000
     assert (tmp_path / "out" / "brittleness.html").stat().st_size > 20_000

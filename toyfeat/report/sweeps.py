@@ -6,7 +6,7 @@ several methods can be looked at side by side.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +117,12 @@ def brittleness_figure(
     score: str,
     good: float,
     larger: bool = True,
+    middle: Callable[[Sequence[float]], Any] = np.median,
+    limits: tuple[float, float] | None = None,
 ) -> Any:
     """A score over the grid of two hyper-parameters, one panel per family.
 
-    Both axes are logarithmic.  A cell is the median of its members (other settings,
+    Both axes are logarithmic.  A cell is the middle of its members (other settings,
     random starts); one whose members are not all finite has a cross, one with a
     saturated controller a ring, and one without any finite member is grey.
 
@@ -131,6 +133,8 @@ def brittleness_figure(
       score: figure that is the colour.
       good: from where on the score is a success; the title has the share.
       larger: whether a score should be large.
+      middle: of the scores of a cell; the mean of zeros and ones is a share.
+      limits: of the colours, by default the least and the largest score.
 
     Returns:
       A matplotlib figure, not registered with pyplot.
@@ -146,10 +150,11 @@ def brittleness_figure(
     panels = drawn.subplots(1, len(families), squeeze=False, sharey=True)[0]
     every = [value_of(m, score) for ms in families.values() for m in ms if m.finite]
     every = [value for value in every if np.isfinite(value)] or [0.0, 1.0]
-    limits = {"vmin": min(every), "vmax": max(every)}
+    low, high = limits or (min(every), max(every))
+    look = {"vmin": low, "vmax": high, "cmap": "viridis" if larger else "viridis_r"}
     image = None
     for axis, (name, members) in zip(panels, families.items(), strict=True):
-        image = _draw_cells(axis, members, (x, y), score, limits, larger)
+        image = _draw_cells(axis, members, (x, y), score, middle, look)
         share = success_share(members, score, good, larger=larger)
         word = "≥" if larger else "≤"
         axis.set_title(
@@ -228,8 +233,8 @@ def _draw_cells(
     members: Sequence[Member],
     names: tuple[str, str],
     score: str,
-    limits: dict[str, Any],
-    larger: bool,
+    middle: Callable[[Sequence[float]], Any],
+    look: dict[str, Any],
 ) -> Any:
     places = np.array([[value_of(m, name) for name in names] for m in members])
     if not np.all(places > 0):
@@ -238,10 +243,9 @@ def _draw_cells(
             f"{names[1]} > 0, got {places.min():g}"
         )
     ticks = [np.unique(column) for column in places.T]
-    cells, cross, ring = _cells(members, places, ticks, score)
+    cells, cross, ring = _cells(members, places, ticks, score, middle)
     edges = [_edges(values) for values in ticks]
-    limits = {"cmap": "viridis" if larger else "viridis_r", **limits}
-    image = axis.pcolormesh(*edges, np.ma.masked_invalid(cells), **limits)
+    image = axis.pcolormesh(*edges, np.ma.masked_invalid(cells), **look)
     axis.set(xscale="log", yscale="log", facecolor="#e4e4e4")
     for marks, symbol, size, colours in (
         (cross, "x", 9, ("white", RED)),
@@ -258,16 +262,20 @@ def _draw_cells(
 
 
 def _cells(
-    members: Sequence[Member], places: np.ndarray, ticks: list[np.ndarray], score: str
+    members: Sequence[Member],
+    places: np.ndarray,
+    ticks: list[np.ndarray],
+    score: str,
+    middle: Callable[[Sequence[float]], Any],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Median score of every cell, whether a run of it diverged or was saturated."""
+    """The score of every cell, whether a run of it diverged or was saturated."""
     cells = np.full((len(ticks[1]), len(ticks[0])), np.nan)
     cross, ring = np.zeros((2, *cells.shape), bool)
     for row, column in np.ndindex(cells.shape):
         here = (places == [ticks[0][column], ticks[1][row]]).all(1)
         mine = [m for m, there in zip(members, here, strict=True) if there]
         values = [value_of(m, score) for m in mine if m.finite]
-        cells[row, column] = np.median(values) if values else np.nan
+        cells[row, column] = middle(values) if values else np.nan
         cross[row, column] = any(not m.finite for m in mine)
         ring[row, column] = any(m.saturated for m in mine)
     return cells, cross, ring

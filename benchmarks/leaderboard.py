@@ -104,6 +104,7 @@ SCORES = 2  # raised where a score changes its meaning: such rows are not mixed
 WORLD = "world with a head"
 HARD = tuple(TASKS)[:8]  # tasks that activations alone must not solve
 EASY = 0.8
+OF_ACTS = ("activation PCA", "standard", "TopK", "BatchTopK", "Matryoshka")
 GENERAL = "consensus"
 ARGUMENT = (
     "Each task is a model whose features are known: the directions that its own "
@@ -150,7 +151,7 @@ def verdicts(
         lines.append((bar, task, f"{figure:.3f}", wanted, "ok" if good else "MISSED"))
 
     for task in (n for n in names if n in HARD):
-        for method in ("activation PCA", "standard", "TopK"):
+        for method in OF_ACTS:
             if (task, method) in table:
                 value = table[task, method]
                 text = f"<= {EASY}"

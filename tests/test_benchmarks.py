@@ -37,7 +37,7 @@ def test_the_leaderboard_runs_every_method_and_goes_on(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout)
-    methods = 18 if importlib.util.find_spec("sklearn") else 16
+    methods = 20 if importlib.util.find_spec("sklearn") else 17
     assert outputs[0].count("seed 0") == 2
     assert outputs[1].count("seed 0") == methods - 2  # those two not again
     assert "seed" not in outputs[2].replace("seeds", "")

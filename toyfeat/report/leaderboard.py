@@ -60,20 +60,21 @@ def summary_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def task_lines(rows: Sequence[Mapping[str, Any]], task: str) -> list[tuple[str, ...]]:
-    """Every score of one task: medians over seeds, coverage with its range."""
+    """Every score of one task: medians over seeds, with their range."""
     mine = [row for row in rows if row["case"] == task]
-    lines: list[tuple[str, ...]] = [
-        ("method", "readers", "range", "writers", "range", *SHOWN)
-    ]
+    lines: list[tuple[str, ...]] = [("method", "readers", "writers", *SHOWN)]
     for method in _names(mine)[1]:
         here = [row for row in mine if row["method"] == method]
-        cells = []
-        for side in ("readers", "writers"):
-            values = [row[side] for row in here]
-            cells += [f"{median(values):.3f}", f"{min(values):.3f}-{max(values):.3f}"]
-        cells += [f"{median([row[name] for row in here]):.3g}" for name in SHOWN]
+        names = ("readers", "writers", *SHOWN)
+        cells = [_range([row[name] for row in here]) for name in names]
         lines.append((method, *cells))
     return lines
+
+
+def _range(values: Sequence[float]) -> str:
+    """A median and, where values differ, the least and the largest."""
+    middle, low, high = (f"{x:.3g}" for x in (median(values), min(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def heat_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -154,6 +155,10 @@ def write_leaderboard(
     title = "What every method finds in models with known features"
     page.write_page(folder / "leaderboard.html", title, sections, footer)
     if console is not None:
+        for task in _names(rows)[0]:
+            console.print(task)
+            print_lines(task_lines(rows, task), console)
+            console.print()
         print_lines(summary_lines(rows), console)
         if verdicts:
             console.print()

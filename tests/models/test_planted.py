@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import toyfeat as tf
+from toyfeat.data import HierarchyConfig
+from toyfeat.data.config import ZipfianFiring
 from toyfeat.models import planted
 
 N = 24
@@ -364,6 +366,44 @@ def test_curve_writers_are_the_readers_times_the_covariance():
     np.testing.assert_allclose(lengths, 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "sources"),
+    [
+        ("ignored_structure", lambda x: x["codes"].reshape(-1, 5, 2).sum(2)),
+        ("product_space", lambda x: x),
+        ("quiet_and_loud", lambda x: x[:, :5]),
+    ],
+)
+def test_a_feature_is_what_a_reader_reads_above_its_threshold(name, sources):
+    task = fresh(name, threshold=0.4)
+    inputs = task.sample(jax.random.key(1), 200)
+    oracle = np.maximum(wide(sources(inputs)) - 0.4, 0)
+    got = task.features(task.params, inputs)
+    np.testing.assert_allclose(got, oracle, atol=1e-4)
+
+
+@pytest.mark.parametrize("embedding", [0.0, 3.0])
+def test_summands_are_as_long_as_they_are_asked_to_be(embedding):
+    task = fresh("modular_addition", embedding=embedding)
+    _, acts = task.probed(task.params, task.sample(jax.random.key(1), 9), {})
+    parts = wide(acts[task.site]) @ wide(task.ignored).T
+    waves = parts.reshape(9, -1, 2)
+    np.testing.assert_allclose(np.linalg.norm(waves, axis=2), embedding, atol=1e-5)
+
+
+def test_a_world_may_have_other_trees_and_rates():
+    often = ZipfianFiring(max_prob=0.5, min_prob=0.4)
+    trees = HierarchyConfig(total_root_nodes=1, branching_factor=2, max_depth=1)
+    rates = [
+        float(jnp.mean(task.sample(jax.random.key(1), 500) > 0))
+        for task in (
+            fresh("world_with_head"),
+            fresh("world_with_head", firing=often, hierarchy=trees),
+        )
+    ]
+    assert rates[1] > 0.3 > 0.1 > rates[0]
+
+
 def test_product_space_has_one_colour_and_one_shape_of_one_size():
     inputs, _, acts, features = run("product_space", 2000)
     inputs = wide(inputs)
@@ -586,6 +626,10 @@ def test_a_hidden_identity_changes_nothing_and_has_a_site_of_its_own():
 
 ERRORS = [
     ("ignored_structure", {"manifold": 3}, "wanted an even manifold >= 2"),
+    ("ignored_structure", {"threshold": 0.7}, r"threshold in 0 \.\. 0.5, got 0.7"),
+    ("product_space", {"threshold": -0.1}, r"threshold in 0 \.\. 0.5, got -0.1"),
+    ("quiet_and_loud", {"threshold": np.nan}, r"threshold in 0 \.\. 0.5, got nan"),
+    ("modular_addition", {"embedding": -1.0}, r"embedding in 0 \.\. 1000, got -1.0"),
     ("ignored_structure", {"manifold": 0}, "dim 16, manifold 0, features 5"),
     ("ignored_structure", {"features": 7}, "manifold 4, features 7, parts 2"),
     ("ignored_structure", {"parts": 0}, "features 5, parts 0"),

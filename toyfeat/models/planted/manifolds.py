@@ -26,6 +26,7 @@ def ignored_structure(
     probability: float = 0.05,
     size: float = 4.0,
     tilt: float = 1.0,
+    threshold: float = 0.1,
 ) -> Task:
     """A surface of large variance and differences that the model does not read.
 
@@ -44,6 +45,7 @@ def ignored_structure(
       size: root mean square length of the surface, at most 1000; that of a writer's
         part outside of the surface's dimensions is 1.
       tilt: length of a writer's part in the surface's dimensions, at most 1000.
+      threshold: under which a reader is silent, in 0 .. 0.5; codes are .5 at least.
 
     Returns:
       :class:`toyfeat.types.Task`, ``ignored`` are the surface's dimensions; a
@@ -61,6 +63,7 @@ def ignored_structure(
       (5, 20)
     """
     _check_surface(dim, features, parts, manifold, probability, size, tilt)
+    _check_threshold("ignored_structure", threshold)
     sources = features * parts
     basis, rows, lean, mix = jax.random.split(key, 4)
     axes = heads.rotation(basis, dim)
@@ -69,7 +72,7 @@ def ignored_structure(
     leaning = unit(jax.random.normal(lean, (sources, manifold)))
     writers = plain + tilt * dot(leaning, surface)
     readers = dual(plain).reshape(features, parts, dim).sum(1)
-    params = heads.head(mix, readers, 0.1)
+    params = heads.head(mix, readers, threshold)
     params |= {"writers": writers, "surface": size * surface * (2 / manifold) ** 0.5}
     chance = 1 - (1 - probability) ** parts
     return heads.task(
@@ -89,6 +92,11 @@ def ignored_structure(
         "the sources of a sum apart.",
         limits="Nothing that the model computes tells the sources of a sum apart.",
     )
+
+
+def _check_threshold(name: str, threshold: float) -> None:
+    if not 0 <= threshold <= 0.5:
+        raise ValueError(f"{name}: wanted threshold in 0 .. 0.5, got {threshold}")
 
 
 def _check_surface(
@@ -198,7 +206,9 @@ def tiled_curve(
         about=f"A closed curve through {2 * harmonics} dimensions, read along {reads} "
         f"directions, each active on {share:.0%} of it. A dictionary of the "
         "activations tiles the curve.",
-        limits="Activations never leave the curve, so writers are regression patterns.",
+        limits="Activations never leave the curve, so writers are regression patterns. "
+        "Readers are directions and no planes, though the curve is round: each is "
+        "silent on most of it, and its own part is seen in what it does there.",
     )
 
 
@@ -214,7 +224,12 @@ def _on_curve(params: Params, angles: Array) -> Array:
 
 
 def product_space(
-    key: Array, *, dim: int = 24, colours: int = 10, shapes: int = 10
+    key: Array,
+    *,
+    dim: int = 24,
+    colours: int = 10,
+    shapes: int = 10,
+    threshold: float = 0.1,
 ) -> Task:
     """Every example has one colour and one shape; the model reads the two apart.
 
@@ -226,6 +241,7 @@ def product_space(
       dim: width ``D``, at least ``colours + shapes``.
       colours: how many.
       shapes: how many.
+      threshold: under which a reader is silent, in 0 .. 0.5; codes are .5 at least.
 
     Returns:
       :class:`toyfeat.types.Task`, colours first.
@@ -241,10 +257,11 @@ def product_space(
             "product_space: wanted colours and shapes of at least 2, together at most "
             f"dim, got {colours}, {shapes} and dim {dim}"
         )
+    _check_threshold("product_space", threshold)
     rows, mix = jax.random.split(key)
     writers = unit(jax.random.normal(rows, (num, dim)))
     readers = dual(writers)
-    params = heads.head(mix, readers, 0.1) | {"writers": writers}
+    params = heads.head(mix, readers, threshold) | {"writers": writers}
     frequency = jnp.repeat(
         jnp.array([1 / colours, 1 / shapes]), jnp.array([colours, shapes])
     )
@@ -285,6 +302,7 @@ def quiet_and_loud(
     probability: float = 0.08,
     quietness: float = 0.1,
     idleness: float = 0.02,
+    threshold: float = 0.1,
 ) -> Task:
     """Features of small activation and large effect among large ones of small effect.
 
@@ -296,6 +314,7 @@ def quiet_and_loud(
       probability: of any feature to be there.
       quietness: length of a quiet feature's writer, in 1e-4 .. 1e4; a loud one's is 1.
       idleness: effect of a loud feature, at most 1e4; of a quiet one it is 1.
+      threshold: under which a reader is silent, in 0 .. 0.5; codes are .5 at least.
 
     Returns:
       :class:`toyfeat.types.Task` whose truth is the quiet features.
@@ -305,6 +324,7 @@ def quiet_and_loud(
       TypeError: if a size is not an int.
     """
     _check_loudness(dim, quiet, loud, probability, quietness, idleness)
+    _check_threshold("quiet_and_loud", threshold)
     rows, other, mix = jax.random.split(key, 3)
     own = min(dim - 1, 3 * quiet // 2 + 1)  # dimensions of the quiet ones
     span = heads.rotation(rows, dim)
@@ -315,7 +335,7 @@ def quiet_and_loud(
     params = heads.head(
         jax.random.fold_in(mix, 1),
         jnp.concatenate([readers, noisy]),
-        0.1,
+        threshold,
         jnp.concatenate([jnp.ones(quiet), jnp.full(loud, idleness)]),
     )
     params |= {"writers": jnp.concatenate([writers, noisy])}

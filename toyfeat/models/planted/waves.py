@@ -26,7 +26,12 @@ from toyfeat.types import Array, Params, Task, Truth
 
 
 def modular_addition(
-    key: Array, *, modulus: int = 59, frequencies: int = 5, dim: int = 48
+    key: Array,
+    *,
+    modulus: int = 59,
+    frequencies: int = 5,
+    dim: int = 48,
+    embedding: float = 2.0,
 ) -> Task:
     r"""Logits of :math:`(a + b) \bmod p` from a few frequencies.
 
@@ -35,6 +40,7 @@ def modular_addition(
       modulus: ``p``, an odd prime.
       frequencies: how many of the ``(p - 1) / 2``; their amplitudes are U[.7, 1.3].
       dim: width ``D``, at least ``6 * frequencies``.
+      embedding: length of a summand's wave, in 0 .. 1000; one that is read has 1.
 
     Returns:
       :class:`toyfeat.types.Task` with one group per frequency.
@@ -44,6 +50,10 @@ def modular_addition(
       TypeError: if a size is not an int.
     """
     _check(modulus, frequencies, dim)
+    if not 0 <= embedding <= 1e3:
+        raise ValueError(
+            f"modular_addition: wanted embedding in 0 .. 1000, got {embedding}"
+        )
     chosen, rows, size, basis = jax.random.split(key, 4)
     every = jnp.arange(1, (modulus - 1) // 2 + 1)
     waves = jnp.sort(jax.random.permutation(chosen, every)[:frequencies])
@@ -60,7 +70,7 @@ def modular_addition(
     table = (amplitude[:, None, None] * table).reshape(num, modulus)
     params = {
         "angle": angle,
-        "embed": 2.0 * axes[dim - 2 * num :],
+        "embed": embedding * axes[dim - 2 * num :],
         "writers": inside,
         "unembed": dot(readers.T, table),
     }
@@ -77,7 +87,7 @@ def modular_addition(
         0.0,
         axes[dim - 2 * num :],
         f"Logits of a + b mod {modulus} from {frequencies} frequencies, beside the "
-        "embeddings of a and b, which are larger and not read.",
+        f"embeddings of a and b, {embedding:g} times as long and not read.",
         "Features are planes: no direction inside of one is preferred, and only the "
         "plane is scored.",
     )

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.data import HierarchyConfig, LinearMagnitude, synthetic_world, world_codes
-from toyfeat.data.config import FoldedNormalMagnitude, ZipfianFiring
+from toyfeat.data.config import Firing, FoldedNormalMagnitude, ZipfianFiring
 from toyfeat.data.world import World
 from toyfeat.models.planted import heads
 from toyfeat.models.planted.heads import dot, unit
 from toyfeat.types import Array, Params, Task, Truth
 
+_RARE = ZipfianFiring(max_prob=0.05, min_prob=0.005)
 _EXAMPLES = 20_000  # behind the frequencies, which a hierarchy makes hard to compute
 
 
@@ -30,6 +31,8 @@ def world_with_head(
     composed: int = 32,
     parts: int = 3,
     threshold: float = 0.8,
+    firing: Firing = _RARE,
+    hierarchy: HierarchyConfig | None = None,
 ) -> Task:
     """A hierarchical world, of which a network reads a few features and sums of others.
 
@@ -45,6 +48,9 @@ def world_with_head(
       parts: features in a sum.
       threshold: under which a reader is silent, so that the interference of features
         in superposition stays small.
+      firing: how often features fire, see :func:`toyfeat.data.synthetic_world`.
+      hierarchy: trees of the world; ``None`` for a tree of 4 branches and 2 levels
+        under every 32nd feature.
 
     Returns:
       :class:`toyfeat.types.Task`; the features of the model are the ``read``, then the
@@ -58,7 +64,7 @@ def world_with_head(
     _check(features, dim, read, composed, parts, threshold)
     used = read + composed * parts
     made, chosen, mix = jax.random.split(key, 3)
-    world = _world(made, features, dim)
+    world = _world(made, features, dim, firing, hierarchy)
     order = np.asarray(jax.random.permutation(chosen, features))[:used]
     alone, sums = order[:read], order[read:].reshape(composed, parts)
     rows = world.feature_vectors
@@ -102,13 +108,20 @@ def _check(
         )
 
 
-def _world(key: Array, features: int, dim: int) -> World:
+def _world(
+    key: Array,
+    features: int,
+    dim: int,
+    firing: Firing,
+    hierarchy: HierarchyConfig | None,
+) -> World:
     return synthetic_world(
         key,
         features,
         dim,
-        firing_probability=ZipfianFiring(max_prob=0.05, min_prob=0.005),
-        hierarchy=HierarchyConfig(
+        firing_probability=firing,
+        hierarchy=hierarchy
+        or HierarchyConfig(
             total_root_nodes=max(1, features // 32),
             branching_factor=4,
             max_depth=2,

@@ -382,6 +382,32 @@ def test_a_feature_is_what_a_reader_reads_above_its_threshold(name, sources):
     np.testing.assert_allclose(got, oracle, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ignored_structure",
+        "tiled_curve",
+        "product_space",
+        "quiet_and_loud",
+        "modular_addition",
+    ],
+)
+def test_tasks_that_are_written_down_are_made_under_jit(name):
+    def arrays(key):
+        task = getattr(planted, name)(key, **ARGUMENTS[name])
+        return task.params, task.truth, task.ignored
+
+    key = jax.random.key(5)
+    for one, other in zip(
+        jax.tree.leaves(arrays(key)),
+        jax.tree.leaves(jax.jit(arrays)(key)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    many = jax.vmap(arrays)(jax.random.split(key, 3))
+    assert jax.tree.leaves(many)[0].shape[0] == 3
+
+
 @pytest.mark.parametrize("embedding", [0.0, 3.0])
 def test_summands_are_as_long_as_they_are_asked_to_be(embedding):
     task = fresh("modular_addition", embedding=embedding)

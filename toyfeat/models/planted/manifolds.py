@@ -262,8 +262,8 @@ def product_space(
     writers = unit(jax.random.normal(rows, (num, dim)))
     readers = dual(writers)
     params = heads.head(mix, readers, threshold) | {"writers": writers}
-    frequency = jnp.repeat(
-        jnp.array([1 / colours, 1 / shapes]), jnp.array([colours, shapes])
+    frequency = jnp.concatenate(
+        [jnp.full(colours, 1 / colours), jnp.full(shapes, 1 / shapes)]
     )
     return heads.task(
         "product space",

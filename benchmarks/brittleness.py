@@ -71,7 +71,6 @@ GRIDS = {
 }
 OURS, WANTED = ("robust", "consensus"), 0.95
 NEAR = 0.1  # of the best coverage and of the codes that were asked for
-SETTINGS = ("learning_rate", "coefficient", "scale", "readout", "start")
 
 
 class Run(NamedTuple):
@@ -227,8 +226,8 @@ def consensus(task: Task, target: float, grid: Grid) -> list[Part]:
         )
         runs = []
         for rate, described in zip(grid.rates, every, strict=True):
-            finite = all(np.isfinite(rows).all() for rows in described)
-            reached = covered(recurring(described)[0], task) if finite else 0.0
+            finite = all(map(len, described))  # what diverged has no used latents
+            reached = covered(recurring(described)[0], task)
             for c in grid.coefficients:
                 where = (rate, c, scale, "both", start)
                 runs.append(Run(*where, finite, reached, None))
@@ -253,9 +252,11 @@ def good(run: Run, best: float) -> bool:
     return run.finite and run.coverage >= (1 - NEAR) * best > 0
 
 
-def sparse(run: Run, target: float) -> bool:
-    """The codes that were asked for."""
-    return run.codes is not None and abs(run.codes - target) <= NEAR * target
+def sparse(run: Run, target: float) -> float:
+    """Whether it has the codes that were asked for; NaN of one that is not asked."""
+    if run.codes is None:
+        return np.nan
+    return float(abs(run.codes - target) <= NEAR * target)
 
 
 def shares(
@@ -272,8 +273,8 @@ def shares(
     for i, run in enumerate(runs):
         place = (run.learning_rate, run.scale, run.readout, run.start)
         place = place if choose else (i,)
-        both = good(run, best) and sparse(run, target)
-        cells.setdefault(place, []).append(both)
+        both = good(run, best) * sparse(run, target)
+        cells.setdefault(place, []).append(both > 0)
     return a, float(np.mean([any(some) for some in cells.values()]))
 
 
@@ -319,7 +320,7 @@ def members_of(runs: list[Run], best: float, target: float) -> list[Member]:
                 "share of the best": run.coverage / (best or 1),
                 "codes": np.nan if run.codes is None else run.codes,
                 "success (a)": float(good(run, best)),
-                "success (b)": float(good(run, best) and sparse(run, target)),
+                "success (b)": good(run, best) * sparse(run, target),
             },
             run.finite,
         )

@@ -191,11 +191,8 @@ def main() -> None:
         and one["method"] in methods
         and one["seed"] < options.seeds
     ]
-    tasks, order = (
-        {name: i for i, name in enumerate(names)}
-        for names in (options.tasks, options.methods)
-    )
-    mine.sort(key=lambda one: (one["seed"], tasks[one["case"]], order[one["method"]]))
+    order = options.tasks.index, options.methods.index
+    mine.sort(key=lambda r: (r["seed"], order[0](r["case"]), order[1](r["method"])))
     if mine:
         console = Console(width=max(220, Console().width))
         page = leaderboard.write_leaderboard(
@@ -387,13 +384,6 @@ def loaded(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def parsed() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
@@ -419,7 +409,7 @@ def parsed() -> argparse.Namespace:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
     if options.jobs is None:
         alone = options.size != "quick" or jax.default_backend() != "cpu"
-        options.jobs = 1 if alone else min(2, cores())
+        options.jobs = 1 if alone else min(2, os.cpu_count() or 1)
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if options.jobs > 1 and jax.default_backend() != "cpu":

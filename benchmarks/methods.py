@@ -307,8 +307,9 @@ def oracle(key: Array, task: Task, *, budget: Budget) -> Found:
     unit = truth / np.linalg.norm(truth, axis=1, keepdims=True)
     k = min(tf.active_features(key, task), len(unit))
     best, kept = Found(jnp.asarray(truth), jnp.asarray(truth)), -1.0
+    readouts = {num: tapped(key, Subject(*task[:4]), budget, num) for num in (0, 4)}
     for num, signed in ((0, False), (0, True), (4, True)):
-        taps = tapped(key, Subject(*task[:4]), budget, num)
+        taps = readouts[num]
         rows = gradient_rows(taps)
         sae = tf.topk(rows.shape[1], len(unit), k, signed=signed)
         one = tf.trainer(sae, tf.dictionary_objective(sae), center=False)

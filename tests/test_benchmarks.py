@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -233,6 +234,8 @@ def test_nothing_found_is_no_success(bench):
     assert member.figures["success (a)"] == member.figures["success (b)"] == 0
     bare = run._replace(codes=None)
     assert sweeps.shares([bare], 0.5, 2.0, choose=True) == (0, None)
+    (member,) = sweeps.members_of([bare], 0.0, 2.0)
+    assert np.isnan(member.figures["success (b)"])  # and no failure
 
 
 def test_success_is_near_the_best_and_b_has_the_codes_too(bench):
@@ -375,11 +378,11 @@ if __name__ == "__main__":
     (tmp_path / "run.py").write_text(code)
     with subprocess.Popen([sys.executable, str(tmp_path / "run.py")]) as parent:
         for _ in range(600):
-            if (tmp_path / "a.begun").exists() and (tmp_path / "b.begun").exists():
+            if begun := [*tmp_path.glob("*.begun")]:
                 break
             time.sleep(0.1)
         parent.kill()
-    assert (tmp_path / "a.begun").exists()
+    assert begun
     time.sleep(6)
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
@@ -426,7 +429,7 @@ def test_a_task_that_raises_ends_nothing(bench, tmp_path, monkeypatch, capsys):
 
 def test_jobs_that_are_not_asked_for(bench, monkeypatch, capsys):
     board = bench("leaderboard", "--quick")
-    monkeypatch.setattr(board, "cores", lambda: 16)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
     assert board.parsed().jobs == 2
     monkeypatch.setattr(board.jax, "default_backend", lambda: "gpu")
     assert board.parsed().jobs == 1

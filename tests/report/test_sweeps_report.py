@@ -69,6 +69,18 @@ def test_a_brittleness_map_draws_medians_marks_and_shares():
     assert marks == [[[10.0, 1e-2]], [[0.1, 1e-3]]]  # a cross and a ring
     assert [t.get_text() for t in left.get_xticklabels()] == ["0.1", "1", "10"]
     assert drawn.axes[-1].get_ylabel() == "score"
+    options = {"middle": np.max, "limits": (0.0, 2.0)}
+    most = brittleness_figure(
+        {"a": family(), "b": family(0.1)},
+        *("sparsity", "rate"),
+        score="score",
+        good=0.5,
+        **options,
+    )
+    cells = most.axes[0].collections[0]
+    assert cells.get_clim() == (0.0, 2.0)
+    assert (np.asarray(cells.get_array()) >= want - 1e-9).all()
+    assert (np.asarray(cells.get_array()) > want + 1e-3).any()
     alone = brittleness_figure(
         {"a": family()[:1]}, "sparsity", "rate", score="fvu", good=0.5, larger=False
     )

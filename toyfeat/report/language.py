@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from toyfeat.language.contexts import Context, Latent
 from toyfeat.report import page
 from toyfeat.report.figures import data_uri, png
@@ -17,7 +15,7 @@ from toyfeat.report.language_figures import (
     faithfulness_figure,
     fronts_figure,
 )
-from toyfeat.report.rows import html_lines
+from toyfeat.report.rows import html_lines, spread
 
 _SCORES = (
     "ce",
@@ -73,15 +71,12 @@ def score_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _range(values: Sequence[Any]) -> str:
-    """A median and, of several numbers, the least and the largest."""
+    """A median with its range, and how many are missing."""
     numbers = [float(x) for x in values if x is not None]
     if not numbers:
         return ""
-    text = f"{np.median(numbers):.3f}"
-    if len(numbers) > 1:
-        text += f" ({min(numbers):.3f} to {max(numbers):.3f})"
     missing = len(values) - len(numbers)
-    return text + (f", {missing} missing" if missing else "")
+    return spread(numbers, ".3f") + (f", {missing} missing" if missing else "")
 
 
 def write_language(

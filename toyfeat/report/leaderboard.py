@@ -11,7 +11,7 @@ from rich.console import Console
 
 from toyfeat.report import page
 from toyfeat.report.figures import data_uri, figure, png
-from toyfeat.report.rows import html_lines, print_lines, write_whole
+from toyfeat.report.rows import html_lines, print_lines, spread, write_whole
 
 ORACLE = "oracle"
 """The method that starts at the truth; its coverage is a task's ceiling."""
@@ -62,19 +62,13 @@ def summary_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 def task_lines(rows: Sequence[Mapping[str, Any]], task: str) -> list[tuple[str, ...]]:
     """Every score of one task: medians over seeds, with their range."""
     mine = [row for row in rows if row["case"] == task]
-    lines: list[tuple[str, ...]] = [("method", "readers", "writers", *SHOWN)]
+    names = ("readers", "writers", *SHOWN)
+    lines: list[tuple[str, ...]] = [("method", *names)]
     for method in _names(mine)[1]:
         here = [row for row in mine if row["method"] == method]
-        names = ("readers", "writers", *SHOWN)
-        cells = [_range([row[name] for row in here]) for name in names]
+        cells = [spread([row[name] for row in here], ".3g") for name in names]
         lines.append((method, *cells))
     return lines
-
-
-def _range(values: Sequence[float]) -> str:
-    """A median and, where values differ, the least and the largest."""
-    middle, low, high = (f"{x:.3g}" for x in (median(values), min(values), max(values)))
-    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def heat_figure(rows: Sequence[Mapping[str, Any]]) -> Any:

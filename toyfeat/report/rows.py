@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -217,6 +218,19 @@ def cells(row: Row) -> tuple[str, str, str, str, str, str]:
         "" if row.bound is None else str(row.bound),
         {None: "", True: "ok", False: "missed"}[row.holds],
     )
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """A median and, where they are written differently, the least and the largest.
+
+    Example:
+      >>> spread([0.3, 0.1, 0.4], ".2f"), spread([2, 2], ".3g")
+      ('0.30 (0.10 to 0.40)', '2')
+    """
+    middle, low, high = (
+        format(x, form) for x in (median(values), min(values), max(values))
+    )
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def _short(value: float) -> str:

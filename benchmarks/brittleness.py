@@ -39,7 +39,7 @@ from leaderboard import TASKS
 from rich.console import Console
 
 import toyfeat as tf
-from toyfeat.consensus import descriptions, half_square, recurring, tapped
+from toyfeat.consensus import agreed, descriptions, half_square, tapped
 from toyfeat.report.rows import output_folder, write_whole
 from toyfeat.report.sweeps import brittleness_figure, write_sweep
 from toyfeat.tap.readouts import Readout
@@ -221,13 +221,13 @@ def consensus(task: Task, target: float, grid: Grid) -> list[Part]:
 
     def part(scale: float, start: int) -> list[Run]:
         subject = scaled(task, scale)
-        every, _ = descriptions(
+        every, taps = descriptions(
             jax.random.key(start), subject, description, settings=settings
         )
         runs = []
         for rate, described in zip(grid.rates, every, strict=True):
             finite = all(map(len, described))  # what diverged has no used latents
-            reached = covered(recurring(described)[0], task)
+            reached = covered(agreed(described, taps)[0], task)
             for c in grid.coefficients:
                 where = (rate, c, scale, "both", start)
                 runs.append(Run(*where, finite, reached, None))

@@ -72,6 +72,15 @@ def test_rows_are_those_that_circles_are_made_of_not_those_that_measure_them(key
     assert closeness(found, measuring.reshape(-1, 2, 6)).max(1).max() < 0.95
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_planes_that_few_random_ones_reach_are_found_beside_the_others(seed):
+    rows, planes, _ = example((1, 2, 6, 13), 1, 10)
+    few = {"starts": 24, "steps": 100}
+    found = tf.circular_planes(jax.random.key(seed), rows, **few)
+    assert closeness(found, planes).max(1).min() > 0.99
+    assert len(found) == 2 * len(planes)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
 def test_scale_does_not_matter(scale, key):
     rows, planes, _ = example((1, 2), 1, 8)

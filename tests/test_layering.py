@@ -16,6 +16,7 @@ LEVELS = {
     "moments": 3,
     "decompose": 3,
     "matching": 3,
+    "pursuit": 3,
     "dictionary": 3,
     "train": 4,
     "evaluate": 4,

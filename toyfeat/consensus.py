@@ -18,6 +18,7 @@ from toyfeat.decompose.circles import circular_planes
 from toyfeat.decompose.second_moments import covariance
 from toyfeat.dictionary import dictionary_objective, topk
 from toyfeat.moments import moments
+from toyfeat.pursuit import sharpened
 from toyfeat.tap import readouts, tap
 from toyfeat.tap.readouts import Readout
 from toyfeat.train import fit, population, trainer
@@ -38,6 +39,7 @@ from toyfeat.types import (
 
 _USED = 1e-3  # of the largest energy, below which a latent does not describe anything
 _CHUNK = 5000
+_FITTED = 6000  # rows that directions are fitted to
 _SAME = 0.95  # |cos| of two directions that count as one
 _OF_MOST = 3  # the largest support over this has to be reached
 _IN_A_PLANE = np.cos(np.pi / 16)  # one direction in eight has it with another
@@ -62,9 +64,10 @@ def consensus(
     :math:`J^\top u` (the only one that tells apart features that always come
     together).  Each is described by TopK dictionaries of several ``k`` and starts, all
     trained at once, and a direction is a reader if enough of them agree on it within
-    ``cosine``.  Circles, which no sparse code describes, are looked for in the first
-    readout by :func:`circular_planes`.  Writers are the regression patterns
-    :math:`\Sigma r` of the readers.
+    ``cosine``; then it is fitted to the gradients of one readout (:func:`agreed`).
+    Circles, which no sparse code describes, are looked for in the first readout by
+    :func:`circular_planes`; what else lies in their span is left out.  Writers are the
+    regression patterns :math:`\Sigma r` of the readers.
 
     Args:
       key: random key.
@@ -101,11 +104,13 @@ def consensus(
             f"and cosine in (0, 1), got {support} and {cosine}"
         )
     (described,), taps = descriptions(key, subject, description)
-    directions, counts = recurring(described, support=support, cosine=cosine)
+    directions, counts = agreed(described, taps, support=support, cosine=cosine)
     drawn = jax.random.split(key, 5)[4]  # the descriptions have the first four
-    planes = circular_planes(drawn, gradient_rows(taps))
+    planes = np.asarray(circular_planes(drawn, gradient_rows(taps[0])), np.float64)
+    apart = _outside(directions, planes, cosine)
+    directions, counts = directions[apart], counts[apart]
     readers = jnp.asarray(np.concatenate([directions, planes]), float)
-    found = Found(readers, readers @ covariance_of(taps))
+    found = Found(readers, readers @ covariance_of(taps[0]))
     counts = np.concatenate([counts, np.zeros(len(planes), int)])
     return Consensus(found, counts, len(described))
 
@@ -116,7 +121,7 @@ def descriptions(
     description: Description,
     *,
     settings: Mapping[str, ArrayLike] | None = None,
-) -> tuple[list[list[np.ndarray]], Taps]:
+) -> tuple[list[list[np.ndarray]], tuple[Taps, Taps]]:
     """Dictionaries of the gradients of both readouts.
 
     Args:
@@ -127,7 +132,7 @@ def descriptions(
 
     Returns:
       Sets of rows, one list for each of the settings, and the taps of half the squared
-      output.
+      output and of random directions.
 
     Raises:
       ValueError: if all gradients are 0, or one is not finite.
@@ -142,10 +147,54 @@ def descriptions(
         sets = dictionaries(start, rows, description, signed=signed, settings=settings)
         return [sets[i : i + each] for i in range(0, len(sets), each)]
 
-    taps = tapped(subject, inputs, readouts.scalar(half_square))
-    first = by_setting(taps, trained[0], signed=False)
-    second = by_setting(tapped(subject, inputs, random), trained[1], signed=True)
-    return [one + other for one, other in zip(first, second, strict=True)], taps
+    half = tapped(subject, inputs, readouts.scalar(half_square))
+    other = tapped(subject, inputs, random)
+    first = by_setting(half, trained[0], signed=False)
+    second = by_setting(other, trained[1], signed=True)
+    pairs = zip(first, second, strict=True)
+    return [one + more for one, more in pairs], (half, other)
+
+
+def agreed(
+    described: Sequence[ArrayLike],
+    taps: tuple[Taps, Taps],
+    *,
+    support: int | None = None,
+    cosine: float = _SAME,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What recurs, and is then fitted to the gradients themselves.
+
+    Dictionaries of too few codes pull on every direction, so what they have in common
+    is near a reader and no more.  Both readouts have an equal say in what recurs; the
+    one in whose gradients fewer directions are active at a time has the last word, and
+    random directions have it if there is no difference.
+
+    Args:
+      described: sets of unit rows, as of :func:`descriptions`.
+      taps: of half the squared output and of random directions.
+      support: as in :func:`recurring`.
+      cosine: as there; a direction that would move further stays.
+
+    Returns:
+      As :func:`recurring`.
+    """
+    directions, counts = recurring(described, support=support, cosine=cosine)
+    half, random = (_some(gradient_rows(one)) for one in taps)
+    return sharpened(directions, (random, half), cosine=cosine), counts
+
+
+def _some(rows: Array) -> np.ndarray:
+    """Rows from all over a table, enough to fit directions to."""
+    index = np.linspace(0, len(rows) - 1, min(len(rows), _FITTED)).astype(int)
+    return np.asarray(rows, np.float64)[index]
+
+
+def _outside(directions: np.ndarray, planes: np.ndarray, cosine: float) -> np.ndarray:
+    """Which unit rows do not lie in the span of planes: mixtures of circles do."""
+    if not len(planes):
+        return np.ones(len(directions), bool)
+    inside = directions @ np.linalg.svd(planes, full_matrices=False)[2].T
+    return np.linalg.norm(inside, axis=1) < cosine
 
 
 def covariance_of(taps: Taps) -> Array:

@@ -11,6 +11,7 @@ from toyfeat.types import Array, ArrayLike
 
 _RANK = 1e-6  # of the largest eigenvalue, below which a direction is not there
 _ROWS = 4000  # that are looked at; a fourth moment needs no more
+_SEARCHES = 3
 
 
 def circular_planes(
@@ -26,16 +27,16 @@ def circular_planes(
     In coordinates :math:`z` of unit second moment, a plane :math:`P` is circular if
     :math:`E |P z|^4 / (E |P z|^2)^2 = 1`, the least it can be; it is 2 for normal
     vectors and more for sparse ones.  Many random planes descend, each by its own
-    fixed step, and those that get to 1 are returned.  Inside a plane no direction is
-    preferred.  Circles can be missed beside several very sparse directions, at
-    frequencies with :math:`a + b = 2 c` (where the minimum is flat) and where the
-    lengths of what is mixed differ by more than 1000.  Rows should be many more than
-    dimensions: as many lie on circles whatever they are.
+    fixed step, and of those that get to 1 the most that lie beside each other are
+    returned.  Inside a plane no direction is preferred.  Circles can be missed beside
+    several very sparse directions, at frequencies with :math:`a + b = 2 c` (where the
+    minimum is flat) and where the lengths of what is mixed differ by more than 1000.
+    Rows should be many more than dimensions: as many lie on circles whatever they are.
 
     Args:
       key: random key.
       rows: ``[N, D]``, such as gradients; not centred here.
-      starts: random planes to begin with.
+      starts: random planes to begin with, at every search.
       steps: of the fixed point, 0 for none.
       tolerance: largest ratio that counts as circular.
 
@@ -76,18 +77,72 @@ def circular_planes(
     some = coordinates[
         np.linspace(0, len(table) - 1, min(len(table), _ROWS)).astype(int)
     ]
-    begin = jax.random.normal(key, (starts, 2, rank))
-    planes, ratio = _descended(steps, begin, jnp.asarray(some, begin.dtype))
-    kept: list[np.ndarray] = []
-    for i in np.argsort(ratio):
-        plane = np.asarray(planes[i], np.float64)
-        if not ratio[i] <= tolerance:
-            break
-        if all(np.linalg.norm(plane @ other.T, 2) < 0.5 for other in kept):
-            kept.append(plane)
+    kept = _distinct(key, starts, steps, jnp.asarray(some, float), tolerance)
     found = np.concatenate([np.zeros((0, rank)), *kept]) @ back
     norms = np.linalg.norm(found, axis=1, keepdims=True)
     return jnp.asarray(found / np.where(norms > 0, norms, 1), float)
+
+
+def _distinct(
+    key: Array, starts: int, steps: int, rows: Array, tolerance: float
+) -> list[np.ndarray]:
+    """Circular planes of white rows that lie beside each other, the roundest first.
+
+    Which planes random ones reach is luck: where there is one and room for more, what
+    is beside those that are known is searched too, and all of it a few times.
+    """
+    rank = rows.shape[1]
+    known: list[tuple[float, np.ndarray]] = []
+    kept: list[tuple[float, np.ndarray]] = []
+    for i, draw in enumerate(jax.random.split(key, 2 * _SEARCHES)):
+        beside = np.eye(rank)
+        if i % 2 and 2 * len(kept) > rank - 2:
+            continue
+        if i % 2:
+            span = np.concatenate([plane for _, plane in kept])
+            beside = np.linalg.svd(span)[2][len(span) :]
+        basis = jnp.asarray(beside, rows.dtype)
+        begin = jax.random.normal(draw, (starts, 2, len(basis)))
+        inside, ratio = _descended(steps, begin, rows @ basis.T)
+        reached = [(inside @ basis, ratio)]
+        if i % 2:
+            reached.append(_descended(steps, inside @ basis, rows))
+        planes, ratios = map(np.concatenate, zip(*reached, strict=True))
+        for one in np.argsort(ratios):
+            plane = planes[one].astype(np.float64)
+            if ratios[one] <= tolerance and not any(_same(plane, x) for _, x in known):
+                known.append((float(ratios[one]), plane))
+        kept = _most_beside(known, tolerance)
+        full = 2 * len(kept) > rank - 2
+        if not kept or (full and kept[-1][0] <= (1 + tolerance) / 2):
+            break
+    return [plane for _, plane in kept]
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool(np.linalg.norm(one @ other.T, -2) > 0.95)
+
+
+def _most_beside(
+    known: list[tuple[float, np.ndarray]], tolerance: float
+) -> list[tuple[float, np.ndarray]]:
+    """Most planes that lie beside each other, each by its roundness, roundest first.
+
+    Where frequencies make the minimum flat, mixed planes are nearly as round as true
+    ones, and two of them can take the place of one.
+    """
+    known = sorted(known, key=lambda one: one[0])
+    best: list[tuple[float, np.ndarray]] = []
+    most = 0.0
+    for first in known:
+        chosen = [first]
+        for one in known:
+            if all(np.linalg.norm(one[1] @ old.T, 2) < 0.5 for _, old in chosen):
+                chosen.append(one)
+        total = sum(tolerance - ratio for ratio, _ in chosen)
+        if not best or total > most:
+            best, most = chosen, total
+    return sorted(best, key=lambda one: one[0])
 
 
 def _whitened(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

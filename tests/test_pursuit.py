@@ -1,0 +1,198 @@
+import numpy as np
+import pytest
+
+from toyfeat.pursuit import matching_pursuit, refined, sharpened
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def planted(seed=0, *, dim=32, num=40, active=2, rows=3000):
+    """Unit atoms and rows that are combinations of ``active`` of them."""
+    rng = np.random.default_rng(seed)
+    atoms = unit(rng.normal(size=(num, dim)))
+    chosen = rng.permuted(np.tile(np.arange(num), (rows, 1)), axis=1)[:, :active]
+    codes = np.zeros((rows, num))
+    values = rng.choice([-1, 1], (rows, active)) * rng.uniform(0.5, 2, (rows, active))
+    np.put_along_axis(codes, chosen, values, axis=1)
+    return atoms, codes, codes @ atoms
+
+
+def turned(atoms, angle, seed=1):
+    """Every atom by the same angle, in a direction of its own."""
+    beside = np.random.default_rng(seed).normal(size=atoms.shape)
+    beside = unit(beside - np.sum(beside * atoms, axis=1, keepdims=True) * atoms)
+    return np.cos(angle) * atoms + np.sin(angle) * beside
+
+
+def by_loops(row, atoms, k):
+    """One row, with a least-squares fit at every step."""
+    chosen, residual, fit = [], row, np.zeros(0)
+    for _ in range(k):
+        products = np.abs(atoms @ residual)
+        products[chosen] = -1
+        chosen.append(int(np.argmax(products)))
+        fit = np.linalg.lstsq(atoms[chosen].T, row, rcond=None)[0]
+        residual = row - fit @ atoms[chosen]
+    codes = np.zeros(len(atoms))
+    codes[chosen] = fit
+    return codes
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("num", [3, 6, 15])
+def test_codes_are_those_of_loops(num, k):
+    rng = np.random.default_rng(num)
+    atoms, rows = unit(rng.normal(size=(num, 6))), rng.normal(size=(1200, 6))
+    if k > num:
+        return
+    codes = matching_pursuit(rows, atoms, k)
+    oracle = np.stack([by_loops(row, atoms, k) for row in rows])
+    np.testing.assert_allclose(codes, oracle, rtol=1e-5, atol=1e-6)
+    assert np.all(np.sum(codes != 0, axis=1) <= k)
+
+
+def test_codes_of_orthonormal_atoms_are_the_largest_projections():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(50, 5))
+    codes = matching_pursuit(rows, np.eye(5), 2)
+    least = np.sort(np.abs(rows), axis=1)[:, -2:-1]
+    np.testing.assert_allclose(codes, np.where(np.abs(rows) >= least, rows, 0))
+
+
+def test_rows_of_nothing_have_no_codes():
+    assert not matching_pursuit(np.zeros((3, 4)), np.eye(4), 3).any()
+    assert matching_pursuit(np.zeros((0, 4)), np.eye(4), 3).shape == (0, 4)
+
+
+def test_an_atom_that_is_there_twice_does_no_harm():
+    codes = matching_pursuit(np.array([[2.0, 1.0]]), np.eye(2)[[0, 0, 1]], 3)
+    assert np.isfinite(codes).all()
+    np.testing.assert_allclose(codes @ np.eye(2)[[0, 0, 1]], [[2.0, 1.0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [0, 4, -1])
+def test_codes_are_of_some_atoms(k):
+    with pytest.raises(ValueError, match=rf"k in 1 \.\. 3, .* got {k}"):
+        matching_pursuit(np.ones((2, 5)), np.eye(5)[:3], k)
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (2, 4)), ((3,), (2, 3)), ((2, 3), (3,))])
+def test_rows_and_atoms_have_one_width(shapes):
+    with pytest.raises(ValueError, match=r"rows \[N, D\] and atoms \[M, D\], got"):
+        matching_pursuit(*map(np.ones, shapes), 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("num", "active"), [(20, 2), (40, 2), (30, 3)])
+def test_near_atoms_become_those_that_rows_are_made_of(seed, num, active):
+    atoms, _, rows = planted(seed, num=num, active=active)
+    near = turned(atoms, 0.2)
+    moved, left = refined(rows, near, active, rounds=30)
+    assert np.abs(np.sum(moved * atoms, axis=1)).min() > 0.9999
+    assert left < 1e-3
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 1, rtol=1e-9)
+
+
+def test_true_atoms_stay_and_leave_nothing():
+    atoms, _, rows = planted()
+    moved, left = refined(rows, atoms, 2)
+    np.testing.assert_allclose(np.abs(np.sum(moved * atoms, axis=1)), 1, atol=1e-6)
+    assert left < 1e-6
+
+
+def test_what_is_left_is_of_the_best_fit_to_the_codes():
+    _, _, rows = planted()
+    near = unit(np.random.default_rng(3).normal(size=(5, 32)))
+    moved, left = refined(rows, near, 2, rounds=1)
+    codes = matching_pursuit(rows, near, 2)
+    fit, residual, *_ = np.linalg.lstsq(codes, rows, rcond=None)
+    assert left == pytest.approx(residual.sum() / np.sum(rows**2), rel=1e-6)
+    np.testing.assert_allclose(moved, unit(fit), atol=1e-6)
+
+
+def test_atoms_that_no_row_uses_stay():
+    rows = np.array([[1.0, 0.1, 0.0], [2.0, 0.2, 0.0]])
+    moved, left = refined(rows, np.eye(3), 1)
+    np.testing.assert_allclose(moved[0], unit(rows[0]), atol=1e-9)
+    np.testing.assert_array_equal(moved[1:], np.eye(3)[1:])
+    assert left < 1e-12
+    same, left = refined(np.zeros((2, 3)), np.eye(3), 1)
+    np.testing.assert_array_equal(same, np.eye(3))
+    assert left == 0
+
+
+def test_what_is_given_is_not_written_to():
+    atoms, _, rows = planted()
+    near = turned(atoms, 0.2)
+    before = near.copy()
+    refined(rows, near, 2)
+    sharpened(near, [rows], cosine=0.9)
+    np.testing.assert_array_equal(near, before)
+
+
+def test_there_are_rounds():
+    with pytest.raises(ValueError, match="refined: wanted rounds of at least 1, got 0"):
+        refined(np.eye(3), np.eye(3), 1, rounds=0)
+
+
+def dense(atoms):
+    return np.random.default_rng(5).normal(size=(800, len(atoms))) @ atoms
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_directions_are_fitted_to_the_sparse_table(place):
+    atoms, _, rows = planted()
+    tables = [dense(atoms)]
+    tables.insert(place, rows)
+    near = turned(atoms, 0.2)
+    moved = sharpened(near, tables, cosine=0.9)
+    assert np.abs(np.sum(near * atoms, axis=1)).max() < 0.99
+    assert np.abs(np.sum(moved * atoms, axis=1)).min() > 0.999
+
+
+def test_the_sparser_of_two_tables_counts_and_else_the_first():
+    atoms = np.eye(8)
+    one, other = turned(atoms, 0.1, seed=2), turned(atoms, 0.1, seed=3)
+
+    def made_of(basis, active):
+        return planted(active=active, num=8)[1] @ basis
+
+    def is_of(moved, basis):
+        return np.abs(np.sum(moved * basis, axis=1)).min() > 0.9999
+
+    near, options = np.eye(8), {"cosine": 0.9}
+    assert is_of(
+        sharpened(near, [made_of(one, 3), made_of(other, 1)], **options), other
+    )
+    assert is_of(sharpened(near, [made_of(one, 1), made_of(other, 3)], **options), one)
+    assert is_of(sharpened(near, [made_of(one, 2), made_of(other, 2)], **options), one)
+
+
+def test_where_no_table_is_sparse_directions_stay():
+    atoms, _, _ = planted()
+    near = turned(atoms, 0.2)
+    np.testing.assert_array_equal(sharpened(near, [dense(atoms)], cosine=0.9), near)
+    np.testing.assert_array_equal(sharpened(near, [], cosine=0.9), near)
+    none = np.zeros((0, 32))
+    assert sharpened(none, [dense(atoms)], cosine=0.9).shape == (0, 32)
+
+
+def test_a_direction_that_would_move_too_far_stays():
+    rows = np.repeat(np.eye(4), 50, axis=0)
+    near = turned(np.eye(4), 0.1)
+    near[0] = unit(np.array([0.8, 0.6, 0.0, 0.0]))
+    moved = sharpened(near, [rows], cosine=0.95)
+    np.testing.assert_array_equal(moved[0], near[0])
+    np.testing.assert_allclose(np.abs(moved[1:]), np.eye(4)[1:], atol=1e-6)
+
+
+@pytest.mark.parametrize(("wanted", "moves"), [(0.001, False), (0.12, True)])
+def test_a_table_is_sparse_up_to_a_share_that_is_not_explained(wanted, moves):
+    rng = np.random.default_rng(0)
+    rows = np.repeat(np.eye(32), 100, axis=0)
+    rows += 0.1**0.5 * unit(rng.normal(size=rows.shape))  # 9 % of what there is then
+    near = turned(np.eye(32), 0.2)
+    moved = sharpened(near, [rows], cosine=0.9, unexplained=wanted)
+    assert np.any(moved != near) == moves

@@ -88,35 +88,43 @@ def _distinct(
 ) -> list[np.ndarray]:
     """Circular planes of white rows that lie beside each other, the roundest first.
 
-    Which planes random ones reach is luck: where there is one and room for more, what
-    is beside those that are known is searched too, and all of it a few times.
+    Which planes random ones reach is luck, so what is beside the most that are known,
+    all but one at most, is searched too; and all of it a few times, until planes that
+    are round enough fill the space.
     """
     rank = rows.shape[1]
     known: list[tuple[float, np.ndarray]] = []
     kept: list[tuple[float, np.ndarray]] = []
-    for i, draw in enumerate(jax.random.split(key, 2 * _SEARCHES)):
-        beside = np.eye(rank)
-        if i % 2 and 2 * len(kept) > rank - 2:
-            continue
-        if i % 2:
-            span = np.concatenate([plane for _, plane in kept])
-            beside = np.linalg.svd(span)[2][len(span) :]
-        basis = jnp.asarray(beside, rows.dtype)
-        begin = jax.random.normal(draw, (starts, 2, len(basis)))
-        inside, ratio = _descended(steps, begin, rows @ basis.T)
-        reached = [(inside @ basis, ratio)]
-        if i % 2:
-            reached.append(_descended(steps, inside @ basis, rows))
-        planes, ratios = map(np.concatenate, zip(*reached, strict=True))
-        for one in np.argsort(ratios):
-            plane = planes[one].astype(np.float64)
-            if ratios[one] <= tolerance and not any(_same(plane, x) for _, x in known):
-                known.append((float(ratios[one]), plane))
-        kept = _most_beside(known, tolerance)
+
+    def reach(planes: Array, ratios: Array) -> None:
+        for ratio, plane in zip(np.asarray(ratios), np.asarray(planes), strict=True):
+            plane = plane.astype(np.float64)
+            if ratio <= tolerance and not any(_same(plane, old) for _, old in known):
+                known.append((float(ratio), plane))
+
+    for draw in jax.random.split(key, _SEARCHES):
+        everywhere, beside = jax.random.split(draw)
+        begin = jax.random.normal(everywhere, (starts, 2, rank))
+        reach(*_roundest_first(*_descended(steps, begin, rows)))
+        some = _most_beside(known, tolerance, rank // 2 - 1)
+        if some:
+            span = np.concatenate([plane for _, plane in some])
+            basis = jnp.asarray(np.linalg.svd(span)[2][len(span) :], rows.dtype)
+            num = 1 if len(basis) == 2 else starts  # there is one plane in a plane
+            begin = jax.random.normal(beside, (num, 2, len(basis)))
+            inside, ratios = _descended(steps, begin, rows @ basis.T)
+            reach(*_roundest_first(inside @ basis, ratios))
+            reach(*_roundest_first(*_descended(steps, inside @ basis, rows)))
+        kept = _most_beside(known, tolerance, rank // 2)
         full = 2 * len(kept) > rank - 2
         if not kept or (full and kept[-1][0] <= (1 + tolerance) / 2):
             break
     return [plane for _, plane in kept]
+
+
+def _roundest_first(planes: Array, ratios: Array) -> tuple[Array, Array]:
+    order = jnp.argsort(ratios)
+    return planes[order], ratios[order]
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
@@ -124,25 +132,26 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _most_beside(
-    known: list[tuple[float, np.ndarray]], tolerance: float
+    known: list[tuple[float, np.ndarray]], tolerance: float, most: int
 ) -> list[tuple[float, np.ndarray]]:
-    """Most planes that lie beside each other, each by its roundness, roundest first.
+    """At most so many planes beside each other, roundest in sum, the roundest first.
 
     Where frequencies make the minimum flat, mixed planes are nearly as round as true
     ones, and two of them can take the place of one.
     """
     known = sorted(known, key=lambda one: one[0])
     best: list[tuple[float, np.ndarray]] = []
-    most = 0.0
     for first in known:
         chosen = [first]
         for one in known:
             if all(np.linalg.norm(one[1] @ old.T, 2) < 0.5 for _, old in chosen):
                 chosen.append(one)
-        total = sum(tolerance - ratio for ratio, _ in chosen)
-        if not best or total > most:
-            best, most = chosen, total
+        best = max(best, chosen[:most], key=lambda some: _roundness(some, tolerance))
     return sorted(best, key=lambda one: one[0])
+
+
+def _roundness(some: list[tuple[float, np.ndarray]], tolerance: float) -> float:
+    return sum(tolerance - ratio for ratio, _ in some)
 
 
 def _whitened(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

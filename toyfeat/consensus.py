@@ -4,7 +4,7 @@ Gradients of one example are combinations of the readers that are active in it. 
 combinations, and how many readers, depends on the readout and on the model; a
 dictionary that is trained with the wrong ones finds something else, but something else
 every time.  So the gradients of two readouts are described by several dictionaries
-each, and what recurs is kept.
+each, and what recurs is kept and fitted to the gradients themselves.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,6 +39,7 @@ from toyfeat.types import (
 
 _USED = 1e-3  # of the largest energy, below which a latent does not describe anything
 _CHUNK = 5000
+_INSIDE = 0.99  # of a direction's length, from where it is a mixture of circles
 _FITTED = 6000  # rows that directions are fitted to
 _SAME = 0.95  # |cos| of two directions that count as one
 _OF_MOST = 3  # the largest support over this has to be reached
@@ -64,7 +65,8 @@ def consensus(
     :math:`J^\top u` (the only one that tells apart features that always come
     together).  Each is described by TopK dictionaries of several ``k`` and starts, all
     trained at once, and a direction is a reader if enough of them agree on it within
-    ``cosine``; then it is fitted to the gradients of one readout (:func:`agreed`).
+    ``cosine``; then it is fitted to the gradients of one readout, if one is sparse in
+    what was agreed on (:func:`agreed`).
     Circles, which no sparse code describes, are looked for in the first readout by
     :func:`circular_planes`; what else lies in their span is left out.  Writers are the
     regression patterns :math:`\Sigma r` of the readers.
@@ -75,7 +77,7 @@ def consensus(
       description: how gradients are described.
       support: descriptions in which a reader has to recur; ``None`` for a third
         (rounded down) of those in which the most frequent one does, two at least.
-      cosine: from where on two directions are the same.
+      cosine: from where on two directions are the same; none is fitted further away.
 
     Returns:
       :class:`Consensus`; readers that recur most often come first, planes at the end.
@@ -107,7 +109,7 @@ def consensus(
     directions, counts = agreed(described, taps, support=support, cosine=cosine)
     drawn = jax.random.split(key, 5)[4]  # the descriptions have the first four
     planes = np.asarray(circular_planes(drawn, gradient_rows(taps[0])), np.float64)
-    apart = _outside(directions, planes, cosine)
+    apart = _outside(directions, planes)
     directions, counts = directions[apart], counts[apart]
     readers = jnp.asarray(np.concatenate([directions, planes]), float)
     found = Found(readers, readers @ covariance_of(taps[0]))
@@ -186,15 +188,15 @@ def agreed(
 def _some(rows: Array) -> np.ndarray:
     """Rows from all over a table, enough to fit directions to."""
     index = np.linspace(0, len(rows) - 1, min(len(rows), _FITTED)).astype(int)
-    return np.asarray(rows, np.float64)[index]
+    return np.asarray(rows)[index].astype(np.float64)
 
 
-def _outside(directions: np.ndarray, planes: np.ndarray, cosine: float) -> np.ndarray:
+def _outside(directions: np.ndarray, planes: np.ndarray) -> np.ndarray:
     """Which unit rows do not lie in the span of planes: mixtures of circles do."""
     if not len(planes):
         return np.ones(len(directions), bool)
     inside = directions @ np.linalg.svd(planes, full_matrices=False)[2].T
-    return np.linalg.norm(inside, axis=1) < cosine
+    return np.linalg.norm(inside, axis=1) < _INSIDE
 
 
 def covariance_of(taps: Taps) -> Array:

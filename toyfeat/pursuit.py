@@ -9,6 +9,7 @@ from toyfeat.types import ArrayLike
 _CHUNK = 1000
 _RIDGE = 1e-9  # of a unit atom's square: two atoms may become one
 _UNUSED = 1e-9  # of the largest energy, below which an atom stays as it was
+_MOST = 32  # directions per row; a pursuit takes the cube of it
 _FLAT = 1e-6  # of the largest eigenvalue, below which a dimension is not there
 
 
@@ -132,8 +133,9 @@ def sharpened(
     """Directions made exact with the table of rows that is sparsest in them.
 
     The table is the one that needs the fewest directions per row, 1, 2, 3, 4, 6, ...,
-    to leave at most ``unexplained``; the first of them if several do.  More than half
-    as many as a table has dimensions are not sparse.
+    to leave at most ``unexplained`` once they are fitted; the first of them if several
+    do.  More than half as many as a table has dimensions are not sparse (one is, if
+    there is one), and more than 32 are not tried.
 
     Args:
       directions: ``[R, D]`` unit rows.
@@ -151,7 +153,8 @@ def sharpened(
       array([[1., 0.],
              [0., 1.]])
     """
-    most = [max(1, _rank(rows) // 2) for rows in tables]
+    ranks = [_rank(rows) for rows in tables]
+    most = [min(rank, max(1, rank // 2), _MOST) for rank in ranks]
     k = 1
     while k <= min(len(directions), max(most, default=0)):
         for rows, sparse in zip(tables, most, strict=True):

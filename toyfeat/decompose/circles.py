@@ -11,7 +11,7 @@ from toyfeat.types import Array, ArrayLike
 
 _RANK = 1e-6  # of the largest eigenvalue, below which a direction is not there
 _ROWS = 4000  # that are looked at; a fourth moment needs no more
-_SEARCHES = 3
+_SEARCHES = 3  # at most, where planes are found that do not fill the space
 
 
 def circular_planes(
@@ -27,7 +27,8 @@ def circular_planes(
     In coordinates :math:`z` of unit second moment, a plane :math:`P` is circular if
     :math:`E |P z|^4 / (E |P z|^2)^2 = 1`, the least it can be; it is 2 for normal
     vectors and more for sparse ones.  Many random planes descend, each by its own
-    fixed step, and of those that get to 1 the most that lie beside each other are
+    fixed step; beside those that get within ``tolerance`` others are looked for, and
+    of all of them those that lie beside each other and are the roundest in sum are
     returned.  Inside a plane no direction is preferred.  Circles can be missed beside
     several very sparse directions, at frequencies with :math:`a + b = 2 c` (where the
     minimum is flat) and where the lengths of what is mixed differ by more than 1000.
@@ -146,12 +147,12 @@ def _most_beside(
         for one in known:
             if all(np.linalg.norm(one[1] @ old.T, 2) < 0.5 for _, old in chosen):
                 chosen.append(one)
-        best = max(best, chosen[:most], key=lambda some: _roundness(some, tolerance))
+        best = max(best, chosen[:most], key=lambda some: _worth(some, tolerance))
     return sorted(best, key=lambda one: one[0])
 
 
-def _roundness(some: list[tuple[float, np.ndarray]], tolerance: float) -> float:
-    return sum(tolerance - ratio for ratio, _ in some)
+def _worth(some: list[tuple[float, np.ndarray]], tolerance: float) -> tuple[float, int]:
+    return sum(tolerance - ratio for ratio, _ in some), len(some)
 
 
 def _whitened(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -221,13 +221,13 @@ def consensus(task: Task, target: float, grid: Grid) -> list[Part]:
 
     def part(scale: float, start: int) -> list[Run]:
         subject = scaled(task, scale)
-        every, taps = descriptions(
+        every, tables, _ = descriptions(
             jax.random.key(start), subject, description, settings=settings
         )
         runs = []
         for rate, described in zip(grid.rates, every, strict=True):
             finite = all(map(len, described))  # what diverged has no used latents
-            reached = covered(agreed(described, taps)[0], task)
+            reached = covered(agreed(described, tables)[0], task)
             for c in grid.coefficients:
                 where = (rate, c, scale, "both", start)
                 runs.append(Run(*where, finite, reached, None))

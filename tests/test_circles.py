@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import toyfeat as tf
+from toyfeat.decompose.circles import _roundest_set
 
 FEW = {"starts": 192, "steps": 60}
 
@@ -79,6 +80,23 @@ def test_planes_that_few_random_ones_reach_are_found_beside_the_others(seed):
     found = tf.circular_planes(jax.random.key(seed), rows, **few)
     assert closeness(found, planes).max(1).min() > 0.99
     assert len(found) == 2 * len(planes)
+
+
+def test_two_mixed_planes_do_not_stay_in_the_place_of_a_true_one():
+    """Of planes 0 to 3 the last is missing, and two are halfway between 2 and it."""
+    true = np.eye(8).reshape(4, 2, 8)
+    mixed = (true[[2, 2]] + np.array([[[1.0]], [[-1.0]]]) * true[[3, 3]]) / 2**0.5
+    known = (np.concatenate([true[:3], mixed]), np.array([1.002, 1, 1.001, 1.01, 1.02]))
+    planes, ratios = _roundest_set([known], 1.1, 3)
+    np.testing.assert_array_equal(planes, true[[1, 2, 0]])
+    np.testing.assert_array_equal(ratios, [1, 1.001, 1.002])
+    planes, _ = _roundest_set([known], 1.1, 4)
+    np.testing.assert_allclose(planes, [*true[[1, 0]], *mixed])
+    missing = (true[3:], np.array([1.003]))
+    planes, _ = _roundest_set([known, missing], 1.1, 4)
+    np.testing.assert_array_equal(planes, true[[1, 2, 0, 3]])
+    assert _roundest_set([known], 0.9, 4)[0].shape == (0, 2, 8)
+    assert _roundest_set([known], 1.1, 0)[0].shape == (0, 2, 8)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])

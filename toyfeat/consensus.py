@@ -66,10 +66,10 @@ def consensus(
     together).  Each is described by TopK dictionaries of several ``k`` and starts, all
     trained at once, and a direction is a reader if enough of them agree on it within
     ``cosine``; then it is fitted to the gradients of one readout, if one is sparse in
-    what was agreed on (:func:`agreed`).
-    Circles, which no sparse code describes, are looked for in the first readout by
-    :func:`circular_planes`; what else lies in their span is left out.  Writers are the
-    regression patterns :math:`\Sigma r` of the readers.
+    what was agreed on (:func:`agreed`).  Circles, which no sparse code describes, are
+    looked for in the first readout by :func:`circular_planes`; what else lies in their
+    span is left out.  Writers are the regression patterns :math:`\Sigma r` of the
+    readers.
 
     Args:
       key: random key.
@@ -105,14 +105,14 @@ def consensus(
             f"consensus: wanted support in 1 .. {total}, the number of descriptions, "
             f"and cosine in (0, 1), got {support} and {cosine}"
         )
-    (described,), taps = descriptions(key, subject, description)
-    directions, counts = agreed(described, taps, support=support, cosine=cosine)
+    (described,), tables, taps = descriptions(key, subject, description)
+    directions, counts = agreed(described, tables, support=support, cosine=cosine)
     drawn = jax.random.split(key, 5)[4]  # the descriptions have the first four
-    planes = np.asarray(circular_planes(drawn, gradient_rows(taps[0])), np.float64)
+    planes = np.asarray(circular_planes(drawn, tables[0]), np.float64)
     apart = _outside(directions, planes)
     directions, counts = directions[apart], counts[apart]
     readers = jnp.asarray(np.concatenate([directions, planes]), float)
-    found = Found(readers, readers @ covariance_of(taps[0]))
+    found = Found(readers, readers @ covariance_of(taps))
     counts = np.concatenate([counts, np.zeros(len(planes), int)])
     return Consensus(found, counts, len(described))
 
@@ -123,7 +123,7 @@ def descriptions(
     description: Description,
     *,
     settings: Mapping[str, ArrayLike] | None = None,
-) -> tuple[list[list[np.ndarray]], tuple[Taps, Taps]]:
+) -> tuple[list[list[np.ndarray]], tuple[Array, Array], Taps]:
     """Dictionaries of the gradients of both readouts.
 
     Args:
@@ -133,8 +133,8 @@ def descriptions(
       settings: as in :func:`dictionaries`.
 
     Returns:
-      Sets of rows, one list for each of the settings, and the taps of half the squared
-      output and of random directions.
+      Sets of rows, one list for each of the settings; the gradients of half the squared
+      output and of random directions, as of :func:`gradient_rows`; taps of the former.
 
     Raises:
       ValueError: if all gradients are 0, or one is not finite.
@@ -144,22 +144,21 @@ def descriptions(
     random = readouts.random_directions(drawn, description.directions, "gaussian")
     each = len(description.codes) * description.repeats
 
-    def by_setting(taps: Taps, start: Array, signed: bool) -> list[list[np.ndarray]]:
-        rows = gradient_rows(taps)
+    def by_setting(rows: Array, start: Array, signed: bool) -> list[list[np.ndarray]]:
         sets = dictionaries(start, rows, description, signed=signed, settings=settings)
         return [sets[i : i + each] for i in range(0, len(sets), each)]
 
-    half = tapped(subject, inputs, readouts.scalar(half_square))
-    other = tapped(subject, inputs, random)
-    first = by_setting(half, trained[0], signed=False)
-    second = by_setting(other, trained[1], signed=True)
+    taps = tapped(subject, inputs, readouts.scalar(half_square))
+    tables = gradient_rows(taps), gradient_rows(tapped(subject, inputs, random))
+    first = by_setting(tables[0], trained[0], signed=False)
+    second = by_setting(tables[1], trained[1], signed=True)
     pairs = zip(first, second, strict=True)
-    return [one + more for one, more in pairs], (half, other)
+    return [one + other for one, other in pairs], tables, taps
 
 
 def agreed(
     described: Sequence[ArrayLike],
-    taps: tuple[Taps, Taps],
+    tables: tuple[Array, Array],
     *,
     support: int | None = None,
     cosine: float = _SAME,
@@ -173,7 +172,7 @@ def agreed(
 
     Args:
       described: sets of unit rows, as of :func:`descriptions`.
-      taps: of half the squared output and of random directions.
+      tables: gradients ``[N, D]`` of half the squared output and of random directions.
       support: as in :func:`recurring`.
       cosine: as there; a direction that would move further stays.
 
@@ -181,7 +180,7 @@ def agreed(
       As :func:`recurring`.
     """
     directions, counts = recurring(described, support=support, cosine=cosine)
-    half, random = (_some(gradient_rows(one)) for one in taps)
+    half, random = map(_some, tables)
     return sharpened(directions, (random, half), cosine=cosine), counts
 
 

@@ -9,6 +9,8 @@ from toyfeat.types import ArrayLike
 _CHUNK = 1000
 _RIDGE = 1e-9  # of a unit atom's square: two atoms may become one
 _UNUSED = 1e-9  # of the largest energy, below which an atom stays as it was
+_ROUNDS = 8
+_LEFT = 0.005  # of a table's sum of squares, with which it is explained
 _MOST = 32  # directions per row; a pursuit takes the cube of it
 _FLAT = 1e-6  # of the largest eigenvalue, below which a dimension is not there
 
@@ -74,31 +76,30 @@ def _pursued(
     return codes
 
 
-def refined(
-    rows: ArrayLike, atoms: ArrayLike, k: int, *, rounds: int = 8
+def optimal_directions(
+    rows: ArrayLike, atoms: ArrayLike, k: int
 ) -> tuple[np.ndarray, float]:
-    r"""Atoms with which sparse codes leave less, by optimal directions.
+    r"""Atoms that fit best to the sparse codes of others.
 
-    Codes :math:`C` by :func:`matching_pursuit`, then the atoms that fit best,
-    :math:`(C^\top C)^{-1} C^\top X`, at unit length; and again.
+    Codes :math:`C` by :func:`matching_pursuit`, then
+    :math:`(C^\top C)^{-1} C^\top X`, at unit length.
 
     Args:
       rows: ``[N, D]``.
-      atoms: ``[M, D]``, of unit length, to begin with.
+      atoms: ``[M, D]``, of unit length.
       k: atoms per row.
-      rounds: of both steps, 1 at least.
 
     Returns:
       Unit atoms ``[M, D]``, those that no row uses as they were, and the share of the
-      rows' sum of squares that the last fit leaves.
+      rows' sum of squares that the fit leaves.
 
     Raises:
-      ValueError: as :func:`matching_pursuit`, or if there are no rounds.
+      ValueError: as :func:`matching_pursuit`.
 
     Example:
       >>> import numpy as np
       >>> near = np.array([[0.8, 0.6], [0.0, 1.0]])
-      >>> atoms, left = refined(np.eye(2), near, 1)
+      >>> atoms, left = optimal_directions(np.eye(2), near, 1)
       >>> np.abs(atoms).round(3)
       array([[1., 0.],
              [0., 1.]])
@@ -106,42 +107,33 @@ def refined(
     References:
       Engan, Aase and Husøy (1999), "Method of optimal directions for frame design".
     """
-    if rounds < 1:
-        raise ValueError(f"refined: wanted rounds of at least 1, got {rounds}")
     rows, atoms = np.asarray(rows, np.float64), np.array(atoms, np.float64)
-    left, total = 0.0, np.sum(rows**2)
-    for _ in range(rounds):
-        codes = matching_pursuit(rows, atoms, k)
-        energy = np.sum(codes**2, axis=0)
-        used = energy > _UNUSED * energy.max(initial=0.0)
-        codes = codes[:, used]
-        square = codes.T @ codes
-        square += _RIDGE * np.diag(np.diag(square))
-        fitted = np.linalg.solve(square, codes.T @ rows)
-        left = float(np.sum((rows - codes @ fitted) ** 2) / (total or 1.0))
-        atoms[used] = fitted / np.linalg.norm(fitted, axis=1, keepdims=True)
-    return atoms, left
+    codes = matching_pursuit(rows, atoms, k)
+    energy = np.sum(codes**2, axis=0)
+    used = energy > _UNUSED * energy.max(initial=0.0)
+    codes = codes[:, used]
+    square = codes.T @ codes
+    square += _RIDGE * np.diag(np.diag(square))
+    fitted = np.linalg.solve(square, codes.T @ rows)
+    left = np.sum((rows - codes @ fitted) ** 2) / (np.sum(rows**2) or 1.0)
+    atoms[used] = fitted / np.linalg.norm(fitted, axis=1, keepdims=True)
+    return atoms, float(left)
 
 
 def sharpened(
-    directions: np.ndarray,
-    tables: Sequence[ArrayLike],
-    *,
-    cosine: float,
-    unexplained: float = 0.005,
+    directions: np.ndarray, tables: Sequence[ArrayLike], *, cosine: float
 ) -> np.ndarray:
     """Directions made exact with the table of rows that is sparsest in them.
 
     The table is the one that needs the fewest directions per row, 1, 2, 3, 4, 6, ...,
-    to leave at most ``unexplained`` once they are fitted; the first of them if several
-    do.  More than half as many as a table has dimensions are not sparse (one is, if
-    there is one), and more than 32 are not tried.
+    to leave at most half a percent after eight :func:`optimal_directions`; the first of
+    them if several do.  More than half as many as a table has dimensions are not sparse
+    (one is, if there is one), and more than 32 are not tried.
 
     Args:
       directions: ``[R, D]`` unit rows.
       tables: rows ``[N, D]`` each.
       cosine: a direction that would move further stays.
-      unexplained: share of a table's sum of squares.
 
     Returns:
       ``[R, D]`` unit rows; as they were if no table is sparse in them.
@@ -153,22 +145,23 @@ def sharpened(
       array([[1., 0.],
              [0., 1.]])
     """
-    ranks = [_rank(rows) for rows in tables]
-    most = [min(rank, max(1, rank // 2), _MOST) for rank in ranks]
+    most = [_most(np.asarray(rows, np.float64)) for rows in tables]
     k = 1
     while k <= min(len(directions), max(most, default=0)):
         for rows, sparse in zip(tables, most, strict=True):
             if k > sparse:
                 continue
-            moved, left = refined(rows, directions, k)
-            if left <= unexplained:
+            moved, left = directions, 1.0
+            for _ in range(_ROUNDS):
+                moved, left = optimal_directions(rows, moved, k)
+            if left <= _LEFT:
                 near = np.abs(np.sum(moved * directions, axis=1)) >= cosine
                 return np.where(near[:, None], moved, directions)
         k += max(1, k // 2)
     return directions
 
 
-def _rank(rows: ArrayLike) -> int:
-    rows = np.asarray(rows, np.float64)
-    values = np.linalg.eigvalsh(rows.T @ rows)
-    return int(np.sum(values > _FLAT * values.max(initial=0.0)))
+def _most(rows: np.ndarray) -> int:
+    """Directions per row that are still sparse, and tried."""
+    rank = int(np.linalg.matrix_rank(rows.T @ rows, hermitian=True, rtol=_FLAT))
+    return min(rank, max(1, rank // 2), _MOST)

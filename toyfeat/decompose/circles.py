@@ -1,5 +1,6 @@
 """Planes in which vectors run along a circle."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from toyfeat.types import Array, ArrayLike
 
 _RANK = 1e-6  # of the largest eigenvalue, below which a direction is not there
 _ROWS = 4000  # that are looked at; a fourth moment needs no more
+_BESIDE = 0.5  # cosine of planes, below which neither is the other
 _SEARCHES = 3  # at most, where planes are found that do not fill the space
 
 
@@ -79,80 +81,70 @@ def circular_planes(
         np.linspace(0, len(table) - 1, min(len(table), _ROWS)).astype(int)
     ]
     kept = _distinct(key, starts, steps, jnp.asarray(some, float), tolerance)
-    found = np.concatenate([np.zeros((0, rank)), *kept]) @ back
+    found = kept.reshape(-1, rank) @ back
     norms = np.linalg.norm(found, axis=1, keepdims=True)
     return jnp.asarray(found / np.where(norms > 0, norms, 1), float)
 
 
 def _distinct(
     key: Array, starts: int, steps: int, rows: Array, tolerance: float
-) -> list[np.ndarray]:
-    """Circular planes of white rows that lie beside each other, the roundest first.
+) -> np.ndarray:
+    """Circular planes ``[P, 2, R]`` of white rows, beside each other, roundest first.
 
     Which planes random ones reach is luck, so what is beside the most that are known,
     all but one at most, is searched too; and all of it a few times, until planes that
     are round enough fill the space.
     """
     rank = rows.shape[1]
-    known: list[tuple[float, np.ndarray]] = []
-    kept: list[tuple[float, np.ndarray]] = []
-
-    def reach(planes: Array, ratios: Array) -> None:
-        for ratio, plane in zip(np.asarray(ratios), np.asarray(planes), strict=True):
-            plane = plane.astype(np.float64)
-            if ratio <= tolerance and not any(_same(plane, old) for _, old in known):
-                known.append((float(ratio), plane))
-
+    reached: list[tuple[Array, Array]] = []
+    kept = np.zeros((0, 2, rank))
     for draw in jax.random.split(key, _SEARCHES):
         everywhere, beside = jax.random.split(draw)
         begin = jax.random.normal(everywhere, (starts, 2, rank))
-        reach(*_roundest_first(*_descended(steps, begin, rows)))
-        some = _most_beside(known, tolerance, rank // 2 - 1)
-        if some:
-            span = np.concatenate([plane for _, plane in some])
+        reached.append(_descended(steps, begin, rows))
+        some, _ = _roundest_set(reached, tolerance, rank // 2 - 1)
+        if len(some):
+            span = some.reshape(-1, rank)
             basis = jnp.asarray(np.linalg.svd(span)[2][len(span) :], rows.dtype)
             num = 1 if len(basis) == 2 else starts  # there is one plane in a plane
             begin = jax.random.normal(beside, (num, 2, len(basis)))
             inside, ratios = _descended(steps, begin, rows @ basis.T)
-            reach(*_roundest_first(inside @ basis, ratios))
-            reach(*_roundest_first(*_descended(steps, inside @ basis, rows)))
-        kept = _most_beside(known, tolerance, rank // 2)
-        full = 2 * len(kept) > rank - 2
-        if not kept or (full and kept[-1][0] <= (1 + tolerance) / 2):
+            reached.append((inside @ basis, ratios))
+            reached.append(_descended(steps, inside @ basis, rows))
+        kept, ratios = _roundest_set(reached, tolerance, rank // 2)
+        full = len(kept) == rank // 2
+        if not len(kept) or (full and ratios[-1] <= (1 + tolerance) / 2):
             break
-    return [plane for _, plane in kept]
+    return kept
 
 
-def _roundest_first(planes: Array, ratios: Array) -> tuple[Array, Array]:
-    order = jnp.argsort(ratios)
-    return planes[order], ratios[order]
-
-
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
-    return bool(np.linalg.norm(one @ other.T, -2) > 0.95)
-
-
-def _most_beside(
-    known: list[tuple[float, np.ndarray]], tolerance: float, most: int
-) -> list[tuple[float, np.ndarray]]:
-    """At most so many planes beside each other, roundest in sum, the roundest first.
+def _roundest_set(
+    reached: Sequence[tuple[ArrayLike, ArrayLike]], tolerance: float, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Planes beside each other that are roundest in sum, and their ratios, in order.
 
     Where frequencies make the minimum flat, mixed planes are nearly as round as true
-    ones, and two of them can take the place of one.
+    ones, and two of them can take the place of one: their number alone decides nothing.
     """
-    known = sorted(known, key=lambda one: one[0])
-    best: list[tuple[float, np.ndarray]] = []
-    for first in known:
-        chosen = [first]
-        for one in known:
-            if all(np.linalg.norm(one[1] @ old.T, 2) < 0.5 for _, old in chosen):
-                chosen.append(one)
-        best = max(best, chosen[:most], key=lambda some: _worth(some, tolerance))
-    return sorted(best, key=lambda one: one[0])
-
-
-def _worth(some: list[tuple[float, np.ndarray]], tolerance: float) -> tuple[float, int]:
-    return sum(tolerance - ratio for ratio, _ in some), len(some)
+    planes, ratios = (
+        np.concatenate([np.asarray(part, np.float64) for part in parts])
+        for parts in zip(*reached, strict=True)
+    )
+    order = np.argsort(ratios)[: np.sum(ratios <= tolerance)]
+    planes, ratios = planes[order], ratios[order]
+    overlaps = np.einsum("apr,bqr->abpq", planes, planes)
+    beside = np.linalg.norm(overlaps, 2, axis=(2, 3)) < _BESIDE
+    sets = []
+    for first in range(len(planes)):
+        chosen, left = [first], beside[first].copy()
+        while left.any():
+            chosen.append(int(left.argmax()))  # the roundest that is left
+            left &= beside[chosen[-1]]
+        sets.append(sorted(chosen[:most]))
+    best = max(
+        sets, key=lambda some: (np.sum(tolerance - ratios[some]), len(some)), default=[]
+    )
+    return planes[best], ratios[best]
 
 
 def _whitened(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -194,3 +194,21 @@ def test_options_are_in_range(bad, key):
     (value,) = bad.values()
     with pytest.raises(ValueError, match=f"circular_planes: wanted starts .*{value}"):
         tf.circular_planes(key, np.eye(3), **bad)
+
+
+@pytest.mark.parametrize(("num", "dim"), [(100, 40), (200, 100), (60, 60), (300, 200)])
+@pytest.mark.parametrize("kind", ["normal", "sparse"])
+def test_few_rows_in_many_dimensions_are_round_by_chance_only(num, dim, kind, key):
+    rng = np.random.default_rng(num)
+    rows = rng.normal(size=(num, dim))
+    if kind == "sparse":
+        rows *= rng.random(rows.shape) < 0.2
+    found = tf.circular_planes(key, rows, starts=32, steps=100)
+    assert found.shape == (0, dim)
+
+
+def test_rows_that_are_too_few_to_judge_have_no_plane(key):
+    rows = circle(np.random.default_rng(0).uniform(0, 2 * np.pi, 100))
+    for num in (2, 1, 70):
+        assert tf.circular_planes(key, rows[:num], **FEW).shape == (0, 2)
+    assert tf.circular_planes(key, rows, **FEW).shape == (2, 2)

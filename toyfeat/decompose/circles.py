@@ -11,7 +11,8 @@ import numpy as np
 from toyfeat.types import Array, ArrayLike
 
 _RANK = 1e-6  # of the largest eigenvalue, below which a direction is not there
-_ROWS = 4000  # that are looked at; a fourth moment needs no more
+_ROWS = 4000  # that planes descend on; a fourth moment needs no more
+_FEWEST = 20  # other rows, below which nothing can be said of a plane
 _BESIDE = 0.5  # cosine of planes, below which neither is the other
 _SEARCHES = 3  # at most, where planes are found that do not fill the space
 
@@ -31,14 +32,16 @@ def circular_planes(
     vectors and more for sparse ones.  Many random planes descend, each by its own
     fixed step; beside those that get within ``tolerance`` others are looked for, and
     of all of them those that lie beside each other and are the roundest in sum are
-    returned.  Inside a plane no direction is preferred.  Circles can be missed beside
-    several very sparse directions, at frequencies with :math:`a + b = 2 c` (where the
-    minimum is flat) and where the lengths of what is mixed differ by more than 1000.
-    Rows should be many more than dimensions: as many lie on circles whatever they are.
+    returned if they are as round on rows that they did not descend on: few rows in many
+    dimensions lie on circles whatever they are.  Inside a plane no direction is
+    preferred.  Circles can be missed beside several very sparse directions, at
+    frequencies with :math:`a + b = 2 c` (where the minimum is flat) and where the
+    lengths of what is mixed differ by more than 1000.
 
     Args:
       key: random key.
-      rows: ``[N, D]``, such as gradients; not centred here.
+      rows: ``[N, D]``, such as gradients; not centred here.  Planes descend on three
+        of four, at most 4000, from all over; of fewer than 80 none is returned.
       starts: random planes to begin with, at every search.
       steps: of the fixed point, 0 for none.
       tolerance: largest ratio that counts as circular.
@@ -75,15 +78,21 @@ def circular_planes(
         )
     coordinates, back = _whitened(table)
     rank = len(back)
-    if rank < 2:
+    some = _spread(np.arange(len(table)), min(len(table) * 3 // 4, _ROWS))
+    others = _spread(np.delete(np.arange(len(table)), some), _ROWS)
+    if rank < 2 or len(others) < _FEWEST:
         return jnp.zeros((0, table.shape[1]))
-    some = coordinates[
-        np.linspace(0, len(table) - 1, min(len(table), _ROWS)).astype(int)
-    ]
-    kept = _distinct(key, starts, steps, jnp.asarray(some, float), tolerance)
+    look = jnp.asarray(coordinates[some], float)
+    kept = _distinct(key, starts, steps, look, tolerance)
+    kept = kept[_ratios(kept, coordinates[others]) <= tolerance]
     found = kept.reshape(-1, rank) @ back
     norms = np.linalg.norm(found, axis=1, keepdims=True)
     return jnp.asarray(found / np.where(norms > 0, norms, 1), float)
+
+
+def _spread(index: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of an index, from all over it."""
+    return index[np.linspace(0, len(index) - 1, min(len(index), most)).astype(int)]
 
 
 def _distinct(
@@ -159,12 +168,9 @@ def _whitened(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _descended(steps: int, planes: Array, rows: Array) -> tuple[Array, Array]:
     """Planes ``[S, 2, R]`` after the fixed point, and their ratios ``[S]``."""
 
-    def parts(planes: Array) -> tuple[Array, Array]:
-        inside = jnp.einsum("spr,nr->snp", planes, rows)
-        return inside, jnp.sum(inside**2, axis=2)
-
     def step(planes: Array, _: Any) -> tuple[Array, None]:
-        inside, square = parts(planes)
+        inside = jnp.einsum("spr,nr->snp", planes, rows)
+        square = jnp.sum(inside**2, axis=2)
         pull = jnp.einsum("snp,sn,nr->spr", inside, square, rows) / len(rows)
         fourth = jnp.mean(square**2, axis=1)[:, None, None]
         u, _, vt = jnp.linalg.svd(fourth * planes - pull, full_matrices=False)
@@ -172,5 +178,10 @@ def _descended(steps: int, planes: Array, rows: Array) -> tuple[Array, Array]:
 
     u, _, vt = jnp.linalg.svd(planes, full_matrices=False)
     planes = jax.lax.scan(step, u @ vt, None, length=steps)[0]
-    square = parts(planes)[1]
-    return planes, jnp.mean(square**2, axis=1) / jnp.mean(square, axis=1) ** 2
+    return planes, _ratios(planes, rows)
+
+
+def _ratios(planes: ArrayLike, rows: ArrayLike) -> Array:
+    """Of the moments of rows ``[N, R]`` in planes ``[S, 2, R]``, 1 for circles."""
+    square = jnp.sum(jnp.einsum("spr,nr->snp", planes, rows) ** 2, axis=2)
+    return jnp.mean(square**2, axis=1) / jnp.mean(square, axis=1) ** 2

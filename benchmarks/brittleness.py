@@ -1,6 +1,6 @@
 """How far methods depend on settings that nobody knows how to set.
 
-    python benchmarks/brittleness.py [--quick] [--json PATH]
+    python benchmarks/brittleness.py [--wide | --quick] [--json PATH]
 
 On planted tasks, over a grid that was fixed before the first run: the coefficient
 (three decades), the learning rate (a tenth to ten times), random starts, the scale of
@@ -20,7 +20,8 @@ that task; (b) also has the number of codes that was asked for, within 10 %.
 The bar is that ours is at 95 % or more.  Writes maps of coverage and of both shares,
 and ``out/brittleness/brittleness.html``; what was swept is kept there, and
 the same command goes on (hours; every part of as many runs as the grid has rates times
-coefficients is kept at once).
+coefficients is kept at once).  ``--wide`` sweeps the leaderboard's other tasks over a
+smaller grid, of which the same is true.
 """
 
 import argparse
@@ -63,9 +64,16 @@ class Grid(NamedTuple):
     examples: int = 20_000
 
 
+WIDE = Grid(
+    tuple(name for name in TASKS if name not in Grid().tasks),
+    rates=(3e-4, 3e-3, 3e-2),
+    starts=1,
+    scales=(1e-3, 1e3),
+)
 QUICK = Grid(("product space",), (0.03, 30.0), (3e-4, 3e-2), 1, (1e-3, 1e3), 1000, 6000)
 GRIDS = {
     "full": Grid(),
+    "wide": WIDE,
     "quick": QUICK,
     "tiny": QUICK._replace(scales=(1e3,), steps=10, examples=300),
 }
@@ -119,10 +127,11 @@ def cells_of(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
 
 def covered(found: np.ndarray, task: Task) -> float:
     """Coverage of the readers, 0 for what is not finite."""
-    assert task.truth.readers is not None
+    readers, group = task.truth.readers, task.truth.group
+    assert readers is not None
     if not (len(found) and np.isfinite(found).all()):
         return 0.0
-    return tf.match_features(found, task.truth.readers).coverage
+    return tf.match_features(found, readers, group=group).coverage
 
 
 def published(task: Task, target: float, grid: Grid) -> list[Part]:
@@ -221,13 +230,13 @@ def consensus(task: Task, target: float, grid: Grid) -> list[Part]:
 
     def part(scale: float, start: int) -> list[Run]:
         subject = scaled(task, scale)
-        every, tables, _ = descriptions(
+        described = descriptions(
             jax.random.key(start), subject, description, settings=settings
         )
         runs = []
-        for rate, described in zip(grid.rates, every, strict=True):
-            finite = all(map(len, described))  # what diverged has no used latents
-            reached = covered(agreed(described, tables)[0], task)
+        for rate, sets in zip(grid.rates, described.sets, strict=True):
+            finite = all(map(len, sets))  # what diverged has no used latents
+            reached = covered(agreed(sets, described)[0], task)
             for c in grid.coefficients:
                 where = (rate, c, scale, "both", start)
                 runs.append(Run(*where, finite, reached, None))
@@ -240,10 +249,17 @@ def consensus(task: Task, target: float, grid: Grid) -> list[Part]:
     ]
 
 
-FAMILIES: dict[str, Sweep] = {
-    "published": published,
-    "robust": robust,
-    "consensus": consensus,
+class Family(NamedTuple):
+    """A way to sweep; counted up where the same settings come to something else."""
+
+    sweep: Sweep
+    version: int = 1
+
+
+FAMILIES = {
+    "published": Family(published),
+    "robust": Family(robust),
+    "consensus": Family(consensus, 2),
 }
 
 
@@ -279,34 +295,37 @@ def shares(
 
 
 def swept(
-    path: Path, sweep: Sweep, task: Task, target: float, grid: Grid
+    path: Path, family: Family, task: Task, target: float, grid: Grid
 ) -> tuple[list[Run], float]:
     """The runs of a family, and seconds; every part is kept in a file at once."""
-    runs, seconds = kept(path, grid) if path.exists() else ([], 0.0)
+    of = {"grid": grid, "version": family.version}
+    runs, seconds = kept(path, of, grid) if path.exists() else ([], 0.0)
     cells = len(cells_of(grid)[0])
-    missing = sweep(task, target, grid)[len(runs) // cells :]
+    missing = family.sweep(task, target, grid)[len(runs) // cells :]
     if missing:
         jax.clear_caches()
     for part in missing:
         begun = time.perf_counter()
         runs += part()
         seconds += time.perf_counter() - begun
-        text = json.dumps({"grid": grid, "seconds": seconds, "runs": runs})
+        text = json.dumps({**of, "seconds": seconds, "runs": runs})
         write_whole(path, text + "\n")
     return runs, seconds
 
 
-def kept(path: Path, grid: Grid) -> tuple[list[Run], float]:
-    """What a file has, whole parts of this grid."""
+def kept(path: Path, of: dict[str, Any], grid: Grid) -> tuple[list[Run], float]:
+    """What a file has, whole parts of this grid by the family as it is."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        grid_of, runs, seconds = (found[name] for name in ("grid", "runs", "seconds"))
+        found = {"version": 1, **json.loads(path.read_text(encoding="utf-8"))}
+        runs, seconds = found["runs"], found["seconds"]
+        other = [name for name in of if found[name] != json.loads(json.dumps(of[name]))]
         runs = [Run(*one) for one in runs]
         whole = len(runs) % len(cells_of(grid)[0]) == 0
     except (ValueError, KeyError, TypeError):
         raise SystemExit(f"brittleness: {path} is damaged; move it away") from None
-    if grid_of != json.loads(json.dumps(grid)) or not whole:
-        raise SystemExit(f"brittleness: {path} is of another grid; move it away")
+    if other or not whole:
+        what = other[0] if other else "grid"
+        raise SystemExit(f"brittleness: {path} is of another {what}; move it away")
     return runs, seconds
 
 
@@ -394,8 +413,8 @@ def compared(
     task = TASKS[name](jax.random.fold_in(jax.random.key(0), index))
     target = float(tf.active_features(jax.random.key(2), task))
     every = {
-        family: swept(folder / f"{slug(name)}-{family}.json", sweep, task, target, grid)
-        for family, sweep in FAMILIES.items()
+        name_of: swept(folder / f"{slug(name)}-{name_of}.json", one, task, target, grid)
+        for name_of, one in FAMILIES.items()
     }
     best = max(run.coverage for runs, _ in every.values() for run in runs)
     mine, lines = {}, []
@@ -419,13 +438,16 @@ def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     size = parser.add_mutually_exclusive_group()
+    wide = "the other tasks, a smaller grid"
+    size.add_argument("--wide", action="store_true", help=wide)
     size.add_argument("--quick", action="store_true", help="one task, a small grid")
     size.add_argument("--tiny", action="store_true", help="only to see that it runs")
     parser.add_argument("--out", help="folder, out/brittleness by default")
     parser.add_argument("--json", help="also write the shares there, one per line")
     parser.add_argument("--table", action="store_true", help="print every run")
     options = parser.parse_args()
-    options.size = "quick" if options.quick else "tiny" if options.tiny else "full"
+    asked = [name for name in ("wide", "quick", "tiny") if getattr(options, name)]
+    options.size = asked[0] if asked else "full"
     if options.out is None:
         full = options.size == "full"
         options.out = "out/brittleness" + ("" if full else f"-{options.size}")

@@ -191,10 +191,15 @@ def test_a_sweep_that_is_damaged_or_of_another_grid_is_left_to_the_user(
         ("[]", "x.json is damaged; move it away"),
         (json.dumps(other | {"runs": [[1.0]]}), "x.json is damaged; move it away"),
         (json.dumps(other), "x.json is of another grid; move it away"),
+        (json.dumps(other | {"grid": grid}), "x.json is of another version; move it"),
+        (
+            json.dumps(other | {"grid": grid, "version": 3}),
+            "x.json is of another version; move it away",
+        ),
     ):
         path.write_text(text)
         with pytest.raises(SystemExit, match=match):
-            sweeps.swept(path, None, None, 1.0, grid)
+            sweeps.swept(path, sweeps.Family(None, 2), None, 1.0, grid)
         assert path.read_text() == text
 
 
@@ -210,7 +215,7 @@ def test_a_sweep_goes_on_after_its_last_whole_part(bench, tmp_path):
                 raise KeyboardInterrupt
             return [sweeps.Run(1e-3, 1.0, 1.0, "x", i, True, 0.5, 2.0)] * cells
 
-        return lambda *_: [functools.partial(part, i) for i in range(3)]
+        return sweeps.Family(lambda *_: [functools.partial(part, i) for i in range(3)])
 
     with pytest.raises(KeyboardInterrupt):
         sweeps.swept(path, sweep(1), None, 2.0, grid)

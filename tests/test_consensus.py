@@ -203,7 +203,7 @@ def test_dictionaries_are_unit_rows_of_latents_that_are_used(signed, key):
 def test_every_setting_has_descriptions_of_both_readouts(key):
     subject = planted.blind(planted.product_space(key, dim=8, colours=3, shapes=3))
     few = FEW._replace(examples=200, steps=3, codes=(1, 2), latents=1)
-    (alone,), tables, taps = descriptions(key, subject, few)
+    (alone,), half, random, planes, taps = descriptions(key, subject, few)
     rates = [few.learning_rate, 1.0]
     both, *_ = descriptions(key, subject, few, settings={"learning_rate": rates})
     assert [len(sets) for sets in both] == [len(alone)] * 2 == [8, 8]
@@ -217,8 +217,9 @@ def test_every_setting_has_descriptions_of_both_readouts(key):
     gradients = jax.vmap(jax.grad(lambda a, x: half_of(subject, a, x)), (None, 0))
     oracle = gradients(jnp.zeros(8), inputs)
     assert taps.grads.shape == (200, 1, 8)
-    assert [len(rows) for rows in tables] == [200, 200 * few.directions]
-    np.testing.assert_array_equal(tables[0], gradient_rows(taps))
+    assert [len(rows) for rows in (half, random)] == [200, 200 * few.directions]
+    assert planes.shape == (0, 8)
+    np.testing.assert_array_equal(half, gradient_rows(taps))
     np.testing.assert_allclose(taps.grads[:, 0], oracle, rtol=1e-4, atol=1e-5)
     acts = np.asarray(taps.acts, np.float64)
     np.testing.assert_allclose(covariance_of(taps), np.cov(acts.T, ddof=0), atol=1e-4)
@@ -318,9 +319,9 @@ def test_who_asks_for_more_support_gets_the_readers_that_have_it():
 def test_what_recurs_is_fitted_to_the_gradients():
     name = "quiet_and_loud"
     subject, true = planted.blind(task(name)), np.asarray(task(name).truth.readers)
-    (described,), tables, _ = descriptions(jax.random.key(1), subject, FEW)
-    near, counts = recurring(described)
-    fitted, same = agreed(described, tables)
+    described = descriptions(jax.random.key(1), subject, FEW)
+    near, counts = recurring(described.sets[0])
+    fitted, same = agreed(described.sets[0], described)
     np.testing.assert_array_equal(counts, same)
     assert np.abs(np.sum(near * fitted, axis=1)).min() >= 0.95
     lost = [1 - tf.match_features(rows, true).coverage for rows in (near, fitted)]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from toyfeat.pursuit import matching_pursuit, optimal_directions, sharpened
+from toyfeat.pursuit import matching_pursuit, needed, optimal_directions, sharpened
 
 
 def unit(rows):
@@ -137,48 +137,134 @@ def dense(atoms):
     return np.random.default_rng(5).normal(size=(800, len(atoms))) @ atoms
 
 
+def with_sums(atoms, num=10):
+    """Unit sums of neighbours after the atoms themselves."""
+    return np.concatenate([atoms, unit(atoms[:num] + atoms[1 : num + 1])])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("active", [2, 3])
+def test_sums_are_not_needed_and_what_rows_are_made_of_is(seed, active):
+    atoms, codes, rows = planted(seed, active=active)
+    kept = needed(rows, with_sums(atoms), active)
+    assert kept[:40].all()
+    assert kept[40:].sum() <= 2  # a greedy code may need one where atoms overlap
+    basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(60, 40)))[0].T
+    every = with_sums(basis)
+    kept = needed(np.concatenate([codes @ basis, every]), every, active)
+    assert kept.tolist() == [True] * 40 + [False] * 10
+
+
+def test_of_two_that_are_nearly_the_same_the_truer_one_is_needed():
+    atoms, _, rows = planted()
+    twice = np.concatenate([turned(atoms, 0.1)[:5], atoms])
+    assert needed(rows, twice, 2).tolist() == [False] * 5 + [True] * len(atoms)
+    again = needed(rows, np.concatenate([atoms, atoms[:5]]), 2)
+    assert again.sum() == len(atoms)
+    assert np.all(again[:5] != again[-5:])
+
+
+def test_what_is_needed_explains_as_much():
+    atoms, _, rows = planted()
+    every = with_sums(atoms)
+    kept = needed(rows, every, 2)
+    left = [
+        np.sum((rows - matching_pursuit(rows, some, 2) @ some) ** 2) / np.sum(rows**2)
+        for some in (every, every[kept], every[kept][1:])
+    ]
+    assert left[1] <= left[0] + 1e-6
+    assert left[2] > left[1] + 0.01
+
+
+def test_an_atom_that_few_rows_use_is_needed():
+    """Five of 3000 have it, and sums have many more."""
+    atoms, _, rows = planted(dim=80)
+    rare = unit(np.random.default_rng(7).normal(size=80))
+    rows[:5] = atoms[:5] + rare
+    every = np.concatenate([with_sums(atoms), rare[None]])
+    kept = needed(np.concatenate([rows, every[:-1]]), every, 2)
+    assert kept.tolist() == [True] * len(atoms) + [False] * 10 + [True]
+
+
+def test_atoms_that_no_row_uses_are_kept_and_so_are_as_many_as_a_row_has():
+    rows = np.array([[1.0, 0.1, 0.0], [0.1, 2.0, 0.0]])
+    assert needed(rows, np.eye(3), 1).all()
+    assert needed(np.zeros((4, 3)), np.eye(3), 2).all()
+    assert needed(np.zeros((0, 3)), np.eye(3), 2).all()
+    same = np.eye(3)[[0, 0]]
+    assert needed(rows, same, 1).sum() == 1
+    assert needed(rows, same, 2).all()
+    with pytest.raises(ValueError, match=r"wanted k in 1 \.\. 3"):
+        needed(rows, np.eye(3), 4)
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_directions_are_fitted_to_the_sparse_table(place):
     atoms, _, rows = planted()
     tables = [dense(atoms)]
     tables.insert(place, rows)
     near = turned(atoms, 0.2)
-    moved = sharpened(near, tables, cosine=0.9)
+    moved, kept = sharpened(near, tables, cosine=0.9)
+    assert kept.all()
     assert np.abs(np.sum(near * atoms, axis=1)).max() < 0.99
     assert np.abs(np.sum(moved * atoms, axis=1)).min() > 0.999
 
 
-def test_the_sparser_of_two_tables_counts_and_else_the_first():
-    one, other = turned(np.eye(8), 0.1, seed=2), turned(np.eye(8), 0.1, seed=3)
+@pytest.mark.parametrize("place", [0, 39])
+def test_what_is_not_needed_is_left_out(place):
+    atoms, _, rows = planted()
+    near = turned(atoms, 0.1)
+    more = np.insert(near, place, unit(near[3] + near[4]), axis=0)
+    moved, kept = sharpened(more, [rows], cosine=0.9)
+    assert np.flatnonzero(~kept).tolist() == [place]
+    assert np.abs(np.sum(moved * atoms, axis=1)).min() > 0.9999
 
-    def made_of(basis, active):
-        return planted(active=active, num=8)[1] @ basis
 
-    def is_of(moved, basis):
-        return np.abs(np.sum(moved * basis, axis=1)).min() > 0.9999
+def test_the_table_counts_in_which_directions_move_clearly_less_and_else_the_first():
+    angles = {"near": 0.02, "far": 0.2, "nearly as far": 0.17}
+    bases = {name: turned(np.eye(8), angle) for name, angle in angles.items()}
+    codes = planted(active=2, num=8)[1]
+    for names, counts in {
+        ("far", "near"): "near",
+        ("near", "far"): "near",
+        ("far", "nearly as far"): "far",
+        ("far", "nearly as far", "near"): "near",
+    }.items():
+        tables = [codes @ bases[name] for name in names]
+        moved, _ = sharpened(np.eye(8), tables, cosine=0.9)
+        assert np.abs(np.sum(moved * bases[counts], axis=1)).min() > 0.9999
 
-    for actives, basis in {(3, 1): other, (1, 3): one, (2, 2): one}.items():
-        tables = [made_of(one, actives[0]), made_of(other, actives[1])]
-        assert is_of(sharpened(np.eye(8), tables, cosine=0.9), basis)
+
+@pytest.mark.parametrize(("num", "kept"), [(7, 8), (8, 8)])
+def test_nothing_is_left_out_with_fewer_than_four_dimensions_per_code(num, kept):
+    """Rows are two of seven or eight; the sum of two is in the way."""
+    _, codes, _ = planted(num=num)
+    every = np.concatenate([np.eye(num), unit(np.eye(num)[:1] + np.eye(num)[1:2])])
+    rows = np.concatenate([codes, np.tile(every[-1:], (50, 1))])
+    assert not needed(rows, every, 2)[-1]
+    assert sharpened(every, [rows], cosine=0.9)[1].sum() == kept
+    wide = rows @ np.eye(num, 20)
+    wide += 0.01 * np.random.default_rng(2).normal(size=wide.shape)  # not dimensions
+    assert sharpened(every @ np.eye(num, 20), [wide], cosine=0.9)[1].sum() == kept
 
 
 def test_where_no_table_is_sparse_directions_stay():
     atoms, _, _ = planted()
     near = turned(atoms, 0.2)
-    np.testing.assert_array_equal(sharpened(near, [dense(atoms)], cosine=0.9), near)
-    np.testing.assert_array_equal(sharpened(near, [], cosine=0.9), near)
-    empty = np.zeros((5, 32))
-    np.testing.assert_array_equal(sharpened(near, [empty], cosine=0.9), near)
-    none = np.zeros((0, 32))
-    assert sharpened(none, [dense(atoms)], cosine=0.9).shape == (0, 32)
+    for tables in ([dense(atoms)], [], [np.zeros((5, 32))]):
+        moved, kept = sharpened(near, tables, cosine=0.9)
+        np.testing.assert_array_equal(moved, near)
+        assert kept.all()
+    none, kept = sharpened(np.zeros((0, 32)), [dense(atoms)], cosine=0.9)
+    assert (none.shape, kept.shape) == ((0, 32), (0,))
 
 
-def test_a_table_without_rows_of_length_is_not_the_sparsest():
+def test_a_table_without_rows_of_length_does_not_count():
     atoms, _, rows = planted()
     near = turned(atoms, 0.2)
-    alone = sharpened(near, [rows], cosine=0.9)
+    alone, _ = sharpened(near, [rows], cosine=0.9)
     assert np.any(alone != near)
-    both = sharpened(near, [np.zeros((5, 32)), rows], cosine=0.9)
+    both, _ = sharpened(near, [np.zeros((5, 32)), rows], cosine=0.9)
     np.testing.assert_array_equal(both, alone)
 
 
@@ -186,7 +272,7 @@ def test_a_direction_that_would_move_too_far_stays():
     rows = np.repeat(np.eye(4), 50, axis=0)
     near = turned(np.eye(4), 0.1)
     near[0] = unit(np.array([0.8, 0.6, 0.0, 0.0]))
-    moved = sharpened(near, [rows], cosine=0.95)
+    moved, _ = sharpened(near, [rows], cosine=0.95)
     np.testing.assert_array_equal(moved[0], near[0])
     np.testing.assert_allclose(np.abs(moved[1:]), np.eye(4)[1:], atol=1e-6)
 
@@ -197,4 +283,4 @@ def test_a_table_is_sparse_if_half_a_percent_is_left(noise, moves):
     rows = np.repeat(np.eye(32), 100, axis=0)
     rows += noise**0.5 * unit(rng.normal(size=rows.shape))  # nearly all of it is left
     near = turned(np.eye(32), 0.2)
-    assert np.any(sharpened(near, [rows], cosine=0.9) != near) == moves
+    assert np.any(sharpened(near, [rows], cosine=0.9)[0] != near) == moves

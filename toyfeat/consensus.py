@@ -8,6 +8,7 @@ each, and what recurs is kept and fitted to the gradients themselves.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,24 @@ _IN_A_PLANE = np.cos(np.pi / 16)  # one direction in eight has it with another
 
 
 DEFAULT = Description()
+
+
+class Described(NamedTuple):
+    """The gradients of both readouts, and what describes them.
+
+    Attributes:
+      sets: unit rows of dictionaries, one list of them for each setting.
+      half: gradients ``[N, D]`` of half the squared output, by :func:`gradient_rows`.
+      random: gradients ``[N, D]`` of random directions, by it too.
+      planes: ``[2 P, D]``, circles of the first.
+      taps: of half the squared output.
+    """
+
+    sets: list[list[np.ndarray]]
+    half: Array
+    random: Array
+    planes: np.ndarray
+    taps: Taps
 
 
 def consensus(
@@ -105,16 +124,12 @@ def consensus(
             f"consensus: wanted support in 1 .. {total}, the number of descriptions, "
             f"and cosine in (0, 1), got {support} and {cosine}"
         )
-    (described,), tables, taps = descriptions(key, subject, description)
-    directions, counts = agreed(described, tables, support=support, cosine=cosine)
-    drawn = jax.random.split(key, 5)[4]  # the descriptions have the first four
-    planes = np.asarray(circular_planes(drawn, tables[0]), np.float64)
-    apart = _outside(directions, planes)
-    directions, counts = directions[apart], counts[apart]
-    readers = jnp.asarray(np.concatenate([directions, planes]), float)
-    found = Found(readers, readers @ covariance_of(taps))
-    counts = np.concatenate([counts, np.zeros(len(planes), int)])
-    return Consensus(found, counts, len(described))
+    described = descriptions(key, subject, description)
+    (sets,) = described.sets
+    rows, counts = agreed(sets, described, support=support, cosine=cosine)
+    readers = jnp.asarray(rows, float)
+    found = Found(readers, readers @ covariance_of(described.taps))
+    return Consensus(found, counts, len(sets))
 
 
 def descriptions(
@@ -123,8 +138,8 @@ def descriptions(
     description: Description,
     *,
     settings: Mapping[str, ArrayLike] | None = None,
-) -> tuple[list[list[np.ndarray]], tuple[Array, Array], Taps]:
-    """Dictionaries of the gradients of both readouts.
+) -> Described:
+    """Dictionaries of the gradients of both readouts, and circles of the first.
 
     Args:
       key: random key.
@@ -133,13 +148,12 @@ def descriptions(
       settings: as in :func:`dictionaries`.
 
     Returns:
-      Sets of rows, one list for each of the settings; the gradients of half the squared
-      output and of random directions, as of :func:`gradient_rows`; taps of the former.
+      :class:`Described`.
 
     Raises:
       ValueError: if all gradients are 0, or one is not finite.
     """
-    sampled, drawn, *trained = jax.random.split(key, 4)
+    sampled, drawn, *trained, circles = jax.random.split(key, 5)
     inputs = subject.sample(sampled, description.examples)
     random = readouts.random_directions(drawn, description.directions, "gaussian")
     each = len(description.codes) * description.repeats
@@ -149,39 +163,47 @@ def descriptions(
         return [sets[i : i + each] for i in range(0, len(sets), each)]
 
     taps = tapped(subject, inputs, readouts.scalar(half_square))
-    tables = gradient_rows(taps), gradient_rows(tapped(subject, inputs, random))
-    first = by_setting(tables[0], trained[0], signed=False)
-    second = by_setting(tables[1], trained[1], signed=True)
-    pairs = zip(first, second, strict=True)
-    return [one + other for one, other in pairs], tables, taps
+    half = gradient_rows(taps)
+    along = gradient_rows(tapped(subject, inputs, random))
+    first = by_setting(half, trained[0], signed=False)
+    second = by_setting(along, trained[1], signed=True)
+    sets = [one + other for one, other in zip(first, second, strict=True)]
+    planes = np.asarray(circular_planes(circles, half), np.float64)
+    return Described(sets, half, along, planes, taps)
 
 
 def agreed(
-    described: Sequence[ArrayLike],
-    tables: tuple[Array, Array],
+    sets: Sequence[ArrayLike],
+    described: Described,
     *,
     support: int | None = None,
     cosine: float = _SAME,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What recurs, and is then fitted to the gradients themselves.
+    """Circles, and what recurs and is needed, fitted to the gradients themselves.
 
     Dictionaries of too few codes pull on every direction, so what they have in common
     is near a reader and no more.  Both readouts have an equal say in what recurs; the
     one in whose gradients fewer directions are active at a time has the last word, and
-    random directions have it if there is no difference.
+    random directions have it if there is no difference.  It leaves out what it needs
+    not: sums of features that come together recur, too.
 
     Args:
-      described: sets of unit rows, as of :func:`descriptions`.
-      tables: gradients ``[N, D]`` of half the squared output and of random directions.
+      sets: of unit rows, one of those that are described.
+      described: the gradients of both readouts and their circles.
       support: as in :func:`recurring`.
       cosine: as there; a direction that would move further stays.
 
     Returns:
-      As :func:`recurring`.
+      Unit rows ``[R, D]`` and in how many sets each was, most first; then two rows for
+      every circle, with 0.
     """
-    directions, counts = recurring(described, support=support, cosine=cosine)
-    half, random = map(_some, tables)
-    return sharpened(directions, (random, half), cosine=cosine), counts
+    directions, counts = recurring(sets, support=support, cosine=cosine)
+    half, random = map(_some, (described.half, described.random))
+    directions, kept = sharpened(directions, (random, half), cosine=cosine)
+    apart = _outside(directions, described.planes)
+    rows = np.concatenate([directions[apart], described.planes])
+    none = np.zeros(len(described.planes), int)
+    return rows, np.concatenate([counts[kept][apart], none])
 
 
 def _some(rows: Array) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Directions that rows are sparse combinations of, made exact from near ones."""
 
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,10 +11,13 @@ from toyfeat.types import ArrayLike
 _CHUNK = 1000
 _RIDGE = 1e-9  # of a unit atom's square: two atoms may become one
 _UNUSED = 1e-9  # of the largest energy, below which an atom stays as it was
+_FEW = 4  # dimensions per code, from where on the directions that are needed are told
+_USED = 1e-4  # of a row's square, above which a code counts
+_CLEARLY = 3  # times as far as in another table, up to which the first one counts
+_LOSS = 0.04  # of an atom's energy, up to which rows can do without it
 _ROUNDS = 8
 _LEFT = 0.005  # of a table's sum of squares, with which it is explained
 _MOST = 32  # directions per row; a pursuit takes the cube of it
-_FLAT = 1e-6  # of the largest eigenvalue, below which a dimension is not there
 
 
 def matching_pursuit(rows: ArrayLike, atoms: ArrayLike, k: int) -> np.ndarray:
@@ -120,15 +125,95 @@ def optimal_directions(
     return atoms, float(left)
 
 
+def needed(rows: ArrayLike, atoms: ArrayLike, k: int) -> np.ndarray:
+    r"""Which atoms rows cannot do without.
+
+    Rows that use an atom are coded again by :func:`matching_pursuit` without it.  If
+    that leaves no more than before, up to a twenty-fifth of the atom's energy
+    :math:`\sum_n c_{nj}^2`, it can be spared; sums of two atoms can, and either of two
+    that are nearly the same.  They go one after the other, the one that leaves least
+    more first.
+
+    Args:
+      rows: ``[N, D]``.
+      atoms: ``[M, D]``, of unit length.
+      k: atoms per row.
+
+    Returns:
+      ``[M]`` bool, of which at least ``k`` are true.  Atoms that no row uses are kept.
+
+    Raises:
+      ValueError: as :func:`matching_pursuit`.
+
+    Example:
+      >>> import numpy as np
+      >>> atoms = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+      >>> rows = np.array([[1.0, 0.1], [0.1, 1.0], [2.0, 0.0], [0.0, 3.0], [0.6, 0.8]])
+      >>> needed(rows, atoms, 2)
+      array([ True,  True, False])
+
+    References:
+      Backward elimination, as of regressors: Miller (2002), "Subset selection in
+      regression", section 3.4.
+    """
+    rows, atoms = np.asarray(rows, np.float64), np.asarray(atoms, np.float64)
+    codes = matching_pursuit(rows, atoms, k)
+    kept = np.ones(len(atoms), bool)
+    # What an atom costs grows as others go, so old costs tell whom to ask next.
+    waiting = [
+        (_without(j, rows, atoms, codes, kept, k).lost, j) for j in range(len(atoms))
+    ]
+    heapify(waiting)
+    while waiting and kept.sum() > k:
+        _, j = heappop(waiting)
+        now = _without(j, rows, atoms, codes, kept, k)
+        if waiting and now.lost > waiting[0][0]:
+            heappush(waiting, (now.lost, j))
+        elif len(now.users) and now.lost <= _LOSS * now.energy:
+            codes[now.users], kept[j] = now.codes, False
+    return kept
+
+
+class _Spared(NamedTuple):
+    """Rows that use an atom, their codes without it, and what that leaves more."""
+
+    users: np.ndarray
+    codes: np.ndarray
+    lost: float
+    energy: float
+
+
+def _without(
+    j: int,
+    rows: np.ndarray,
+    atoms: np.ndarray,
+    codes: np.ndarray,
+    kept: np.ndarray,
+    k: int,
+) -> _Spared:
+    users = np.flatnonzero(codes[:, j] ** 2 > _USED * np.sum(rows**2, axis=1))
+    others = kept & (np.arange(len(atoms)) != j)
+    rows, codes = rows[users], codes[users]
+    again = np.zeros_like(codes)
+    if others.any():
+        again[:, others] = matching_pursuit(rows, atoms[others], min(k, others.sum()))
+    lost = np.sum((rows - again @ atoms) ** 2) - np.sum((rows - codes @ atoms) ** 2)
+    return _Spared(users, again, float(lost), float(np.sum(codes[:, j] ** 2)))
+
+
 def sharpened(
     directions: np.ndarray, tables: Sequence[ArrayLike], *, cosine: float
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Directions made exact with the table of rows that is sparsest in them.
 
-    The table is the one that needs the fewest directions per row, 1, 2, 3, 4, 6, ...,
-    to leave at most half a percent after eight :func:`optimal_directions`; the first of
-    them if several do.  More than half as many as a table has dimensions are not sparse
-    (one is, if there is one), and more than 32 are not tried.
+    A table is sparse in them if few directions per row, 1, 2, 3, 4, 6, ..., leave at
+    most half a percent after eight :func:`optimal_directions`: no more than half as
+    many as there are dimensions without which more is left (one, if there is one), and
+    no more than 32.  Of those tables the first counts, or a later one in which the
+    median direction moves a third as far: directions are near what they should be, and
+    what is made of others moves them away.  If there are four dimensions per code (with
+    fewer other directions are as sparse), those that are not :func:`needed` are left
+    out, and the rest is fitted again.
 
     Args:
       directions: ``[R, D]`` unit rows.
@@ -136,32 +221,64 @@ def sharpened(
       cosine: a direction that would move further stays.
 
     Returns:
-      ``[R, D]`` unit rows; as they were if no table is sparse in them.
+      Unit rows ``[S, D]`` and ``[R]`` bool, which of the directions they were; all of
+      them, as they were, if no table is sparse in them.
 
     Example:
       >>> import numpy as np
       >>> near = np.array([[0.98, 0.199], [0.0, 1.0]])
-      >>> sharpened(near, [np.eye(2)], cosine=0.95).round(3)
+      >>> sharpened(near, [np.eye(2)], cosine=0.95)[0].round(3)
       array([[1., 0.],
              [0., 1.]])
     """
-    most = [_most(np.asarray(rows, np.float64)) for rows in tables]
-    k = 1
-    while k <= min(len(directions), max(most, default=0)):
-        for rows, sparse in zip(tables, most, strict=True):
-            if k > sparse:
-                continue
-            moved, left = directions, 1.0
-            for _ in range(_ROUNDS):
-                moved, left = optimal_directions(rows, moved, k)
-            if left <= _LEFT:
-                near = np.abs(np.sum(moved * directions, axis=1)) >= cosine
-                return np.where(near[:, None], moved, directions)
+    fits = [
+        fit for rows in tables if (fit := _sparse(np.asarray(rows, float), directions))
+    ]
+    if not fits:
+        return directions, np.ones(len(directions), bool)
+    moves = [1 - np.median(_cosines(moved, directions)) for *_, moved in fits]
+    moves[0] /= _CLEARLY
+    rows, k, moved = fits[int(np.argmin(moves))]
+    moved = _limited(moved, directions, cosine)
+    if _FEW * k > _dimensions(rows):
+        return moved, np.ones(len(directions), bool)
+    kept = needed(rows, moved, k)
+    moved, _ = _fitted(rows, moved[kept], k)
+    return _limited(moved, directions[kept], cosine), kept
+
+
+def _cosines(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    return np.abs(np.sum(rows * others, axis=1))
+
+
+def _limited(moved: np.ndarray, directions: np.ndarray, cosine: float) -> np.ndarray:
+    near = _cosines(moved, directions) >= cosine
+    return np.where(near[:, None], moved, directions)
+
+
+def _sparse(
+    rows: np.ndarray, directions: np.ndarray
+) -> tuple[np.ndarray, int, np.ndarray] | None:
+    """A table, the fewest directions per row that explain it, and the fitted ones."""
+    k, dim = 1, _dimensions(rows)
+    while k <= min(len(directions), dim, max(1, dim // 2), _MOST):
+        moved, left = _fitted(rows, directions, k)
+        if left <= _LEFT:
+            return rows, k, moved
         k += max(1, k // 2)
-    return directions
+    return None
 
 
-def _most(rows: np.ndarray) -> int:
-    """Directions per row that are still sparse, and tried."""
-    rank = int(np.linalg.matrix_rank(rows.T @ rows, hermitian=True, rtol=_FLAT))
-    return min(rank, max(1, rank // 2), _MOST)
+def _fitted(rows: np.ndarray, atoms: np.ndarray, k: int) -> tuple[np.ndarray, float]:
+    """Some rounds of :func:`optimal_directions`."""
+    left = 1.0
+    for _ in range(_ROUNDS):
+        atoms, left = optimal_directions(rows, atoms, k)
+    return atoms, left
+
+
+def _dimensions(rows: np.ndarray) -> int:
+    """That leave half a percent of the sum of squares; 0 of nothing."""
+    values = np.linalg.eigvalsh(rows.T @ rows)[::-1]
+    explained = np.cumsum(values)
+    return int(np.sum(explained < (1 - _LEFT) * explained[-1])) + bool(np.any(rows))

@@ -1,4 +1,6 @@
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +16,13 @@ if version("jaxlib") < "0.13":  # an unknown flag would end the process
         "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
     )
 
+# Both workers, child processes and tests after a cleared cache compile much the same.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="toyfeat-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["TOYFEAT_TESTS_OF"] = str(os.getpid())  # who clears it away
+
 import jax
 import pytest
 
@@ -23,6 +32,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_unconfigure():
+    if os.environ.get("TOYFEAT_TESTS_OF") == str(os.getpid()):
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -288,11 +288,12 @@ def test_brittleness_is_swept_once_and_drawn(tmp_path):
     [
         "collect.py",
         "tap.py",
-        "linalg.py",
         "world.py",
-        "synthetic.py",
         "controllers.py",
-        "dictionary.py",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("linalg.py", "synthetic.py", "dictionary.py")
+        ),
     ],
 )
 def test_a_benchmark_runs_at_its_tiny_setting(name, tmp_path):

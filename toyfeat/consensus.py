@@ -85,10 +85,10 @@ def consensus(
     together).  Each is described by TopK dictionaries of several ``k`` and starts, all
     trained at once, and a direction is a reader if enough of them agree on it within
     ``cosine``; then it is fitted to the gradients of one readout, if one is sparse in
-    what was agreed on (:func:`agreed`).  Circles, which no sparse code describes, are
-    looked for in the first readout by :func:`circular_planes`; what else lies in their
-    span is left out.  Writers are the regression patterns :math:`\Sigma r` of the
-    readers.
+    what was agreed on, and left out if that can do without it (:func:`agreed`).
+    Circles, which no sparse code describes, are looked for in the first readout by
+    :func:`circular_planes`; what else lies in their span is left out.  Writers are the
+    regression patterns :math:`\Sigma r` of the readers.
 
     Args:
       key: random key.
@@ -182,10 +182,11 @@ def agreed(
     """Circles, and what recurs and is needed, fitted to the gradients themselves.
 
     Dictionaries of too few codes pull on every direction, so what they have in common
-    is near a reader and no more.  Both readouts have an equal say in what recurs; the
-    one in whose gradients fewer directions are active at a time has the last word, and
-    random directions have it if there is no difference.  It leaves out what it needs
-    not: sums of features that come together recur, too.
+    is near a reader and no more; and sums of features that come together recur, too.
+    Both readouts have an equal say in what recurs.  The last word, on where readers are
+    and on which of them are needed, has the one that is sparse in them, or moves them
+    less if both are: random directions, unless there is a clear difference
+    (:func:`toyfeat.pursuit.sharpened`).
 
     Args:
       sets: of unit rows, one of those that are described.

@@ -44,6 +44,7 @@ _INSIDE = 0.99  # of a direction's length, from where it is a mixture of circles
 _FITTED = 6000  # rows that directions are fitted to
 _SAME = 0.95  # |cos| of two directions that count as one
 _OF_MOST = 3  # the largest support over this has to be reached
+_SURE = 0.6  # of the largest support, from where on a direction is not left out
 _IN_A_PLANE = np.cos(np.pi / 16)  # one direction in eight has it with another
 
 
@@ -186,7 +187,8 @@ def agreed(
     Both readouts have an equal say in what recurs.  The last word, on where readers are
     and on which of them are needed, has the one that is sparse in them, or moves them
     less if both are: random directions, unless there is a clear difference
-    (:func:`toyfeat.pursuit.sharpened`).
+    (:func:`toyfeat.pursuit.sharpened`).  What recurs three fifths as often as the most
+    frequent direction is not left out.
 
     Args:
       sets: of unit rows, one of those that are described.
@@ -200,7 +202,8 @@ def agreed(
     """
     directions, counts = recurring(sets, support=support, cosine=cosine)
     half, random = map(_some, (described.half, described.random))
-    directions, kept = sharpened(directions, (random, half), cosine=cosine)
+    sure = counts >= _SURE * counts.max(initial=0)
+    directions, kept = sharpened(directions, (random, half), cosine=cosine, sure=sure)
     apart = _outside(directions, described.planes)
     rows = np.concatenate([directions[apart], described.planes])
     none = np.zeros(len(described.planes), int)

@@ -13,7 +13,7 @@ _RIDGE = 1e-9  # of a unit atom's square: two atoms may become one
 _UNUSED = 1e-9  # of the largest energy, below which an atom stays as it was
 _FEW = 4  # dimensions per code, from where on the directions that are needed are told
 _USED = 1e-4  # of a row's square, above which a code counts
-_CLEARLY = 3  # times as far as in another table, up to which the first one counts
+_CLEARLY = 1.5  # times as far as in another table, up to which the first one counts
 _LOSS = 0.04  # of an atom's energy, up to which rows can do without it
 _ROUNDS = 8
 _LEFT = 0.005  # of a table's sum of squares, with which it is explained
@@ -125,7 +125,9 @@ def optimal_directions(
     return atoms, float(left)
 
 
-def needed(rows: ArrayLike, atoms: ArrayLike, k: int) -> np.ndarray:
+def needed(
+    rows: ArrayLike, atoms: ArrayLike, k: int, *, sure: ArrayLike = False
+) -> np.ndarray:
     r"""Which atoms rows cannot do without.
 
     Rows that use an atom are coded again by :func:`matching_pursuit` without it.  If
@@ -138,6 +140,7 @@ def needed(rows: ArrayLike, atoms: ArrayLike, k: int) -> np.ndarray:
       rows: ``[N, D]``.
       atoms: ``[M, D]``, of unit length.
       k: atoms per row.
+      sure: ``[M]`` bool, atoms that are kept in any case.
 
     Returns:
       ``[M]`` bool, of which at least ``k`` are true.  Atoms that no row uses are kept.
@@ -161,7 +164,8 @@ def needed(rows: ArrayLike, atoms: ArrayLike, k: int) -> np.ndarray:
     kept = np.ones(len(atoms), bool)
     # What an atom costs grows as others go, so old costs tell whom to ask next.
     waiting = [
-        (_without(j, rows, atoms, codes, kept, k).lost, j) for j in range(len(atoms))
+        (_without(j, rows, atoms, codes, kept, k).lost, j)
+        for j in np.flatnonzero(~np.broadcast_to(sure, len(atoms)))
     ]
     heapify(waiting)
     while waiting and kept.sum() > k:
@@ -202,7 +206,11 @@ def _without(
 
 
 def sharpened(
-    directions: np.ndarray, tables: Sequence[ArrayLike], *, cosine: float
+    directions: np.ndarray,
+    tables: Sequence[ArrayLike],
+    *,
+    cosine: float,
+    sure: ArrayLike = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Directions made exact with the table of rows that is sparsest in them.
 
@@ -210,15 +218,16 @@ def sharpened(
     most half a percent after eight :func:`optimal_directions`: no more than half as
     many as there are dimensions without which more is left (one, if there is one), and
     no more than 32.  Of those tables the first counts, or a later one in which the
-    median direction moves a third as far: directions are near what they should be, and
-    what is made of others moves them away.  If there are four dimensions per code (with
-    fewer other directions are as sparse), those that are not :func:`needed` are left
-    out, and the rest is fitted again.
+    median direction moves less than two thirds as far: directions are near what they
+    should be, and what is made of others moves them away.  If there are four dimensions
+    per code (with fewer other directions are as sparse), those that are not
+    :func:`needed` there are left out, and the rest is fitted again.
 
     Args:
       directions: ``[R, D]`` unit rows.
       tables: rows ``[N, D]`` each.
       cosine: a direction that would move further stays.
+      sure: ``[R]`` bool, directions that are not left out.
 
     Returns:
       Unit rows ``[S, D]`` and ``[R]`` bool, which of the directions they were; all of
@@ -240,9 +249,11 @@ def sharpened(
     moves[0] /= _CLEARLY
     rows, k, moved = fits[int(np.argmin(moves))]
     moved = _limited(moved, directions, cosine)
-    if _FEW * k > _dimensions(rows):
-        return moved, np.ones(len(directions), bool)
-    kept = needed(rows, moved, k)
+    kept = np.ones(len(directions), bool)
+    if _FEW * k <= _dimensions(rows):
+        kept = needed(rows, moved, k, sure=sure)
+    if kept.all():
+        return moved, kept
     moved, _ = _fitted(rows, moved[kept], k)
     return _limited(moved, directions[kept], cosine), kept
 

@@ -126,7 +126,7 @@ def optimal_directions(
 
 
 def needed(
-    rows: ArrayLike, atoms: ArrayLike, k: int, *, sure: ArrayLike = False
+    rows: ArrayLike, atoms: ArrayLike, k: int, *, sure: ArrayLike | None = None
 ) -> np.ndarray:
     r"""Which atoms rows cannot do without.
 
@@ -140,7 +140,7 @@ def needed(
       rows: ``[N, D]``.
       atoms: ``[M, D]``, of unit length.
       k: atoms per row.
-      sure: ``[M]`` bool, atoms that are kept in any case.
+      sure: ``[M]`` bool, atoms that are kept in any case; ``None`` for none.
 
     Returns:
       ``[M]`` bool, of which at least ``k`` are true.  Atoms that no row uses are kept.
@@ -162,11 +162,9 @@ def needed(
     rows, atoms = np.asarray(rows, np.float64), np.asarray(atoms, np.float64)
     codes = matching_pursuit(rows, atoms, k)
     kept = np.ones(len(atoms), bool)
+    asked = range(len(atoms)) if sure is None else map(int, np.flatnonzero(~np.asarray(sure, bool)))
     # What an atom costs grows as others go, so old costs tell whom to ask next.
-    waiting = [
-        (_without(j, rows, atoms, codes, kept, k).lost, j)
-        for j in np.flatnonzero(~np.broadcast_to(sure, len(atoms)))
-    ]
+    waiting = [(_without(j, rows, atoms, codes, kept, k).lost, j) for j in asked]
     heapify(waiting)
     while waiting and kept.sum() > k:
         _, j = heappop(waiting)
@@ -210,7 +208,7 @@ def sharpened(
     tables: Sequence[ArrayLike],
     *,
     cosine: float,
-    sure: ArrayLike = False,
+    sure: ArrayLike | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Directions made exact with the table of rows that is sparsest in them.
 
@@ -227,7 +225,7 @@ def sharpened(
       directions: ``[R, D]`` unit rows.
       tables: rows ``[N, D]`` each.
       cosine: a direction that would move further stays.
-      sure: ``[R]`` bool, directions that are not left out.
+      sure: ``[R]`` bool, directions that are not left out; ``None`` for none.
 
     Returns:
       Unit rows ``[S, D]`` and ``[R]`` bool, which of the directions they were; all of

@@ -21,7 +21,7 @@ The bar is that ours is at 95 % or more.  Writes maps of coverage and of both sh
 and ``out/brittleness/brittleness.html``; what was swept is kept there, and
 the same command goes on (hours; every part of as many runs as the grid has rates times
 coefficients is kept at once).  ``--wide`` sweeps the leaderboard's other tasks over a
-smaller grid, of which the same is true.
+smaller grid, which was fixed before its first run, too.
 """
 
 import argparse
@@ -250,7 +250,7 @@ def consensus(task: Task, target: float, grid: Grid) -> list[Part]:
 
 
 class Family(NamedTuple):
-    """A way to sweep; counted up where the same settings come to something else."""
+    """A way to sweep; its version is raised where it comes to something else."""
 
     sweep: Sweep
     version: int = 1
@@ -325,7 +325,10 @@ def kept(path: Path, of: dict[str, Any], grid: Grid) -> tuple[list[Run], float]:
         raise SystemExit(f"brittleness: {path} is damaged; move it away") from None
     if other or not whole:
         what = other[0] if other else "grid"
-        raise SystemExit(f"brittleness: {path} is of another {what}; move it away")
+        more = f" ({found[what]}, now {of[what]})" if what == "version" else ""
+        raise SystemExit(
+            f"brittleness: {path} is of another {what}{more}; move it away"
+        )
     return runs, seconds
 
 
@@ -412,9 +415,13 @@ def compared(
     index = list(TASKS).index(name)
     task = TASKS[name](jax.random.fold_in(jax.random.key(0), index))
     target = float(tf.active_features(jax.random.key(2), task))
+    paths = {family: folder / f"{slug(name)}-{family}.json" for family in FAMILIES}
+    for family, path in paths.items():  # before the work
+        if path.exists():
+            kept(path, {"grid": grid, "version": FAMILIES[family].version}, grid)
     every = {
-        name_of: swept(folder / f"{slug(name)}-{name_of}.json", one, task, target, grid)
-        for name_of, one in FAMILIES.items()
+        family: swept(path, FAMILIES[family], task, target, grid)
+        for family, path in paths.items()
     }
     best = max(run.coverage for runs, _ in every.values() for run in runs)
     mine, lines = {}, []

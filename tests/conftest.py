@@ -1,3 +1,4 @@
+import atexit
 import os
 import shutil
 import tempfile
@@ -16,27 +17,24 @@ if version("jaxlib") < "0.13":  # an unknown flag would end the process
         "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
     )
 
-# Both workers, child processes and tests after a cleared cache compile much the same.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="toyfeat-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["TOYFEAT_TESTS_OF"] = str(os.getpid())  # who clears it away
+# Tests after a cleared cache, and of the other worker, compile much the same.  Child
+# processes do not: some are killed, which leaves half an entry.
+if "TOYFEAT_TESTS_CACHE" not in os.environ:
+    os.environ["TOYFEAT_TESTS_CACHE"] = tempfile.mkdtemp(prefix="toyfeat-tests-")
+    atexit.register(shutil.rmtree, os.environ["TOYFEAT_TESTS_CACHE"], True)
 
 import jax
 import pytest
 
+jax.config.update("jax_compilation_cache_dir", os.environ["TOYFEAT_TESTS_CACHE"])
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
-
-
-def pytest_unconfigure():
-    if os.environ.get("TOYFEAT_TESTS_OF") == str(os.getpid()):
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

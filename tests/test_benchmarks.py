@@ -191,10 +191,13 @@ def test_a_sweep_that_is_damaged_or_of_another_grid_is_left_to_the_user(
         ("[]", "x.json is damaged; move it away"),
         (json.dumps(other | {"runs": [[1.0]]}), "x.json is damaged; move it away"),
         (json.dumps(other), "x.json is of another grid; move it away"),
-        (json.dumps(other | {"grid": grid}), "x.json is of another version; move it"),
+        (
+            json.dumps(other | {"grid": grid}),
+            r"x.json is of another version \(1, now 2\); move",
+        ),
         (
             json.dumps(other | {"grid": grid, "version": 3}),
-            "x.json is of another version; move it away",
+            r"x.json is of another version \(3, now 2\); move it away",
         ),
     ):
         path.write_text(text)

@@ -158,12 +158,12 @@ def test_the_roundest_plane_comes_first(key):
 @pytest.mark.parametrize(
     "rows",
     [
-        np.ones((20, 1)),
-        np.outer(np.arange(20.0), [1.0, 2.0, 3.0]),
-        np.zeros((20, 3)),
+        np.ones((100, 1)),
+        np.outer(np.arange(100.0), [1.0, 2.0, 3.0]),
+        np.zeros((100, 3)),
         np.zeros((0, 3)),
-        np.full((20, 3), 7.0),
-        np.zeros((20, 0)),
+        np.full((100, 3), 7.0),
+        np.zeros((100, 0)),
         np.zeros((0, 0)),
     ],
     ids=["one column", "rank one", "zero", "no rows", "constant", "no column", "none"],
@@ -196,7 +196,9 @@ def test_options_are_in_range(bad, key):
         tf.circular_planes(key, np.eye(3), **bad)
 
 
-@pytest.mark.parametrize(("num", "dim"), [(100, 40), (200, 100), (60, 60), (300, 200)])
+@pytest.mark.parametrize(
+    ("num", "dim"), [(100, 40), (200, 100), (120, 120), (300, 200)]
+)
 @pytest.mark.parametrize("kind", ["normal", "sparse"])
 def test_few_rows_in_many_dimensions_are_round_by_chance_only(num, dim, kind, key):
     rng = np.random.default_rng(num)
@@ -209,6 +211,17 @@ def test_few_rows_in_many_dimensions_are_round_by_chance_only(num, dim, kind, ke
 
 def test_rows_that_are_too_few_to_judge_have_no_plane(key):
     rows = circle(np.random.default_rng(0).uniform(0, 2 * np.pi, 100))
-    for num in (2, 1, 70):
+    for num in (2, 1, 79):
         assert tf.circular_planes(key, rows[:num], **FEW).shape == (0, 2)
-    assert tf.circular_planes(key, rows, **FEW).shape == (2, 2)
+    assert tf.circular_planes(key, rows[:80], **FEW).shape == (2, 2)
+
+
+@pytest.mark.parametrize("num", [80, 100, 200])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_circle_in_few_rows_is_found(num, seed):
+    rng = np.random.default_rng(seed)
+    parts = [circle(rng.uniform(0, 2 * np.pi, num)), rng.normal(size=(num, 6))]
+    rows = np.concatenate(parts, axis=1)
+    found = tf.circular_planes(jax.random.key(seed), rows, starts=32, steps=60)
+    assert found.shape == (2, 8)
+    assert closeness(found, np.eye(8)[None, :2]).min() > 0.8

@@ -7,6 +7,7 @@ import pytest
 
 import toyfeat as tf
 from toyfeat.consensus import (
+    Described,
     _outside,
     agreed,
     covariance_of,
@@ -328,6 +329,32 @@ def test_what_recurs_is_fitted_to_the_gradients():
     assert lost[1] < 0.5 * lost[0]
     (result, _), num = found(name), len(fitted)
     np.testing.assert_allclose(result.found.readers[:num], fitted, atol=1e-4)
+
+
+@pytest.mark.parametrize(("often", "kept"), [(5, False), (8, True)])
+def test_a_sum_is_left_out_unless_it_recurs_as_often_as_readers(often, kept):
+    """Of 10 in 16 dimensions; its support stands between those of readers."""
+    rng = np.random.default_rng(0)
+    true = np.linalg.qr(rng.normal(size=(16, 16)))[0][:10]
+    chosen = rng.permuted(np.tile(np.arange(10), (2000, 1)), axis=1)[:, :2]
+    codes = np.zeros((2000, 10))
+    np.put_along_axis(codes, chosen, rng.normal(size=(2000, 2)), axis=1)
+    rows = np.concatenate([codes @ true, np.repeat([true[0] + true[1]], 30, axis=0)])
+    between = unit(true[:1] + true[1:2])
+    sets = [
+        np.concatenate([true[: 10 if i < 4 else 5], between[: int(i < often)]])
+        for i in range(12)
+    ]
+    rows = jnp.asarray(rows, float)
+    dense = jnp.asarray(rng.normal(size=(500, 16)), float)
+    for half, random in ((dense, rows), (rows, dense)):
+        described = Described([sets], half, random, np.zeros((0, 16)), None)
+        found, counts = agreed(sets, described)
+        assert counts.tolist() == [12] * 5 + [often] * kept + [4] * 5
+        cosines = np.abs(found @ true.T)
+        assert np.sum(cosines.max(1) > 0.999) == 10
+        assert cosines.max(0).min() > 0.999
+        assert (cosines[5].max() < 0.8) == kept
 
 
 def test_mixtures_of_circles_are_left_out():

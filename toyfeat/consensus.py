@@ -57,7 +57,7 @@ class Described(NamedTuple):
     Attributes:
       sets: unit rows of dictionaries, one list of them for each setting.
       half: gradients ``[N, D]`` of half the squared output, by :func:`gradient_rows`.
-      random: gradients ``[N, D]`` of random directions, by it too.
+      random: gradients ``[N, D]`` of random directions, likewise.
       planes: ``[2 P, D]``, circles of the first.
       taps: of half the squared output.
     """
@@ -86,7 +86,8 @@ def consensus(
     together).  Each is described by TopK dictionaries of several ``k`` and starts, all
     trained at once, and a direction is a reader if enough of them agree on it within
     ``cosine``; then it is fitted to the gradients of one readout, if one is sparse in
-    what was agreed on, and left out if that can do without it (:func:`agreed`).
+    what was agreed on; there it is left out if it is not needed and recurs less often
+    than most (:func:`agreed`).
     Circles, which no sparse code describes, are looked for in the first readout by
     :func:`circular_planes`; what else lies in their span is left out.  Writers are the
     regression patterns :math:`\Sigma r` of the readers.
@@ -191,7 +192,7 @@ def agreed(
     frequent direction is not left out.
 
     Args:
-      sets: of unit rows, one of those that are described.
+      sets: unit rows of several dictionaries, one of ``described.sets``.
       described: the gradients of both readouts and their circles.
       support: as in :func:`recurring`.
       cosine: as there; a direction that would move further stays.

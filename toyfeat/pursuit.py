@@ -130,11 +130,12 @@ def needed(
 ) -> np.ndarray:
     r"""Which atoms rows cannot do without.
 
-    Rows that use an atom are coded again by :func:`matching_pursuit` without it.  If
-    that leaves no more than before, up to a twenty-fifth of the atom's energy
-    :math:`\sum_n c_{nj}^2`, it can be spared; sums of two atoms can, and either of two
-    that are nearly the same.  They go one after the other, the one that leaves least
-    more first.
+    Rows that use an atom (more than a hundredth of their length) are coded again by
+    :func:`matching_pursuit` without it.  If that leaves no more than before, up to a
+    twenty-fifth of the sum of squares of its codes there, it can be spared:
+    sums of two atoms can, either of two that are nearly the same, and what no row uses.
+    Atoms go one after the other, the one that leaves least more first, as far as was
+    known when it was last asked; what cannot be spared is not asked again.
 
     Args:
       rows: ``[N, D]``.
@@ -143,7 +144,7 @@ def needed(
       sure: ``[M]`` bool, atoms that are kept in any case; ``None`` for none.
 
     Returns:
-      ``[M]`` bool, of which at least ``k`` are true.  Atoms that no row uses are kept.
+      ``[M]`` bool, of which at least ``k`` are true.
 
     Raises:
       ValueError: as :func:`matching_pursuit`.
@@ -162,8 +163,9 @@ def needed(
     rows, atoms = np.asarray(rows, np.float64), np.asarray(atoms, np.float64)
     codes = matching_pursuit(rows, atoms, k)
     kept = np.ones(len(atoms), bool)
-    asked = range(len(atoms)) if sure is None else map(int, np.flatnonzero(~np.asarray(sure, bool)))
-    # What an atom costs grows as others go, so old costs tell whom to ask next.
+    unsure = kept if sure is None else np.logical_not(sure)
+    # What an atom costs mostly grows as others go, so old costs tell whom to ask next.
+    asked = map(int, np.flatnonzero(unsure))
     waiting = [(_without(j, rows, atoms, codes, kept, k).lost, j) for j in asked]
     heapify(waiting)
     while waiting and kept.sum() > k:
@@ -171,7 +173,8 @@ def needed(
         now = _without(j, rows, atoms, codes, kept, k)
         if waiting and now.lost > waiting[0][0]:
             heappush(waiting, (now.lost, j))
-        elif len(now.users) and now.lost <= _LOSS * now.energy:
+        elif now.lost <= _LOSS * now.energy:
+            codes[:, j] = 0
             codes[now.users], kept[j] = now.codes, False
     return kept
 
@@ -228,7 +231,7 @@ def sharpened(
       sure: ``[R]`` bool, directions that are not left out; ``None`` for none.
 
     Returns:
-      Unit rows ``[S, D]`` and ``[R]`` bool, which of the directions they were; all of
+      Unit rows ``[S, D]`` and ``[R]`` bool, which of the directions were kept; all of
       them, as they were, if no table is sparse in them.
 
     Example:

@@ -12,7 +12,7 @@ from toyfeat.types import Array, ArrayLike
 
 _RANK = 1e-6  # of the largest eigenvalue, below which a direction is not there
 _ROWS = 4000  # that planes descend on; a fourth moment needs no more
-_FEWEST = 20  # other rows, below which nothing can be said of a plane
+_FEWEST = 80  # rows, below which nothing can be said of a plane
 _BESIDE = 0.5  # cosine of planes, below which neither is the other
 _SEARCHES = 3  # at most, where planes are found that do not fill the space
 
@@ -32,8 +32,8 @@ def circular_planes(
     vectors and more for sparse ones.  Many random planes descend, each by its own
     fixed step; beside those that get within ``tolerance`` others are looked for, and
     of all of them those that lie beside each other and are the roundest in sum are
-    returned if they are as round on rows that they did not descend on: few rows in many
-    dimensions lie on circles whatever they are.  Inside a plane no direction is
+    returned if they are within it on rows that they did not descend on, too: few rows
+    in many dimensions lie on circles whatever they are.  Inside a plane no direction is
     preferred.  Circles can be missed beside several very sparse directions, at
     frequencies with :math:`a + b = 2 c` (where the minimum is flat) and where the
     lengths of what is mixed differ by more than 1000.
@@ -76,15 +76,17 @@ def circular_planes(
             "circular_planes: wanted starts >= 1, steps >= 0 and tolerance >= 1, got "
             f"{starts}, {steps} and {tolerance}"
         )
-    coordinates, back = _whitened(table)
-    rank = len(back)
     some = _spread(np.arange(len(table)), min(len(table) * 3 // 4, _ROWS))
     others = _spread(np.delete(np.arange(len(table)), some), _ROWS)
-    if rank < 2 or len(others) < _FEWEST:
+    if len(table) < _FEWEST:
         return jnp.zeros((0, table.shape[1]))
-    look = jnp.asarray(coordinates[some], float)
+    white, back = _whitened(table[some])
+    rank = len(back)
+    if rank < 2:
+        return jnp.zeros((0, table.shape[1]))
+    look = jnp.asarray(table[some] @ white, float)
     kept = _distinct(key, starts, steps, look, tolerance)
-    kept = kept[_ratios(kept, coordinates[others]) <= tolerance]
+    kept = kept[_ratios(kept, table[others] @ white) <= tolerance]
     found = kept.reshape(-1, rank) @ back
     norms = np.linalg.norm(found, axis=1, keepdims=True)
     return jnp.asarray(found / np.where(norms > 0, norms, 1), float)
@@ -157,11 +159,11 @@ def _roundest_set(
 
 
 def _whitened(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates ``[N, R]`` of unit second moment, and ``[R, D]`` back."""
+    """``[D, R]`` to coordinates of unit second moment, and ``[R, D]`` back."""
     values, vectors = np.linalg.eigh(rows.T @ rows / max(1, len(rows)))
     there = values > _RANK * values.max(initial=np.finfo(np.float64).tiny)
     size, vectors = np.sqrt(values[there]), vectors[:, there]
-    return rows @ (vectors / size), (vectors * size).T
+    return vectors / size, (vectors * size).T
 
 
 @partial(jax.jit, static_argnums=0)

@@ -76,10 +76,10 @@ def circular_planes(
             "circular_planes: wanted starts >= 1, steps >= 0 and tolerance >= 1, got "
             f"{starts}, {steps} and {tolerance}"
         )
-    some = _spread(np.arange(len(table)), min(len(table) * 3 // 4, _ROWS))
-    others = _spread(np.delete(np.arange(len(table)), some), _ROWS)
     if len(table) < _FEWEST:
         return jnp.zeros((0, table.shape[1]))
+    some = _spread(np.arange(len(table)), min(len(table) * 3 // 4, _ROWS))
+    others = _spread(np.delete(np.arange(len(table)), some), _ROWS)
     white, back = _whitened(table[some])
     rank = len(back)
     if rank < 2:

@@ -271,6 +271,15 @@ def test_nothing_is_left_out_with_fewer_than_four_dimensions_per_code(num, kept)
     assert sharpened(every @ np.eye(num, 20), [wide], cosine=0.9)[1].sum() == kept
 
 
+def test_nothing_is_left_out_where_one_code_is_enough():
+    """Every row is a pair, and no row uses what pairs are made of."""
+    pairs = unit(np.eye(8)[0::2] + np.eye(8)[1::2])
+    every = np.concatenate([np.eye(8), pairs])
+    rows = np.repeat(pairs, 50, axis=0)
+    assert needed(rows, every, 1).tolist() == [False] * 8 + [True] * 4
+    assert sharpened(every, [rows], cosine=0.9)[1].all()
+
+
 def test_where_no_table_is_sparse_directions_stay():
     atoms, _, _ = planted()
     near = turned(atoms, 0.2)

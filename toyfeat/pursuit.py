@@ -221,8 +221,9 @@ def sharpened(
     no more than 32.  Of those tables the first counts, or a later one in which the
     median direction moves less than two thirds as far: directions are near what they
     should be, and what is made of others moves them away.  If there are four dimensions
-    per code (with fewer other directions are as sparse), those that are not
-    :func:`needed` there are left out, and the rest is fitted again.
+    per code (with fewer other directions are as sparse) and two codes or more (one
+    cannot take the place of a sum), those that are not :func:`needed` there are left
+    out, and the rest is fitted again.
 
     Args:
       directions: ``[R, D]`` unit rows.
@@ -251,7 +252,7 @@ def sharpened(
     rows, k, moved = fits[int(np.argmin(moves))]
     moved = _limited(moved, directions, cosine)
     kept = np.ones(len(directions), bool)
-    if _FEW * k <= _dimensions(rows):
+    if k > 1 and _FEW * k <= _dimensions(rows):
         kept = needed(rows, moved, k, sure=sure)
     if kept.all():
         return moved, kept

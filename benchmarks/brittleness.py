@@ -298,8 +298,7 @@ def swept(
     path: Path, family: Family, task: Task, target: float, grid: Grid
 ) -> tuple[list[Run], float]:
     """The runs of a family, and seconds; every part is kept in a file at once."""
-    of = {"grid": grid, "version": family.version}
-    runs, seconds = kept(path, of, grid) if path.exists() else ([], 0.0)
+    runs, seconds = kept(path, family, grid)
     cells = len(cells_of(grid)[0])
     missing = family.sweep(task, target, grid)[len(runs) // cells :]
     if missing:
@@ -308,26 +307,29 @@ def swept(
         begun = time.perf_counter()
         runs += part()
         seconds += time.perf_counter() - begun
+        of = {"grid": grid, "version": family.version}
         text = json.dumps({**of, "seconds": seconds, "runs": runs})
         write_whole(path, text + "\n")
     return runs, seconds
 
 
-def kept(path: Path, of: dict[str, Any], grid: Grid) -> tuple[list[Run], float]:
-    """What a file has, whole parts of this grid by the family as it is."""
+def kept(path: Path, family: Family, grid: Grid) -> tuple[list[Run], float]:
+    """What a file has, whole parts of this grid by the family as it is, or nothing."""
+    if not path.exists():
+        return [], 0.0
     try:
-        found = {"version": 1, **json.loads(path.read_text(encoding="utf-8"))}
-        runs, seconds = found["runs"], found["seconds"]
-        other = [name for name in of if found[name] != json.loads(json.dumps(of[name]))]
-        runs = [Run(*one) for one in runs]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        grid_of, runs, seconds = (found[name] for name in ("grid", "runs", "seconds"))
+        version, runs = found.get("version", 1), [Run(*one) for one in runs]
         whole = len(runs) % len(cells_of(grid)[0]) == 0
     except (ValueError, KeyError, TypeError):
         raise SystemExit(f"brittleness: {path} is damaged; move it away") from None
-    if other or not whole:
-        what = other[0] if other else "grid"
-        more = f" ({found[what]}, now {of[what]})" if what == "version" else ""
+    if grid_of != json.loads(json.dumps(grid)) or not whole:
+        raise SystemExit(f"brittleness: {path} is of another grid; move it away")
+    if version != family.version:
         raise SystemExit(
-            f"brittleness: {path} is of another {what}{more}; move it away"
+            f"brittleness: {path} is of another version ({version}, now "
+            f"{family.version}); move it away"
         )
     return runs, seconds
 
@@ -416,9 +418,8 @@ def compared(
     task = TASKS[name](jax.random.fold_in(jax.random.key(0), index))
     target = float(tf.active_features(jax.random.key(2), task))
     paths = {family: folder / f"{slug(name)}-{family}.json" for family in FAMILIES}
-    for family, path in paths.items():  # before the work
-        if path.exists():
-            kept(path, {"grid": grid, "version": FAMILIES[family].version}, grid)
+    for family, path in paths.items():  # refused before the work
+        kept(path, FAMILIES[family], grid)
     every = {
         family: swept(path, FAMILIES[family], task, target, grid)
         for family, path in paths.items()

@@ -1,7 +1,7 @@
 """Directions that rows are sparse combinations of, made exact from near ones."""
 
 from collections.abc import Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
@@ -163,11 +163,9 @@ def needed(
     rows, atoms = np.asarray(rows, np.float64), np.asarray(atoms, np.float64)
     codes = matching_pursuit(rows, atoms, k)
     kept = np.ones(len(atoms), bool)
-    unsure = kept if sure is None else np.logical_not(sure)
+    unsure = np.flatnonzero(kept if sure is None else np.logical_not(sure))
     # What an atom costs mostly grows as others go, so old costs tell whom to ask next.
-    asked = map(int, np.flatnonzero(unsure))
-    waiting = [(_without(j, rows, atoms, codes, kept, k).lost, j) for j in asked]
-    heapify(waiting)
+    waiting = [(-np.inf, int(j)) for j in unsure]
     while waiting and kept.sum() > k:
         _, j = heappop(waiting)
         now = _without(j, rows, atoms, codes, kept, k)
@@ -200,8 +198,7 @@ def _without(
     others = kept & (np.arange(len(atoms)) != j)
     rows, codes = rows[users], codes[users]
     again = np.zeros_like(codes)
-    if others.any():
-        again[:, others] = matching_pursuit(rows, atoms[others], min(k, others.sum()))
+    again[:, others] = matching_pursuit(rows, atoms[others], k)
     lost = np.sum((rows - again @ atoms) ** 2) - np.sum((rows - codes @ atoms) ** 2)
     return _Spared(users, again, float(lost), float(np.sum(codes[:, j] ** 2)))
 
@@ -213,7 +210,7 @@ def sharpened(
     cosine: float,
     sure: ArrayLike | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Directions made exact with the table of rows that is sparsest in them.
+    """Directions made exact with a table of rows that is sparse in them.
 
     A table is sparse in them if few directions per row, 1, 2, 3, 4, 6, ..., leave at
     most half a percent after eight :func:`optimal_directions`: no more than half as
@@ -247,12 +244,12 @@ def sharpened(
     ]
     if not fits:
         return directions, np.ones(len(directions), bool)
-    moves = [1 - np.median(_cosines(moved, directions)) for *_, moved in fits]
+    moves = [1 - np.median(_cosines(fit.moved, directions)) for fit in fits]
     moves[0] /= _CLEARLY
-    rows, k, moved = fits[int(np.argmin(moves))]
+    rows, dim, k, moved = fits[int(np.argmin(moves))]
     moved = _limited(moved, directions, cosine)
     kept = np.ones(len(directions), bool)
-    if k > 1 and _FEW * k <= _dimensions(rows):
+    if k > 1 and _FEW * k <= dim:
         kept = needed(rows, moved, k, sure=sure)
     if kept.all():
         return moved, kept
@@ -269,15 +266,21 @@ def _limited(moved: np.ndarray, directions: np.ndarray, cosine: float) -> np.nda
     return np.where(near[:, None], moved, directions)
 
 
-def _sparse(
-    rows: np.ndarray, directions: np.ndarray
-) -> tuple[np.ndarray, int, np.ndarray] | None:
-    """A table, the fewest directions per row that explain it, and the fitted ones."""
+class _Fit(NamedTuple):
+    """A table, its dimensions, the fewest codes that explain it, and with what."""
+
+    rows: np.ndarray
+    dim: int
+    k: int
+    moved: np.ndarray
+
+
+def _sparse(rows: np.ndarray, directions: np.ndarray) -> _Fit | None:
     k, dim = 1, _dimensions(rows)
     while k <= min(len(directions), dim, max(1, dim // 2), _MOST):
         moved, left = _fitted(rows, directions, k)
         if left <= _LEFT:
-            return rows, k, moved
+            return _Fit(rows, dim, k, moved)
         k += max(1, k // 2)
     return None
 

@@ -363,9 +363,12 @@ JOBS = "collect.py", "decompose.py", "train_dictionary.py", "evaluate.py"
 
 
 @pytest.mark.parametrize("script", JOBS)
-def test_a_script_without_a_job_or_with_one_that_is_not_there(script):
-    assert ended(script) == "name a job: examples/smollm2.toml"
+def test_a_script_without_a_job_or_with_one_that_is_not_there(script, capsys):
+    assert ended(script) == "2"
+    assert "error: the following arguments are required: job" in capsys.readouterr().err
     assert ended(script, "none.toml") == "read_job: there is no none.toml"
+    assert ended(script, "--help") == "0"
+    assert f"python scripts/{script} examples/smollm2.toml" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

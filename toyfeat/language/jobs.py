@@ -1,5 +1,6 @@
 """What is done with a language model, from its text to the report: one file."""
 
+import argparse
 import dataclasses
 import math
 import sys
@@ -221,10 +222,14 @@ def read_job(path: str | Path) -> Job:
 
 def command(main: Callable[[Job], None]) -> None:
     """Run a script on the job that the command line names; errors are one line."""
-    if len(sys.argv) != 2:
-        raise SystemExit("name a job: examples/smollm2.toml")
+    parser = argparse.ArgumentParser(
+        description=sys.modules[main.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("job", help="a file of settings: examples/smollm2.toml")
+    options = parser.parse_args()
     try:
-        main(read_job(sys.argv[1]))
+        main(read_job(options.job))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         raise SystemExit(str(error)) from None
 

@@ -131,22 +131,27 @@ def next_token(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outp
     (select,) = options
     targets, valid = chunk.labels
 
-    def terms(outputs: Outputs) -> Array:
-        logits = _selected(select, outputs)
-        if logits.shape[:-1] != targets.shape:
+    def residuals(floats: list[Array]) -> list[Array]:
+        shapes = [leaf.shape for leaf in floats]
+        if [shape[:-1] for shape in shapes] != [targets.shape]:
             raise ValueError(
                 f"next_token_loss: tokens {targets.shape} need logits "
-                f"{(*targets.shape, 'V')}, got {logits.shape}"
+                f"{(*targets.shape, 'V')}, got {', '.join(map(str, shapes))}"
             )
-        logp = jax.nn.log_softmax(_wide(logits))
-        return -valid * jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+        residual = _label_residual(targets, _wide(floats[0]))
+        return [(valid[..., None].astype(residual.dtype) * residual)[None]]
 
-    return _of_sum(terms, outputs)
+    return _at_outputs(select, outputs, residuals)
+
+
+def _label_residual(label: Array, logits: Array) -> Array:
+    return jax.nn.softmax(logits) - jax.nn.one_hot(
+        label, logits.shape[-1], dtype=logits.dtype
+    )
 
 
 def _categorical_residual(key: Array, logits: Array) -> Array:
-    label = jax.random.categorical(key, logits)
-    return jax.nn.softmax(logits) - jax.nn.one_hot(label, logits.shape[-1])
+    return _label_residual(jax.random.categorical(key, logits), logits)
 
 
 def _bernoulli_residual(key: Array, logits: Array) -> Array:

@@ -1,12 +1,13 @@
 """A decoder as a flax module, with named sites."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from toyfeat.models.decoder.config import DecoderConfig
 from toyfeat.tap.linen import ACTS, PROBES
@@ -26,6 +27,9 @@ _ACTIVATIONS = {
 
 Past = tuple[Array, Array]
 """Keys and values of the positions before, as the matrices gave them."""
+
+Turns = tuple[Array, Array]
+"""Cosines and sines ``[S, rotary_dim / 2]`` of what every position is turned by."""
 
 
 class Decoder(nn.Module):
@@ -106,21 +110,27 @@ class Decoder(nn.Module):
             )
             seen = before + jnp.arange(inputs.shape[1])
             resid = resid + where(seen)[None]
+        turns = None
+        if config.positions == "rotary":
+            turns = turns_of(config, before + inputs.shape[1])
         block = nn.remat(Block) if self.remat else Block
         if self.scan and start < config.layers:
+            same: Any = nn.broadcast  # for every block
             layers = nn.scan(
                 block,
                 variable_axes={"params": 0, ACTS: 0, PROBES: 0},
                 split_rngs={"params": True},
+                in_axes=same,
                 length=config.layers,
             )
-            resid, _ = layers(config, self.dtype, name="blocks")(resid, None)
+            blocks = layers(config, self.dtype, name="blocks")
+            resid, _ = blocks(resid, None, turns)
         elif not self.scan:
             for i in range(start, config.layers):
                 name = f"blocks_{i}"
                 mine = _past_of(name, past) if past else None
-                resid, _ = block(config, self.dtype, name=name)(resid, mine)
-        last = _norm(config, "final_norm")(resid)
+                resid, _ = block(config, self.dtype, name=name)(resid, mine, turns)
+        last = Norm(config, name="final_norm")(resid)
         if config.tied:
             table = embed.embedding.astype(self.dtype)
             return _product(last.astype(self.dtype), table.T)
@@ -145,16 +155,18 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, resid: Array, past: Past | None) -> tuple[Array, None]:
+    def __call__(
+        self, resid: Array, past: Past | None, turns: Turns | None
+    ) -> tuple[Array, None]:
         """The residual stream after the block."""
         config = self.config
         resid = Site(name="resid_pre")(resid)
-        read = _norm(config, "attn_norm")(resid).astype(self.dtype)
-        added = Attention(config, self.dtype, name="attn")(read, past)
+        read = Norm(config, name="attn_norm")(resid).astype(self.dtype)
+        added = Attention(config, self.dtype, name="attn")(read, past, turns)
         added = Site(name="attn_out")(added)
         between = resid + added
         source = resid if config.parallel else between
-        read = _norm(config, "mlp_norm")(source).astype(self.dtype)
+        read = Norm(config, name="mlp_norm")(source).astype(self.dtype)
         dense = partial(nn.Dense, use_bias=config.mlp_bias, dtype=self.dtype)
         hidden = _ACTIVATIONS[config.activation](
             dense(config.hidden, name="gate" if config.gated else "up")(read)
@@ -173,7 +185,7 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, read: Array, past: Past | None) -> Array:
+    def __call__(self, read: Array, past: Past | None, turns: Turns | None) -> Array:
         """What the heads add to the residual stream."""
         config = self.config
         batch, time, _ = read.shape
@@ -194,9 +206,9 @@ class Attention(nn.Module):
         query = heads("query", config.heads)
         key = heads("key", config.kv_heads, keys)
         value = heads("value", config.kv_heads, values)
-        if config.positions == "rotary":
-            query = rotated(query, config, first=key.shape[1] - time)
-            key = rotated(key, config)
+        if turns is not None:
+            query = rotated(query, (turns[0][-time:], turns[1][-time:]))
+            key = rotated(key, turns)
         mixed = attended(query, key, value)
         return nn.Dense(
             config.dim, use_bias=config.out_bias, dtype=self.dtype, name="out"
@@ -213,48 +225,75 @@ def attended(query: Array, key: Array, value: Array) -> Array:
     """
     batch, time, _, width = query.shape
     groups = query.reshape(batch, time, key.shape[2], -1, width)
+    # The queries are smaller than their scores.
+    groups = groups * jnp.asarray(width**-0.5, groups.dtype)
     scores = jnp.einsum(
-        "bqkgd,bskd->bkqgs", groups, key, preferred_element_type=jnp.float32
+        "bqkgd,bskd->bkgqs", groups, key, preferred_element_type=jnp.float32
     )
     known = key.shape[1]
-    seen = jnp.tri(time, known, known - time, dtype=bool)[None, None, :, None]
-    scores = jnp.where(seen, scores * width**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores).astype(value.dtype)
-    return jnp.einsum("bkqgs,bskd->bqkgd", weights, value).reshape(query.shape)
+    seen = jnp.tri(time, known, known - time, dtype=bool)
+    scores = jnp.where(seen[None, None, None], scores, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1)
+    mixed = jnp.einsum("bkgqs,bskd->bkgqd", weights.astype(value.dtype), value)
+    mixed = (mixed.astype(jnp.float32) / total[..., None]).astype(value.dtype)
+    return jnp.moveaxis(mixed, 3, 1).reshape(query.shape)
 
 
-def rotated(heads: Array, config: DecoderConfig, *, first: int = 0) -> Array:
-    """Queries or keys ``[B, T, H, head_dim]``, turned by an angle of their position.
+def turns_of(config: DecoderConfig, num: int) -> Turns:
+    """What the first ``num`` positions are turned by.
 
-    Positions are counted from ``first``.  Entry ``i`` is paired with entry ``i +
-    rotary_dim / 2``; entries from ``rotary_dim`` on stay.
+    Constants of the program: traced, they would be computed again in every block.
     """
     width = config.rotary_dim
-    powers = jnp.arange(0, width, 2, dtype=jnp.float32) / width
-    rates = float(config.rotary_base) ** -powers
+    powers = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    rates = np.float32(config.rotary_base) ** -powers
     if config.rotary_divisors is not None:
-        rates = rates / jnp.asarray(config.rotary_divisors, jnp.float32)
-    positions = jnp.arange(first, first + heads.shape[1], dtype=jnp.float32)
-    angles = jnp.outer(positions, rates)
-    cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+        rates = rates / np.asarray(config.rotary_divisors, np.float32)
+    angles = np.outer(np.arange(num, dtype=np.float32), rates)
+    return jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles))
+
+
+def rotated(heads: Array, turns: Turns) -> Array:
+    """Queries or keys ``[B, T, H, head_dim]``, turned by the angles of ``T`` positions.
+
+    Entry ``i`` is paired with entry ``i + rotary_dim / 2``; entries from
+    ``rotary_dim`` on stay.
+    """
+    cos, sin = (x[None, :, None, :] for x in turns)
+    half = cos.shape[-1]
     whole = heads.astype(jnp.float32)
-    a, b, rest = jnp.split(whole, [width // 2, width], axis=-1)
+    a, b, rest = jnp.split(whole, [half, 2 * half], axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
     return turned.astype(heads.dtype)
 
 
-def _norm(config: DecoderConfig, name: str) -> Callable[[Array], Array]:
-    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
-    norm = kind(
-        epsilon=config.eps, dtype=jnp.float32, use_fast_variance=False, name=name
-    )
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm in float32, whatever the type of the stream.
 
-    def normed(x: Array) -> Array:
-        # flax mixes types, which a user may have forbidden
-        with jax.numpy_dtype_promotion("standard"):
-            return norm(x)
+    Products of rows are written as such, since XLA's gradient of flax's modules takes
+    45 times as long for them on a CPU.
+    """
 
-    return normed
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """The stream ``[B, T, D]``, every position by itself."""
+        config = self.config
+        shape, centred = (x.shape[-1],), config.norm == "layer"
+        scale = self.param("scale", nn.initializers.ones_init(), shape)
+        x = x.astype(jnp.float32)
+        if centred:
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        length = jax.lax.rsqrt(exact("btd,btd->bt", x, x) / x.shape[-1] + config.eps)
+        x = exact("btd,bt->btd", x, length) * scale[None, None].astype(jnp.float32)
+        if centred:
+            bias = self.param("bias", nn.initializers.zeros_init(), shape)
+            x = x + bias[None, None].astype(jnp.float32)
+        return x
 
 
 def _product(x: Array, matrix: Array) -> Array:

@@ -209,5 +209,5 @@ class Family(NamedTuple):
 FAMILIES = {
     "published": Family(published),
     "robust": Family(robust),
-    "consensus": Family(consensus, 2),
+    "consensus": Family(consensus, 3),
 }

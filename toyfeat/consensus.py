@@ -38,6 +38,7 @@ from toyfeat.types import (
     TrainState,
 )
 
+_TURN = 0.05  # of a row's length, the most that a step of Adam moves it
 _USED = 1e-3  # of the largest energy, below which a latent does not describe anything
 _CHUNK = 5000
 _INSIDE = 0.99  # of a direction's length, from where it is a mixture of circles
@@ -265,7 +266,8 @@ def dictionaries(
 
     Rows of the decoders begin at unit length, so that a code is a projection from the
     first step on: from short ones, a slow learning rate lets few latents grow before
-    the others.
+    the others.  Adam moves every entry by the learning rate, which turns a long row of
+    many dimensions too far: no step moves one by more than a twentieth of its length.
 
     Args:
       key: random key.
@@ -293,6 +295,7 @@ def dictionaries(
         name: jnp.asarray(np.repeat(np.broadcast_to(x, num), len(every)), float)
         for name, x in given.items()
     }
+    hyper["learning_rate"] = jnp.minimum(hyper["learning_rate"], _TURN * dim**-0.5)
     state = many.init(
         jax.random.split(start, num * len(every)),
         k=jnp.asarray(np.tile(every, num), float),

@@ -586,7 +586,7 @@ class Description(NamedTuple):
       most: latents at most.
       steps: of training.
       batch: gradients per step.
-      learning_rate: of Adam.
+      learning_rate: of Adam, which is lowered to ``.05 / sqrt(D)`` if that is less.
     """
 
     examples: int = 20_000

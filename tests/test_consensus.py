@@ -239,7 +239,7 @@ def test_a_loss_of_dead_latents_is_no_setting(key):
         dictionaries(key, rows, FEW, signed=False, settings=settings)
 
 
-def test_no_step_turns_a_row_by_more_than_a_twentieth(key):
+def test_a_learning_rate_turns_a_row_by_a_twentieth_at_most(key):
     rows = jax.random.normal(key, (100, 16))
 
     def at(rate):

@@ -38,7 +38,7 @@ from toyfeat.types import (
     TrainState,
 )
 
-_TURN = 0.05  # of a row's length, the most that a step of Adam moves it
+_TURN = 0.05  # of a row's length, which a step of Adam moves it at most, or nearly so
 _USED = 1e-3  # of the largest energy, below which a latent does not describe anything
 _CHUNK = 5000
 _INSIDE = 0.99  # of a direction's length, from where it is a mixture of circles
@@ -267,7 +267,8 @@ def dictionaries(
     Rows of the decoders begin at unit length, so that a code is a projection from the
     first step on: from short ones, a slow learning rate lets few latents grow before
     the others.  Adam moves every entry by the learning rate, which turns a long row of
-    many dimensions too far: no step moves one by more than a twentieth of its length.
+    many dimensions too far: the rate is at most what moves one by a twentieth of its
+    length.
 
     Args:
       key: random key.
@@ -275,7 +276,8 @@ def dictionaries(
       description: which dictionaries.
       signed: whether codes have a sign.
       settings: hyper-parameter to ``[S]`` values; the whole description is trained
-        with each of them, instead of its learning rate and the defaults.
+        with each of them, instead of its learning rate and the defaults.  Learning
+        rates are lowered as that of the description.
 
     Returns:
       Rows of the decoders ``[M_i, D]`` in the span of the gradients, of unit length, of

@@ -362,7 +362,7 @@ def test_more_dictionaries_may_be_asked_for(copy):
 JOBS = "collect.py", "decompose.py", "train_dictionary.py", "evaluate.py"
 
 
-@pytest.mark.parametrize("script", JOBS)
+@pytest.mark.parametrize("script", [*JOBS, "report.py"])
 def test_a_script_without_a_job_or_with_one_that_is_not_there(script, capsys):
     assert ended(script) == "2"
     assert "error: the following arguments are required: job" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from toyfeat.models.decoder import (
     stacked,
     unstacked,
 )
+from toyfeat.models.decoder.module import attended
 from toyfeat.models.decoder.pieces import huggingface_pieces, shapes_of
 from toyfeat.models.weights import Source, assembled
 
@@ -312,6 +313,42 @@ def test_bfloat16_gradients_are_close():
     for site in sites:
         assert found[site].grads.dtype == jnp.bfloat16
         close(np.asarray(found[site].grads, np.float32), whole[site].grads, 0.1)
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0, 20.0])
+def test_what_all_keys_have_in_common_costs_bfloat16_no_gradients(shift):
+    """A bias of the keys, and a smaller one of the values."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, key, value, cotangent = (jax.random.normal(k, (2, 16, 2, 8)) for k in keys)
+    given = query, key + shift, value + shift / 5
+
+    def pulled(dtype):
+        typed = [x.astype(dtype) for x in given]
+        mixed, pull = jax.vjp(attended, *typed)
+        return mixed, *pull(cotangent.astype(dtype))
+
+    for found, exact in zip(pulled(jnp.bfloat16), pulled(jnp.float32), strict=True):
+        assert found.dtype == jnp.bfloat16
+        error = np.asarray(found, np.float32) - exact
+        assert np.linalg.norm(error) < 0.05 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_forward_mode_is_the_transpose_of_reverse_mode(kind):
+    params = case(kind).params
+    model = Decoder(case(kind).config, start=0)
+    keys = jax.random.split(jax.random.key(0), 3)
+    resid, tangent = (jax.random.normal(k, (2, 5, model.config.dim)) for k in keys[:2])
+
+    @jax.jit
+    def both(resid, tangent, cotangent):
+        _, pull = jax.vjp(partial(model.apply, params), resid)
+        pushed = jax.jvp(partial(model.apply, params), (resid,), (tangent,))[1]
+        return jnp.vdot(pushed, cotangent), jnp.vdot(tangent, pull(cotangent)[0])
+
+    shape = jax.eval_shape(partial(model.apply, params), resid).shape
+    pushed, pulled = both(resid, tangent, jax.random.normal(keys[2], shape))
+    np.testing.assert_allclose(pushed, pulled, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -554,6 +554,21 @@ def test_indices_and_tokens_must_be_whole_numbers(make, match):
         use(make())
 
 
+@pytest.mark.parametrize(
+    ("outputs", "found"),
+    [
+        (lambda y: y[:, :-1], r"got \(6, 4, 4\)"),
+        (lambda y: {"a": y, "b": y}, r"got \(6, 5, 4\), \(6, 5, 4\)"),
+    ],
+)
+def test_logits_that_do_not_fit_the_tokens_are_named(outputs, found):
+    probed = tf.from_split(lambda w, x: x, lambda w, acts: outputs(acts))
+    readout = readouts.next_token_loss(jnp.zeros((B, 5), jnp.int32))
+    wanted = r"next_token_loss: tokens \(6, 5\) need logits \(6, 5, 'V'\), " + found
+    with pytest.raises(ValueError, match=wanted):
+        traced_tap(probed, normal(B, 5, V), readout)
+
+
 def test_the_first_token_after_left_padding_is_left_out_too():
     mask = jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
     tokens = jnp.zeros((2, 5), jnp.int32)

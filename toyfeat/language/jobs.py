@@ -221,12 +221,12 @@ def read_job(path: str | Path) -> Job:
 
 
 def command(main: Callable[[Job], None]) -> None:
-    """Run a script on the job that the command line names; errors are one line."""
+    """Run a script on the job that the command line names; its errors are one line."""
     parser = argparse.ArgumentParser(
         description=sys.modules[main.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("job", help="a file of settings: examples/smollm2.toml")
+    parser.add_argument("job", help="a file of settings, examples/smollm2.toml")
     options = parser.parse_args()
     try:
         main(read_job(options.job))

@@ -263,6 +263,7 @@ def test_success_is_near_the_best_and_b_has_the_codes_too(bench):
     assert sweeps.shares(runs, 1.0, 2.0, choose=True) == (0.5, 1.0)
 
 
+@pytest.mark.slow
 def test_brittleness_is_swept_once_and_drawn(tmp_path):
     path = tmp_path / "shares.jsonl"
     command = [sys.executable, "benchmarks/brittleness.py", "--tiny", "--out"]

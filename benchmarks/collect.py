@@ -94,6 +94,7 @@ def measured(name: str, size: dict[str, int], sites: list[str]) -> dict[str, Any
 
 def main() -> None:
     """Measure and compare with the bar."""
+    tf.keep_memory()  # as scripts/collect.py
     tiny = "--tiny" in sys.argv
     rows = []
     for case, size in (TINY if tiny else SIZES).items():

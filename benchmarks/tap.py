@@ -125,6 +125,7 @@ def measured(name: str, size: dict[str, int], peak: float) -> tuple[list[dict], 
 
 def main() -> None:
     """Measure all cases."""
+    tf.keep_memory()  # torch does, too
     tiny = "--tiny" in sys.argv
     peak = gemm_flops_per_s(256 if tiny else 2048)
     results = [measured(n, s, peak) for n, s in (TINY if tiny else CASES).items()]

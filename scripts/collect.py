@@ -12,11 +12,13 @@ import time
 
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
+import toyfeat as tf
 from toyfeat.language import Job, command, pipeline
 
 
 def main(job: Job) -> None:
     """Estimate, then collect."""
+    tf.keep_memory()
     pipeline.check_stored(job)
     run = pipeline.opened(job)
     each = pipeline.seconds_per_token(run)

@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "toyfeat"
 # The lowest level a module may be imported from is one above its own.
 LEVELS = {
     "types": 0,
+    "memory": 0,
     "linalg": 1,
     "data": 1,
     "checkpoint": 1,

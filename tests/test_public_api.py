@@ -73,6 +73,7 @@ PINNED = [
     "joint_pca",
     "local_interaction_basis",
     "sketched_moments",
+    "keep_memory",
     "SketchedMoments",
     "Accumulator",
     "Basis",
@@ -130,7 +131,7 @@ FUNCTIONS += [
 def test_a_public_function_documents_its_arguments_and_result(fn):
     doc = inspect.getdoc(fn)
     assert doc
-    assert "Args:" in doc
+    assert ("Args:" in doc) == bool(inspect.signature(fn).parameters)
     assert "Returns:" in doc or "Raises:" in doc
     for name in inspect.signature(fn).parameters:
         assert f"{name}:" in doc, f"{fn.__name__} does not document {name}"

@@ -53,6 +53,7 @@ from toyfeat.interop import (
     save_saelens,
 )
 from toyfeat.linalg import Products, randomized_svd, stream_svd
+from toyfeat.memory import keep_memory
 from toyfeat.moments import moments, sketched_moments
 from toyfeat.scoring import active_features, scores
 from toyfeat.splicing import (
@@ -189,6 +190,7 @@ __all__ = [
     "interaction_edges",
     "joint_pca",
     "jump_relu",
+    "keep_memory",
     "load_dictionary_learning",
     "load_saelens",
     "load_sparsify",

@@ -5,14 +5,20 @@ a method (seconds), ``save`` what the hooks saw.
 """
 
 import json
+import runpy
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 STATE = {}
+
+# As in the process that this is compared with; its package is not installed here.
+MEMORY = Path(__file__).parents[2] / "toyfeat" / "memory.py"
+runpy.run_path(str(MEMORY))["keep_memory"]()
 
 
 def make(folder, tokens, layers, dim, heads, kv_heads, hidden, vocab):

@@ -225,13 +225,18 @@ def attended(query: Array, key: Array, value: Array) -> Array:
     """
     batch, time, _, width = query.shape
     groups = query.reshape(batch, time, key.shape[2], -1, width)
+    rounded = jnp.finfo(query.dtype).bits < 32
+    if not rounded:  # there are fewer queries than scores
+        groups = groups * jnp.asarray(width**-0.5, groups.dtype)
     scores = jnp.einsum(
         "bqkgd,bskd->bkgqs", groups, key, preferred_element_type=jnp.float32
     )
+    if rounded:
+        scores = scores * width**-0.5
     known = key.shape[1]
     seen = jnp.tri(time, known, known - time, dtype=bool)[None, None, None]
-    scores = jnp.where(seen, scores * width**-0.5, -jnp.inf)
-    if jnp.finfo(value.dtype).bits < 32:
+    scores = jnp.where(seen, scores, -jnp.inf)
+    if rounded:
         weights = jax.nn.softmax(scores).astype(value.dtype)
         mixed = jnp.einsum("bkgqs,bskd->bkgqd", weights, value)
     else:

@@ -14,8 +14,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if version("jaxlib") < "0.13":  # an unknown flag would end the process
     os.environ.setdefault(
         "XLA_FLAGS",
-        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
     )
 
 # Tests after a cleared cache, and of the other worker, compile much the same.  Child

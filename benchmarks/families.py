@@ -10,8 +10,9 @@ import numpy as np
 
 import toyfeat as tf
 from toyfeat.consensus import agreed, descriptions, half_square, tapped
+from toyfeat.report.brittleness import PLAIN
 from toyfeat.tap.readouts import Readout
-from toyfeat.types import Array, Subject, Taps, Task, Trainer, TrainState
+from toyfeat.types import Array, Dictionary, Subject, Taps, Task, Trainer, TrainState
 
 
 class Grid(NamedTuple):
@@ -84,25 +85,23 @@ def covered(found: np.ndarray, task: Task) -> float:
     return tf.match_features(found, readers, group=group).coverage
 
 
+def standard(task: Task) -> Dictionary:
+    """Of the width that both four-term losses train."""
+    width = len(np.asarray(task.truth.readers)[0])
+    return tf.standard(width, int(np.clip(4 * width, 16, 512)))
+
+
 def published(task: Task, target: float, grid: Grid) -> list[Part]:
     """The four-term loss as it was written down."""
     del target
-    width = len(np.asarray(task.truth.readers)[0])
-    sae = tf.standard(width, int(np.clip(4 * width, 16, 512)))
+    sae = standard(task)
     objective = tf.attribution_objective(sae, penalty="l1", form="signed")
-    off: dict[str, Any] = {
-        "normalize": False,
-        "center": False,
-        "clip": np.inf,
-        "warm_up": 0,
-    }
-    return four_terms(task, grid, tf.trainer(sae, objective, **off))
+    return four_terms(task, grid, tf.trainer(sae, objective, **PLAIN))
 
 
 def robust(task: Task, target: float, grid: Grid) -> list[Part]:
     """Our four-term loss, steered to the codes that were asked for."""
-    width = len(np.asarray(task.truth.readers)[0])
-    sae = tf.standard(width, int(np.clip(4 * width, 16, 512)))
+    sae = standard(task)
     control = tf.controllers.target_l0(target)
     one = tf.trainer(
         sae,

@@ -63,6 +63,15 @@ def checked(sweep: Sweep) -> Sweep:
     return sweep
 
 
+PLAIN: dict[str, Any] = {
+    "normalize": False,
+    "center": False,
+    "clip": np.inf,
+    "warm_up": 0,
+}
+"""Settings of a trainer without what makes one robust."""
+
+
 def trainers(sweep: Sweep) -> tuple[Dictionary, dict[str, Trainer]]:
     """A dictionary, and the two ways to train it.
 
@@ -73,16 +82,10 @@ def trainers(sweep: Sweep) -> tuple[Dictionary, dict[str, Trainer]]:
     """
     sae = tf.standard(TASK.neurons, sweep.latents)
     plain = tf.attribution_objective(sae, penalty="l1", form="signed")
-    off: dict[str, Any] = {
-        "normalize": False,
-        "center": False,
-        "clip": np.inf,
-        "warm_up": 0,
-    }
     control = tf.controllers.target_l0(sweep.target)
     robust = tf.attribution_objective(sae)
     return sae, {
-        "published": tf.trainer(sae, plain, **off),
+        "published": tf.trainer(sae, plain, **PLAIN),
         "robust": tf.trainer(
             sae, robust, controller=control, warm_up=sweep.steps // 20
         ),

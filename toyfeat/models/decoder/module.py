@@ -279,8 +279,8 @@ def rotated(heads: Array, turns: Turns) -> Array:
 class Norm(nn.Module):
     """LayerNorm or RMSNorm in float32, whatever the type of the stream.
 
-    Products of rows are written as such: what XLA makes of the gradient of flax's
-    modules reads every row 45 times as slowly on a CPU.
+    Products of rows are written as such: the sums of rows in the gradients of flax's
+    modules are slow on a CPU (``docs/decisions.md``).
     """
 
     config: DecoderConfig

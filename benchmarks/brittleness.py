@@ -1,4 +1,4 @@
-"""How far methods depend on settings that nobody knows how to set.
+"""Sweep settings that nobody knows how to set, and see how far methods depend on them.
 
     python benchmarks/brittleness.py [--wide | --quick] [--json PATH]
 
@@ -10,139 +10,214 @@ that task; (b) also has the number of codes that was asked for, within 10 %.
 
 - ``published``: the four-term loss as it was written down, on raw activations and
   gradients, one coefficient for the sparsity and the attributions.  For (b) it is given
-  its best coefficient at every other setting.  The better of decoder and encoder
+  its best coefficient at every other setting.  The better one of decoder and encoder
   counts.
 - ``robust``: our four-term loss with a controller, coefficients as they begin.
-- ``consensus``: has no coefficient, no readout and no codes to choose: what it finds at
-  a learning rate, scale and start, a fourth as many trainings, stands at every
+- ``consensus``: has no coefficient, no readout and no codes to choose: its result at a
+  learning rate, scale and start, a fourth as many trainings, counts at every
   coefficient, and it has no (b).
 
 The bar is that ours is at 95 % or more.  Writes maps of coverage and of both shares,
-and ``out/brittleness/brittleness.html``; what was swept is kept there, and
-the same command goes on (hours; every part of as many runs as the grid has rates times
-coefficients is kept at once).  ``--wide`` sweeps the leaderboard's other tasks over a
-smaller grid, which was fixed before its first run, too.
+and ``out/brittleness/brittleness.html``.  Every part, of as many runs as the grid has
+rates times coefficients, is written to a file there when it is done, and the same
+command goes on (hours).  ``--wide`` sweeps the leaderboard's other tasks over a smaller
+grid, which was fixed before its first run, too.
 """
 
-import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from families import FAMILIES, Family, Grid, Run, cells_of
-from harness import row
-from leaderboard import TASKS
+from families import FAMILIES, Family, Grid, Run, grid_cells
+from harness import parse_command, row
 from rich.console import Console
+from tasks import TASKS, PlantedTask, make_task
 
-import toyfeat as tf
-from toyfeat.report.rows import output_folder, write_whole
+import toyfeat as ft
+from toyfeat.files.atomic import output_folder, write_whole
+from toyfeat.models.planted import Task
 from toyfeat.report.sweeps import brittleness_figure, write_sweep
-from toyfeat.types import Member, Task
+from toyfeat.train.sweeps import Row
 
 WIDE = Grid(
-    tuple(name for name in TASKS if name not in Grid().tasks),
+    tasks=tuple(name for name in TASKS if name not in Grid().tasks),
     rates=(3e-4, 3e-3, 3e-2),
     starts=1,
     scales=(1e-3, 1e3),
 )
-QUICK = Grid(("product space",), (0.03, 30.0), (3e-4, 3e-2), 1, (1e-3, 1e3), 1000, 6000)
+QUICK = Grid(
+    tasks=("product space",),
+    coefficients=(0.03, 30.0),
+    rates=(3e-4, 3e-2),
+    starts=1,
+    scales=(1e-3, 1e3),
+    steps=1000,
+    examples=6000,
+)
 GRIDS = {
     "full": Grid(),
     "wide": WIDE,
     "quick": QUICK,
     "tiny": QUICK._replace(scales=(1e3,), steps=10, examples=300),
 }
-OURS, WANTED = ("robust", "consensus"), 0.95
-NEAR = 0.1  # of the best coverage and of the codes that were asked for
+WANTED = 0.95  # least share of successes of ours
+NEAR = 0.1  # distance from the best coverage, and from the target codes, of a success
 
 
-def good(run: Run, best: float) -> bool:
-    """Success (a)."""
+@dataclass(frozen=True)
+class Config:
+    """Settings of the sweep."""
+
+    wide: bool = False
+    """The other tasks, a smaller grid."""
+    quick: bool = False
+    """One task, a small grid."""
+    tiny: bool = False
+    """Only to see that it runs."""
+    out: Path | None = None
+    """Folder, out/brittleness by default."""
+    json: Path | None = None
+    """Also write the shares there, one per line."""
+    table: bool = False
+    """Print every run."""
+
+
+def is_good(run: Run, best: float) -> bool:
+    """Success (a): finite, and near the best coverage of the task."""
     return run.finite and run.coverage >= (1 - NEAR) * best > 0
 
 
-def sparse(run: Run, target: float) -> float:
-    """Whether it has the codes that were asked for; NaN of one that is not asked."""
+def hits_target(run: Run, target: float) -> float:
+    """1 if a run has the target codes, else 0; NaN of a run without codes."""
     if run.codes is None:
         return np.nan
     return float(abs(run.codes - target) <= NEAR * target)
 
 
-def shares(
-    runs: list[Run], best: float, target: float, *, choose: bool
+def success_shares(
+    runs: list[Run], best: float, target: float, *, best_coefficient: bool
 ) -> tuple[float, float | None]:
-    """Success shares (a) and (b); with ``choose`` (b) takes the best coefficient.
+    """Shares of success (a) and of success (b).
 
-    Without codes there is no (b).
+    Args:
+      runs: of a family on a task.
+      best: coverage that any run of any family reached there.
+      target: codes per example.
+      best_coefficient: whether (b) takes the best coefficient at every other setting.
+
+    Returns:
+      Two shares; the second is ``None`` of runs without codes.
     """
-    a = float(np.mean([good(run, best) for run in runs]))
+    share = float(np.mean([is_good(run, best) for run in runs]))
     if all(run.codes is None for run in runs):
-        return a, None
+        return share, None
     cells: dict[tuple[Any, ...], list[bool]] = {}
     for i, run in enumerate(runs):
-        place = (run.learning_rate, run.scale, run.readout, run.start)
-        place = place if choose else (i,)
-        both = good(run, best) * sparse(run, target)
-        cells.setdefault(place, []).append(both > 0)
-    return a, float(np.mean([any(some) for some in cells.values()]))
+        setting = (run.learning_rate, run.scale, run.readout, run.start)
+        cell = setting if best_coefficient else (i,)
+        success = is_good(run, best) * hits_target(run, target)
+        cells.setdefault(cell, []).append(success > 0)
+    return share, float(np.mean([any(cell) for cell in cells.values()]))
 
 
-def swept(
-    path: Path, family: Family, task: Task, target: float, grid: Grid
+def sweep_family(
+    path: Path,
+    family: Family,
+    task: Task,
+    target: float,
+    grid: Grid,
+    *,
+    task_version: int = 1,
 ) -> tuple[list[Run], float]:
-    """The runs of a family, and seconds; every part is kept in a file at once."""
-    runs, seconds = kept(path, family, grid)
-    cells = len(cells_of(grid)[0])
+    """Sweep the parts that a file lacks; each is written to it at once.
+
+    Args:
+      path: file of runs.
+      family: what to sweep.
+      task: what on.
+      target: codes per example.
+      grid: of settings.
+      task_version: of the task.
+
+    Returns:
+      All runs, and seconds.
+    """
+    runs, seconds = load_runs(path, family, grid, task_version=task_version)
+    cells = len(grid_cells(grid)[0])
     missing = family.sweep(task, target, grid)[len(runs) // cells :]
     if missing:
-        jax.clear_caches()
+        jax.clear_caches()  # a process can map only so many programs
+    settings = {"grid": grid, "version": family.version, "task_version": task_version}
     for part in missing:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         runs += part()
-        seconds += time.perf_counter() - begun
-        of = {"grid": grid, "version": family.version}
-        text = json.dumps({**of, "seconds": seconds, "runs": runs})
+        seconds += time.perf_counter() - start
+        text = json.dumps({**settings, "seconds": seconds, "runs": runs})
         write_whole(path, text + "\n")
     return runs, seconds
 
 
-def kept(path: Path, family: Family, grid: Grid) -> tuple[list[Run], float]:
-    """What a file has, whole parts of this grid by the family as it is, or nothing."""
+def load_runs(
+    path: Path, family: Family, grid: Grid, *, task_version: int = 1
+) -> tuple[list[Run], float]:
+    """Read whole parts of a sweep.
+
+    Args:
+      path: file of runs; there need not be one.
+      family: of the runs.
+      grid: of the runs.
+      task_version: of the task.
+
+    Returns:
+      Runs and seconds, none without a file.
+
+    Raises:
+      SystemExit: if the file is damaged, or of another grid or version.
+    """
     if not path.exists():
         return [], 0.0
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        grid_of, runs, seconds = (found[name] for name in ("grid", "runs", "seconds"))
-        version, runs = found.get("version", 1), [Run(*one) for one in runs]
-        whole = len(runs) % len(cells_of(grid)[0]) == 0
-    except (ValueError, KeyError, TypeError):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        runs = [Run(*values) for values in stored["runs"]]
+        grid_values, seconds = stored["grid"], stored["seconds"]
+        # A file without a version was written before there were any.
+        versions = stored.get("version", 1), stored.get("task_version", 1)
+        complete = len(runs) % len(grid_cells(grid)[0]) == 0
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise SystemExit(f"brittleness: {path} is damaged; move it away") from None
-    if grid_of != json.loads(json.dumps(grid)) or not whole:
+    if grid_values != json.loads(json.dumps(grid)) or not complete:
         raise SystemExit(f"brittleness: {path} is of another grid; move it away")
-    if version != family.version:
-        raise SystemExit(
-            f"brittleness: {path} is of another version ({version}, now "
-            f"{family.version}); move it away"
-        )
+    for label, version, current in zip(
+        ("version", "version of the task"),
+        versions,
+        (family.version, task_version),
+        strict=True,
+    ):
+        if version != current:
+            raise SystemExit(
+                f"brittleness: {path} is of another {label} ({version}, now "
+                f"{current}); move it away"
+            )
     return runs, seconds
 
 
-def members_of(runs: list[Run], best: float, target: float) -> list[Member]:
-    """Runs as the maps want them."""
+def make_members(runs: list[Run], best: float, target: float) -> list[Row]:
+    """Turn runs into the rows that maps are drawn from."""
     return [
-        Member(
+        Row(
             i,
             {"learning_rate": run.learning_rate, "coefficient": run.coefficient},
             {
                 "share of the best": run.coverage / (best or 1),
                 "codes": np.nan if run.codes is None else run.codes,
-                "success (a)": float(good(run, best)),
-                "success (b)": good(run, best) * sparse(run, target),
+                "success (a)": float(is_good(run, best)),
+                "success (b)": is_good(run, best) * hits_target(run, target),
             },
             run.finite,
         )
@@ -150,114 +225,146 @@ def members_of(runs: list[Run], best: float, target: float) -> list[Member]:
     ]
 
 
-def maps(
-    name: str, mine: dict[str, list[Member]], coded: Sequence[str]
+def draw_maps(
+    name: str, members: dict[str, list[Row]], coded: Sequence[str]
 ) -> dict[str, tuple[Any, str]]:
-    """Coverage and both successes over the grid, (b) of families with codes."""
+    """Draw coverage and both successes over the grid.
+
+    Args:
+      name: of the task.
+      members: family to its runs.
+      coded: families that have a success (b).
+
+    Returns:
+      File name to a figure and its caption.
+    """
     draw = partial(brittleness_figure, x="coefficient", y="learning_rate")
     share = {"good": 1.0, "middle": np.mean, "limits": (0.0, 1.0)}
-    some = {family: mine[family] for family in coded}
     return {
-        slug(name): (
-            draw(mine, score="share of the best", good=1 - NEAR),
+        file_name(name): (
+            draw(members, score="share of the best", good=1 - NEAR),
             f"{name}: coverage of the readers, as a share of the best run's; medians.",
         ),
-        f"{slug(name)}-a": (
-            draw(mine, score="success (a)", **share),
+        f"{file_name(name)}-a": (
+            draw(members, score="success (a)", **share),
             f"{name}: share of a cell's runs within 10 % of the best coverage.",
         ),
-        f"{slug(name)}-b": (
-            draw(some, score="success (b)", **share),
+        f"{file_name(name)}-b": (
+            draw({f: members[f] for f in coded}, score="success (b)", **share),
             f"{name}: share of a cell's runs that also have the codes that were asked "
             "for, within 10 %, every coefficient by itself.",
         ),
     }
 
 
-def slug(name: str) -> str:
-    """A plain file name."""
+def file_name(name: str) -> str:
+    """Replace what a file name cannot have."""
     return name.replace(" ", "-").replace("/", "-")
 
 
 def main() -> None:
     """Sweep what is missing, then print and write all of it."""
-    options = parsed()
-    grid, folder = GRIDS[options.size], Path(options.out)
+    config = parse_command(Config, __doc__)
+    size, folder = choose_size(config)
     output_folder(folder)
-    if options.json:
-        output_folder(Path(options.json).parent)
+    if config.json:
+        output_folder(config.json.parent)
     lines, families, pictures = [], {}, {}
-    for name in grid.tasks:
-        mine, rows = compared(name, grid, folder)
+    for name in GRIDS[size].tasks:
+        members, rows = compare_families(TASKS[name], GRIDS[size], folder)
         lines += rows
-        families |= {f"{name}: {family}": runs for family, runs in mine.items()}
+        families |= {f"{name}: {family}": runs for family, runs in members.items()}
         coded = [line["method"] for line in rows if line["b"] is not None]
-        pictures |= maps(name, mine, coded)
+        pictures |= draw_maps(name, members, coded)
     page = write_sweep(
         folder,
         families,
         pictures,
         title="How far methods depend on their settings",
         argument=[" ".join(part.split()) for part in str(__doc__).split("\n\n")[2:4]],
-        header={"grid": options.size},
-        console=Console(width=120) if options.table else None,
+        header={"grid": size},
+        console=Console(width=120) if config.table else None,
     )
     print(f"the page is {page.replace(folder / 'brittleness.html')}")
-    if options.json:
-        text = "".join(json.dumps(one) + "\n" for one in lines)
-        Path(options.json).write_text(text, encoding="utf-8")
+    if config.json:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        config.json.write_text(text, encoding="utf-8")
 
 
-def compared(
-    name: str, grid: Grid, folder: Path
-) -> tuple[dict[str, list[Member]], list[dict[str, Any]]]:
-    """Every family on one task: its runs for the maps, and a row each."""
-    index = list(TASKS).index(name)
-    task = TASKS[name](jax.random.fold_in(jax.random.key(0), index))
-    target = float(tf.active_features(jax.random.key(2), task))
-    paths = {family: folder / f"{slug(name)}-{family}.json" for family in FAMILIES}
-    for family, path in paths.items():  # refused before the work
-        kept(path, FAMILIES[family], grid)
-    every = {
-        family: swept(path, FAMILIES[family], task, target, grid)
+def choose_size(config: Config) -> tuple[str, Path]:
+    """The grid that the flags name, and the folder.
+
+    Raises:
+      SystemExit: if there are two.
+    """
+    chosen = [name for name in GRIDS if getattr(config, name, False)]
+    if len(chosen) > 1:
+        raise SystemExit(f"brittleness: --{chosen[1]}: not with --{chosen[0]}")
+    size = chosen[0] if chosen else "full"
+    folder = "brittleness" if size == "full" else f"brittleness-{size}"
+    return size, config.out or Path("out", folder)
+
+
+def compare_families(
+    planted_task: PlantedTask, grid: Grid, folder: Path
+) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:
+    """Sweep every family on a task.
+
+    Args:
+      planted_task: row of the table.
+      grid: of settings.
+      folder: of the files of runs.
+
+    Returns:
+      Family to its runs, for maps, and a row per family.
+    """
+    name, version = planted_task.name, planted_task.version
+    task = make_task(planted_task)
+    target = float(ft.metrics.mean_active_features(jax.random.key(2), task))
+    paths = {f: folder / f"{file_name(name)}-{f}.json" for f in FAMILIES}
+    for family, path in paths.items():  # refuse a file before the work
+        load_runs(path, FAMILIES[family], grid, task_version=version)
+    swept = {
+        family: sweep_family(
+            path, FAMILIES[family], task, target, grid, task_version=version
+        )
         for family, path in paths.items()
     }
-    best = max(run.coverage for runs, _ in every.values() for run in runs)
-    mine, lines = {}, []
-    for family, (runs, seconds) in every.items():
-        a, b = shares(runs, best, target, choose=family == "published")
-        shown = "none" if b is None else f"{b:4.0%}"
-        bar = ""
-        if family in OURS:
-            bar = "ok" if min(a, 1.0 if b is None else b) >= WANTED else "MISSED"
-            bar = f">= {WANTED:.0%}: {bar}"
-        counted = f"{name:18} {family:10} (a) {a:4.0%}  (b) {shown}  {len(runs)} runs"
-        print(f"{counted}  {bar}".rstrip())
-        figures = {"best": best, "target": target, "a": a, "b": b}
-        more = {"ours_s": seconds, "ratio": None, "error": None}
-        lines.append(row(name, {"runs": len(runs)}, family, **figures, **more))
-        mine[family] = members_of(runs, best, target)
-    return mine, lines
+    best = max(run.coverage for runs, _ in swept.values() for run in runs)
+    members = {f: make_members(runs, best, target) for f, (runs, _) in swept.items()}
+    lines = []
+    for family, (runs, seconds) in swept.items():
+        a, b = success_shares(
+            runs, best, target, best_coefficient=FAMILIES[family].best_coefficient
+        )
+        line = row(
+            name,
+            {"runs": len(runs)},
+            family,
+            best=best,
+            target=target,
+            a=a,
+            b=b,
+            ours_s=seconds,
+            ratio=None,
+            error=None,
+        )
+        print(summary(line))
+        lines.append(line)
+    return members, lines
 
 
-def parsed() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    size = parser.add_mutually_exclusive_group()
-    wide = "the other tasks, a smaller grid"
-    size.add_argument("--wide", action="store_true", help=wide)
-    size.add_argument("--quick", action="store_true", help="one task, a small grid")
-    size.add_argument("--tiny", action="store_true", help="only to see that it runs")
-    parser.add_argument("--out", help="folder, out/brittleness by default")
-    parser.add_argument("--json", help="also write the shares there, one per line")
-    parser.add_argument("--table", action="store_true", help="print every run")
-    options = parser.parse_args()
-    asked = [name for name in ("wide", "quick", "tiny") if getattr(options, name)]
-    options.size = asked[0] if asked else "full"
-    if options.out is None:
-        full = options.size == "full"
-        options.out = "out/brittleness" + ("" if full else f"-{options.size}")
-    return options
+def summary(line: Mapping[str, Any]) -> str:
+    """A line of text for a row, with the bar of ours."""
+    name, family, runs = line["case"], line["method"], line["size"]["runs"]
+    a, b = line["a"], line["b"]
+    b_text = "none" if b is None else f"{b:4.0%}"
+    verdict = ""
+    if FAMILIES[family].ours:
+        good = min(a, 1.0 if b is None else b) >= WANTED
+        verdict = f">= {WANTED:.0%}: {'ok' if good else 'MISSED'}"
+    text = f"{name:18} {family:10} (a) {a:4.0%}  (b) {b_text}  {runs} runs  {verdict}"
+    return text.rstrip()
 
 
 if __name__ == "__main__":

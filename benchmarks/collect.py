@@ -1,4 +1,4 @@
-"""Collecting to disk against tapping alone.
+"""Compare collecting taps to disk with tapping alone.
 
     python benchmarks/collect.py [--tiny] [--json PATH]
 
@@ -8,21 +8,22 @@ takes at most 1.1 x as long.  What is stored is compared with what was tapped fi
 """
 
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import finish, row
+from harness import BenchmarkConfig, finish, parse_command, row
 from tap_decoder import SIZE
 
-import toyfeat as tf
+import toyfeat as ft
 from toyfeat.data.store import shard_taps
-from toyfeat.language import collect, readout_of
+from toyfeat.jobs.memory import keep_memory
+from toyfeat.lm.collect import collect, make_readout
 from toyfeat.models.decoder import SITES, Decoder, llama
 
 SIZES = {
@@ -33,26 +34,26 @@ TINY = {"tiny": {"layers": 2, "dim": 16, "heads": 2, "hidden": 32, "vocab": 64}}
 BATCH, LENGTH, BATCHES, ROUNDS, BAR = 8, 128, 8, 3, 1.1
 
 
-def measured(name: str, size: dict[str, int], sites: list[str]) -> dict[str, Any]:
-    """One row."""
-    names: dict[str, Any] = {"tied": False, **size}
-    config = llama(**names)
-    probed = tf.from_linen(Decoder(config))
+def measure(name: str, size: dict[str, int], sites: list[str]) -> dict[str, Any]:
+    """Time both on a model; returns a row."""
+    options: dict[str, Any] = {"tied": False, **size}
+    config = llama(**options)
+    probed = ft.from_linen(Decoder(config))
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab, (BATCH * BATCHES, LENGTH)).astype(np.int32)
     example = jnp.asarray(tokens[:BATCH])
     params = jax.jit(Decoder(config).init)(jax.random.key(0), example)
-    readout = readout_of("loss")
+    readout = make_readout("loss")
     tapped = jax.jit(
-        lambda p, x: tf.tap(probed, p, x, sites=sites, readout=readout(x, jnp.int32(0)))
+        lambda p, x: ft.tap(probed, p, x, sites=sites, readout=readout(x, jnp.int32(0)))
     )
 
     def alone() -> Any:
         for start in range(0, len(tokens), BATCH):
-            found = jax.block_until_ready(
+            taps = jax.block_until_ready(
                 tapped(params, jnp.asarray(tokens[start : start + BATCH]))
             )
-        return found
+        return taps
 
     def stored(folder: Path) -> Any:
         options: dict[str, Any] = {"batch": BATCH, "rows_per_shard": 1024}
@@ -60,30 +61,13 @@ def measured(name: str, size: dict[str, int], sites: list[str]) -> dict[str, Any
             probed, params, tokens, sites, folder, readout=readout, **options
         )
 
-    last, times = alone(), {"alone": [], "stored": []}
-    with tempfile.TemporaryDirectory() as where:
-        stores = stored(Path(where) / "first")  # compiles
-        error = max(
-            float(
-                np.abs(
-                    shard_taps(stores[s], len(stores[s].shards) - 1).acts[-64:]
-                    - np.asarray(last[s].acts[-64:])
-                ).max()
-            )
-            for s in sites
-        )
-        for i in range(ROUNDS):
-            begun = time.perf_counter()
-            alone()
-            times["alone"].append(time.perf_counter() - begun)
-            begun = time.perf_counter()
-            stored(Path(where) / f"{i}")
-            times["stored"].append(time.perf_counter() - begun)
-    seconds = {name: statistics.median(taken) for name, taken in times.items()}
-    size_of_all = {**size, "sites": len(sites), "tokens": tokens.size}
+    with tempfile.TemporaryDirectory() as folder:
+        # The first call of each compiles; what it returns is compared.
+        error = largest_error(stored(Path(folder) / "first"), alone())
+        seconds = time_in_turns(alone, stored, Path(folder))
     return row(
         name,
-        size_of_all,
+        {**size, "sites": len(sites), "tokens": tokens.size},
         "collect",
         ours_s=seconds["stored"],
         peer_s=seconds["alone"],
@@ -92,15 +76,39 @@ def measured(name: str, size: dict[str, int], sites: list[str]) -> dict[str, Any
     )
 
 
+def largest_error(stores: Any, taps: Any) -> float:
+    """Largest difference of the last 64 activations, stored and tapped."""
+    errors = []
+    for site, store in stores.items():
+        acts = shard_taps(store, len(store.shards) - 1).acts[-64:]
+        errors.append(np.abs(acts - np.asarray(taps[site].acts[-64:])).max())
+    return float(max(errors))
+
+
+def time_in_turns(
+    alone: Callable[[], Any], stored: Callable[[Path], Any], folder: Path
+) -> dict[str, float]:
+    """Median seconds of both, which take turns so that noise is shared."""
+    times: dict[str, list[float]] = {"alone": [], "stored": []}
+    for i in range(ROUNDS):
+        start = time.perf_counter()
+        alone()
+        times["alone"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        stored(folder / f"{i}")
+        times["stored"].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
 def main() -> None:
     """Measure and compare with the bar."""
-    tf.keep_memory()  # as scripts/collect.py
-    tiny = "--tiny" in sys.argv
+    config = parse_command(BenchmarkConfig, __doc__)
+    keep_memory()  # as scripts/collect.py
     rows = []
-    for case, size in (TINY if tiny else SIZES).items():
+    for case, size in (TINY if config.tiny else SIZES).items():
         middle = f"blocks_{size['layers'] // 2}"
         for names in (("resid_post",), SITES):
-            line = measured(case, size, [f"{middle}/{name}" for name in names])
+            line = measure(case, size, [f"{middle}/{name}" for name in names])
             rows.append(line)
             print(
                 f"{case:8} {line['size']['sites']} sites: {line['peer_s']:.2f} s "
@@ -111,9 +119,9 @@ def main() -> None:
         f"collect: {line['ratio']:.2f} x tapping alone at {line['size']['sites']} "
         f"sites of {line['case']}"
         for line in rows
-        if line["ratio"] > BAR and not tiny
+        if line["ratio"] > BAR and not config.tiny
     ]
-    finish(rows, missed)
+    finish(rows, missed, config.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ours and peers in processes of their own, on the same arrays, in turns."""
+"""Time ours and peers in processes of their own, on the same arrays, in turns."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -35,12 +35,21 @@ class Contestant(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """Name for tables."""
         return self.label or self.method
 
 
 class Outcome(NamedTuple):
-    """Median seconds, and how wrong the result is."""
+    """Times and errors of a method.
+
+    Attributes:
+      seconds: median.
+      spread: largest less smallest, over the median.
+      error_s: largest relative error of a singular value.
+      excess: residual over the best one, less 1.
+      threads: of BLAS.
+      info: what the worker says of its method.
+    """
 
     seconds: float
     spread: float
@@ -54,7 +63,7 @@ class Worker:
     """A process that answers one line for each line it is sent."""
 
     def __init__(self, python: Path, script: Path, threads: int | None) -> None:
-        """Start it."""
+        """Start the process."""
         env = dict(os.environ)
         env.pop("OPENBLAS_NUM_THREADS", None)
         if threads is not None:
@@ -70,19 +79,22 @@ class Worker:
 
     def ask(self, **order: Any) -> dict:
         """Send an order and wait for the answer."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(json.dumps(order), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
+        print(json.dumps(order), file=self._pipe(self.process.stdin), flush=True)
+        line = self._pipe(self.process.stdout).readline()
         if not line:
             raise RuntimeError(f"a worker ended while it was asked for {order}")
         return json.loads(line)
 
     def end(self) -> None:
-        """Let it go."""
-        assert self.process.stdin
-        self.process.stdin.close()
+        """Close its input, and wait until it ends."""
+        self._pipe(self.process.stdin).close()
         self.process.wait()
+
+    @staticmethod
+    def _pipe(pipe: IO[str] | None) -> IO[str]:
+        if pipe is None:
+            raise RuntimeError("Worker: the process has no pipe")
+        return pipe
 
 
 def contest(
@@ -93,7 +105,7 @@ def contest(
     folder: Path,
     rounds: int,
 ) -> dict[str, list[Outcome]]:
-    """Time all contestants in turns, and score what they return.
+    """Time all contestants in turns, and score their results.
 
     Args:
       array: ``[n, d]`` or ``[batch, n, d]``, with the known spectrum.
@@ -108,59 +120,71 @@ def contest(
     """
     path = folder / "array.npy"
     np.save(path, array)
-    workers = {}
-    for one in contestants:
-        python = Path(sys.executable) if one.ours else PEERS
-        script = HERE / ("ours.py" if one.ours else "peers/worker.py")
-        workers[one] = Worker(python, script, one.threads)
-    infos, times = {}, {one: [] for one in contestants}
-    for one, worker in workers.items():
+    workers = start_workers(contestants)
+    # Load the array and compile.
+    infos = {}
+    for contestant, worker in workers.items():
         worker.ask(op="load", path=str(path))
-        options = dict(one.options)
-        infos[one] = worker.ask(
-            op="prepare", method=one.method, rank=rank, options=options
+        infos[contestant] = worker.ask(
+            op="prepare",
+            method=contestant.method,
+            rank=rank,
+            options=dict(contestant.options),
         )
+    # Take turns.
+    times = {contestant: [] for contestant in contestants}
     for _ in range(rounds):
-        for one, worker in workers.items():
+        for contestant, worker in workers.items():
             time.sleep(0.4)  # threads of the one before may go on spinning
-            times[one].append(worker.ask(op="run")["seconds"])
-    found: dict[str, list[Outcome]] = {}
-    for one, worker in workers.items():
+            times[contestant].append(worker.ask(op="run")["seconds"])
+    path.unlink()
+    # Score the results.
+    outcomes: dict[str, list[Outcome]] = {}
+    for contestant, worker in workers.items():
         error, excess = float("nan"), float("nan")
-        if infos[one].get("scored", True):
+        if infos[contestant].get("scored", True):
             out = folder / "result.npz"
             worker.ask(op="save", path=str(out))
             result = np.load(out)
             error, excess = scores(array, spectrum, result["s"], result["v"])
         worker.end()
-        taken = times[one]
-        found.setdefault(one.name, []).append(
-            Outcome(
-                statistics.median(taken),
-                (max(taken) - min(taken)) / statistics.median(taken),
-                error,
-                excess,
-                "default" if one.threads is None else str(one.threads),
-                infos[one],
-            )
+        seconds, threads = times[contestant], contestant.threads
+        outcome = Outcome(
+            seconds=statistics.median(seconds),
+            spread=(max(seconds) - min(seconds)) / statistics.median(seconds),
+            error_s=error,
+            excess=excess,
+            threads="default" if threads is None else str(threads),
+            info=infos[contestant],
         )
-    path.unlink()
-    return found
+        outcomes.setdefault(contestant.name, []).append(outcome)
+    return outcomes
+
+
+def start_workers(contestants: Sequence[Contestant]) -> dict[Contestant, Worker]:
+    """Start a process per contestant."""
+    workers = {}
+    for contestant in contestants:
+        ours = contestant.ours
+        python = Path(sys.executable) if ours else PEERS
+        script = HERE / "peers" / ("toyfeat_linalg.py" if ours else "worker.py")
+        workers[contestant] = Worker(python, script, contestant.threads)
+    return workers
 
 
 def scores(
     array: np.ndarray, spectrum: np.ndarray, s: np.ndarray, v: np.ndarray
 ) -> tuple[float, float]:
-    """Largest relative error of a value, and the residual over the best, less 1."""
+    """Compute the largest relative error of a value, and the excess residual."""
     if array.ndim == 3:
-        each = [scores(a, spectrum, x, y) for a, x, y in zip(array, s, v, strict=True)]
-        return max(e for e, _ in each), max(x for _, x in each)
+        pairs = [scores(a, spectrum, x, y) for a, x, y in zip(array, s, v, strict=True)]
+        return max(error for error, _ in pairs), max(excess for _, excess in pairs)
     rank = len(s)
     error = float(np.max(np.abs(s - spectrum[:rank]) / spectrum[:rank]))
-    kept, v = 0.0, np.linalg.qr(v.astype(np.float64))[0]
+    explained, v = 0.0, np.linalg.qr(v.astype(np.float64))[0]
     for start in range(0, len(array), 50_000):
         block = array[start : start + 50_000].astype(np.float64)
-        kept += float(np.sum((block @ v) ** 2))
+        explained += float(np.sum((block @ v) ** 2))
     total = float(np.sum(spectrum.astype(np.float64) ** 2))
     best = float(np.sum(spectrum[rank:].astype(np.float64) ** 2))
-    return error, float(np.sqrt(max(total - kept, 0) / best) - 1)
+    return error, float(np.sqrt(max(total - explained, 0) / best) - 1)

@@ -1,4 +1,4 @@
-"""Whether sparsity controllers reach their targets, with one setting for all runs.
+"""See whether sparsity controllers reach targets, with one setting for all runs.
 
     python benchmarks/controllers.py [--tiny] [--json PATH]
 
@@ -11,7 +11,6 @@ A run lands if the codes per held-out example, averaged over ten states of the l
 5 % of the steps, are within 5 % of the target; the bar is 95 % of the runs.
 """
 
-import sys
 import time
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,21 +18,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import finish, row
+from harness import BenchmarkConfig, finish, parse_command, row
 
-import toyfeat as tf
-from toyfeat.types import Array, Dictionary, Taps
+import toyfeat as ft
+from toyfeat import worlds
+from toyfeat.dictionary.types import Dictionary
+from toyfeat.types import Array, Taps
 
 ARCHITECTURES = {
-    "standard": tf.standard,
-    "gated": tf.gated,
-    "jump_relu": partial(tf.jump_relu, threshold=1.0, bandwidth=1.0, decoder_norm=0.5),
+    "standard": ft.dictionaries.standard,
+    "gated": ft.dictionaries.gated,
+    "jump_relu": partial(
+        ft.dictionaries.jump_relu, threshold=1.0, bandwidth=1.0, decoder_norm=0.5
+    ),
 }
 WITHIN, BAR = 0.05, 0.95
 
 
 class Setting(NamedTuple):
-    """The same for all runs."""
+    """Sizes and rates, the same for all runs."""
 
     dim: int = 128
     latents: int = 256
@@ -50,83 +53,101 @@ class Setting(NamedTuple):
     warm_up: int = 500
 
 
-TINY = Setting(8, 16, 16, (2.0, 4.0), (1e3,), 1, 400, 64, 4096, 1024, 2, 1e-2, 50)
+TINY = Setting(
+    dim=8,
+    latents=16,
+    features=16,
+    targets=(2.0, 4.0),
+    scales=(1e3,),
+    seeds=1,
+    steps=400,
+    batch=64,
+    pool=4096,
+    held_out=1024,
+    looks=2,
+    learning_rate=1e-2,
+    warm_up=50,
+)
 
 
-def activations(setting: Setting) -> tuple[Array, Array]:
-    """Activations to train on, and others of the same world."""
-    world = tf.data.synthetic_world(
+def sample_acts(setting: Setting) -> tuple[Array, Array]:
+    """Sample activations to train on, and others of the same world."""
+    world = worlds.synthetic_world(
         jax.random.key(0),
         setting.features,
         setting.dim,
-        firing_probability=tf.data.ZipfianFiring(0.5, 0.2, 0.01),
-        mean_firing_magnitudes=tf.data.ExponentialMagnitude(2.0, 0.5),
+        firing_probability=worlds.ZipfianFiring(0.5, 0.2, 0.01),
+        mean_firing_magnitudes=worlds.ExponentialMagnitude(2.0, 0.5),
         std_firing_magnitudes=0.5,
     )
-    acts = jax.jit(tf.data.world_acts, static_argnums=2)
+    acts = jax.jit(worlds.world_acts, static_argnums=2)
     pool = acts(jax.random.key(1), world, setting.pool)
     return pool, acts(jax.random.key(2), world, setting.held_out)
 
 
 @partial(jax.jit, static_argnums=0)
 def codes_per_example(dictionary: Dictionary, state: Any, acts: Array) -> Array:
-    """``[P]``, of every member."""
+    """Count codes per example of every member, ``[P]``."""
 
-    def one(state: Any) -> Array:
-        codes = dictionary.encode(tf.folded(dictionary, state), acts)
+    def count(state: Any) -> Array:
+        codes = dictionary.encode(ft.denormalized(dictionary, state), acts)
         return (codes != 0).sum(1).astype(jnp.float32).mean()
 
-    return jax.lax.map(one, state)
+    return jax.lax.map(count, state)
 
 
-def reached(
+def train_members(
     dictionary: Dictionary, pool: Array, held_out: Array, setting: Setting
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Targets of all members, the held-out codes per example, and the last factors."""
-    objective = tf.dictionary_objective(dictionary, dead_latents=0)
-    control = tf.controllers.target_l0(8.0)
+    """Train a population, a member per target and seed.
+
+    Returns:
+      Targets, codes per held-out example and last factors of the controller.
+    """
+    objective = ft.losses.default(dictionary, dead_latents=0)
+    control = ft.controllers.target_l0(8.0)
     options = {"controller": control, "warm_up": setting.warm_up}
-    trainer = tf.population(tf.trainer(dictionary, objective, **options))
+    trainer = ft.population(ft.trainer(dictionary, objective, **options))
     targets = jnp.tile(jnp.asarray(setting.targets), setting.seeds)
     keys = jnp.repeat(
         jax.random.split(jax.random.key(3), setting.seeds), len(setting.targets)
     )
     state = trainer.init(keys, target=targets, learning_rate=setting.learning_rate)
-    batches = tf.data.array_batches(
+    batches = ft.data.array_batches(
         Taps(pool, None, jnp.ones(len(pool))), batch=setting.batch, seed=0
     )
     every = max(1, setting.steps // 20 // setting.looks)
     first = setting.steps - every * setting.looks
-    state = tf.fit(trainer, state, batches, steps=first, chunk=every)
+    state = ft.fit(trainer, state, batches, steps=first, chunk=every)
     counts = []
     for look in range(setting.looks):
         steps = first + (look + 1) * every
-        state = tf.fit(trainer, state, batches, steps=steps, chunk=every)
+        state = ft.fit(trainer, state, batches, steps=steps, chunk=every)
         counts.append(codes_per_example(dictionary, state, held_out))
     factors = np.asarray(state.running["factor"])
     return np.asarray(targets), np.mean(counts, axis=0), factors
 
 
-def rows_of(setting: Setting) -> list[dict[str, Any]]:
-    """One row per run."""
-    pool, held_out = activations(setting)
+def measure(setting: Setting) -> list[dict[str, Any]]:
+    """Train all architectures on all scales; a row per run."""
+    pool, held_out = sample_acts(setting)
     rows = []
     size = {"dim": setting.dim, "latents": setting.latents, "steps": setting.steps}
     for name, make in ARCHITECTURES.items():
         dictionary = make(setting.dim, setting.latents)
         for scale in setting.scales:
             start = time.perf_counter()
-            targets, counts, factors = reached(
+            targets, counts, factors = train_members(
                 dictionary, scale * pool, scale * held_out, setting
             )
-            each = (time.perf_counter() - start) / len(targets)
+            seconds = (time.perf_counter() - start) / len(targets)
             for i, (target, count) in enumerate(zip(targets, counts, strict=True)):
                 rows.append(
                     row(
                         "target_l0",
                         size,
                         name,
-                        ours_s=each,
+                        ours_s=seconds,
                         ratio=float(count / target),
                         error=float(abs(count / target - 1)),
                         target=float(target),
@@ -146,9 +167,10 @@ def rows_of(setting: Setting) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Train all, print the share that landed and the worst."""
-    setting = TINY if "--tiny" in sys.argv else Setting()
-    rows = rows_of(setting)
+    """Train all; print the share of runs near their targets, and the worst."""
+    config = parse_command(BenchmarkConfig, __doc__)
+    setting = TINY if config.tiny else Setting()
+    rows = measure(setting)
     landed = [line["error"] <= WITHIN for line in rows]
     share = sum(landed) / len(rows)
     print(f"{sum(landed)} of {len(rows)} runs within {WITHIN:.0%} of their targets")
@@ -162,7 +184,7 @@ def main() -> None:
             f"target {line['target']:g}, reached {line['l0']:.3f}"
         )
     missed = [f"{share:.1%} of the runs landed, the bar is {BAR:.0%}"]
-    finish(rows, missed if share < BAR and "--tiny" not in sys.argv else [])
+    finish(rows, missed if share < BAR and not config.tiny else [], config.json)
 
 
 if __name__ == "__main__":

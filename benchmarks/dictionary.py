@@ -1,12 +1,13 @@
-"""Steps of training dictionaries, beside SAELens, dictionary_learning and sparsify.
+"""Time steps of training dictionaries, beside SAELens and other libraries.
 
     bash benchmarks/peers/setup.sh                       # the peers, once
     python benchmarks/dictionary.py [--tiny] [--json PATH] [--only NAME]
 
-Every library runs in a process of its own, on the same activations, from the same
-start, with Adam, its own clipping, two threads, data in memory, and they take turns.
-A time counts only if what was trained in it leaves as much unexplained as with
-SAELens, whose losses ours mean (the others have their own).  Compile time is apart.
+Beside SAELens, dictionary_learning and sparsify.  Every library runs in a process of
+its own, on the same activations, from the same start, with Adam, its own clipping, two
+threads, data in memory, and they take turns.  A time counts only if what was trained in
+it leaves as much unexplained as with SAELens, whose losses ours mean (the others have
+their own).  Compile time is apart.
 """
 
 import itertools
@@ -14,21 +15,30 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from contest import HERE, PEERS, Worker
-from harness import finish, row
+from harness import BenchmarkConfig, finish, parse_command, row
 
-from toyfeat import data
+from toyfeat import worlds
 
 THREADS = 2
 SAME = 0.05  # relative difference of what is left unexplained, to SAELens
 TINY = ("batch_topk", "population")
-OURS = Path(sys.executable), HERE / "ours_dictionaries.py"
+OURS = Path(sys.executable), HERE / "peers" / "toyfeat_dictionaries.py"
 THEIRS = PEERS, HERE / "peers" / "dictionaries.py"
+
+
+@dataclass(frozen=True)
+class Config(BenchmarkConfig):
+    """Options."""
+
+    only: str | None = None
+    """One case, by its name."""
 
 
 class Runner(NamedTuple):
@@ -38,7 +48,7 @@ class Runner(NamedTuple):
       name: for tables.
       library: ``"toyfeat"`` or a peer.
       architecture: as the library calls it.
-      options: what its order has beside the case's.
+      options: of its order, besides those of the case.
     """
 
     name: str
@@ -48,13 +58,13 @@ class Runner(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What is trained.
+    """A dictionary to train, the runners, and the bar.
 
     Attributes:
       name: of the case.
       size: ``d_in``, ``d_sae``, ``batch``, and ``k``, ``l1``, ``members``.
-      runners: who takes part; the first is ours.
-      rivals: names of those that the bar is about.
+      runners: libraries that take part; the first is ours.
+      rivals: names of the runners that the bar is about.
       bar: how many times as many samples per second as the best rival.
       steps: per turn.
     """
@@ -68,70 +78,118 @@ class Case(NamedTuple):
 
 
 def peers(*names: str) -> tuple[Runner, ...]:
-    """Peers from ``library architecture``."""
+    """Make runners of peers from ``library architecture``."""
     pairs = [name.split(" ") for name in names]
     return tuple(Runner(" ".join(pair), pair[0], pair[1]) for pair in pairs)
 
 
 def cases(tiny: bool) -> list[Case]:
-    """All of them."""
+    """List all cases, of which few are tiny."""
     large = {"d_in": 512, "d_sae": 4096, "batch": 4096, "k": 32, "l1": 1.0}
     small = {"d_in": 32, "d_sae": 128, "batch": 1024, "k": 4, "l1": 1.0}
-    steps, short, many = 8, 200, 32
+    steps, short_steps, members = 8, 200, 32
     if tiny:
         large = {"d_in": 16, "d_sae": 64, "batch": 32, "k": 2, "l1": 1.0}
-        small, steps, short, many = large, 2, 2, 4
-    learning = "dictionary_learning standard"
-    dense = peers(learning, "dictionary_learning april", "sae_lens standard")
-    few = peers("sae_lens topk", "dictionary_learning topk", "sparsify topk")
-    whole = peers("sae_lens batchtopk", "dictionary_learning batchtopk")
+        small, steps, short_steps, members = large, 2, 2, 4
     ours = {
         name: Runner(f"toyfeat {name}", "toyfeat", name)
         for name in ("standard", "topk", "batch_topk")
     }
-    names = {
-        k: tuple(r.name for r in v) for k, v in {1: dense, 2: few, 3: whole}.items()
-    }
-    group = Runner("toyfeat standard", "toyfeat", "standard", {"group": min(many, 4)})
-    listed = [
-        Case("standard", large, (ours["standard"], *dense), (learning,), 1.2, steps),
-        Case("topk", large, (ours["topk"], *few), names[2], 1.25, steps),
-        Case(
-            "batch_topk",
-            large,
-            (ours["batch_topk"], *whole, few[-1]),
-            names[3],
-            1.25,
-            steps,
-        ),
-        Case("small", small, (ours["standard"], *dense), names[1], 2.0, short),
-        Case(
-            "population",
-            {**small, "members": many},
-            (group, *dense),
-            names[1],
-            4.0,
-            max(2, short // 2),
-        ),
-    ]
-    for name, runner in ours.items():
-        costs = [
-            runner._replace(
-                name=f"{runner.name}, attributions of {k}",
-                options={"attribution": True, "readouts": k},
-            )
-            for k in (1, 4)
-        ]
-        # The bar is about the cost: the plain step over the one with attributions.
-        listed.append(
-            Case(f"attribution {name}", large, (costs[0], costs[1], runner),
-                 (runner.name,), 1 / 1.5, steps)
-        )  # fmt: skip
+    listed = large_cases(large, steps, ours)
+    listed += small_cases(small, short_steps, members, ours["standard"])
+    listed += [attribution_case(large, steps, runner) for runner in ours.values()]
     return [case for case in listed if not tiny or case.name in TINY]
 
 
-def started(case: Case, runner: Runner, folder: Path) -> tuple[Worker, dict]:
-    """A library's process, ready to run, and what it says."""
+LEARNING = "dictionary_learning standard"
+DENSE = peers(LEARNING, "dictionary_learning april", "sae_lens standard")
+TOPK = peers("sae_lens topk", "dictionary_learning topk", "sparsify topk")
+BATCH_TOPK = peers("sae_lens batchtopk", "dictionary_learning batchtopk")
+
+
+def names_of(runners: tuple[Runner, ...]) -> tuple[str, ...]:
+    """Names of runners."""
+    return tuple(runner.name for runner in runners)
+
+
+def large_cases(
+    size: dict[str, Any], steps: int, ours: dict[str, Runner]
+) -> list[Case]:
+    """Cases whose products take most of the time."""
+    return [
+        Case(
+            name="standard",
+            size=size,
+            runners=(ours["standard"], *DENSE),
+            rivals=(LEARNING,),
+            bar=1.2,
+            steps=steps,
+        ),
+        Case(
+            name="topk",
+            size=size,
+            runners=(ours["topk"], *TOPK),
+            rivals=names_of(TOPK),
+            bar=1.25,
+            steps=steps,
+        ),
+        Case(
+            name="batch_topk",
+            size=size,
+            runners=(ours["batch_topk"], *BATCH_TOPK, TOPK[-1]),
+            rivals=names_of(BATCH_TOPK),
+            bar=1.25,
+            steps=steps,
+        ),
+    ]
+
+
+def small_cases(
+    size: dict[str, Any], steps: int, members: int, ours: Runner
+) -> list[Case]:
+    """Cases whose overheads count, and a population of them."""
+    group = ours._replace(options={"group": min(members, 4)})
+    return [
+        Case(
+            name="small",
+            size=size,
+            runners=(ours, *DENSE),
+            rivals=names_of(DENSE),
+            bar=2.0,
+            steps=steps,
+        ),
+        Case(
+            name="population",
+            size={**size, "members": members},
+            runners=(group, *DENSE),
+            rivals=names_of(DENSE),
+            bar=4.0,
+            steps=max(2, steps // 2),
+        ),
+    ]
+
+
+def attribution_case(size: dict[str, Any], steps: int, runner: Runner) -> Case:
+    """The cost of attributions: the plain step over the one that has them."""
+    costs = [
+        runner._replace(
+            name=f"{runner.name}, attributions of {k}",
+            options={"attribution": True, "readouts": k},
+        )
+        for k in (1, 4)
+    ]
+    return Case(
+        name=f"attribution {runner.architecture}",
+        size=size,
+        runners=(*costs, runner),
+        rivals=(runner.name,),
+        bar=1 / 1.5,
+        steps=steps,
+    )
+
+
+def start_worker(case: Case, runner: Runner, folder: Path) -> tuple[Worker, dict]:
+    """Start a library's process and compile; returns it, and what it says of that."""
     ours = runner.library == "toyfeat"
     worker = Worker(*(OURS if ours else THEIRS), threads=THREADS)
     if not ours:
@@ -143,13 +201,18 @@ def started(case: Case, runner: Runner, folder: Path) -> tuple[Worker, dict]:
     return worker, worker.ask(op="prepare", **order, init=init)
 
 
-def measured(case: Case, folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
-    """Name to median seconds per step, spread, share of the variance left, more."""
+def measure(case: Case, folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
+    """Time a case in turns.
+
+    Returns:
+      Name to median seconds per step, their spread, the share of the variance that is
+      left, and what the worker says of its program.
+    """
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((case.size["d_sae"], case.size["d_in"]))
     rows *= 0.1 / np.linalg.norm(rows, axis=1, keepdims=True)
     np.save(folder / "rows.npy", rows.astype(np.float32))
-    workers = {r.name: started(case, r, folder) for r in case.runners}
+    workers = {r.name: start_worker(case, r, folder) for r in case.runners}
     for worker, _ in workers.values():
         worker.ask(op="run", steps=case.steps)
     taken: dict[str, list[dict]] = {name: [] for name in workers}
@@ -157,27 +220,27 @@ def measured(case: Case, folder: Path, rounds: int) -> dict[str, dict[str, Any]]
         for name, (worker, _) in workers.items():
             time.sleep(0.3)  # threads of the one before may go on spinning
             taken[name].append(worker.ask(op="run", steps=case.steps))
-    found = {}
+    results = {}
     acts = np.load(folder / "acts.npy")[: case.size["batch"]]
     for name, (worker, info) in workers.items():
         worker.ask(op="save", path=str(folder / "params.npz"))
         worker.end()
         params = dict(np.load(folder / "params.npz"))
-        each = [turn["seconds"] / case.steps for turn in taken[name]]
+        wall = [turn["seconds"] / case.steps for turn in taken[name]]
         cpu = [turn["cpu_seconds"] / case.steps for turn in taken[name]]
-        seconds = statistics.median(each)
-        found[name] = {
+        seconds = statistics.median(wall)
+        results[name] = {
             "seconds": seconds,
             "cpu_s": statistics.median(cpu),
-            "spread": (max(each) - min(each)) / seconds,
+            "spread": (max(wall) - min(wall)) / seconds,
             "fvu": unexplained(case, params, acts),
             **info,
         }
-    return found
+    return results
 
 
 def unexplained(case: Case, params: dict[str, np.ndarray], acts: np.ndarray) -> float:
-    """Share of the variance that a dictionary leaves, of the first member."""
+    """Share of the variance that a dictionary leaves; the first of several members."""
     if params["W_dec"].ndim == 3:
         params = {name: x[0] for name, x in params.items()}
     acts = acts.astype(np.float64)
@@ -187,65 +250,94 @@ def unexplained(case: Case, params: dict[str, np.ndarray], acts: np.ndarray) -> 
         size = codes * np.linalg.norm(params["W_dec"], axis=1)
         cut = np.partition(size, -case.size["k"], axis=1)[:, -case.size["k"]]
         codes = codes * (size >= cut[:, None])
-    rest = acts - codes @ params["W_dec"] - origin
-    return float(np.sum(rest**2) / np.sum((acts - acts.mean(0)) ** 2))
+    residual = acts - codes @ params["W_dec"] - origin
+    return float(np.sum(residual**2) / np.sum((acts - acts.mean(0)) ** 2))
 
 
-def reported(
-    case: Case, found: dict[str, dict[str, Any]]
+def report(
+    case: Case, results: dict[str, dict[str, Any]]
 ) -> tuple[list[dict], list[str]]:
-    """Rows, and what was missed."""
-    samples = case.size["batch"] * case.size.get("members", 1)
-    for name, one in found.items():
-        print(
-            f"{case.name:>22} {name:<42} {1e3 * one['seconds']:9.2f} ms a step "
-            f"({100 * one['spread']:3.0f} %) {samples / one['seconds']:12,.0f} samples"
-            f"/s, left {one['fvu']:.3f}"
-            + (f", compiled in {one['compile_s']:.1f} s" if "compile_s" in one else "")
-        )
-    best = {name: found[name]["seconds"] for name in case.rivals if name in found}
-    rival = min(best, key=lambda name: best[name], default=None)
+    """Print the times of a case; rows, and missed bars."""
+    print_times(case, results)
+    rivals = [name for name in case.rivals if name in results]
+    rival = min(rivals, key=lambda name: results[name]["seconds"], default=None)
+    saelens = [r["fvu"] for name, r in results.items() if name.startswith("sae_lens")]
     lines, missed = [], []
     for runner in case.runners:
         if runner.library != "toyfeat" or runner.name in case.rivals:
             continue
-        mine = found[runner.name]
-        ratio = None if rival is None else best[rival] / mine["seconds"]
-        same = [one["fvu"] for n, one in found.items() if n.startswith("sae_lens")]
-        error = max((abs(mine["fvu"] / fvu - 1) for fvu in same), default=None)
-        if error is not None and error > SAME:
-            missed.append(f"{case.name}: {runner.name} is off SAELens by {error:.3f}")
-        lines.append(
-            row(
-                case.name,
-                case.size,
-                runner.name,
-                ours_s=mine["seconds"],
-                peer=rival,
-                peer_s=None if rival is None else best[rival],
-                ratio=ratio,
-                error=error,
-                peer_error=None,
-                left_unexplained={n: one["fvu"] for n, one in found.items()},
-                others={n: one["seconds"] for n, one in found.items()},
-                **{k: mine[k] for k in ("spread", "compile_s", "temporary_bytes")},
-            )
-        )
-        if ratio is None:
-            continue
-        print(
-            f"{case.name:>22} {runner.name}: {ratio:.2f} x {rival} (bar {case.bar:.2f})"
-        )
-        if ratio < case.bar and "of 4" not in runner.name:
+        line = make_row(case, runner.name, rival, results, saelens)
+        lines.append(line)
+        if line["error"] is not None and line["error"] > SAME:
             missed.append(
-                f"{case.name}: {runner.name} is {ratio:.2f} x {rival}, "
-                f"the bar is {case.bar:.2f}"
+                f"{case.name}: {runner.name} is off SAELens by {line['error']:.3f}"
+            )
+        if rival is None:
+            continue
+        ratio = f"{line['ratio']:.2f} x {rival}"
+        print(f"{case.name:>22} {runner.name}: {ratio} (bar {case.bar:.2f})")
+        if line["ratio"] < case.bar and "of 4" not in runner.name:
+            missed.append(
+                f"{case.name}: {runner.name} is {ratio}, the bar is {case.bar:.2f}"
             )
     return lines, missed
 
 
+def print_times(case: Case, results: dict[str, dict[str, Any]]) -> None:
+    """Print a line per runner."""
+    samples = case.size["batch"] * case.size.get("members", 1)
+    for name, result in results.items():
+        print(
+            f"{case.name:>22} {name:<42} {1e3 * result['seconds']:9.2f} ms a step "
+            f"({100 * result['spread']:3.0f} %) {samples / result['seconds']:12,.0f} "
+            f"samples/s, left {result['fvu']:.3f}"
+            + (
+                f", compiled in {result['compile_s']:.1f} s"
+                if "compile_s" in result
+                else ""
+            )
+        )
+
+
+def make_row(
+    case: Case,
+    name: str,
+    rival: str | None,
+    results: dict[str, dict[str, Any]],
+    saelens: list[float],
+) -> dict[str, Any]:
+    """Make the row of a runner of ours.
+
+    Args:
+      case: of the runner.
+      name: of the runner.
+      rival: fastest one that the bar is about.
+      results: of all runners.
+      saelens: shares of the variance that SAELens leaves.
+
+    Returns:
+      A row, whose error is the relative difference to SAELens in what is left.
+    """
+    ours = results[name]
+    rival_s = None if rival is None else results[rival]["seconds"]
+    return row(
+        case.name,
+        case.size,
+        name,
+        ours_s=ours["seconds"],
+        peer=rival,
+        peer_s=rival_s,
+        ratio=None if rival_s is None else rival_s / ours["seconds"],
+        error=max((abs(ours["fvu"] / fvu - 1) for fvu in saelens), default=None),
+        peer_error=None,
+        left_unexplained={n: result["fvu"] for n, result in results.items()},
+        others={n: result["seconds"] for n, result in results.items()},
+        **{k: ours[k] for k in ("spread", "compile_s", "temporary_bytes")},
+    )
+
+
 def memory(tiny: bool, folder: Path) -> tuple[list[dict], list[str]]:
-    """Bytes of a compiled chunk on four times the data: only the data may grow."""
+    """Compare bytes of a compiled chunk on four times the data: only that may grow."""
     case = cases(tiny)[0]
     shape = 4 * case.size["batch"], case.size["d_in"]
     acts = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
@@ -253,7 +345,7 @@ def memory(tiny: bool, folder: Path) -> tuple[list[dict], list[str]]:
     for times in (1, 4):
         np.save(folder / "acts.npy", np.tile(acts, (times, 1)))
         np.save(folder / "rows.npy", acts[: case.size["d_sae"]])
-        worker, info = started(case, case.runners[0], folder)
+        worker, info = start_worker(case, case.runners[0], folder)
         worker.end()
         needs.append(info)
     size = case.size
@@ -280,36 +372,36 @@ def memory(tiny: bool, folder: Path) -> tuple[list[dict], list[str]]:
 
 def main() -> None:
     """Measure what ``--only`` names, or everything."""
-    tiny = "--tiny" in sys.argv
-    only = sys.argv[sys.argv.index("--only") + 1] if "--only" in sys.argv else None
+    config = parse_command(Config, __doc__)
+    tiny, only = config.tiny, config.only
     alone = tiny or not PEERS.exists()
     if not PEERS.exists():
         print("no peers: bash benchmarks/peers/setup.sh builds their environment")
     names = [case.name for case in cases(tiny)] + ["memory"]
     if only not in (None, *names):
         sys.exit(f"--only takes one of {', '.join(names)}, got {only!r}")
-    results = []
+    reports = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for case in cases(tiny):
             if only not in (None, case.name):
                 continue
             width, num = case.size["d_in"], 4 * case.size["batch"]
-            world = data.synth_sae_bench(
+            world = worlds.synth_sae_bench(
                 jax.random.key(0), features=8 * width, dim=width
             )
-            acts = data.world_acts(jax.random.key(1), world, num)
+            acts = worlds.world_acts(jax.random.key(1), world, num)
             np.save(folder / "acts.npy", np.asarray(acts))
             if alone:
-                mine = tuple(r for r in case.runners if r.library == "toyfeat")
-                case = case._replace(runners=mine)
-            found = measured(case, folder, 1 if tiny else 7)
-            results.append(reported(case, found))
+                ours = tuple(r for r in case.runners if r.library == "toyfeat")
+                case = case._replace(runners=ours)
+            results = measure(case, folder, 1 if tiny else 7)
+            reports.append(report(case, results))
         if only in (None, "memory"):
-            results.append(memory(tiny, folder))
-    rows = list(itertools.chain.from_iterable(lines for lines, _ in results))
-    missed = list(itertools.chain.from_iterable(texts for _, texts in results))
-    finish(rows, [] if tiny else missed)
+            reports.append(memory(tiny, folder))
+    rows = list(itertools.chain.from_iterable(lines for lines, _ in reports))
+    missed = list(itertools.chain.from_iterable(texts for _, texts in reports))
+    finish(rows, [] if tiny else missed, config.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The families of methods that ``brittleness.py`` sweeps, and what a sweep is."""
+"""The table of method families that ``brittleness.py`` sweeps.
+
+A new family is one row of :data:`FAMILIES`: a function from a task to the parts of its
+sweep, each of them every learning rate with every coefficient.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,16 +11,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from methods import num_latents
 
-import toyfeat as tf
-from toyfeat.consensus import agreed, descriptions, half_square, tapped
-from toyfeat.report.brittleness import PLAIN
+import toyfeat as ft
+from toyfeat.dictionary.types import Dictionary
+from toyfeat.discover import ConsensusConfig
+from toyfeat.discover.agreement import agree_and_refine
+from toyfeat.discover.consensus import train_gradient_dictionaries
+from toyfeat.discover.gradients import tap_subject
+from toyfeat.models.planted import Task
 from toyfeat.tap.readouts import Readout
-from toyfeat.types import Array, Dictionary, Subject, Taps, Task, Trainer, TrainState
+from toyfeat.train.trainer import UNSTABILIZED
+from toyfeat.train.types import Trainer, TrainState
+from toyfeat.types import Array, Subject, Taps
 
 
 class Grid(NamedTuple):
-    """What is swept, and how long every run is."""
+    """A grid of settings, and the length of every run.
+
+    Attributes:
+      tasks: names of planted tasks.
+      coefficients: of the penalties.
+      rates: learning rates.
+      starts: random starts of every setting.
+      scales: of the output, and so of the gradients.
+      steps: of training.
+      examples: inputs that are tapped.
+    """
 
     tasks: tuple[str, ...] = (
         "ignored structure",
@@ -33,7 +54,18 @@ class Grid(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One point of the grid and what became of it."""
+    """A point of the grid and its result.
+
+    Attributes:
+      learning_rate: of the optimizer.
+      coefficient: of the penalties.
+      scale: of the output.
+      readout: name.
+      start: number of the random start.
+      finite: whether the parameters are.
+      coverage: of the task's readers.
+      codes: per example, or ``None`` of a method that is asked for none.
+    """
 
     learning_rate: float
     coefficient: float
@@ -51,16 +83,16 @@ Part = Callable[[], list[Run]]
 Sweep = Callable[[Task, float, Grid], list[Part]]
 
 
-def readouts(key: Array) -> dict[str, Readout]:
-    """Those that a user of the four-term loss may choose from."""
+def make_readouts(key: Array) -> dict[str, Readout]:
+    """Readouts that a user of the four-term loss may choose from."""
     return {
-        "half square": tf.readouts.scalar(half_square),
-        "random direction": tf.readouts.random_directions(key, 1, "gaussian"),
+        "half square": ft.readouts.half_squared_norm(),
+        "random direction": ft.readouts.random_directions(key, 1, "gaussian"),
     }
 
 
-def scaled(task: Task, scale: float) -> Subject:
-    """The model with its output, and so all gradients, times ``scale``."""
+def scale_outputs(task: Task, scale: float) -> Subject:
+    """Multiply the output of the model, and so all gradients."""
 
     def probed(params: Any, inputs: Any, probes: Any) -> Any:
         outputs, acts = task.probed(params, inputs, probes)
@@ -69,126 +101,151 @@ def scaled(task: Task, scale: float) -> Subject:
     return Subject(probed, task.params, task.sample, task.site)
 
 
-def cells_of(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Every learning rate with every coefficient."""
+def grid_cells(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Pair every learning rate with every coefficient; two arrays of as many."""
     pairs = [(rate, c) for rate in grid.rates for c in grid.coefficients]
     rates, coefficients = np.array(pairs).T
     return rates, coefficients
 
 
-def covered(found: np.ndarray, task: Task) -> float:
-    """Coverage of the readers, 0 for what is not finite."""
+def reader_coverage(rows: np.ndarray, task: Task) -> float:
+    """Coverage of the true readers by rows, 0 if these are not finite."""
     readers, group = task.truth.readers, task.truth.group
-    assert readers is not None
-    if not (len(found) and np.isfinite(found).all()):
+    if readers is None:
+        raise ValueError(f"reader_coverage: {task.name!r} has no readers")
+    if not (len(rows) and np.isfinite(rows).all()):
         return 0.0
-    return tf.match_features(found, readers, group=group).coverage
+    return ft.metrics.match_features(rows, readers, group=group).coverage
 
 
-def standard(task: Task) -> Dictionary:
-    """Of the width that both four-term losses train."""
-    width = len(np.asarray(task.truth.readers)[0])
-    return tf.standard(width, int(np.clip(4 * width, 16, 512)))
+def make_dictionary(task: Task) -> Dictionary:
+    """Make the ReLU dictionary that both four-term losses train."""
+    width = np.asarray(task.truth.readers).shape[1]
+    return ft.dictionaries.standard(width, num_latents(width))
 
 
-def published(task: Task, target: float, grid: Grid) -> list[Part]:
-    """The four-term loss as it was written down."""
+def sweep_published(task: Task, target: float, grid: Grid) -> list[Part]:
+    """Sweep the four-term loss as it was published."""
     del target
-    sae = standard(task)
-    objective = tf.attribution_objective(sae, penalty="l1", form="signed")
-    return four_terms(task, grid, tf.trainer(sae, objective, **PLAIN))
+    sae = make_dictionary(task)
+    objective = ft.losses.attribution(sae, penalty="l1", form="signed")
+    return attribution_parts(task, grid, ft.trainer(sae, objective, **UNSTABILIZED))
 
 
-def robust(task: Task, target: float, grid: Grid) -> list[Part]:
-    """Our four-term loss, steered to the codes that were asked for."""
-    sae = standard(task)
-    control = tf.controllers.target_l0(target)
-    one = tf.trainer(
+def sweep_robust(task: Task, target: float, grid: Grid) -> list[Part]:
+    """Sweep our four-term loss, steered to a target of codes per example."""
+    sae = make_dictionary(task)
+    trainer = ft.trainer(
         sae,
-        tf.attribution_objective(sae),
-        controller=control,
+        ft.losses.attribution(sae),
+        controller=ft.controllers.target_l0(target),
         warm_up=grid.steps // 10,
     )
-    return four_terms(task, grid, one)
+    return attribution_parts(task, grid, trainer)
 
 
-def four_terms(task: Task, grid: Grid, one: Trainer) -> list[Part]:
-    """An attribution dictionary over the whole grid."""
-    many = tf.population(one)
-    rates, coefficients = cells_of(grid)
-    inputs, drawn = jax.random.split(jax.random.key(1))
+def attribution_parts(task: Task, grid: Grid, trainer: Trainer) -> list[Part]:
+    """Parts that train an attribution dictionary in every cell of the grid."""
+    population = ft.population(trainer)
+    rates, coefficients = grid_cells(grid)
+    input_key, readout_key = jax.random.split(jax.random.key(1))
 
     def part(scale: float, name: str, readout: Readout, start: int) -> list[Run]:
-        subject = scaled(task, scale)
-        taps = tapped(subject, subject.sample(inputs, grid.examples), readout)
+        subject = scale_outputs(task, scale)
+        taps = tap_subject(subject, subject.sample(input_key, grid.examples), readout)
         keys = jax.random.split(jax.random.key(start), len(rates))
-        state = many.init(
+        state = population.init(
             keys,
             learning_rate=jnp.asarray(rates, float),
             sparsity=jnp.asarray(coefficients, float),
             attribution_sparsity=jnp.asarray(coefficients, float),
         )
-        state, codes = trained(many, state, taps, grid, start)
+        state, codes = train_population(population, state, taps, grid, start)
         decoders = np.asarray(state.params["W_dec"])
         encoders = np.asarray(state.params["W_enc"]).swapaxes(1, 2)
         runs = []
         for i, (rate, c) in enumerate(zip(rates, coefficients, strict=True)):
+            # The better one of decoder and encoder counts.
             sides = decoders[i], encoders[i]
             finite = all(np.isfinite(side).all() for side in sides)
-            best = max(covered(side, task) for side in sides) if finite else 0.0
-            where = (float(rate), float(c), scale, name, start)
-            runs.append(Run(*where, finite, best, float(codes[i])))
+            best = max(reader_coverage(side, task) for side in sides) if finite else 0.0
+            run = Run(
+                learning_rate=float(rate),
+                coefficient=float(c),
+                scale=scale,
+                readout=name,
+                start=start,
+                finite=finite,
+                coverage=best,
+                codes=float(codes[i]),
+            )
+            runs.append(run)
         return runs
 
     return [
         partial(part, scale, name, readout, start)
         for scale in grid.scales
-        for name, readout in readouts(drawn).items()
+        for name, readout in make_readouts(readout_key).items()
         for start in range(grid.starts)
     ]
 
 
-def trained(
-    many: Trainer, state: TrainState, taps: Taps, grid: Grid, seed: int
+def train_population(
+    population: Trainer, state: TrainState, taps: Taps, grid: Grid, seed: int
 ) -> tuple[TrainState, np.ndarray]:
-    """A population at its end, and codes per example over the last tenth."""
-    last: list[np.ndarray] = []
-    batches = tf.data.array_batches(taps, batch=256, seed=seed)
+    """Train; the last state, and codes per example over the last tenth of the steps.
+
+    Parameters are NaN and codes 0 if all members are lost.
+    """
+    codes: list[np.ndarray] = []
+    batches = ft.data.array_batches(taps, batch=256, seed=seed)
     try:
-        state = tf.fit(
-            many,
+        state = ft.fit(
+            population,
             state,
             batches,
             steps=grid.steps,
             chunk=max(1, grid.steps // 10),
             progress=False,
             check_data=False,
-            on_chunk=lambda _, metrics: last.append(metrics["l0"]),
+            on_chunk=lambda _, metrics: codes.append(metrics["l0"]),
         )
-    except FloatingPointError:  # of all members
+    except FloatingPointError:  # every member is lost
         lost = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.params)
         return state._replace(params=lost), np.zeros(len(state.step))
-    return state, np.nan_to_num(last[-1])
+    return state, np.nan_to_num(codes[-1])
 
 
-def consensus(task: Task, target: float, grid: Grid) -> list[Part]:
-    """The consensus at every learning rate, in one population per readout."""
+def sweep_consensus(task: Task, target: float, grid: Grid) -> list[Part]:
+    """Sweep the consensus over learning rates, in one population per readout.
+
+    It has no coefficient: what it finds stands at every one of the grid.
+    """
     del target
     settings = {"learning_rate": np.array(grid.rates)}
-    description = tf.Description(examples=grid.examples, steps=grid.steps)
+    config = ConsensusConfig(examples=grid.examples, steps=grid.steps)
 
     def part(scale: float, start: int) -> list[Run]:
-        subject = scaled(task, scale)
-        described = descriptions(
-            jax.random.key(start), subject, description, settings=settings
+        subject = scale_outputs(task, scale)
+        gradients = train_gradient_dictionaries(
+            jax.random.key(start), subject, config, settings=settings
         )
         runs = []
-        for rate, sets in zip(grid.rates, described.sets, strict=True):
-            finite = all(map(len, sets))  # what diverged has no used latents
-            reached = covered(agreed(sets, described)[0], task)
+        for rate, trained in zip(grid.rates, gradients.dictionaries, strict=True):
+            finite = all(map(len, trained))  # a dictionary that diverged uses no latent
+            coverage = reader_coverage(agree_and_refine(trained, gradients)[0], task)
             for c in grid.coefficients:
-                where = (rate, c, scale, "both", start)
-                runs.append(Run(*where, finite, reached, None))
+                run = Run(
+                    learning_rate=rate,
+                    coefficient=c,
+                    scale=scale,
+                    readout="both",
+                    start=start,
+                    finite=finite,
+                    coverage=coverage,
+                    codes=None,
+                )
+                runs.append(run)
         return runs
 
     return [
@@ -199,14 +256,25 @@ def consensus(task: Task, target: float, grid: Grid) -> list[Part]:
 
 
 class Family(NamedTuple):
-    """A way to sweep; its version is raised where it comes to something else."""
+    """A row of the table.
+
+    Attributes:
+      sweep: ``(task, target, grid) -> parts``.
+      version: raised where the results change: earlier files are refused then.
+      ours: whether it is held to the bar.
+      best_coefficient: whether success (b) takes its best coefficient at every other
+        setting.
+    """
 
     sweep: Sweep
     version: int = 1
+    ours: bool = False
+    best_coefficient: bool = False
 
 
 FAMILIES = {
-    "published": Family(published),
-    "robust": Family(robust),
-    "consensus": Family(consensus, 3),
+    "published": Family(sweep_published, best_coefficient=True),
+    "robust": Family(sweep_robust, ours=True),
+    "consensus": Family(sweep_consensus, version=3, ours=True),
 }
+"""Name to family; a new one is one row."""

@@ -1,4 +1,8 @@
-"""Timing for all benchmarks: compile apart, warm up, block, interleave, median."""
+"""Commands, timing and rows that all benchmarks share.
+
+Times are medians of calls that are compiled apart, warmed up, waited for, and taken in
+turns.
+"""
 
 import json
 import platform
@@ -6,12 +10,47 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Options of every benchmark."""
+
+    tiny: bool = False
+    """Small sizes, only to see that it runs."""
+    json: Path | None = None
+    """Also write the rows there, one per line."""
+
+
+def parse_command(config: type[Config], description: str | None) -> Config:
+    """Read the command line into a dataclass.
+
+    Args:
+      config: a dataclass whose fields are the flags.
+      description: for ``--help``.
+
+    Returns:
+      An instance.
+
+    Raises:
+      SystemExit: for unknown or wrong flags, or without tyro.
+    """
+    try:
+        import tyro
+    except ImportError:
+        raise SystemExit(
+            f"{Path(sys.argv[0]).name}: the command line needs tyro: pip install tyro"
+        ) from None
+    return tyro.cli(config, description=description)
 
 
 class Program(NamedTuple):
@@ -29,7 +68,7 @@ class Program(NamedTuple):
 
 
 def program(fn: Callable[..., Any], *args: Any) -> Program:
-    """Compile ``fn`` for its arguments, timing that apart."""
+    """Compile a function for its arguments, and time that apart."""
     start = time.perf_counter()
     compiled = jax.jit(fn).lower(*args).compile()
     seconds = time.perf_counter() - start
@@ -44,12 +83,12 @@ def program(fn: Callable[..., Any], *args: Any) -> Program:
 def medians(
     runs: Mapping[str, Callable[[], Any]], *, rounds: int = 7, least_s: float = 0.05
 ) -> dict[str, float]:
-    """Median seconds of each function, taken in turns so that noise is shared.
+    """Time functions in turns, so that noise is shared; returns median seconds.
 
     Args:
       runs: name to a function that returns when its result is there.
       rounds: how many turns.
-      least_s: short functions are repeated until a turn takes about this long.
+      least_s: seconds of a turn, about; short functions are repeated that long.
 
     Returns:
       Name to seconds per call.
@@ -71,14 +110,14 @@ def medians(
 
 
 def gemm_flops_per_s(size: int = 2048) -> float:
-    """Measured float32 rate of a square matrix product on this device."""
+    """Measure the float32 rate of a square matrix product on this device."""
     a = jax.random.normal(jax.random.key(0), (size, size))
     product = program(lambda a: jnp.matmul(a, a, precision="highest"), a)
     return 2 * size**3 / medians({"gemm": product.run})["gemm"]
 
 
 def row(case: str, size: Mapping[str, int], method: str, **figures: Any) -> dict:
-    """One JSON object per case, with the device and the versions."""
+    """Make the row of a case: its figures, the device and the versions."""
     names = ("jax", "jaxlib", "numpy")
     return {
         "case": case,
@@ -91,12 +130,24 @@ def row(case: str, size: Mapping[str, int], method: str, **figures: Any) -> dict
     }
 
 
-def finish(rows: Sequence[Mapping[str, Any]], missed: Sequence[str]) -> None:
-    """Print rows as JSON lines, write them to ``--json PATH``, fail on a missed bar."""
+def finish(
+    rows: Sequence[Mapping[str, Any]],
+    missed: Sequence[str],
+    path: Path | None = None,
+) -> NoReturn:
+    """Print rows as JSON lines, and exit; the status is 1 if a bar was missed.
+
+    Args:
+      rows: from :func:`row`.
+      missed: a line for every bar that was missed.
+      path: file for the rows, or ``None``.
+
+    Raises:
+      SystemExit: always.
+    """
     lines = [json.dumps(line) for line in rows]
     print("\n".join(lines))
-    if "--json" in sys.argv:
-        path = Path(sys.argv[sys.argv.index("--json") + 1])
+    if path is not None:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     for text in missed:
         print(f"MISSED: {text}", file=sys.stderr)

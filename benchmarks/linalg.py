@@ -1,4 +1,4 @@
-"""Low-rank kernels against the libraries that people use, and against their limits.
+"""Time low-rank kernels against other libraries, and against their own products.
 
     bash benchmarks/peers/setup.sh          # once: the peers' own environment
     python benchmarks/linalg.py [--tiny] [--only NAME] [--json PATH] [--plot PATH]
@@ -13,8 +13,9 @@ Without the peers' environment only the comparisons with ourselves run.
 
 import os
 import resource
-import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contest import PEERS, Contestant, Outcome, contest
-from harness import finish, gemm_flops_per_s, medians, program, row
+from harness import (
+    BenchmarkConfig,
+    finish,
+    gemm_flops_per_s,
+    medians,
+    parse_command,
+    program,
+    row,
+)
+from spectra import with_spectrum
 
-import toyfeat as tf
+import toyfeat as ft
 from toyfeat.linalg.gram import scaled_gram
-from toyfeat.testing import with_spectrum
 
 TORCH, SKLEARN = "torch.svd_lowrank(niter=2)", "sklearn randomized_svd"
 FBPCA, SSYRK = "fbpca", "numpy ssyrk + eigh"
@@ -36,15 +45,25 @@ OURS, PRODUCTS, ACCURATE = "toyfeat", "toyfeat, its products alone", "toyfeat, q
 NO_U = "toyfeat, without u"
 
 
+@dataclass(frozen=True)
+class Config(BenchmarkConfig):
+    """Options."""
+
+    only: str | None = None
+    """One case, by its name."""
+    plot: Path | None = None
+    """Picture of the growth of times."""
+
+
 class Case(NamedTuple):
-    """A matrix, who takes part, and how much faster than whom we have to be.
+    """A matrix, the contestants, and the bars.
 
     Attributes:
       name: for ``--only``.
       shape: ``(n, d)`` or ``(batch, n, d)``.
-      rank: how many triplets.
-      peers: who takes part.
-      bars: ours, peer, how many times faster, and whether at their accuracy.
+      rank: number of triplets.
+      peers: methods of other libraries.
+      bars: ours, peer, how many times faster, and whether at the peer's accuracy.
       products: the most our time may be, over that of the products alone.
       error: the most that values may be wrong by, relative.
     """
@@ -100,7 +119,7 @@ TINY = (
 
 
 def contestants(case: Case, peers: bool) -> list[Contestant]:
-    """Everyone, at one and at the default number of BLAS threads."""
+    """List all methods, at one and at the default number of BLAS threads."""
     ours: list[tuple[str, str, dict[str, Any]]] = [("toyfeat", OURS, {})]
     names = [bar[0] for bar in case.bars]
     if ACCURATE in names:
@@ -109,73 +128,82 @@ def contestants(case: Case, peers: bool) -> list[Contestant]:
         ours.append(("toyfeat", NO_U, {"compute_u": False}))
     if case.products is not None and len(case.shape) == 2:
         ours.append((PRODUCTS, PRODUCTS, {}))
-    found = [
-        Contestant(method, threads, True, tuple(options.items()), label)
+    listed = [
+        Contestant(
+            method=method,
+            threads=threads,
+            ours=True,
+            options=tuple(options.items()),
+            label=label,
+        )
         for method, label, options in ours
         for threads in ((1, None) if peers else (1,))
     ]
     if peers:
-        found += [Contestant(p, t, False) for p in case.peers for t in (1, None)]
-    return found
+        listed += [Contestant(p, t, False) for p in case.peers for t in (1, None)]
+    return listed
 
 
-def measured(
+def measure(
     case: Case, peers: bool, rounds: int, peak: float
 ) -> tuple[list[dict], list[str]]:
-    """Rows and missed bars of one case."""
+    """Time a case; returns rows and missed bars."""
     *batch, rows, dim = case.shape
     spectrum = 1 / np.arange(1, min(rows, dim) + 1)
     if batch:
-        each = [with_spectrum(rows, dim, spectrum, seed=i) for i in range(batch[0])]
-        array = np.stack(each)
+        array = np.stack(
+            [with_spectrum(rows, dim, spectrum, seed=i) for i in range(batch[0])]
+        )
     else:
         array = with_spectrum(rows, dim, spectrum)
     with tempfile.TemporaryDirectory() as folder:
-        who = contestants(case, peers)
-        found = contest(array, spectrum, case.rank, who, Path(folder), rounds)
-    best = {name: min(each, key=lambda o: o.seconds) for name, each in found.items()}
+        methods = contestants(case, peers)
+        outcomes = contest(array, spectrum, case.rank, methods, Path(folder), rounds)
+    best = {n: min(runs, key=lambda o: o.seconds) for n, runs in outcomes.items()}
     lines = []
-    for name, each in found.items():
-        for one in each:
+    for name, runs in outcomes.items():
+        for outcome in runs:
             print(
-                f"{case.name:>7} {name:<28} threads {one.threads:<8}"
-                f" s-error {one.error_s:8.1e}  excess {one.excess:8.1e}"
-                f" {1e3 * one.seconds:9.1f} ms  (spread {100 * one.spread:3.0f} %)"
-                f"  {one.info.get('route', '')}",
+                f"{case.name:>7} {name:<28} threads {outcome.threads:<8}"
+                f" s-error {outcome.error_s:8.1e}  excess {outcome.excess:8.1e}"
+                f" {1e3 * outcome.seconds:9.1f} ms"
+                f"  (spread {100 * outcome.spread:3.0f} %)"
+                f"  {outcome.info.get('route', '')}",
                 flush=True,
             )
-            lines.append(_row(case, name, one, best, peak))
+            lines.append(_row(case, name, outcome, best, peak))
     return lines, missed_bars(case, best)
 
 
 def _row(
-    case: Case, name: str, one: Outcome, best: dict[str, Outcome], peak: float
+    case: Case, name: str, outcome: Outcome, best: dict[str, Outcome], peak: float
 ) -> dict:
     *batch, rows, dim = case.shape
-    columns = one.info.get("width", 0) * one.info.get("passes", 0)
+    columns = outcome.info.get("width", 0) * outcome.info.get("passes", 0)
     flops = 2.0 * rows * dim * columns * (batch[0] if batch else 1)
     peer = next((best[p] for p in case.peers if p in best), None)
     return row(
         case.name,
         {"n": rows, "d": dim, "k": case.rank, "batch": batch[0] if batch else 1},
         name,
-        ours_s=one.seconds,
+        ours_s=outcome.seconds,
         peer_s=peer.seconds if peer else None,
-        ratio=peer.seconds / one.seconds if peer else None,
-        error=one.error_s,
-        excess=one.excess,
+        ratio=peer.seconds / outcome.seconds if peer else None,
+        error=outcome.error_s,
+        excess=outcome.excess,
         peer_error=peer.error_s if peer else None,
         flops=flops,
-        fraction_of_gemm_peak=flops / one.seconds / peak,
-        blas_threads=one.threads,
-        spread=one.spread,
-        **one.info,
+        fraction_of_gemm_peak=flops / outcome.seconds / peak,
+        blas_threads=outcome.threads,
+        spread=outcome.spread,
+        **outcome.info,
     )
 
 
 def missed_bars(case: Case, best: dict[str, Outcome]) -> list[str]:
-    """What is not as fast, or not as accurate, as it has to be."""
+    """Name the bars of speed and of accuracy that are missed."""
     missed = []
+    # Against peers.
     for ours, peer, times, accurate in case.bars:
         if peer not in best:
             continue
@@ -194,6 +222,7 @@ def missed_bars(case: Case, best: dict[str, Outcome]) -> list[str]:
                 f"{case.name}: {ours} has s-error {a.error_s:.1e} and excess "
                 f"{a.excess:.1e}, {peer} {b.error_s:.1e} and {b.excess:.1e}"
             )
+    # Against the products alone, which no method can do without.
     if case.products is not None and PRODUCTS in best:
         ratio = best[OURS].seconds / best[PRODUCTS].seconds
         print(
@@ -204,6 +233,7 @@ def missed_bars(case: Case, best: dict[str, Outcome]) -> list[str]:
                 f"{case.name}: {ratio:.2f} x its products alone, the bar is "
                 f"{case.products}"
             )
+    # Against the known spectrum.
     for name in (OURS, NO_U):
         if case.error is not None and name in best and best[name].error_s > case.error:
             missed.append(
@@ -214,26 +244,27 @@ def missed_bars(case: Case, best: dict[str, Outcome]) -> list[str]:
 
 
 def stream(blocks: int, rows: int, dim: int, rank: int, peak: float) -> tuple:
-    """The Gram stream against the same products, and its memory."""
+    """Time the Gram stream against the same products, and measure its memory."""
     a = jnp.asarray(with_spectrum(rows, dim, 1 / np.arange(1, dim + 1)))
-    acc = tf.stream_svd(dim, rank)
+    acc = ft.linalg.stream_svd(dim, rank)
     step = jax.jit(acc.update, donate_argnums=0).lower(acc.init(), a).compile()
     product = program(lambda a: scaled_gram(a, jnp.ones(())), a)
 
-    def folded(count: int) -> Any:
+    def fold(count: int) -> Any:
         state = acc.init()
         for _ in range(count):
             state = step(state, a)
         return jax.block_until_ready(state)
 
-    folded(2)
+    fold(2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    svd = acc.finish(folded(blocks))
+    svd = acc.finish(fold(blocks))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    want = np.sqrt(blocks) / np.arange(1, rank + 1)
-    error = float(np.max(np.abs(np.asarray(svd.s) - want)) / want[0])
+    # The blocks are equal, so singular values grow with the root of their number.
+    spectrum = np.sqrt(blocks) / np.arange(1, rank + 1)
+    error = float(np.max(np.abs(np.asarray(svd.s) - spectrum)) / spectrum[0])
     runs = {
-        "stream": lambda: folded(blocks),
+        "stream": lambda: fold(blocks),
         "products": lambda: [product.run() for _ in range(blocks)],
     }
     taken = medians(runs, rounds=3)
@@ -242,10 +273,9 @@ def stream(blocks: int, rows: int, dim: int, rank: int, peak: float) -> tuple:
         f" stream {blocks} blocks of {rows} x {dim}: s-error {error:.1e} of s1, "
         f"{100 * over:+.1f} % over the products (bar 10 %), memory grew {grown:.0f} MB"
     )
-    size = {"n": blocks * rows, "d": dim, "k": rank}
     line = row(
         "stream",
-        size,
+        {"n": blocks * rows, "d": dim, "k": rank},
         "stream_svd gram",
         ours_s=taken["stream"],
         peer_s=taken["products"],
@@ -257,56 +287,63 @@ def stream(blocks: int, rows: int, dim: int, rank: int, peak: float) -> tuple:
         grown_mb=grown,
     )
     missed = [f"stream: {100 * over:.1f} % over its products, the bar is 10 %"]
-    large = [f"stream: memory grew by {grown:.0f} MB"]
-    return [line], missed * (over > 0.1) + large * (grown > 64)
+    grew = [f"stream: memory grew by {grown:.0f} MB"]
+    return [line], missed * (over > 0.1) + grew * (grown > 64)
 
 
-def growth(tiny: bool, peak: float) -> tuple[list[dict], list[str]]:
-    """Time against n, d and k; the first has to be a line."""
-    base = (
-        {"n": 40_000, "d": 1024, "k": 32} if not tiny else {"n": 400, "d": 200, "k": 4}
-    )
+def growth(tiny: bool, peak: float, plot: Path | None) -> tuple[list[dict], list[str]]:
+    """Time against n, d and k; the time has to be linear in n."""
+    sizes = growth_sizes(tiny)
+    runs = {name: krylov_program(size) for name, (_, size) in sizes.items()}
+    taken = medians(runs, rounds=3 if tiny else 5)
+    lines = [
+        row(
+            f"growth in {axis}",
+            size,
+            "toyfeat krylov",
+            ours_s=taken[name],
+            ratio=None,
+            error=0.0,
+            fraction_of_gemm_peak=None,
+        )
+        for name, (axis, size) in sizes.items()
+    ]
+    # The slope of log time against log n.
+    points = [(s["n"], taken[name]) for name, (axis, s) in sizes.items() if axis == "n"]
+    sizes_n, times_n = np.log(np.asarray(points)).T
+    slope = float(np.polyfit(sizes_n, times_n, 1)[0])
+    print(f" growth: time goes with n to the power {slope:.3f} (bar 1 within .05)")
+    if plot is not None:
+        _plot(plot, lines)
+    missed = [f"growth: slope {slope:.3f} against n, the bar is 1 within .05"]
+    return lines, missed * (abs(slope - 1) > 0.05 and not tiny)
+
+
+def growth_sizes(tiny: bool) -> dict[str, tuple[str, dict[str, int]]]:
+    """Sizes along one axis at a time: name to axis and size."""
+    base = {"n": 40_000, "d": 1024, "k": 32}
     axes = {"n": (1, 2, 4, 8), "d": (1, 2, 4), "k": (0.5, 1, 2)}
     if tiny:
-        axes = {"n": (1, 2)}
-    lines, runs, sizes = [], {}, {}
+        base, axes = {"n": 400, "d": 200, "k": 4}, {"n": (1, 2)}
+    sizes = {}
     for axis, factors in axes.items():
         for factor in factors:
             size = {**base, axis: int(base[axis] * factor)}
             if axis != "n" and not tiny:
                 size["n"] = 20_000
-            a = jax.random.normal(jax.random.key(0), (size["n"], size["d"]))
-            a = a / (1.0 + jnp.arange(size["d"]))[None, :]
-            run = program(
-                lambda key, a, k=size["k"]: tf.randomized_svd(
-                    key, a, k, method="krylov"
-                ),
-                jax.random.key(1),
-                a,
-            ).run
-            runs[f"{axis}{factor}"], sizes[f"{axis}{factor}"] = run, (axis, size)
-    taken = medians(runs, rounds=3 if tiny else 5)
-    for name, seconds in taken.items():
-        axis, size = sizes[name]
-        lines.append(
-            row(
-                f"growth in {axis}",
-                size,
-                "toyfeat krylov",
-                ours_s=seconds,
-                ratio=None,
-                error=0.0,
-                fraction_of_gemm_peak=None,
-            )
-        )
-    along = [(s[1]["n"], taken[n]) for n, s in sizes.items() if s[0] == "n"]
-    sizes_n, times_n = np.log(np.asarray(along)).T
-    slope = float(np.polyfit(sizes_n, times_n, 1)[0])
-    print(f" growth: time goes with n to the power {slope:.3f} (bar 1 within .05)")
-    if "--plot" in sys.argv:
-        _plot(Path(sys.argv[sys.argv.index("--plot") + 1]), lines)
-    missed = [f"growth: slope {slope:.3f} against n, the bar is 1 within .05"]
-    return lines, missed * (abs(slope - 1) > 0.05 and not tiny)
+            sizes[f"{axis}{factor}"] = axis, size
+    return sizes
+
+
+def krylov_program(size: dict[str, int]) -> Callable[[], Any]:
+    """Compile a decomposition of a random matrix with a decaying spectrum."""
+    a = jax.random.normal(jax.random.key(0), (size["n"], size["d"]))
+    a = a / (1.0 + jnp.arange(size["d"]))[None, :]
+
+    def decompose(key: jax.Array, a: jax.Array) -> Any:
+        return ft.linalg.randomized_svd(key, a, size["k"], method="krylov")
+
+    return program(decompose, jax.random.key(1), a).run
 
 
 def _plot(path: Path, lines: list[dict]) -> None:
@@ -320,11 +357,11 @@ def _plot(path: Path, lines: list[dict]) -> None:
         panel.loglog(x, y, "o-", label="measured")
         line = [y[-1] * v / x[-1] for v in x]
         panel.loglog(x, line, ":", color="gray", label="proportional")
-        rest = {k: v for k, v in chosen[0]["size"].items() if k != axis}
+        fixed = {k: v for k, v in chosen[0]["size"].items() if k != axis}
         panel.set(
             xlabel=axis,
             ylabel="ms",
-            title=", ".join(f"{k} = {v}" for k, v in rest.items()),
+            title=", ".join(f"{k} = {v}" for k, v in fixed.items()),
         )
         panel.set_xticks(x, [str(v) for v in x])
         panel.minorticks_off()
@@ -334,14 +371,14 @@ def _plot(path: Path, lines: list[dict]) -> None:
 
 def main() -> None:
     """Measure what ``--only`` names, or everything."""
-    tiny = "--tiny" in sys.argv
-    only = sys.argv[sys.argv.index("--only") + 1] if "--only" in sys.argv else None
+    config = parse_command(Config, __doc__)
+    tiny, only = config.tiny, config.only
     peers = PEERS.exists() and not tiny
     if not peers:
         print("no peers: bash benchmarks/peers/setup.sh builds their environment")
     peak = gemm_flops_per_s(256 if tiny else 2048)
     results = [
-        measured(case, peers, 2 if tiny else 5, peak)
+        measure(case, peers, 2 if tiny else 5, peak)
         for case in (TINY if tiny else CASES)
         if only in (None, case.name)
     ]
@@ -349,10 +386,10 @@ def main() -> None:
         size = (3, 300, 40, 4) if tiny else (100, 10_000, 512, 32)
         results.append(stream(*size, peak=peak))
     if only in (None, "growth"):
-        results.append(growth(tiny, peak))
+        results.append(growth(tiny, peak, config.plot))
     rows = [line for lines, _ in results for line in lines]
     missed = [text for _, texts in results for text in texts]
-    finish(rows, [] if tiny else missed)
+    finish(rows, [] if tiny else missed, config.json)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Methods that look for the features of a model, all called the same way.
+"""The table of methods that look for the features of a model.
 
-``method(key, subject, *, budget) -> Found``: from a model and its inputs to readers
-and writers.  No method sees the truth, the number of features or how often they fire;
-what it has to choose it chooses by these rules:
+A new method is one row: its name and ``run(key, subject, *, budget) -> Features``, from
+a model and its inputs to readers and writers.  No method sees the truth, the number of
+features or how often they fire.  It chooses its settings by these rules:
 
 - gradients are those of half the squared output, the only scalar that every model
   has, or of random directions of the output where a method is named so; second moments
-  use these, and :func:`toyfeat.consensus` both;
+  use these, and :func:`toyfeat.discover.consensus` both;
 - bases keep the directions that hold .99 of the spectrum;
 - dictionaries have four latents per dimension, 16 at least and 512 at most, and ``k``
   is the least of 1, 2, 4, 8 with which a short TopK training leaves at most a tenth of
@@ -25,24 +25,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import toyfeat as tf
-from toyfeat.consensus import covariance_of, gradient_rows, half_square
-from toyfeat.consensus import tapped as tap_subject
-from toyfeat.types import (
-    Array,
-    Basis,
-    Dictionary,
-    Found,
-    Moments,
-    Objective,
-    Subject,
-    Taps,
-    Task,
-)
+import toyfeat as ft
+from toyfeat.dictionary.base import latent_axes
+from toyfeat.dictionary.types import Dictionary, Objective
+from toyfeat.discover import ConsensusConfig
+from toyfeat.discover.gradients import acts_covariance, gradient_rows, tap_subject
+from toyfeat.models import planted
+from toyfeat.models.planted import Task
+from toyfeat.train import normalization
+from toyfeat.train.types import Trainer, TrainState
+from toyfeat.types import Array, Basis, Features, Moments, Subject, Taps
 
 
 class Budget(NamedTuple):
-    """How much a method may look and train.
+    """Limits on what a method may sample and train.
 
     Attributes:
       examples: inputs that are tapped.
@@ -55,82 +51,106 @@ class Budget(NamedTuple):
     batch: int = 256
 
 
-Method = Callable[..., Found]
-FEW = (1, 2, 4, 8)
-SPECTRUM, LEFT = 0.99, 0.1
-RATE = 3e-3
+class Method(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+      name: of the method, without a comma.
+      run: ``(key, subject, *, budget) -> Features``.
+      ours: whether nobody has published it.
+      hard_bar: whether it reads activations alone, and is held to the bar that hard
+        tasks are too hard for it.
+      package: what it needs beyond the dependencies, by the name of its import.
+    """
+
+    name: str
+    run: Callable[..., Features]
+    ours: bool = False
+    hard_bar: bool = False
+    package: str = ""
 
 
-def tapped(key: Array, subject: Subject, budget: Budget, num: int = 0) -> Taps:
-    """Gradients of half the squared output, or of ``num`` random directions."""
-    sampled, drawn = jax.random.split(key)
-    readout = tf.readouts.scalar(half_square)
+# The rules of the module's docstring, the same for all methods and tasks.
+K_CANDIDATES = (1, 2, 4, 8)
+ENERGY = 0.99  # share of the spectrum that a basis keeps
+MAX_UNEXPLAINED = 0.1  # share of the variance that a TopK dictionary may leave
+LATENTS_PER_DIM, MIN_LATENTS, MAX_LATENTS = 4, 16, 512
+LEARNING_RATE = 3e-3  # between too slow and too fast (docs/research.md, section 8)
+# Readouts per example where gradients are along random directions.
+DIRECTIONS = 4
+
+
+def tap_readout(key: Array, subject: Subject, budget: Budget, num: int = 0) -> Taps:
+    """Tap gradients of half the squared output, or of ``num`` random directions."""
+    input_key, readout_key = jax.random.split(key)
+    readout = ft.readouts.half_squared_norm()
     if num:
-        readout = tf.readouts.random_directions(drawn, num, "gaussian")
-    return tap_subject(subject, subject.sample(sampled, budget.examples), readout)
+        readout = ft.readouts.random_directions(readout_key, num, "gaussian")
+    return tap_subject(subject, subject.sample(input_key, budget.examples), readout)
 
 
-def statistics(key: Array, subject: Subject, budget: Budget) -> Moments:
-    """Second moments, gradients along four random directions."""
-    taps = tapped(key, subject, budget, 4)
-    stats = tf.moments(taps.acts.shape[1])
+def second_moments(key: Array, subject: Subject, budget: Budget) -> Moments:
+    """Accumulate second moments, with gradients along random directions."""
+    taps = tap_readout(key, subject, budget, DIRECTIONS)
+    stats = ft.moments(taps.acts.shape[1])
     return stats.finish(stats.update(stats.init(), taps))
 
 
 # Bases.
 
 
-def random(key: Array, subject: Subject, *, budget: Budget) -> Found:
-    """As many random directions as a dictionary has latents."""
-    width = tapped(key, subject, budget._replace(examples=2)).acts.shape[1]
-    rows = jax.random.normal(key, (latents_of(width), width))
-    return Found(rows, rows)
+def random_directions(key: Array, subject: Subject, *, budget: Budget) -> Features:
+    """Draw as many random directions as a dictionary has latents."""
+    width = tap_readout(key, subject, budget._replace(examples=2)).acts.shape[1]
+    rows = jax.random.normal(key, (num_latents(width), width))
+    return Features(rows, rows)
 
 
-def leading(basis: Basis) -> Found:
-    """The directions that hold most of the spectrum."""
+def truncate_basis(basis: Basis) -> Features:
+    """Keep the leading directions, which hold :data:`ENERGY` of the spectrum."""
     share = np.cumsum(np.asarray(basis.spectrum)) / float(basis.diagnostics.total)
-    num = min(int(np.searchsorted(share, SPECTRUM)) + 1, int(basis.diagnostics.rank))
-    return Found(basis.readers.T[:num], basis.writers[:num])
+    num = min(int(np.searchsorted(share, ENERGY)) + 1, int(basis.diagnostics.rank))
+    return Features(basis.readers.T[:num], basis.writers[:num])
 
 
-def of_moments(
+def moments_basis(
     decompose: Callable[..., Basis], key: Array, subject: Subject, *, budget: Budget
-) -> Found:
-    """A basis of second moments."""
-    stats = statistics(key, subject, budget)
-    return leading(decompose(stats, len(stats.mean)))
+) -> Features:
+    """Decompose second moments; ``decompose(moments, rank)``."""
+    stats = second_moments(key, subject, budget)
+    return truncate_basis(decompose(stats, len(stats.mean)))
 
 
-def interaction(key: Array, subject: Subject, *, budget: Budget) -> Found:
-    """Local interaction basis of the site and the output."""
-    sampled, drawn = jax.random.split(key)
-    inputs = subject.sample(sampled, budget.examples)
-    bases = tf.local_interaction_basis(
+def interaction_basis(key: Array, subject: Subject, *, budget: Budget) -> Features:
+    """Compute the local interaction basis of the site and the output."""
+    input_key, source_key = jax.random.split(key)
+    inputs = subject.sample(input_key, budget.examples)
+    bases = ft.local_interaction_basis(
         subject.probed,
         subject.params,
         lambda: iter([inputs]),
         sites=[subject.site],
-        sources=4,
-        key=drawn,
+        sources=DIRECTIONS,
+        key=source_key,
         batch_size=5000,
     )
-    return leading(bases[subject.site])
+    return truncate_basis(bases[subject.site])
 
 
-def independent(
+def fast_ica(
     of_gradients: bool,
     key: Array,
     subject: Subject,
     *,
     budget: Budget,
     directions: int = 0,
-) -> Found:
-    """FastICA of scikit-learn."""
+) -> Features:
+    """Run FastICA of scikit-learn on activations or gradients."""
     library = importlib.import_module("sklearn.decomposition")  # an extra
 
-    taps = tapped(key, subject, budget, directions)
+    taps = tap_readout(key, subject, budget, directions)
     rows = np.asarray(gradient_rows(taps) if of_gradients else taps.acts, np.float64)
+    # As many components as the numerical rank in float32, whose epsilon is 1e-7.
     spectrum = np.linalg.svd(rows - rows.mean(0), compute_uv=False) ** 2
     rank = int(np.sum(spectrum > 1e-6 * spectrum[0]))
     seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
@@ -138,22 +158,21 @@ def independent(
         rank, whiten="unit-variance", max_iter=300, random_state=seed
     )
     model.fit(rows)
-    parts = np.asarray(model.mixing_, np.float32).T
-    if of_gradients:
-        readers = jnp.asarray(parts)
-        return Found(readers, readers @ covariance_of(taps))
-    return Found(jnp.asarray(model.components_, jnp.float32), jnp.asarray(parts))
+    mixing = jnp.asarray(np.asarray(model.mixing_, np.float32).T)
+    if of_gradients:  # a component of the gradients is a reader
+        return Features(mixing, mixing @ acts_covariance(taps))
+    return Features(jnp.asarray(model.components_, jnp.float32), mixing)
 
 
 # Dictionaries.
 
 
-def latents_of(width: int) -> int:
-    """How many latents a dictionary has."""
-    return int(np.clip(4 * width, 16, 512))
+def num_latents(width: int) -> int:
+    """Latents of a dictionary of so many dimensions."""
+    return int(np.clip(LATENTS_PER_DIM * width, MIN_LATENTS, MAX_LATENTS))
 
 
-def trained(
+def train_dictionary(
     key: Array,
     dictionary: Dictionary,
     objective: Objective,
@@ -161,206 +180,255 @@ def trained(
     budget: Budget,
     **options: Any,
 ) -> dict[str, np.ndarray]:
-    """Parameters after training, latents that never fire left out."""
-    start, order = jax.random.split(key)
-    one = tf.trainer(dictionary, objective, warm_up=budget.steps // 10, **options)
-    state = one.init(start, learning_rate=RATE)
-    batches = tf.data.array_batches(
-        taps,
-        batch=min(budget.batch, len(taps.acts)),
-        seed=int(jax.random.randint(order, (), 0, 2**31 - 1)),
-    )
-    quiet: dict[str, Any] = {"progress": False, "check_data": False}
-    state = tf.fit(one, state, batches, steps=budget.steps, **quiet)
-    scales = tf.scales(state)
-    some = taps.acts[:5000] / scales.acts
-    more = {}
-    if dictionary.config.architecture in ("gradient_topk", "paired"):
-        assert taps.grads is not None
-        more["grads"] = taps.grads[:5000] / scales.grads[None, :, None]
-    codes = dictionary.encode(state.params, some, **more)
+    """Train a dictionary, and leave out the latents that never fire.
+
+    Args:
+      key: random key.
+      dictionary: what to train.
+      objective: its loss.
+      taps: what to train on.
+      budget: steps and batch.
+      options: of :func:`toyfeat.trainer`.
+
+    Returns:
+      The parameters, with an entry, row or column per latent that fires.
+    """
+    init_key, order_key = jax.random.split(key)
+    trainer = ft.trainer(dictionary, objective, warm_up=budget.steps // 10, **options)
+    state = trainer.init(init_key, learning_rate=LEARNING_RATE)
+    seed = int(jax.random.randint(order_key, (), 0, 2**31 - 1))
+    state = fit_quietly(trainer, state, taps, budget, seed=seed)
+    # Encode some of the examples, in the units of the training.
+    scales = normalization(state)
+    acts = taps.acts[:5000] / scales.acts
+    extra = {}
+    if dictionary.architecture.reads_gradients:
+        if taps.grads is None:
+            raise ValueError("train_dictionary: wanted taps with gradients, got none")
+        extra["grads"] = taps.grads[:5000] / scales.grads[None, :, None]
+    codes = dictionary.encode(state.params, acts, **extra)
     alive = np.asarray(jnp.any(codes != 0, axis=0))
     params = {name: np.asarray(x) for name, x in state.params.items()}
-    rows = ("W_dec", "W_read")
+    axes = latent_axes(dictionary.architecture)
     return {
-        name: x[alive] if name in rows else x[:, alive] if name in ("W_enc", "P") else x
+        name: x if axes[name] is None else np.compress(alive, x, axes[name])
         for name, x in params.items()
     }
 
 
-_ANSWERED: dict[Any, int] = {}
+def fit_quietly(
+    trainer: Trainer, state: TrainState, taps: Taps, budget: Budget, *, seed: int = 0
+) -> TrainState:
+    """Train for the budget's steps, without a bar and without a check of the data."""
+    batches = ft.data.array_batches(
+        taps, batch=min(budget.batch, len(taps.acts)), seed=seed
+    )
+    quiet: dict[str, Any] = {"progress": False, "check_data": False}
+    return ft.fit(trainer, state, batches, steps=budget.steps, **quiet)
 
 
-def codes_of(key: Array, rows: Array, budget: Budget, *, signed: bool = False) -> int:
-    """The ``k`` of the rule, answered once for the same rows.
+def rows_as_taps(rows: Array) -> Taps:
+    """Wrap rows, such as gradients, as activations that a dictionary is trained on."""
+    return Taps(rows, None, jnp.ones(len(rows)))
 
-    So the seconds of the first dictionary of a task have the rule's in them.
+
+_CHOSEN_K: dict[Any, int] = {}
+
+
+def choose_k(key: Array, rows: Array, budget: Budget, *, signed: bool = False) -> int:
+    """Codes per example by the rule of the module, computed once for the same rows.
+
+    So the seconds of the first dictionary of a task include those of the rule.
     """
     words = np.asarray(jax.random.key_data(key)).tobytes()
-    asked = (words, zlib.crc32(np.asarray(rows).data), rows.shape, budget, signed)
-    if asked not in _ANSWERED:
-        _ANSWERED[asked] = _least_codes(key, rows, budget, signed)
-    return _ANSWERED[asked]
+    question = (words, zlib.crc32(np.asarray(rows).data), rows.shape, budget, signed)
+    if question not in _CHOSEN_K:
+        _CHOSEN_K[question] = _smallest_k(key, rows, budget, signed)
+    return _CHOSEN_K[question]
 
 
-def _least_codes(key: Array, rows: Array, budget: Budget, signed: bool) -> int:
-    latents = latents_of(rows.shape[1])
-    sae = tf.topk(rows.shape[1], latents, max(FEW), signed=signed)
-    many = tf.population(tf.trainer(sae, tf.dictionary_objective(sae)))
-    settings = tf.grid(k=FEW, learning_rate=RATE)
-    settings["keys"] = jax.random.split(key, len(FEW))
-    taps = Taps(rows, None, jnp.ones(len(rows)))
-    steps = max(200, budget.steps // 4)
-    left: list[np.ndarray] = []
-    tf.fit(
-        many,
-        many.init(**settings),
-        tf.data.array_batches(taps, batch=min(budget.batch, len(rows)), seed=0),
+def _smallest_k(key: Array, rows: Array, budget: Budget, signed: bool) -> int:
+    """Train a TopK dictionary of every candidate; the least ``k`` that explains."""
+    latents = num_latents(rows.shape[1])
+    sae = ft.dictionaries.topk(rows.shape[1], latents, max(K_CANDIDATES), signed=signed)
+    population = ft.population(ft.trainer(sae, ft.losses.default(sae)))
+    settings = ft.sweeps.grid(k=K_CANDIDATES, learning_rate=LEARNING_RATE)
+    settings["keys"] = jax.random.split(key, len(K_CANDIDATES))
+    taps = rows_as_taps(rows)
+    steps = max(200, budget.steps // 4)  # a short training tells them apart
+    unexplained: list[np.ndarray] = []
+    ft.fit(
+        population,
+        population.init(**settings),
+        ft.data.array_batches(taps, batch=min(budget.batch, len(rows)), seed=0),
         steps=steps,
         chunk=max(1, steps // 4),
         progress=False,
         check_data=False,
-        on_chunk=lambda _, metrics: left.append(metrics["fvu"]),
+        on_chunk=lambda _, metrics: unexplained.append(metrics["fvu"]),
     )
-    good = [k for k, fvu in zip(FEW, left[-1], strict=True) if fvu <= LEFT]
-    return min(good, default=max(FEW))
+    enough = [
+        k
+        for k, fvu in zip(K_CANDIDATES, unexplained[-1], strict=True)
+        if fvu <= MAX_UNEXPLAINED
+    ]
+    return min(enough, default=max(K_CANDIDATES))
 
 
-def of_acts(
+def activation_dictionary(
     make: Callable[..., Dictionary], key: Array, subject: Subject, *, budget: Budget
-) -> Found:
-    """A dictionary of activations; ``make(width, latents, k)``."""
-    taps = tapped(key, subject, budget)
+) -> Features:
+    """Train a dictionary of activations; ``make(width, latents, k)``."""
+    taps = tap_readout(key, subject, budget)
     width = taps.acts.shape[1]
-    chosen, start = jax.random.split(key)
-    k = codes_of(chosen, taps.acts, budget)
-    sae = make(width, latents_of(width), k)
+    k_key, train_key = jax.random.split(key)
+    k = choose_k(k_key, taps.acts, budget)
+    sae = make(width, num_latents(width), k)
     control = {}
     if sae.config.k is None:
-        control["controller"] = tf.controllers.target_l0(float(k))
-    params = trained(start, sae, tf.dictionary_objective(sae), taps, budget, **control)
+        control["controller"] = ft.controllers.target_l0(float(k))
+    objective = ft.losses.default(sae)
+    params = train_dictionary(train_key, sae, objective, taps, budget, **control)
     readers = params["W_read"] if "W_read" in params else params["W_enc"].T
-    return Found(jnp.asarray(readers), jnp.asarray(params["W_dec"]))
+    return Features(jnp.asarray(readers), jnp.asarray(params["W_dec"]))
 
 
 def standard(width: int, latents: int, k: int) -> Dictionary:
-    """A ReLU dictionary, whose penalty a controller steers to ``k`` codes."""
+    """Make a ReLU dictionary, whose penalty a controller steers to ``k`` codes."""
     del k
-    return tf.standard(width, latents)
+    return ft.dictionaries.standard(width, latents)
 
 
 def matryoshka(width: int, latents: int, k: int) -> Dictionary:
-    """Nested dictionaries of a quarter, a half and all of the latents."""
+    """Make nested dictionaries of a quarter, a half and all of the latents."""
     widths = (latents // 4, latents // 2, latents)
-    return tf.matryoshka(width, latents, k, widths=widths)
+    return ft.dictionaries.matryoshka(width, latents, k, widths=widths)
 
 
-def four_terms(
+def attribution_dictionary(
     published: bool, key: Array, subject: Subject, *, budget: Budget
-) -> Found:
-    """Attribution dictionary: the published loss, or ours with a controller."""
-    taps = tapped(key, subject, budget)
+) -> Features:
+    """Train on the published four-term loss, or on ours with a controller."""
+    taps = tap_readout(key, subject, budget)
     width = taps.acts.shape[1]
-    chosen, start = jax.random.split(key)
-    sae = tf.standard(width, latents_of(width))
+    k_key, train_key = jax.random.split(key)
+    sae = ft.dictionaries.standard(width, num_latents(width))
     options: dict[str, Any] = {}
     if published:
-        objective = tf.attribution_objective(sae, penalty="l1", form="signed")
+        objective = ft.losses.attribution(sae, penalty="l1", form="signed")
     else:
-        objective = tf.attribution_objective(sae)
-        k = codes_of(chosen, taps.acts, budget)
-        options["controller"] = tf.controllers.target_l0(float(k))
-    params = trained(start, sae, objective, taps, budget, **options)
-    return Found(jnp.asarray(params["W_enc"].T), jnp.asarray(params["W_dec"]))
+        objective = ft.losses.attribution(sae)
+        k = choose_k(k_key, taps.acts, budget)
+        options["controller"] = ft.controllers.target_l0(float(k))
+    params = train_dictionary(train_key, sae, objective, taps, budget, **options)
+    return Features(jnp.asarray(params["W_enc"].T), jnp.asarray(params["W_dec"]))
 
 
-def of_gradients(
+def gradient_dictionary(
     key: Array, subject: Subject, *, budget: Budget, directions: int = 0
-) -> Found:
-    """A signed TopK dictionary of gradients."""
-    taps = tapped(key, subject, budget, directions)
+) -> Features:
+    """Train a signed TopK dictionary of gradients, whose rows are readers."""
+    taps = tap_readout(key, subject, budget, directions)
     rows = gradient_rows(taps)
-    chosen, start = jax.random.split(key)
-    k = codes_of(chosen, rows, budget, signed=True)
-    sae = tf.topk(rows.shape[1], latents_of(rows.shape[1]), k, signed=True)
-    alone = Taps(rows, None, jnp.ones(len(rows)))
-    params = trained(
-        start, sae, tf.dictionary_objective(sae), alone, budget, center=False
+    k_key, train_key = jax.random.split(key)
+    k = choose_k(k_key, rows, budget, signed=True)
+    sae = ft.dictionaries.topk(
+        rows.shape[1], num_latents(rows.shape[1]), k, signed=True
     )
+    objective, data = ft.losses.default(sae), rows_as_taps(rows)
+    params = train_dictionary(train_key, sae, objective, data, budget, center=False)
     readers = jnp.asarray(params["W_dec"])
-    return Found(readers, readers @ covariance_of(taps))
+    return Features(readers, readers @ acts_covariance(taps))
 
 
-def agreement(key: Array, subject: Subject, *, budget: Budget) -> Found:
-    """Consensus of dictionaries of the gradients of two readouts."""
-    description = tf.Description()._replace(**budget._asdict())
-    return tf.consensus(key, subject, description=description).found
+def run_consensus(key: Array, subject: Subject, *, budget: Budget) -> Features:
+    """Run the consensus of dictionaries of the gradients of two readouts."""
+    config = ConsensusConfig(
+        examples=budget.examples, steps=budget.steps, batch_size=budget.batch
+    )
+    return ft.consensus(key, subject, config=config).features
 
 
-def oracle(key: Array, task: Task, *, budget: Budget) -> Found:
-    """A dictionary of gradients that starts at the truth: no method, but a ceiling.
+def oracle(key: Array, task: Task, *, budget: Budget) -> Features:
+    """Train dictionaries of gradients from the truth: no method, but a ceiling.
 
     Of the two readouts, and of codes with a sign and without one, those with which most
     of the truth is kept.
     """
     truth = np.asarray(task.truth.readers, np.float64)
-    unit = truth / np.linalg.norm(truth, axis=1, keepdims=True)
-    k = min(tf.active_features(key, task), len(unit))
-    best, kept = Found(jnp.asarray(truth), jnp.asarray(truth)), -1.0
-    readouts = {num: tapped(key, Subject(*task[:4]), budget, num) for num in (0, 4)}
-    for num, signed in ((0, False), (0, True), (4, True)):
-        taps = readouts[num]
-        rows = gradient_rows(taps)
-        sae = tf.topk(rows.shape[1], len(unit), k, signed=signed)
-        one = tf.trainer(sae, tf.dictionary_objective(sae), center=False)
-        state = one.init(key, learning_rate=RATE)
-        start = {
-            "W_dec": jnp.asarray(unit, jnp.float32),
-            "W_enc": jnp.asarray(np.linalg.pinv(unit), jnp.float32),
-        }
-        state = state._replace(params=state.params | start)
-        batches = tf.data.array_batches(
-            Taps(rows, None, jnp.ones(len(rows))),
-            batch=min(budget.batch, len(rows)),
-            seed=0,
-        )
-        quiet: dict[str, Any] = {"progress": False, "check_data": False}
-        state = tf.fit(one, state, batches, steps=budget.steps, **quiet)
-        readers = state.params["W_dec"]
-        match = tf.match_features(readers, truth, group=task.truth.group)
-        if match.coverage > kept:
-            best, kept = Found(readers, readers @ covariance_of(taps)), match.coverage
+    k = min(ft.metrics.mean_active_features(key, task), len(truth))
+    best = Features(jnp.asarray(truth), jnp.asarray(truth))
+    best_coverage = -1.0
+    taps = {
+        num: tap_readout(key, planted.subject_of(task), budget, num)
+        for num in (0, DIRECTIONS)
+    }
+    for num, signed in ((0, False), (0, True), (DIRECTIONS, True)):
+        readers = _train_from_truth(key, truth, taps[num], budget, k, signed)
+        match = ft.metrics.match_features(readers, truth, group=task.truth.group)
+        if match.coverage > best_coverage:
+            best = Features(readers, readers @ acts_covariance(taps[num]))
+            best_coverage = match.coverage
     return best
 
 
+def _train_from_truth(
+    key: Array, truth: np.ndarray, taps: Taps, budget: Budget, k: int, signed: bool
+) -> Array:
+    """Readers ``[F, D]`` after training a dictionary of gradients from the truth."""
+    unit = truth / np.linalg.norm(truth, axis=1, keepdims=True)
+    rows = gradient_rows(taps)
+    sae = ft.dictionaries.topk(rows.shape[1], len(unit), k, signed=signed)
+    trainer = ft.trainer(sae, ft.losses.default(sae), center=False)
+    state = trainer.init(key, learning_rate=LEARNING_RATE)
+    start = {
+        "W_dec": jnp.asarray(unit, jnp.float32),
+        "W_enc": jnp.asarray(np.linalg.pinv(unit), jnp.float32),
+    }
+    state = state._replace(params=state.params | start)
+    return fit_quietly(trainer, state, rows_as_taps(rows), budget).params["W_dec"]
+
+
 METHODS: dict[str, Method] = {
-    "random": random,
-    "activation PCA": partial(of_moments, tf.pca),
-    "gradient PCA": partial(of_moments, tf.gradient_pca),
-    "joint PCA": partial(of_moments, tf.joint_pca),
-    "LIB": interaction,
-    "ICA": partial(independent, False),
-    "gradient ICA": partial(independent, True),
-    "ICA of directions": partial(independent, True, directions=1),
-    "standard": partial(of_acts, standard),
-    "TopK": partial(of_acts, tf.topk),
-    "BatchTopK": partial(of_acts, tf.batch_topk),
-    "Matryoshka": partial(of_acts, matryoshka),
-    "g-SAE": partial(of_acts, tf.gradient_topk),
-    "four-term loss": partial(four_terms, True),
-    "robust four-term": partial(four_terms, False),
-    "gradient TopK": of_gradients,
-    "TopK of directions": partial(of_gradients, directions=4),
-    "paired": partial(of_acts, tf.paired),
-    "consensus": agreement,
+    method.name: method
+    for method in [
+        Method("random", random_directions),
+        Method("activation PCA", partial(moments_basis, ft.pca), hard_bar=True),
+        Method("gradient PCA", partial(moments_basis, ft.gradient_pca)),
+        Method("joint PCA", partial(moments_basis, ft.joint_pca)),
+        Method("LIB", interaction_basis),
+        # Reads activations alone, too, but three of the hard tasks are not too hard for
+        # it (docs/research.md, section 6), so it has no bar.
+        Method("ICA", partial(fast_ica, False), package="sklearn"),
+        Method("gradient ICA", partial(fast_ica, True), package="sklearn"),
+        Method(
+            "ICA of directions",
+            partial(fast_ica, True, directions=1),
+            package="sklearn",
+        ),
+        Method("standard", partial(activation_dictionary, standard), hard_bar=True),
+        Method(
+            "TopK", partial(activation_dictionary, ft.dictionaries.topk), hard_bar=True
+        ),
+        Method(
+            "BatchTopK",
+            partial(activation_dictionary, ft.dictionaries.batch_topk),
+            hard_bar=True,
+        ),
+        Method("Matryoshka", partial(activation_dictionary, matryoshka), hard_bar=True),
+        Method("g-SAE", partial(activation_dictionary, ft.dictionaries.gradient_topk)),
+        Method("four-term loss", partial(attribution_dictionary, True)),
+        Method("robust four-term", partial(attribution_dictionary, False), ours=True),
+        Method("gradient TopK", gradient_dictionary, ours=True),
+        Method(
+            "TopK of directions",
+            partial(gradient_dictionary, directions=DIRECTIONS),
+            ours=True,
+        ),
+        Method(
+            "paired", partial(activation_dictionary, ft.dictionaries.paired), ours=True
+        ),
+        Method("consensus", run_consensus, ours=True),
+    ]
 }
 """Name to method; a new one is one row."""
-
-OURS = (
-    "robust four-term",
-    "gradient TopK",
-    "TopK of directions",
-    "paired",
-    "consensus",
-)
-"""Methods that nobody has published."""

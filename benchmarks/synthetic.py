@@ -1,4 +1,4 @@
-"""Dictionaries of a synthetic world, trained by us and by SAELens on the same batches.
+"""Train dictionaries of a synthetic world, by us and by SAELens on the same batches.
 
     pip install sae-lens==6.54.12           # into the peers' environment
     python benchmarks/synthetic.py [--tiny] [--json PATH] [--peer PYTHON]
@@ -24,10 +24,10 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,19 +37,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from contest import HERE, PEERS
-from harness import finish, row
+from harness import BenchmarkConfig, finish, parse_command, row
 
-import toyfeat as tf
-from toyfeat.report.synthetic import scores
-from toyfeat.types import Array, ArrayBatches, Controller, Dictionary, Params, Taps
+import toyfeat as ft
+from toyfeat import worlds
+from toyfeat.data.batches import Batches
+from toyfeat.dictionary.controllers import Controller
+from toyfeat.dictionary.types import Dictionary
+from toyfeat.metrics.synthetic import score_dictionary
+from toyfeat.types import Array, Params, Taps
 
 MARGIN, SEEDS, RATE = 0.02, (42, 43), 1e-3
 INTEGRAL = 0.015
 EQUAL = 0.05  # codes per example are equal within this share of them
 
 
+@dataclass(frozen=True)
+class Config(BenchmarkConfig):
+    """Options."""
+
+    peer: Path = PEERS
+    """Python of the peers' environment."""
+
+
 class Case(NamedTuple):
-    """An architecture as SAELens is given it.
+    """An architecture with the settings that SAELens gets.
 
     Attributes:
       name: of the peer's case.
@@ -66,22 +78,32 @@ class Case(NamedTuple):
 
 def _matryoshka(dim: int, latents: int) -> Dictionary:
     widths = (latents // 8, latents // 2, latents)
-    return tf.matryoshka(dim, latents, 4, widths=widths)
+    return ft.dictionaries.matryoshka(dim, latents, 4, widths=widths)
 
 
-_JUMP = partial(tf.jump_relu, threshold=1.0, bandwidth=1.0, decoder_norm=0.5)
+_JUMP = partial(
+    ft.dictionaries.jump_relu, threshold=1.0, bandwidth=1.0, decoder_norm=0.5
+)
 CASES = (
-    Case("topk", partial(tf.topk, k=4)),
-    Case("batchtopk", partial(tf.batch_topk, k=4)),
+    Case("topk", partial(ft.dictionaries.topk, k=4)),
+    Case("batchtopk", partial(ft.dictionaries.batch_topk, k=4)),
     Case("matryoshka", _matryoshka),
-    Case("standard_l1_2", tf.standard, 2.0, True),
-    Case("gated_l1_2", tf.gated, 2.0, True),
+    Case("standard_l1_2", ft.dictionaries.standard, 2.0, True),
+    Case("gated_l1_2", ft.dictionaries.gated, 2.0, True),
     Case("jumprelu", _JUMP, 1.0, True),
 )
 
 
 class Data(NamedTuple):
-    """A world's arrays, as the peer writes them."""
+    """A world's arrays, as the peer writes them.
+
+    Attributes:
+      pool: ``[N, D]`` activations to train on.
+      order: ``[steps, batch]`` int, rows of the pool.
+      eval: ``[M, D]`` other activations.
+      eval_codes: ``[M, F]``, their true codes.
+      features: ``[F, D]``.
+    """
 
     pool: np.ndarray
     order: np.ndarray
@@ -93,7 +115,7 @@ class Data(NamedTuple):
 def peer_runs(
     python: Path, folder: Path, seed: int
 ) -> tuple[Data, dict[str, dict[str, Any]]]:
-    """SAELens makes a world, trains and scores on it; its parameters are kept."""
+    """Let SAELens make a world, train and score; its data, and its answers by case."""
     script = HERE / "peers" / "saelens_synthetic.py"
     base = [str(python), str(script), str(folder), "--seed", str(seed)]
     env = {**os.environ, "PYTHONPATH": ""}
@@ -117,10 +139,10 @@ def peer_runs(
 
 
 def own_world(seed: int) -> Data:
-    """A small world without a peer."""
-    world = tf.data.synth_sae_bench(jax.random.key(seed), features=128, dim=16)
-    pool = tf.data.world_acts(jax.random.key(1), world, 4096)
-    acts, codes = tf.data.world_batch(jax.random.key(2), world, 1024)
+    """Make a small world without a peer."""
+    world = worlds.synth_sae_bench(jax.random.key(seed), features=128, dim=16)
+    pool = worlds.world_acts(jax.random.key(1), world, 4096)
+    acts, codes = worlds.world_batch(jax.random.key(2), world, 1024)
     order = np.random.default_rng(seed).integers(0, len(pool), (40, 128))
     arrays = pool, order, acts, codes, world.feature_vectors
     return Data(*(np.asarray(x) for x in arrays))
@@ -132,36 +154,39 @@ def _rows(data: tuple[Array, Array], step: Array) -> Taps:
     return Taps(acts, None, jnp.ones(len(acts), acts.dtype))
 
 
-def trained(
+def train(
     dictionary: Dictionary,
-    trainer: tf.Trainer,
+    trainer: ft.Trainer,
     data: Data,
     seed: int,
     start: Params | None = None,
     **hyper: Any,
 ) -> tuple[Params, float]:
-    """Parameters for activations as they are, and seconds without compiling."""
+    """Train; parameters for activations as they are, and seconds after compiling."""
     state = trainer.init(jax.random.key(seed), **hyper)
     if start is not None:
         shapes = [{k: v.shape for k, v in p.items()} for p in (start, state.params)]
-        assert shapes[0] == shapes[1], "the peer's parameters are not ours"
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"wanted parameters of shapes {shapes[1]}, got {shapes[0]}"
+            )
         state = state._replace(params=start)
-    batches = ArrayBatches(_rows, (jnp.asarray(data.pool), jnp.asarray(data.order)))
+    batches = Batches(_rows, (jnp.asarray(data.pool), jnp.asarray(data.order)))
     steps = len(data.order)
-    tf.fit(trainer, state, batches, steps=steps // 5, chunk=steps // 5, progress=False)
-    begun = time.perf_counter()
-    state = tf.fit(trainer, state, batches, steps=steps, chunk=steps // 5)
-    return tf.folded(dictionary, state), time.perf_counter() - begun
+    ft.fit(trainer, state, batches, steps=steps // 5, chunk=steps // 5, progress=False)
+    begin = time.perf_counter()
+    state = ft.fit(trainer, state, batches, steps=steps, chunk=steps // 5)
+    return ft.denormalized(dictionary, state), time.perf_counter() - begin
 
 
 def as_saelens(
     dictionary: Dictionary, sparsity: float, target: float | None
-) -> tf.Trainer:
-    """SAELens' settings: one clip of all gradients, and only the terms it has."""
+) -> ft.Trainer:
+    """Make a trainer with SAELens' settings: one clip of all gradients, its terms."""
     revived = float(dictionary.config.k is not None)
-    return tf.trainer(
+    return ft.trainer(
         dictionary,
-        tf.dictionary_objective(dictionary, sparsity=sparsity, dead_latents=revived),
+        ft.losses.default(dictionary, sparsity=sparsity, dead_latents=revived),
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(RATE)),
         _control(target),
         normalize=False,
@@ -172,22 +197,22 @@ def as_saelens(
     )
 
 
-def with_defaults(dictionary: Dictionary, target: float | None) -> tf.Trainer:
-    """Nothing is set but the codes per example."""
-    objective = tf.dictionary_objective(dictionary)
-    return tf.trainer(dictionary, objective, controller=_control(target))
+def with_defaults(dictionary: Dictionary, target: float | None) -> ft.Trainer:
+    """Make a trainer of defaults, but for the codes per example."""
+    objective = ft.losses.default(dictionary)
+    return ft.trainer(dictionary, objective, controller=_control(target))
 
 
 def _control(target: float | None) -> Controller | None:
     if target is None:
         return None
-    return tf.controllers.target_l0(target, integral=INTEGRAL)
+    return ft.controllers.target_l0(target, integral=INTEGRAL)
 
 
 def runs(
     case: Case, data: Data, seed: int, peer: dict[str, Any] | None
 ) -> Iterator[tuple[str, dict[str, float], float]]:
-    """Method, scores and seconds of each of our runs."""
+    """Train each of our runs; yields its method, scores and seconds."""
     sizes = data.pool.shape[1], 128 if peer else 32
     start = peer["start"] if peer else None
     target = (peer["l0"] if peer else 3.0) if case.aimed else None
@@ -195,29 +220,29 @@ def runs(
     aims = {"same": None} | ({"aimed": target} if case.aimed else {})
     for method, aim in aims.items():
         trainer = as_saelens(dictionary, case.sparsity, aim)
-        params, seconds = trained(dictionary, trainer, data, seed, start)
-        yield method, _scored(dictionary, params, data), seconds
+        params, seconds = train(dictionary, trainer, data, seed, start)
+        yield method, _score(dictionary, params, data), seconds
     trainer = with_defaults(dictionary, target)
-    params, seconds = trained(dictionary, trainer, data, seed, learning_rate=RATE)
-    yield "ours", _scored(dictionary, params, data), seconds
+    params, seconds = train(dictionary, trainer, data, seed, learning_rate=RATE)
+    yield "ours", _score(dictionary, params, data), seconds
 
 
-def _scored(dictionary: Dictionary, params: Params, data: Data) -> dict[str, float]:
+def _score(dictionary: Dictionary, params: Params, data: Data) -> dict[str, float]:
     pairs = [(data.eval, data.eval_codes)]
-    return scores(dictionary, params, data.features, pairs, train=True)
+    return score_dictionary(dictionary, params, data.features, pairs, train=True)
 
 
 def disagreement(case: Case, data: Data, peer: dict[str, Any]) -> float:
-    """Largest difference of a score of SAELens' parameters between the two sides."""
+    """Score SAELens' parameters on both sides; the largest difference."""
     dictionary = case.make(data.pool.shape[1], 128)
-    mine = _scored(dictionary, peer["end"], data)
-    return max(abs(mine[k] - peer[k]) for k in ("mcc", "ev", "uniqueness", "f1", "l0"))
+    ours = _score(dictionary, peer["end"], data)
+    return max(abs(ours[k] - peer[k]) for k in ("mcc", "ev", "uniqueness", "f1", "l0"))
 
 
-def rows_of(
+def run_case(
     case: Case, data: Data, seed: int, peer: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
-    """One row per run of ours."""
+    """Run a case; a row per run of ours."""
     rows, judged = [], "aimed" if case.aimed else "same"
     size = {"dim": data.pool.shape[1], "steps": len(data.order), "seed": seed}
     names = ("mcc", "ev", "l0", "uniqueness", "f1", "dead")
@@ -225,8 +250,8 @@ def rows_of(
     if peer is not None:
         _print("SAELens", case.name, seed, peer, peer["seconds"])
         error = disagreement(case, data, peer)
-    for method, mine, seconds in runs(case, data, seed, peer):
-        _print(method, case.name, seed, mine, seconds)
+    for method, ours, seconds in runs(case, data, seed, peer):
+        _print(method, case.name, seed, ours, seconds)
         theirs = {name: peer[name] if peer else None for name in names}
         rows.append(
             row(
@@ -239,7 +264,7 @@ def rows_of(
                 error=error,
                 peer_error=None,
                 judged=method == judged,
-                **{name: mine[name] for name in names},
+                **{name: ours[name] for name in names},
                 **{f"peer_{name}": value for name, value in theirs.items()},
             )
         )
@@ -247,39 +272,40 @@ def rows_of(
 
 
 def _print(
-    method: str, name: str, seed: int, found: dict[str, Any], seconds: float
+    method: str, name: str, seed: int, result: dict[str, Any], seconds: float
 ) -> None:
     print(
-        f"{name:<14} {seed} {method:<8} mcc {found['mcc']:.4f}  ev {found['ev']:.4f}  "
-        f"l0 {found['l0']:6.3f}  uniqueness {found['uniqueness']:.3f}  "
-        f"f1 {found['f1']:.3f}  dead {found['dead']:3d}  {seconds:5.1f} s",
+        f"{name:<14} {seed} {method:<8} mcc {result['mcc']:.4f}  "
+        f"ev {result['ev']:.4f}  l0 {result['l0']:6.3f}  "
+        f"uniqueness {result['uniqueness']:.3f}  "
+        f"f1 {result['f1']:.3f}  dead {result['dead']:3d}  {seconds:5.1f} s",
         flush=True,
     )
 
 
 def missed_bars(rows: list[dict[str, Any]]) -> list[str]:
-    """What is below the bar, seed by seed (and so in the median, too)."""
+    """Name what is below a bar, seed by seed (and so in the median, too)."""
     missed = []
     for line in rows:
         if line["peer_mcc"] is None or not line["judged"]:
             continue
-        who = f"{line['case']}, seed {line['size']['seed']}"
+        run = f"{line['case']}, seed {line['size']['seed']}"
         missed += [
-            f"{who}: {name} is {line[name]:.4f}, SAELens' {line[f'peer_{name}']:.4f}"
+            f"{run}: {name} is {line[name]:.4f}, SAELens' {line[f'peer_{name}']:.4f}"
             for name in ("mcc", "ev")
             if line[name] < line[f"peer_{name}"] - MARGIN
         ]
         if line["error"] > 2e-3:
-            missed.append(f"{who}: the sides' scores differ by {line['error']:.1e}")
+            missed.append(f"{run}: the sides' scores differ by {line['error']:.1e}")
         if abs(line["l0"] / line["peer_l0"] - 1) > EQUAL:
             missed.append(
-                f"{who}: {line['l0']:.2f} codes per example, not {line['peer_l0']:.2f}"
+                f"{run}: {line['l0']:.2f} codes per example, not {line['peer_l0']:.2f}"
             )
     return missed
 
 
-def medians(rows: list[dict[str, Any]]) -> None:
-    """Print differences to SAELens, median over worlds."""
+def print_medians(rows: list[dict[str, Any]]) -> None:
+    """Print median differences to SAELens over worlds."""
     print(f"\n{'median of ours less SAELens':<32} mcc      ev")
     for case in CASES:
         for method in ("same", "aimed", "ours"):
@@ -293,25 +319,24 @@ def medians(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Both sides on both worlds."""
-    python = PEERS
-    if "--peer" in sys.argv:
-        python = Path(sys.argv[sys.argv.index("--peer") + 1])
+    """Run both sides on both worlds."""
+    config = parse_command(Config, __doc__)
     rows = []
-    if "--tiny" in sys.argv:
+    if config.tiny:
         data = own_world(0)
         for case in (CASES[1], CASES[3]):
-            rows += rows_of(case, data, 0, None)
-        finish(rows, [])
-    if not python.exists():
-        finish(rows, [f"there is no {python}; run benchmarks/peers/setup.sh"])
+            rows += run_case(case, data, 0, None)
+        finish(rows, [], config.json)
+    if not config.peer.exists():
+        missed = [f"there is no {config.peer}; run benchmarks/peers/setup.sh"]
+        finish(rows, missed, config.json)
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:
-            data, peers = peer_runs(python, Path(folder) / "world", seed)
+            data, peers = peer_runs(config.peer, Path(folder) / "world", seed)
         for case in CASES:
-            rows += rows_of(case, data, seed, peers[case.name])
-    medians(rows)
-    finish(rows, missed_bars(rows))
+            rows += run_case(case, data, seed, peers[case.name])
+    print_medians(rows)
+    finish(rows, missed_bars(rows), config.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Taps against the forward pass, and against gradients written by hand.
+"""Compare taps with the forward pass, and with gradients written by hand.
 
     python benchmarks/tap.py [--tiny] [--json PATH]
 
@@ -13,15 +13,23 @@ Then the decoder (``tap_decoder.py``): all sites <= 2.2 x its forward in time, a
 faster than torch with hooks, where the peers' environment is there.
 """
 
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tap_decoder
-from harness import finish, gemm_flops_per_s, medians, program, row
+from harness import (
+    BenchmarkConfig,
+    finish,
+    gemm_flops_per_s,
+    medians,
+    parse_command,
+    program,
+    row,
+)
 
-import toyfeat as tf
+import toyfeat as ft
+from toyfeat.jobs.memory import keep_memory
 
 CASES = {
     "small": {"blocks": 4, "width": 256, "batch": 1024},
@@ -29,23 +37,24 @@ CASES = {
     "deep": {"blocks": 16, "width": 256, "batch": 1024},
 }
 TINY = {"tiny": {"blocks": 2, "width": 32, "batch": 16}}
-READOUT = tf.readouts.scalar(jnp.sum)
+READOUT = ft.readouts.scalar(jnp.sum)
+BARS = {"tap all sites": 2.2, "tap last site": 1.2}  # compiled flops, x the forward
 
 
 def block(params: Any, x: jax.Array) -> jax.Array:
-    """One residual block."""
+    """Apply a residual block."""
     return x + jax.nn.relu(x @ params["in"]) @ params["out"]
 
 
 def model(params: Any, x: jax.Array, tap: Any) -> jax.Array:
-    """Blocks with a site behind each."""
+    """Apply blocks with a site behind each."""
     for index, layer in enumerate(params):
         x = tap(f"block{index}", block(layer, x))
     return x
 
 
 def initial_params(key: jax.Array, blocks: int, width: int) -> list[dict]:
-    """Weights that keep the size of activations."""
+    """Draw weights that keep the size of activations."""
     keys = jax.random.split(key, (blocks, 2))
     return [
         {
@@ -57,30 +66,30 @@ def initial_params(key: jax.Array, blocks: int, width: int) -> list[dict]:
 
 
 def split(params: Any, x: jax.Array) -> dict[str, Any]:
-    """By hand: run to each site, then a vjp of the rest, site by site."""
+    """Gradients by hand: run to each site, then a vjp of the blocks behind it."""
     taps = {}
     for index in range(len(params)):
         x = block(params[index], x)
 
-        def rest(acts: jax.Array, index: int = index) -> jax.Array:
+        def run_on(acts: jax.Array, index: int = index) -> jax.Array:
             for layer in params[index + 1 :]:
                 acts = block(layer, acts)
             return acts.sum(-1)
 
-        out, pull = jax.vjp(rest, x)
+        out, pull = jax.vjp(run_on, x)
         taps[f"block{index}"] = (x, pull(jnp.ones_like(out))[0])
     return taps
 
 
-def measured(name: str, size: dict[str, int], peak: float) -> tuple[list[dict], list]:
-    """Rows and missed bars of one case."""
+def measure(name: str, size: dict[str, int], peak: float) -> tuple[list[dict], list]:
+    """Check and time a case; returns rows and missed bars."""
     params = initial_params(jax.random.key(0), size["blocks"], size["width"])
     x = jax.random.normal(jax.random.key(1), (size["batch"], size["width"]))
-    probed = tf.from_function(model)
+    probed = ft.from_function(model)
     sites = [f"block{i}" for i in range(size["blocks"])]
 
     def tapped(sites: list[str]) -> Any:
-        return lambda p, x: tf.tap(probed, p, x, sites=sites, readout=READOUT)
+        return lambda p, x: ft.tap(probed, p, x, sites=sites, readout=READOUT)
 
     programs = {
         "forward": program(lambda p, x: probed(p, x, {})[0], params, x),
@@ -88,9 +97,7 @@ def measured(name: str, size: dict[str, int], peak: float) -> tuple[list[dict], 
         "tap last site": program(tapped(sites[-1:]), params, x),
         "split": program(split, params, x),
     }
-    taps, by_hand = programs["tap all sites"].run(), programs["split"].run()
-    errors = {s: jnp.max(jnp.abs(taps[s].grads[:, 0] - by_hand[s][1])) for s in sites}
-    error = max(float(e / jnp.max(jnp.abs(by_hand[s][1]))) for s, e in errors.items())
+    error = largest_error(programs["tap all sites"].run(), programs["split"].run())
     if error > 1e-5:
         return [], [f"{name}: error {error:.1e} against a split per site, no time"]
     seconds = medians({method: p.run for method, p in programs.items()})
@@ -113,23 +120,36 @@ def measured(name: str, size: dict[str, int], peak: float) -> tuple[list[dict], 
         )
         for method, p in programs.items()
     ]
-    bars = {"tap all sites": 2.2, "tap last site": 1.2}
-    missed = [
-        f"{name}: {line['method']} takes {line['flops_times_forward']:.2f} x the "
-        f"forward's flops, the bar is {bars[line['method']]}"
+    return rows, missed_bars(rows)
+
+
+def missed_bars(rows: list[dict[str, Any]]) -> list[str]:
+    """Name the taps that take more flops than their bar."""
+    return [
+        f"{line['case']}: {line['method']} takes {line['flops_times_forward']:.2f} x "
+        f"the forward's flops, the bar is {BARS[line['method']]}"
         for line in rows
-        if line["flops_times_forward"] > bars.get(line["method"], float("inf"))
+        if line["flops_times_forward"] > BARS.get(line["method"], float("inf"))
     ]
-    return rows, missed
+
+
+def largest_error(taps: Any, by_hand: Any) -> float:
+    """Largest error of a gradient, over the largest gradient of its site."""
+    errors = []
+    for site, (_, grads) in by_hand.items():
+        difference = jnp.max(jnp.abs(taps[site].grads[:, 0] - grads))
+        errors.append(float(difference / jnp.max(jnp.abs(grads))))
+    return max(errors)
 
 
 def main() -> None:
     """Measure all cases."""
-    tf.keep_memory()  # torch does, too
-    tiny = "--tiny" in sys.argv
+    config = parse_command(BenchmarkConfig, __doc__)
+    tiny = config.tiny
+    keep_memory()  # torch does, too
     peak = gemm_flops_per_s(256 if tiny else 2048)
-    results = [measured(n, s, peak) for n, s in (TINY if tiny else CASES).items()]
-    results.append(tap_decoder.measured(tiny=tiny))
+    results = [measure(n, s, peak) for n, s in (TINY if tiny else CASES).items()]
+    results.append(tap_decoder.measure(tiny=tiny))
     rows = [line for lines, _ in results for line in lines]
     for line in rows:
         ratio = line["ratio"]
@@ -140,7 +160,7 @@ def main() -> None:
             f"  {line['flops_times_forward']:5.2f} x its flops"
             f"{speed}"
         )
-    finish(rows, [text for _, texts in results for text in texts])
+    finish(rows, [text for _, texts in results for text in texts], config.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Taps of the decoder against its forward, and against torch with hooks.
+"""Compare taps of the decoder with its forward pass, and with torch and hooks.
 
 Part of ``benchmarks/tap.py``.  The same random weights, read by ``load_decoder`` from
 the files that transformers wrote; gradients are compared before times are.  All sites
@@ -6,7 +6,6 @@ are five a block.  "gradient alone" is ``jax.grad`` of the same loss by the embe
 tokens, with no site returned: what this model's backward pass costs here.
 """
 
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contest import HERE, PEERS, Worker
-from harness import medians, program, row
+from harness import BenchmarkConfig, medians, parse_command, program, row
 
-import toyfeat as tf
+import toyfeat as ft
 from toyfeat.models.decoder import SITES, Decoder, load_decoder
 
 SIZE = {
@@ -35,8 +34,8 @@ BAR = 2.2
 ALONE = "gradient alone"
 
 
-def measured(*, tiny: bool = False) -> tuple[list[dict], list[str]]:
-    """Rows and missed bars; nothing without the peers' environment."""
+def measure(*, tiny: bool = False) -> tuple[list[dict], list[str]]:
+    """Time all of it; rows and missed bars, none without the peers' environment."""
     if not PEERS.exists():
         print("decoder: no peers (bash benchmarks/peers/setup.sh), left out")
         return [], []
@@ -51,16 +50,14 @@ def measured(*, tiny: bool = False) -> tuple[list[dict], list[str]]:
             np.save(Path(folder) / "tokens.npy", tokens)
             where = {"folder": folder, "tokens": f"{folder}/tokens.npy"}
             worker.ask(what="make", **where, **size)
-            place = worker, Path(folder), jnp.asarray(tokens, jnp.int32)
-            rows, missed = _measured(*place, size)
+            tokens = jnp.asarray(tokens, jnp.int32)
+            rows, missed = _measure(worker, Path(folder), tokens, size)
             return rows, [] if tiny and rows else missed  # times of tiny sizes: noise
     finally:
-        assert worker.process.stdin is not None
-        worker.process.stdin.close()
-        worker.process.wait()
+        worker.end()
 
 
-def _measured(
+def _measure(
     worker: Worker, folder: Path, tokens: jax.Array, size: dict[str, int]
 ) -> tuple[list[dict], list[str]]:
     names = [f"{i}/{name}" for i in range(size["layers"]) for name in SITES]
@@ -71,13 +68,13 @@ def _measured(
             f"decoder: gradients are {error:.1e} off torch's and {own:.1e} off "
             "jax.grad's, no time"
         ]
-    runs = {name: one.run for name, one in programs.items()}
+    runs = {name: compiled.run for name, compiled in programs.items()}
     for name in ("forward", "hooked"):
         runs[f"torch {name}"] = partial(worker.ask, what="run", method=name)
     seconds = medians(runs, rounds=ROUNDS)
     forward, peers = programs["forward"], {"forward": "torch forward"}
     rows = []
-    for name, one in programs.items():
+    for name, compiled in programs.items():
         peer = seconds[peers.get(name, "torch hooked")]
         rows.append(
             row(
@@ -88,15 +85,15 @@ def _measured(
                 peer_s=peer,
                 ratio=None if name == ALONE else peer / seconds[name],
                 times_forward=seconds[name] / seconds["forward"],
-                flops_times_forward=one.flops / forward.flops,
+                flops_times_forward=compiled.flops / forward.flops,
                 error=own if name == ALONE else error,
                 peer_error=None,
-                flops=one.flops,
-                compile_s=one.compile_s,
+                flops=compiled.flops,
+                compile_s=compiled.compile_s,
             )
         )
-    every = next(line for line in rows if line["method"] == "tap all sites")
-    share, speed = every["times_forward"], every["ratio"]
+    line = next(line for line in rows if line["method"] == "tap all sites")
+    share, speed = line["times_forward"], line["ratio"]
     missed = []
     if share > BAR:
         missed.append(f"decoder: all sites take {share:.2f} x the forward, bar {BAR}")
@@ -108,18 +105,18 @@ def _measured(
 def _programs(
     folder: Path, tokens: jax.Array, names: list[str], middle: int
 ) -> dict[str, Any]:
-    """What is timed, compiled."""
+    """Compile everything that is timed."""
     model = load_decoder(folder, tokenizer=False)
-    probed = tf.from_linen(Decoder(model.config))
+    probed = ft.from_linen(Decoder(model.config))
     behind = Decoder(model.config, start=0)
 
     def tapped(sites: list[str]) -> Any:
-        return lambda p, x: tf.tap(
-            probed, p, x, sites=sites, readout=tf.readouts.next_token_loss(x)
+        return lambda p, x: ft.tap(
+            probed, p, x, sites=sites, readout=ft.readouts.next_token_loss(x)
         )
 
     def alone(p: Any, x: jax.Array) -> jax.Array:
-        """By hand, of the loss that the readout has."""
+        """Gradient of the readout's loss by the embedded tokens."""
 
         def loss(resid: jax.Array) -> jax.Array:
             logits = jnp.asarray(behind.apply(p, resid))[:, :-1]
@@ -140,7 +137,7 @@ def _programs(
 def _errors(
     worker: Worker, folder: Path, programs: dict[str, Any], names: list[str]
 ) -> tuple[float, float]:
-    """Of all gradients against torch's, and of the first against ``jax.grad``'s."""
+    """Errors of all gradients against torch's, of the first against ``jax.grad``'s."""
     taps = programs["tap all sites"].run()
     worker.ask(what="run", method="hooked")
     worker.ask(what="save", sites=names, path=str(folder / "grads.npz"))
@@ -159,7 +156,7 @@ def _distance(ours: Any, theirs: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    lines, misses = measured(tiny="--tiny" in sys.argv)
+    lines, misses = measure(tiny=parse_command(BenchmarkConfig, __doc__).tiny)
     for line in lines:
         print({k: line[k] for k in ("method", "ours_s", "ratio", "times_forward")})
     print(misses)

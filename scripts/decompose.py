@@ -1,4 +1,4 @@
-"""PCA of activations, of gradients and of both at the sites of a language model.
+"""Compute PCA of activations, gradients and both at the sites of a language model.
 
     python scripts/decompose.py examples/smollm2.toml
 
@@ -8,13 +8,14 @@ a basis (``decompose.ranks``; ``decompose.bases`` may name LIB too).  Spectra ar
 ``decompose.jsonl`` too.
 """
 
-from toyfeat.language import Job, command, pipeline
+from toyfeat.jobs import Job, open_job, steps
+from toyfeat.jobs.command import run_job_script
 
 
 def main(job: Job) -> None:
-    """All of it."""
-    pipeline.decomposed(pipeline.opened(job))
+    """Open the job and decompose its sites."""
+    steps.decompose_job(open_job(job))
 
 
 if __name__ == "__main__":
-    command(main)
+    run_job_script(main)

@@ -18,21 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import _repository  # noqa: F401  (finds examples)
 import jax
 import tyro
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from toyfeat.report.cases import CASES, SUMMARY, SUMMARY_LEGEND
-from toyfeat.report.demo import settings, write_report
-from toyfeat.report.rows import (
+from examples.squaring.cases import CASES, SUMMARY, SUMMARY_LEGEND
+from examples.squaring.measure import measure_case, train_case
+from examples.squaring.page import write_report
+from toyfeat.files.atomic import output_folder
+from toyfeat.report.tables import (
     Row,
-    output_folder,
     print_lines,
     print_table,
+    settings,
     summary,
 )
-from toyfeat.report.squaring import look_at, trained
 
 SLUGS = tuple(case.slug for case in CASES)
 
@@ -66,7 +68,7 @@ def main(config: Config) -> int:
     start, root = time.perf_counter(), jax.random.key(config.seed)
     console = Console(width=None if sys.stdout.isatty() else 140)
     rows: list[Row] = []
-    shown = []
+    results = []
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         for index, case in enumerate(CASES):
@@ -80,15 +82,15 @@ def main(config: Config) -> int:
                 progress.update(bar, completed=done, description=text)
 
             key = jax.random.fold_in(root, index)
-            nets = trained(key, case, seeds=config.seeds, on_chunk=advance)
-            found, case_rows = look_at(key, case, nets, num=config.samples)
+            nets = train_case(key, case, seeds=config.seeds, on_chunk=advance)
+            measurements, case_rows = measure_case(key, case, nets, num=config.samples)
             rows += case_rows
-            shown.append((case, nets, found))
+            results.append((case, nets, measurements))
     print_table(rows, console)
     print_lines(summary(rows, SUMMARY), console)
     console.print(SUMMARY_LEGEND, style="dim")
     header = settings(vars(config), seconds=time.perf_counter() - start)
-    page = write_report(out, shown, rows, header)
+    page = write_report(out, results, rows, header)
     missed = [row for row in rows if row.holds is False]
     console.print(f"{len(missed)} expectations missed; the report is {page}")
     return len(missed)

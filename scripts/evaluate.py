@@ -1,4 +1,4 @@
-"""What dictionaries of a language model keep of it, on held-out text.
+"""Score the dictionaries of a language model on held-out text.
 
     python scripts/evaluate.py examples/smollm2.toml
 
@@ -7,13 +7,14 @@ activations it describes: cross-entropy recovered, divergence, attribution L0, a
 well attributions predict what leaving a latent out does.  ``evaluation.jsonl`` has it.
 """
 
-from toyfeat.language import Job, command, pipeline
+from toyfeat.jobs import Job, open_job, steps
+from toyfeat.jobs.command import run_job_script
 
 
 def main(job: Job) -> None:
-    """All of it."""
-    pipeline.evaluated(pipeline.opened(job))
+    """Open the job and evaluate its dictionaries."""
+    steps.evaluate_job(open_job(job))
 
 
 if __name__ == "__main__":
-    command(main)
+    run_job_script(main)

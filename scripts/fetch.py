@@ -12,14 +12,13 @@ with ``@revision`` for another than the newest; they are in the cache of its lib
 (``$HF_HOME``), which also has the token for models that want one.
 """
 
-import sys
+from toyfeat.jobs import PACKAGES, fetch
+from toyfeat.jobs.command import run_script
+from toyfeat.jobs.hub import hub_licence
 
-from toyfeat.language import PACKAGES, fetch
-from toyfeat.language.hub import hub_licence
 
-
-def main(names: list[str]) -> None:
-    """Fetch, or list."""
+def main(names: tuple[str, ...] = ()) -> None:
+    """Fetch what is named, or list what there is."""
     for name in names:
         path = fetch(name)
         if name in PACKAGES:
@@ -33,7 +32,5 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        raise SystemExit(str(error)) from None
+    errors = ValueError, RuntimeError, OSError, ImportError
+    run_script(main, description=__doc__, errors=errors)

@@ -1,4 +1,4 @@
-"""One page on the dictionaries of a language model: scores, pictures, latents.
+"""Write a page on the dictionaries of a language model: scores, pictures, latents.
 
     python scripts/report.py examples/smollm2.toml
 
@@ -10,33 +10,34 @@ kind of dictionary, latents with their contexts in the text.
 from dataclasses import asdict
 from pathlib import Path
 
-from toyfeat.language import Job, command, pipeline
-from toyfeat.language.results import Rows
-from toyfeat.language.training import curves
+from toyfeat.jobs import Job, open_job, steps
+from toyfeat.jobs.command import run_job_script
+from toyfeat.jobs.train import load_curves
+from toyfeat.jobs.workspace import Rows
 from toyfeat.report.language import write_language
 
 
 def main(job: Job) -> None:
-    """Gather what there is and write the page."""
-    run = pipeline.opened(job)
-    folder = Path(run.job.out)
+    """Gather the results of the job and write the page."""
+    work = open_job(job)
+    folder = Path(job.out)
     evaluation = Rows(folder / "evaluation.jsonl").rows
     decomposition = Rows(folder / "decompose.jsonl").rows
     if not evaluation and not decomposition:
         raise ValueError(f"{folder} has no scores yet; run scripts/evaluate.py first")
-    latents = pipeline.looked_at(run)
+    latents = steps.inspect_latents(work)
     header = {
-        "model": run.model.name,
-        **asdict(run.job.collect),
-        **asdict(run.job.train),
-        "site": run.job.site,
+        "model": work.model.name,
+        **asdict(job.collect),
+        **asdict(job.train),
+        "site": job.site,
     }
-    measured = curves(run.job.train, folder / "train")
+    curves = load_curves(job.train, folder / "train")
     page = write_language(
-        folder, evaluation, decomposition, latents, header=header, curves=measured
+        folder, evaluation, decomposition, latents, header=header, curves=curves
     )
     print(f"the page is {page}")
 
 
 if __name__ == "__main__":
-    command(main)
+    run_job_script(main)

@@ -17,32 +17,35 @@ do not have.  Coverage, five networks, about a minute each on two CPU cores:
 import json
 from dataclasses import dataclass
 
+import _repository  # noqa: F401  (finds examples)
 import numpy as np
 import tyro
 
-from toyfeat.report import dictionaries
+from examples.squaring import dictionaries
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained."""
+    """Settings of the training."""
 
     seeds: int = 5
+    """Networks, each with dictionaries of its own."""
     steps: int = 3000
+    """Optimizer steps per dictionary."""
 
 
 def main(config: Config) -> None:
     """Train, score, print."""
-    setting = dictionaries.Setting(steps=config.steps)
+    settings = dictionaries.Settings(steps=config.steps)
     rows = []
     for seed in range(config.seeds):
-        params, rotation = dictionaries.trained(seed)
-        taps, truth = dictionaries.tapped(seed, params, rotation, setting.examples)
-        rows.append(dictionaries.scores(seed, taps, truth, setting))
+        net = dictionaries.train_network(seed)
+        taps, truth = dictionaries.tap_network(seed, *net, settings.examples)
+        rows.append(dictionaries.score_dictionaries(seed, taps, truth, settings))
         print(json.dumps({"seed": seed, **rows[-1]}), flush=True)
-    middle = {name: float(np.median([row[name] for row in rows])) for name in rows[0]}
-    print(json.dumps({"median": middle}))
+    medians = {name: float(np.median([row[name] for row in rows])) for name in rows[0]}
+    print(json.dumps({"median": medians}))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

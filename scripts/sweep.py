@@ -19,46 +19,52 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import _repository  # noqa: F401  (finds examples)
 import tyro
 from rich.console import Console
 
-from toyfeat.report import brittleness, dictionaries
-from toyfeat.report.demo import settings
-from toyfeat.report.rows import output_folder
+from examples import attribution_sweep
+from examples.squaring import dictionaries
+from toyfeat.files.atomic import output_folder
+from toyfeat.report.tables import settings
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained."""
+    """Settings of the sweep."""
 
     out: Path = Path("out/sweep")
-    """Folder of runs, table, pictures and page; the same again goes on."""
+    """Folder of runs, table, pictures and page; the same command again goes on."""
     coefficients: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    """Of the sparsity and of the attributions."""
+    """Coefficients, of the sparsity and of the attributions alike."""
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-    """Of Adam."""
+    """Learning rates of Adam."""
     steps: int = 2000
-    """Of every member."""
+    """Optimizer steps of every member."""
     examples: int = 50_000
     """Activations of the network."""
     network_steps: int = 4000
-    """Of the network."""
+    """Optimizer steps of the network."""
     seed: int = 0
     """Root of all randomness."""
 
 
 def main(config: Config) -> None:
     """Train, score, draw."""
-    sweep = brittleness.Sweep(config.coefficients, config.learning_rates)
-    sweep = brittleness.checked(sweep._replace(steps=config.steps))
+    sweep = attribution_sweep.Sweep(
+        coefficients=config.coefficients,
+        learning_rates=config.learning_rates,
+        steps=config.steps,
+    )
+    attribution_sweep.check_sweep(sweep)
     output_folder(config.out)
     start, seed = time.perf_counter(), config.seed
-    network = dictionaries.trained(seed, steps=config.network_steps)
-    taps, truth = dictionaries.tapped(seed, *network, config.examples)
-    families = brittleness.swept(config.out, taps, truth, sweep, seed=seed)
+    net = dictionaries.train_network(seed, steps=config.network_steps)
+    taps, truth = dictionaries.tap_network(seed, *net, config.examples)
+    families = attribution_sweep.run_sweep(config.out, taps, truth, sweep, seed=seed)
     header = settings(vars(config), seconds=time.perf_counter() - start)
     console = Console(width=max(120, Console().width))
-    page = brittleness.write(config.out, families, header, console)
+    page = attribution_sweep.write_report(config.out, families, header, console)
     print(f"the page is {page}")
 
 

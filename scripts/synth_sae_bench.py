@@ -20,44 +20,52 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import _repository  # noqa: F401  (finds examples)
 import jax
 import tyro
 
-import toyfeat as tf
-from toyfeat.report import synthetic
-from toyfeat.report.rows import output_folder, write_whole
+import toyfeat as ft
+from examples import synth_sae_bench
+from toyfeat import worlds
+from toyfeat.files.atomic import output_folder, write_whole
+from toyfeat.metrics.synthetic import score_dictionary
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained, and where to."""
+    """Settings of the benchmark."""
 
     out: Path = Path("out/synth_sae_bench")
     """Folder for checkpoints, metrics, dictionaries and scores."""
-    only: tuple[str, ...] = tuple(synthetic.PUBLISHED)
+    only: tuple[str, ...] = tuple(synth_sae_bench.PUBLISHED)
     """Architectures."""
     seed: int = 42
-    """Of the world; the starts and samples follow from it."""
+    """Root of all randomness: world, starts and samples."""
     tiny: bool = False
-    """A world of 128 features and a minute, to see that all of it runs."""
+    """A world of 128 features, to see within a minute that all of it runs."""
 
 
 def main(config: Config) -> None:
     """Train, score, save, print."""
-    recipe = synthetic.TINY if config.tiny else synthetic.Recipe()
+    recipe = synth_sae_bench.TINY if config.tiny else synth_sae_bench.Recipe()
     output_folder(config.out)
     settings = {**asdict(config), "out": str(config.out), **recipe._asdict()}
     write_whole(config.out / "config.json", json.dumps(settings, indent=1) + "\n")
     keys = jax.random.split(jax.random.key(config.seed), 3)
     sizes = {"features": recipe.features, "dim": recipe.dim}
-    world = tf.data.synth_sae_bench(keys[0], **sizes)
+    world = worlds.synth_sae_bench(keys[0], **sizes)
     for name in config.only:
         folder = config.out / name
-        trained = synthetic.fitted(name, keys[1], world, recipe, directory=folder)
-        pairs = synthetic.samples(keys[2], world, recipe.evaluated, recipe.batch)
-        found = synthetic.scores(*trained, world.feature_vectors, pairs)
-        tf.save_saelens(folder / "features", *trained)
-        row = {"name": name, **found, "published": synthetic.PUBLISHED[name]}
+        trained = synth_sae_bench.train_dictionary(
+            name, keys[1], world, recipe, directory=folder
+        )
+        pairs = synth_sae_bench.evaluation_batches(
+            keys[2], world, recipe.evaluated, recipe.batch
+        )
+        scores = score_dictionary(*trained, world.feature_vectors, pairs)
+        ft.interop.save_saelens(folder / "features", *trained)
+        published = synth_sae_bench.PUBLISHED[name]
+        row = {"name": name, **scores, "published": published}
         write_whole(folder / "scores.json", json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 

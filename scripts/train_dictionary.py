@@ -1,20 +1,21 @@
-"""Dictionaries of a language model's activations and gradients.
+"""Train dictionaries of a language model's activations and gradients.
 
     python scripts/train_dictionary.py examples/smollm2.toml
 
 After ``scripts/collect.py``, or straight from the model (``source = "model"``).  Trains
-every kind with every number of codes and seed of the job, one after the other or side
+every kind with every ``k`` and seed of the job, one after the other or side
 by side (``train.population``); each has a folder with ``metrics.jsonl``, checkpoints
 and SAELens' files.  The same command goes on where it was cut off.
 """
 
-from toyfeat.language import Job, command, pipeline
+from toyfeat.jobs import Job, steps
+from toyfeat.jobs.command import run_job_script
 
 
 def main(job: Job) -> None:
-    """All of it."""
-    pipeline.trained(job)
+    """Train the dictionaries that are not finished."""
+    steps.train_job(job)
 
 
 if __name__ == "__main__":
-    command(main)
+    run_job_script(main)

@@ -1,4 +1,3 @@
-import argparse
 import functools
 import importlib
 import importlib.util
@@ -10,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[1]
 LIMITS = {"tap.py": 1e-5, "controllers.py": 1.0}  # of errors; others 1e-2
 
 
-def test_the_leaderboard_runs_every_method_and_goes_on(tmp_path):
+def test_the_leaderboard_runs_every_method_and_goes_on(bench, tmp_path):
     command = [sys.executable, "benchmarks/leaderboard.py", "--tiny"]
     command += ["--out", str(tmp_path)]
-    few = [*command, "--seeds", "2", "--jobs", "2", "--methods", "random,TopK"]
+    two_seeds = [*command, "--seeds", "2", "--jobs", "2", "--methods", "random,TopK"]
     outputs, shown = [], []
-    for arguments in (few, command, command):
+    for arguments in (two_seeds, command, command):
         if outputs:  # as a kill would leave it
             with (tmp_path / "rows.jsonl").open("a") as file:
                 file.write('{"case": "product sp')
@@ -39,7 +39,12 @@ def test_the_leaderboard_runs_every_method_and_goes_on(tmp_path):
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout)
         shown.append(json.loads((tmp_path / "leaderboard.json").read_text())["rows"])
-    methods = 20 if importlib.util.find_spec("sklearn") else 17
+    runnable = [
+        method
+        for method in bench("methods").METHODS.values()
+        if not method.package or importlib.util.find_spec(method.package)
+    ]
+    methods = len(runnable) + 1  # and the oracle
     assert [outputs[0].count(f"seed {i}") for i in (0, 1)] == [2, 2]
     assert outputs[1].count("seed 0") == methods - 2  # those two not again
     assert "seed" not in outputs[2].replace("seeds", "")
@@ -71,48 +76,130 @@ def bench(monkeypatch):
 
 
 ROW = {"case": "x²", "method": "random", "seed": 0, "side": "readers"}
-OPTIONS = argparse.Namespace(size="tiny", root=0)
+TINY = {"size": "tiny", "root": 0}
 
 
-def test_rows_are_kept_whatever_a_kill_cut_off(bench, tmp_path):
-    board = bench("leaderboard")
-    path, (_, budget, _) = tmp_path / "rows.jsonl", board.SIZES["tiny"]
-    assert board.kept(path, OPTIONS, budget) == []
-    rows = [ROW, ROW | {"seed": 1}]
-    whole = "\n".join(map(json.dumps, rows))
-    for text in (whole, whole + "\n", whole + '\n{"case": "x'):
+def test_rows_are_resumed_though_a_kill_cut_off_the_last(bench, tmp_path):
+    runner, path = bench("runner"), tmp_path / "rows.jsonl"
+    assert runner.resume_rows(path, **TINY) == []
+    rows = [ROW, ROW | {"seed": 1, "task_version": 1}]
+    lines = "\n".join(map(json.dumps, rows))
+    for text in (lines, lines + "\n", lines + '\n{"case": "x'):
         path.write_text(text)
-        assert board.kept(path, OPTIONS, budget) == rows
-        assert path.read_text() == whole + "\n"
+        assert runner.resume_rows(path, **TINY) == rows
+        assert path.read_text() == lines + "\n"
 
 
 @pytest.mark.parametrize(
     "bad", ["garbage", '{"case": "x"}', "5", "null", '{"case": "x{"case": "y"}']
 )
 def test_a_line_that_is_no_row_is_left_to_the_user(bad, bench, tmp_path):
-    board = bench("leaderboard")
-    path, (_, budget, _) = tmp_path / "rows.jsonl", board.SIZES["tiny"]
-    board.kept(path, OPTIONS, budget)
+    runner, path = bench("runner"), tmp_path / "rows.jsonl"
+    runner.resume_rows(path, **TINY)
     text = f"{json.dumps(ROW)}\n{bad}\n{json.dumps(ROW)}\n"
     path.write_text(text)
     with pytest.raises(
         SystemExit, match=r"has a line that is no row, '.*; take it out"
     ):
-        board.kept(path, OPTIONS, budget)
+        runner.resume_rows(path, **TINY)
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("said", [None, "", '{"size": "ti', '{"size": "quick"}'])
-def test_rows_of_unknown_settings_are_not_gone_on_with(said, bench, tmp_path):
-    board = bench("leaderboard")
-    path, budget = tmp_path / "rows.jsonl", board.SIZES["tiny"][1]
+@pytest.mark.parametrize("stored", [None, "", '{"size": "ti', '{"size": "quick"}'])
+def test_rows_of_unknown_settings_are_refused(stored, bench, tmp_path):
+    runner, path = bench("runner"), tmp_path / "rows.jsonl"
     text = json.dumps(ROW) + "\n"
     path.write_text(text)
-    if said is not None:
-        (tmp_path / "settings.json").write_text(said)
+    if stored is not None:
+        (tmp_path / "settings.json").write_text(stored)
     with pytest.raises(SystemExit, match=r"rows of other settings, or a settings.json"):
-        board.kept(path, OPTIONS, budget)
+        runner.resume_rows(path, **TINY)
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("stored", [{}, {"task_version": 1}, {"task_version": 3}])
+def test_rows_of_another_version_of_a_task_are_refused(
+    stored, bench, tmp_path, monkeypatch
+):
+    runner, path = bench("runner"), tmp_path / "rows.jsonl"
+    runner.resume_rows(path, **TINY)
+    text = json.dumps(ROW | stored) + "\n"
+    path.write_text(text)
+    changed = runner.TASKS["x²"]._replace(version=2)
+    monkeypatch.setitem(runner.TASKS, "x²", changed)
+    version = stored.get("task_version", 1)
+    match = rf"rows of version {version} of 'x²', which is at version 2 now; take them"
+    with pytest.raises(SystemExit, match=match):
+        runner.resume_rows(path, **TINY)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "count"),
+    [("leaderboard", "TASKS", 1500), ("leaderboard-shapes", "SHAPES", 110)],
+)
+def test_the_rows_that_were_published_are_of_the_tasks_as_they_are(
+    name, table, count, bench
+):
+    runner, path = bench("runner"), ROOT / f"benchmarks/results/{name}-cpu.jsonl"
+    rows = runner.parse_rows(path.read_text().splitlines(), path)
+    assert len(rows) == count
+    assert {row["case"] for row in rows} == set(getattr(bench("tasks"), table))
+    methods = {row["method"] for row in rows}
+    assert methods <= {*bench("methods").METHODS, "oracle"}
+
+
+def test_sweeps_that_were_published_are_of_the_grids_as_they_are(bench):
+    sweeps = bench("brittleness")
+    for size, folder in (("full", "brittleness"), ("wide", "brittleness-wide")):
+        grid = sweeps.GRIDS[size]
+        for task in grid.tasks:
+            for name, family in sweeps.FAMILIES.items():
+                file = f"{sweeps.file_name(task)}-{name}.json"
+                path = ROOT / "benchmarks" / "results" / folder / file
+                version = sweeps.TASKS[task].version
+                runs, _ = sweeps.load_runs(path, family, grid, task_version=version)
+                assert runs
+
+
+def test_the_key_of_a_task_comes_from_its_name(bench):
+    tasks = bench("tasks")
+    every = [*tasks.TASKS.values(), *tasks.SHAPES.values()]
+
+    def words(task, **draw):
+        return tuple(jax.random.key_data(tasks.task_key(task, **draw)).tolist())
+
+    # The keys that rows were measured with before a new task could be a row anywhere.
+    assert [task.key for task in every[:26]] == list(range(26))
+    for number, task in enumerate(every[:26]):
+        for root, seed in ((0, 0), (3, 2)):
+            key = jax.random.fold_in(jax.random.key(root), 1000 * seed + number)
+            assert words(task, root=root, seed=seed) == tuple(key_words(key))
+    new = tasks.PlantedTask(name="hashing", make=None)
+    key = jax.random.fold_in(jax.random.key(0), 0xC9D3068D)
+    assert words(new, seed=2) == tuple(key_words(jax.random.fold_in(key, 2)))
+    other = new._replace(name="hashing 2")
+    draws = [words(x, seed=i) for x in (*every, new, other) for i in range(5)]
+    assert len(set(draws)) == 5 * (len(every) + 2)
+
+
+def key_words(key):
+    return jax.random.key_data(key).tolist()
+
+
+def test_a_task_is_made_with_its_key_and_its_knobs(bench):
+    tasks = bench("tasks")
+    task = tasks.PlantedTask(
+        name="pair", make=lambda key, **knobs: (key, knobs), knobs={"dim": 3}, key=4
+    )
+    key, knobs = tasks.make_task(task, root=1, seed=2)
+    assert key_words(key) == key_words(jax.random.fold_in(jax.random.key(1), 2004))
+    assert knobs == {"dim": 3}
+    quick = tasks.SIZES["quick"].tasks
+    assert quick["circuits 20/60"].knobs == {"features": 20, "steps": 1500}
+    assert "circuits 60/60" not in quick
+    assert list(tasks.SIZES["tiny"].tasks) == ["product space"]
+    assert all(name == task.name for name, task in (tasks.TASKS | tasks.SHAPES).items())
 
 
 def test_a_method_that_raises_ends_nothing(bench, tmp_path, monkeypatch, capsys):
@@ -122,14 +209,17 @@ def test_a_method_that_raises_ends_nothing(bench, tmp_path, monkeypatch, capsys)
     def broken(*_, **__):
         raise ValueError("this is mine")
 
+    def break_method(patch, name):
+        patch.setitem(board.METHODS, name, board.METHODS[name]._replace(run=broken))
+
     with monkeypatch.context() as patch:
-        patch.setitem(board.METHODS, "activation PCA", broken)
+        break_method(patch, "activation PCA")
         with pytest.raises(SystemExit, match=r"1 rows are missing, .*PCA, seed 0 \(V"):
             board.main()
     assert "this is mine" in capsys.readouterr().err  # where it was raised, too
-    said = json.loads((tmp_path / "leaderboard.json").read_text())
-    where = ["product space", "activation PCA, seed 0", "(ValueError: this is mine)"]
-    assert said["failed"] == [where]
+    written = json.loads((tmp_path / "leaderboard.json").read_text())
+    failure = ["product space", "activation PCA, seed 0", "(ValueError: this is mine)"]
+    assert written["failed"] == [failure]
     assert "too hard" not in (tmp_path / "leaderboard.html").read_text()
     board.main()  # tries it again
     assert "too hard" in (tmp_path / "leaderboard.html").read_text()
@@ -139,7 +229,7 @@ def test_a_method_that_raises_ends_nothing(bench, tmp_path, monkeypatch, capsys)
         "activation PCA",
     ]
     with monkeypatch.context() as patch:
-        patch.setitem(board.METHODS, "random", broken)
+        break_method(patch, "random")
         bench("leaderboard", "--tiny", "--methods", "random", "--out", tmp_path / "new")
         with pytest.raises(SystemExit, match="1 rows are missing"):
             board.main()
@@ -160,25 +250,47 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(
     assert taken.read_text() == "mine"
 
 
-def test_names_are_looked_at_once_each(bench, capsys):
+def test_the_command_line_is_checked(bench, capsys):
     board = bench("leaderboard", "--tiny", "--methods", "TopK,random,TopK")
-    assert board.parsed().methods == ["TopK", "random"]
+    assert board.parse_options().methods == ["TopK", "random"]
     for bad, match in (
         (("--seeds", "0"), "--seeds must be at least 1, got 0"),
         (("--jobs", "0"), "--jobs must be at least 1, got 0"),
         (("--tasks", "no"), "--tasks: there is no 'no'; there are product space"),
         (("--methods", ""), "--methods: there is no ''; there are random"),
+        (("--quick",), "--tiny: not with --quick"),
     ):
         bench("leaderboard", "--tiny", *bad)
         with pytest.raises(SystemExit):
-            board.parsed()
+            board.parse_options()
         assert match in capsys.readouterr().err
     bench("leaderboard", "--shapes", "--methods", "consensus")
-    other = board.parsed()
+    other = board.parse_options()
     assert (other.size, other.seeds) == ("shapes", 1)
-    assert other.out == "out/leaderboard-shapes"
+    assert other.out == Path("out/leaderboard-shapes")
     assert not set(other.tasks) & set(board.TASKS)
     assert "," not in "".join([*board.TASKS, *board.SHAPES, *board.METHODS])
+
+
+@pytest.mark.parametrize("name", ["leaderboard.py", "brittleness.py", "tap.py"])
+def test_without_tyro_the_command_says_what_to_install(name):
+    code = (
+        "import runpy, sys; sys.modules['tyro'] = None; "
+        f"sys.path.insert(0, 'benchmarks'); sys.argv = ['{name}', '--tiny']; "
+        f"runpy.run_path('benchmarks/{name}', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    expected = f"{name}: the command line needs tyro: pip install tyro"
+    assert done.stderr.strip().endswith(expected)
+    assert "Traceback" not in done.stderr
 
 
 def test_a_sweep_that_is_damaged_or_of_another_grid_is_left_to_the_user(
@@ -197,24 +309,28 @@ def test_a_sweep_that_is_damaged_or_of_another_grid_is_left_to_the_user(
             r"x.json is of another version \(1, now 2\); move",
         ),
         (
+            json.dumps(other | {"grid": grid, "version": 2, "task_version": 2}),
+            r"x.json is of another version of the task \(2, now 1\); move it away",
+        ),
+        (
             json.dumps(other | {"grid": grid, "version": 3}),
             r"x.json is of another version \(3, now 2\); move it away",
         ),
     ):
         path.write_text(text)
         with pytest.raises(SystemExit, match=match):
-            sweeps.swept(path, sweeps.Family(None, 2), None, 1.0, grid)
+            sweeps.sweep_family(path, sweeps.Family(None, 2), None, 1.0, grid)
         assert path.read_text() == text
 
 
 def test_a_sweep_goes_on_after_its_last_whole_part(bench, tmp_path):
     sweeps = bench("brittleness")
     path, grid = tmp_path / "x.json", sweeps.GRIDS["tiny"]
-    cells, asked = len(sweeps.cells_of(grid)[0]), []
+    cells, called = len(sweeps.grid_cells(grid)[0]), []
 
     def sweep(stopped):
         def part(i):
-            asked.append(i)
+            called.append(i)
             if i == stopped:
                 raise KeyboardInterrupt
             return [sweeps.Run(1e-3, 1.0, 1.0, "x", i, True, 0.5, 2.0)] * cells
@@ -222,28 +338,28 @@ def test_a_sweep_goes_on_after_its_last_whole_part(bench, tmp_path):
         return sweeps.Family(lambda *_: [functools.partial(part, i) for i in range(3)])
 
     with pytest.raises(KeyboardInterrupt):
-        sweeps.swept(path, sweep(1), None, 2.0, grid)
-    runs, seconds = sweeps.swept(path, sweep(None), None, 2.0, grid)
-    assert asked == [0, 1, 1, 2]
+        sweeps.sweep_family(path, sweep(1), None, 2.0, grid)
+    runs, seconds = sweeps.sweep_family(path, sweep(None), None, 2.0, grid)
+    assert called == [0, 1, 1, 2]
     assert [run.start for run in runs] == sorted([0, 1, 2] * cells)
-    assert sweeps.swept(path, sweep(0), None, 2.0, grid) == (runs, seconds)
-    few = json.loads(path.read_text())
-    few["runs"].pop()
-    path.write_text(json.dumps(few))
+    assert sweeps.sweep_family(path, sweep(0), None, 2.0, grid) == (runs, seconds)
+    stored = json.loads(path.read_text())
+    stored["runs"].pop()
+    path.write_text(json.dumps(stored))
     with pytest.raises(SystemExit, match=r"x.json is of another grid; move"):
-        sweeps.swept(path, sweep(None), None, 2.0, grid)
+        sweeps.sweep_family(path, sweep(None), None, 2.0, grid)
 
 
 def test_nothing_found_is_no_success(bench):
     sweeps = bench("brittleness")
     run = sweeps.Run(1e-3, 1.0, 1.0, "both", 0, True, 0.0, 2.0)
-    assert sweeps.shares([run], 0.0, 2.0, choose=False) == (0, 0)
-    (member,) = sweeps.members_of([run], 0.0, 2.0)
+    assert sweeps.success_shares([run], 0.0, 2.0, best_coefficient=False) == (0, 0)
+    (member,) = sweeps.make_members([run], 0.0, 2.0)
     assert member.figures["share of the best"] == 0
     assert member.figures["success (a)"] == member.figures["success (b)"] == 0
     bare = run._replace(codes=None)
-    assert sweeps.shares([bare], 0.5, 2.0, choose=True) == (0, None)
-    (member,) = sweeps.members_of([bare], 0.0, 2.0)
+    assert sweeps.success_shares([bare], 0.5, 2.0, best_coefficient=True) == (0, None)
+    (member,) = sweeps.make_members([bare], 0.0, 2.0)
     assert np.isnan(member.figures["success (b)"])  # and no failure
 
 
@@ -256,11 +372,11 @@ def test_success_is_near_the_best_and_b_has_the_codes_too(bench):
         run._replace(coefficient=3.0, coverage=0.89),
         run._replace(coefficient=4.0, finite=False),
     ]
-    found = sweeps.members_of(runs, 1.0, 2.0)
-    assert [m.figures["success (a)"] for m in found] == [1, 1, 0, 0]
-    assert [m.figures["success (b)"] for m in found] == [1, 0, 0, 0]
-    assert sweeps.shares(runs, 1.0, 2.0, choose=False) == (0.5, 0.25)
-    assert sweeps.shares(runs, 1.0, 2.0, choose=True) == (0.5, 1.0)
+    members = sweeps.make_members(runs, 1.0, 2.0)
+    assert [m.figures["success (a)"] for m in members] == [1, 1, 0, 0]
+    assert [m.figures["success (b)"] for m in members] == [1, 0, 0, 0]
+    assert sweeps.success_shares(runs, 1.0, 2.0, best_coefficient=False) == (0.5, 0.25)
+    assert sweeps.success_shares(runs, 1.0, 2.0, best_coefficient=True) == (0.5, 1.0)
 
 
 @pytest.mark.slow
@@ -321,12 +437,22 @@ def test_a_benchmark_runs_at_its_tiny_setting(name, tmp_path):
         assert {"case", "size", "method", "ratio", "device", "versions"} <= set(row)
 
 
+@pytest.mark.parametrize(("rows", "dim"), [(6, 4), (4, 6)])
+def test_matrices_have_the_spectrum_that_is_asked_for(rows, dim, bench):
+    spectrum = np.array([4.0, 3.0, 2.0, 1.0])
+    matrix = bench("spectra").with_spectrum(rows, dim, spectrum, seed=1)
+    assert matrix.shape == (rows, dim)
+    values = np.linalg.svd(matrix, compute_uv=False)
+    np.testing.assert_allclose(values, spectrum, rtol=1e-5)
+
+
 def end_this_process(path):
     path.touch()
     os._exit(9)
 
 
-def raise_or_wait(path, last):
+def raise_or_wait(job):
+    path, last = job
     if not last:
         raise ValueError("this is mine")
     time.sleep(60)
@@ -343,48 +469,39 @@ def wait_and_write(path):
     path.touch()
 
 
-def test_jobs_are_processes(bench, monkeypatch):
-    board = bench("leaderboard", "--tiny")
-    monkeypatch.setattr(board, "measure", process_of)
-    alone = set(board.side_by_side([(0,), (1,)], 1))
-    assert alone == {os.getpid()}
-    others = list(board.side_by_side([(0,), (1,), (2,)], 2))
+def test_jobs_are_processes(bench):
+    runner = bench("runner")
+    assert set(runner.run_parallel(process_of, [0, 1], 1)) == {os.getpid()}
+    others = list(runner.run_parallel(process_of, [0, 1, 2], 2))
     assert len(others) == 3
     assert os.getpid() not in others
 
 
-def test_a_process_that_ends_is_said(bench, tmp_path, monkeypatch):
-    board = bench("leaderboard", "--tiny")
-    monkeypatch.setattr(board, "measure", end_this_process)
-    paths = [(tmp_path / "one",), (tmp_path / "other",)]
+def test_a_process_that_ends_is_reported(bench, tmp_path):
+    paths = [tmp_path / "first", tmp_path / "second"]
     with pytest.raises(SystemExit, match=r"a process ended, .* with --jobs 1"):
-        list(board.side_by_side(paths, 2))
-    assert any(path.exists() for (path,) in paths)  # and not because it never ran
+        list(bench("runner").run_parallel(end_this_process, paths, 2))
+    assert any(path.exists() for path in paths)  # and not because it never ran
 
 
-def test_what_goes_wrong_does_not_wait_for_the_rest(bench, tmp_path, monkeypatch):
-    board = bench("leaderboard", "--tiny")
-    monkeypatch.setattr(board, "measure", raise_or_wait)
-    begun = time.perf_counter()
-    todo = [(tmp_path / "late", last) for last in (True, False, True, True)]
+def test_an_error_does_not_wait_for_the_other_jobs(bench, tmp_path):
+    jobs = [(tmp_path / "late", last) for last in (True, False, True, True)]
     with pytest.raises(ValueError, match="this is mine"):
-        list(board.side_by_side(todo, 2))
+        list(bench("runner").run_parallel(raise_or_wait, jobs, 2))
     for child in multiprocessing.active_children():
         child.join(20)
-    assert time.perf_counter() - begun < 40
-    assert not (tmp_path / "late").exists()
+    assert not (tmp_path / "late").exists()  # it would be after a minute
 
 
 def test_processes_end_with_the_one_that_began_them(tmp_path):
     code = f"""
 import sys
 sys.path[:0] = [{str(ROOT / "benchmarks")!r}, {str(ROOT / "tests")!r}]
-import leaderboard, test_benchmarks
+import runner, test_benchmarks
 from pathlib import Path
-leaderboard.measure = test_benchmarks.wait_and_write
 if __name__ == "__main__":
-    paths = [(Path({str(tmp_path)!r}) / name,) for name in "ab"]
-    list(leaderboard.side_by_side(paths, 2))
+    paths = [Path({str(tmp_path)!r}) / name for name in "ab"]
+    list(runner.run_parallel(test_benchmarks.wait_and_write, paths, 2))
 """
     (tmp_path / "run.py").write_text(code)
     with subprocess.Popen([sys.executable, str(tmp_path / "run.py")]) as parent:
@@ -399,29 +516,34 @@ if __name__ == "__main__":
     assert not (tmp_path / "b").exists()
 
 
-def test_what_processes_found_is_put_together(bench, tmp_path, monkeypatch, capsys):
-    names = "--methods", "random,ICA,TopK"
-    board = bench("leaderboard", "--tiny", "--seeds", "3", "--jobs", "2", *names)
-    options = board.parsed()
-    asked = []
+def test_results_of_processes_are_put_together(bench, tmp_path, monkeypatch, capsys):
+    runner, called = bench("runner"), []
 
-    def side_by_side(todo, jobs):
-        asked.extend((one[3], one[5], jobs) for one in todo)
-        why = {"ICA": "no sklearn"}
-        row = ROW | {"seed": 1}
-        yield board.Measured("product space", [row], [], why, None)
-        bad = [("product space", "TopK, seed 0", "(E: e)")]
-        yield board.Measured("product space", [ROW], bad, why, ("about", None))
+    def run_parallel(function, jobs, processes):
+        called.extend((job.seed, job.methods, processes) for job in jobs)
+        result = runner.JobResult(
+            "product space", [ROW | {"seed": 1}], [], {"ICA": "no sklearn"}, None
+        )
+        yield result
+        failures = [("product space", "TopK, seed 0", "(E: e)")]
+        yield result._replace(rows=[ROW], failures=failures, page=("about", None))
 
-    monkeypatch.setattr(board, "side_by_side", side_by_side)
-    rows, pages = [ROW | {"case": "product space", "seed": 2, "method": "TopK"}], {}
-    methods, failed = board.fill(rows, pages, tmp_path / "rows.jsonl", options)
-    every = ["random", "ICA", "TopK"]
-    assert asked == [(0, every, 2), (1, every, 2), (2, every[:2], 2)]
-    assert methods == ["random", "TopK"]
-    assert failed == [("product space", "TopK, seed 0", "(E: e)")]
-    assert [row["seed"] for row in rows] == [2, 1, 0]
-    assert pages == {"product space": ("about", None)}
+    monkeypatch.setattr(runner, "run_parallel", run_parallel)
+    methods = ["random", "ICA", "TopK"]
+    measured = runner.measure_missing(
+        [ROW | {"case": "product space", "seed": 2, "method": "TopK"}],
+        tmp_path / "rows.jsonl",
+        **TINY,
+        seeds=3,
+        tasks=["product space"],
+        methods=methods,
+        processes=2,
+    )
+    assert called == [(0, methods, 2), (1, methods, 2), (2, methods[:2], 2)]
+    assert measured.methods == ["random", "TopK"]
+    assert measured.failures == [("product space", "TopK, seed 0", "(E: e)")]
+    assert [row["seed"] for row in measured.rows] == [2, 1, 0]
+    assert measured.pages == {"product space": ("about", None)}
     assert capsys.readouterr().out == "ICA is left out: no sklearn\n"
 
 
@@ -429,10 +551,12 @@ def test_a_task_that_raises_ends_nothing(bench, tmp_path, monkeypatch, capsys):
     names = "--methods", "random"
     board = bench("leaderboard", "--tiny", *names, "--out", tmp_path)
 
-    def broken(_):
+    def broken(_, **__):
         raise ValueError("no such model")
 
-    monkeypatch.setitem(board.TINY, "product space", broken)
+    tiny = board.SIZES["tiny"].tasks
+    task = tiny["product space"]._replace(make=broken)
+    monkeypatch.setitem(tiny, "product space", task)
     with pytest.raises(SystemExit, match=r"space as a whole, seed 0 \(ValueError: no"):
         board.main()
     assert "no such model" in capsys.readouterr().err
@@ -441,13 +565,13 @@ def test_a_task_that_raises_ends_nothing(bench, tmp_path, monkeypatch, capsys):
 def test_jobs_that_are_not_asked_for(bench, monkeypatch, capsys):
     board = bench("leaderboard", "--quick")
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    assert board.parsed().jobs == 2
+    assert board.parse_options().jobs == 2
     monkeypatch.setattr(board.jax, "default_backend", lambda: "gpu")
-    assert board.parsed().jobs == 1
+    assert board.parse_options().jobs == 1
     bench("leaderboard", "--quick", "--jobs", "2")
     with pytest.raises(SystemExit):
-        board.parsed()
+        board.parse_options()
     assert "an accelerator runs one process" in capsys.readouterr().err
     monkeypatch.undo()
     board = bench("leaderboard")
-    assert board.parsed().jobs == 1
+    assert board.parse_options().jobs == 1

@@ -1,79 +1,98 @@
+"""Imports go one way: between the rooms of the package, and inside each of them."""
+
 import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "toyfeat"
 
-# The lowest level a module may be imported from is one above its own.
+# A room imports from rooms with a lower number only; the last one also from the face.
 LEVELS = {
     "types": 0,
-    "memory": 0,
+    "files": 0,
     "linalg": 1,
-    "data": 1,
     "checkpoint": 1,
+    "data": 2,
+    "worlds": 2,
     "tap": 2,
-    "models": 3,
     "moments": 3,
-    "decompose": 3,
-    "matching": 3,
-    "pursuit": 3,
-    "dictionary": 3,
-    "train": 4,
-    "evaluate": 4,
-    "detection": 4,
-    "ablation": 4,
-    "interop": 4,
-    "splicing": 4,
-    "consensus": 5,
-    "language": 5,
-    "scoring": 6,
-    "report": 7,
+    "decompose": 4,
+    "dictionary": 5,
+    "models": 5,
+    "train": 6,
+    "interop": 6,
+    "metrics": 7,
+    "discover": 8,
+    "lm": 9,
+    "jobs": 10,
+    "report": 11,
 }
-# Stand outside the order: the public face, and what only tests and benchmarks use.
-OUTSIDE = {"__init__", "testing"}
 
 
-def part_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module_of(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_parts(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+PATHS = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+ROOMS = sorted({name.split(".")[1] for name in PATHS if "." in name})
+
+
+def imported_modules(path):
+    """Names of the package's modules that a file imports, submodules where they are."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
-            if node.module == "toyfeat":
-                names = [f"toyfeat.{alias.name}" for alias in node.names]
+            if node.module.split(".")[0] != "toyfeat":
+                continue
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in PATHS else node.module
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
+            yield from (a.name for a in node.names if a.name.split(".")[0] == "toyfeat")
+
+
+@pytest.mark.parametrize("name", [name for name in PATHS if name != "toyfeat"])
+def test_a_module_imports_only_from_rooms_below_its_own(name):
+    room = name.split(".")[1]
+    assert room in LEVELS, f"{room} has no level: add it to LEVELS"
+    for imported in imported_modules(PATHS[name]):
+        if imported == "toyfeat":
+            assert room == "report", f"{name} must import from modules, not the face"
             continue
-        yield from (n.split(".")[1:2] for n in names if n.split(".")[0] == "toyfeat")
+        other = imported.split(".")[1]
+        if other != room:
+            assert LEVELS[other] < LEVELS[room], f"{name} must not import {imported}"
 
 
-MODULES = sorted(PACKAGE.rglob("*.py"))
+@pytest.mark.parametrize("room", ROOMS)
+def test_inside_a_room_imports_have_no_circle(room):
+    """A package's ``__init__`` stands on top: no module of it may import from it."""
+    prefix = f"toyfeat.{room}"
+    inside = [n for n in PATHS if n == prefix or n.startswith(f"{prefix}.")]
+    graph = {n: {m for m in imported_modules(PATHS[n]) if m in inside} for n in inside}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"{room}: {' -> '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_the_levels_below_it(path):
-    part = part_of(path)
-    if part in OUTSIDE:
-        return
-    assert part in LEVELS, f"{part} has no level: add it to LEVELS"
-    for imported in imported_parts(path):
-        if not imported:  # the public face itself
-            assert LEVELS[part] == 7
-            continue
-        other = imported[0]
-        if other == part:
-            continue
-        assert LEVELS[other] < LEVELS[part], f"{part} must not import {other}"
+def test_the_package_imports_nothing_of_what_stands_around_it():
+    around = {"examples", "benchmarks", "scripts", "tests"}
+    for name, path in PATHS.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [getattr(node, "module", None) or ""]
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif not isinstance(node, ast.ImportFrom):
+                continue
+            assert not around & {m.split(".")[0] for m in modules}, name
 
 
 def test_importing_the_package_touches_no_device_and_no_extra():
-    import subprocess
-    import sys
-
     code = (
         "import sys, toyfeat\n"
         "from jax._src import xla_bridge\n"

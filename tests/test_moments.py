@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from toyfeat import moments
+from toyfeat import moments, moments_of
 from toyfeat.types import Accumulator, Moments, Taps
 
 DIM = 5
@@ -473,3 +473,39 @@ def test_a_batch_of_the_wrong_shape_raises(acts, grads, weights, match, wrap):
     )
     with pytest.raises(ValueError, match=match):
         wrap(acc.update)(acc.init(), taps)
+
+
+@pytest.mark.parametrize("grads", [True, False], ids=["grads", "no grads"])
+def test_moments_of_taps_are_those_of_numpy(grads):
+    taps = jax.tree.map(jnp.asarray, stream(n=40))
+    taps = taps._replace(weights=taps.weights.at[::5].set(0))
+    taps = taps if grads else taps._replace(grads=None)
+    assert_same(moments_of(taps), oracle(taps))
+    assert_same(moments_of({"layers_0": taps}), oracle(taps))
+
+
+def test_moments_of_are_those_of_the_accumulator_and_the_same_inside_jit():
+    taps = jax.tree.map(jnp.asarray, stream())
+    acc = moments(DIM)
+    stats = acc.finish(acc.update(acc.init(), taps))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, moments_of(taps), stats))
+    assert_same(jax.jit(moments_of)(taps), oracle(taps))
+
+
+def test_moments_of_several_sites_or_none_raise_and_say_what_to_do():
+    taps = jax.tree.map(jnp.asarray, stream())
+    with pytest.raises(ValueError, match=r"2 sites \['a', 'b'\].*taps\[site\]"):
+        moments_of({"a": taps, "b": taps})
+    with pytest.raises(ValueError, match=r"one site, got 0 sites \[\]"):
+        moments_of({})
+
+
+@pytest.mark.parametrize("taps", [None, np.zeros((3, 2)), {"a": np.zeros((3, 2))}])
+def test_moments_of_something_else_raise(taps):
+    with pytest.raises(TypeError, match="wanted Taps or a dict with one site, got"):
+        moments_of(taps)
+
+
+def test_moments_of_acts_that_are_no_matrix_raise():
+    with pytest.raises(ValueError, match=r"acts \[N, D\], got shape \(5,\)"):
+        moments_of(Taps(jnp.zeros(5), None, jnp.ones(5)))

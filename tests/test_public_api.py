@@ -1,133 +1,71 @@
+"""The public face: its names, and what their documentation has to say."""
+
 import importlib
 import inspect
 import pkgutil
+import types
 
 import pytest
 
-import toyfeat as tf
+import toyfeat as ft
 
-PINNED = [
-    "splice",
-    "ce_recovered",
-    "attribution_faithfulness",
-    "Faithfulness",
-    "active_features",
-    "scores",
-    "Scores",
-    "consensus",
-    "circular_planes",
-    "Consensus",
-    "Description",
-    "Found",
-    "Subject",
-    "Task",
-    "data",
-    "fit",
-    "load_tree",
-    "save_tree",
-    "attribution_l0",
-    "attribution_objective",
-    "controllers",
-    "dictionary_objective",
-    "objectives",
-    "paired",
-    "folded",
-    "from_basis",
-    "scales",
-    "Scales",
-    "population",
-    "trainer",
-    "check_outliers",
-    "final_metrics",
-    "grid",
-    "pareto_front",
-    "sweep_table",
-    "Member",
-    "Outliers",
-    "ArrayBatches",
-    "Controller",
-    "Detection",
-    "Forward",
-    "Parts",
-    "Term",
-    "Trainer",
-    "TrainState",
-    "batch_topk",
-    "gated",
-    "gradient_topk",
-    "jump_relu",
-    "matryoshka",
-    "standard",
-    "topk",
-    "Dictionary",
-    "DictionaryConfig",
-    "load_dictionary_learning",
-    "load_saelens",
-    "load_sparsify",
-    "save_saelens",
-    "ablation_curve",
-    "edge_ablation",
-    "edges_needed",
-    "eigengaps",
-    "interaction_edges",
-    "joint_pca",
-    "local_interaction_basis",
-    "sketched_moments",
-    "keep_memory",
-    "SketchedMoments",
-    "Accumulator",
-    "Basis",
-    "Diagnostics",
-    "Match",
-    "Moments",
-    "Probed",
-    "Products",
-    "SVD",
-    "SVDInfo",
-    "Taps",
-    "Truth",
-    "check_no_mixing",
-    "check_taps",
-    "decode",
-    "detection",
-    "encode",
-    "explanation",
-    "from_function",
-    "from_linen",
-    "from_nnx",
-    "from_split",
-    "gradient_pca",
-    "match_features",
-    "moments",
-    "output_preserved",
-    "pca",
-    "principal_angles",
-    "r_squared",
-    "random_coverage",
-    "randomized_svd",
-    "readouts",
-    "site_shapes",
-    "stream_svd",
-    "tap",
-    "uniqueness",
-    "variance_explained",
+CONTRACTS = "Taps Probed Accumulator Moments Basis Dictionary Trainer TrainState"
+CONTRACTS = [*CONTRACTS.split(), "Subject", "Features"]
+FUNCTIONS = """
+    from_function from_split from_linen from_nnx tap site_shapes check_taps
+    check_no_mixing moments moments_of pca gradient_pca joint_pca
+    local_interaction_basis encode decode describe consensus trainer population fit
+    denormalized save_tree load_tree
+"""
+FUNCTIONS = FUNCTIONS.split()
+NAMESPACES = {
+    "readouts": "scalar loss next_token_loss sampled_labels random_directions "
+    "directions jacobian logit_difference along_path half_squared_norm Readout",
+    "dictionaries": "standard topk batch_topk jump_relu gated matryoshka "
+    "gradient_topk paired from_basis Config Output",
+    "losses": "reconstruction sparsity quadratic_l0 gate dead_latents "
+    "attribution_sparsity unexplained gradient_reconstruction default attribution "
+    "Term Inputs",
+    "controllers": "target_l0 target_attribution_l0 target_fvu Controller",
+    "metrics": "match_features random_coverage feature_uniqueness "
+    "latent_classification principal_angles r_squared variance_explained "
+    "output_preserved ablation_curve edge_ablation edges_needed splice ce_recovered "
+    "attribution_l0 attribution_faithfulness score_task mean_active_features "
+    "outlier_dims Match Classification Faithfulness TaskScores OutlierDims",
+    "linalg": "randomized_svd stream_svd LinearMap SVD SVDInfo",
+    "data": "array_batches store_batches open_store store_writer verify_store "
+    "store_size Batches",
+    "planted": "subject_of Task Truth product_space circuits superposition",
+    "sweeps": "grid table final_metrics pareto_front Row",
+    "interop": "load_saelens save_saelens load_sparsify load_dictionary_learning",
+}
+
+
+def test_the_face_has_44_names_of_which_ten_are_namespaces():
+    assert sorted(ft.__all__) == sorted([*CONTRACTS, *FUNCTIONS, *NAMESPACES])
+    assert len(ft.__all__) == 44
+    for name in ft.__all__:
+        is_module = isinstance(getattr(ft, name), types.ModuleType)
+        assert is_module == (name in NAMESPACES), name
+
+
+@pytest.mark.parametrize("space", NAMESPACES)
+def test_a_namespace_has_the_names_that_are_pinned(space):
+    module = getattr(ft, space)
+    missing = [name for name in NAMESPACES[space].split() if not hasattr(module, name)]
+    assert not missing
+
+
+PUBLIC = [getattr(ft, name) for name in FUNCTIONS]
+PUBLIC += [
+    value
+    for space, names in NAMESPACES.items()
+    for value in (getattr(getattr(ft, space), name, None) for name in names.split())
+    if inspect.isfunction(value)
 ]
 
 
-def test_the_public_names_are_the_pinned_ones():
-    assert sorted(tf.__all__) == sorted(PINNED)
-
-
-FUNCTIONS = [getattr(tf, n) for n in PINNED if inspect.isfunction(getattr(tf, n))]
-FUNCTIONS += [
-    f
-    for module in (tf.readouts, tf.controllers)
-    for _, f in inspect.getmembers(module, inspect.isfunction)
-    if f.__module__ == module.__name__ and not f.__name__.startswith("_")
-]
-
-
-@pytest.mark.parametrize("fn", FUNCTIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fn", PUBLIC, ids=lambda f: f.__name__)
 def test_a_public_function_documents_its_arguments_and_result(fn):
     doc = inspect.getdoc(fn)
     assert doc
@@ -137,23 +75,32 @@ def test_a_public_function_documents_its_arguments_and_result(fn):
         assert f"{name}:" in doc, f"{fn.__name__} does not document {name}"
 
 
-MODULES = [info.name for info in pkgutil.walk_packages(tf.__path__, "toyfeat.")]
+MODULES = [info.name for info in pkgutil.walk_packages(ft.__path__, "toyfeat.")]
+RIDDLES = {"Of", "What", "Whether", "How", "Which", "Where", "That", "As", "Why"}
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_and_every_public_name_in_it_has_a_docstring(name):
     module = importlib.import_module(name)
-    assert module.__doc__, f"{name} has no docstring"
-    for attribute, value in vars(module).items():
-        ours = getattr(value, "__module__", None) == name
-        if ours and not attribute.startswith("_") and callable(value):
-            assert inspect.getdoc(value), f"{name}.{attribute} has no docstring"
+    documented = {name: module}
+    documented |= {
+        f"{name}.{attribute}": value
+        for attribute, value in vars(module).items()
+        if getattr(value, "__module__", None) == name
+        and not attribute.startswith("_")
+        and callable(value)
+    }
+    for where, value in documented.items():
+        doc = inspect.getdoc(value)
+        assert doc, f"{where} has no docstring"
+        first = doc.split()[0]
+        assert first not in RIDDLES, f"{where} opens with {first!r}: use a verb or noun"
 
 
 def test_functions_that_share_the_name_of_a_module_can_both_be_reached():
     from toyfeat.moments import moments
     from toyfeat.tap import from_linen, tap
 
-    assert tf.tap is tap
-    assert tf.moments is moments
-    assert tf.from_linen is from_linen
+    assert ft.tap is tap
+    assert ft.moments is moments
+    assert ft.from_linen is from_linen

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import toyfeat as tf
+import toyfeat as ft
+from toyfeat.moments import sketched_moments
 
 DIM, RANK, NUM, READOUTS = 60, 6, 900, 2
 
@@ -16,7 +17,7 @@ def taps():
     acts = (jax.random.normal(keys[1], (NUM, DIM)) * decay[None, :]) @ mix + 3.0
     grads = jax.random.normal(keys[2], (NUM, READOUTS, DIM)) * decay[::-1][None, None]
     weights = (jax.random.uniform(keys[3], (NUM,)) > 0.2).astype(jnp.float32)
-    return tf.Taps(acts, grads, weights)
+    return ft.Taps(acts, grads, weights)
 
 
 def folded(acc, taps, size=300):
@@ -29,23 +30,23 @@ def folded(acc, taps, size=300):
 
 @pytest.fixture(scope="module")
 def both(taps):
-    exact, sketch = tf.moments(DIM), tf.sketched_moments(DIM, 24, width=48)
+    exact, sketch = ft.moments(DIM), sketched_moments(DIM, 24, width=48)
     return exact.finish(folded(exact, taps)), sketch.finish(folded(sketch, taps))
 
 
-@pytest.mark.parametrize("method", [tf.pca, tf.gradient_pca, tf.joint_pca])
+@pytest.mark.parametrize("method", [ft.pca, ft.gradient_pca, ft.joint_pca])
 def test_a_wide_sketch_gives_the_same_basis_as_the_moments(both, method):
     want, got = (method(stats, RANK) for stats in both)
     np.testing.assert_allclose(got.spectrum, want.spectrum, rtol=2e-3)
     np.testing.assert_allclose(got.mean, want.mean, atol=1e-5)
     np.testing.assert_allclose(got.diagnostics.total, want.diagnostics.total, rtol=1e-3)
     for ours, theirs in ((got.readers.T, want.readers.T), (got.writers, want.writers)):
-        cosines = tf.principal_angles(ours, theirs)
+        cosines = ft.metrics.principal_angles(ours, theirs)
         assert float(cosines.min()) > 0.999
 
 
 def test_two_halves_merge_to_the_whole(taps, both):
-    acc = tf.sketched_moments(DIM, 24, width=48)
+    acc = sketched_moments(DIM, 24, width=48)
     halves = [
         acc.update(acc.init(), jax.tree.map(lambda x, part=part: x[part], taps))
         for part in (slice(0, 450), slice(450, NUM))
@@ -58,7 +59,7 @@ def test_two_halves_merge_to_the_whole(taps, both):
 
 def test_what_rows_of_weight_0_hold_does_not_matter(taps, both):
     hidden = jnp.where(taps.weights == 0, jnp.nan, 1.0)
-    acc = tf.sketched_moments(DIM, 24, width=48)
+    acc = sketched_moments(DIM, 24, width=48)
     spoiled = taps._replace(acts=taps.acts * hidden[:, None])
     got = acc.finish(folded(acc, spoiled))
     np.testing.assert_allclose(got.acts.s[:RANK], both[1].acts.s[:RANK], rtol=1e-5)
@@ -66,12 +67,12 @@ def test_what_rows_of_weight_0_hold_does_not_matter(taps, both):
 
 def test_errors_say_what_is_wrong(taps, both):
     with pytest.raises(ValueError, match=r"rank must be in 1 \.\. 24"):
-        tf.pca(both[1], 25)
+        ft.pca(both[1], 25)
     with pytest.raises(ValueError, match="not centred"):
-        tf.gradient_pca(both[1], 2, center=True)
-    acc = tf.sketched_moments(DIM, 4, grads=False)
+        ft.gradient_pca(both[1], 2, center=True)
+    acc = sketched_moments(DIM, 4, grads=False)
     without = acc.finish(acc.update(acc.init(), taps._replace(grads=None)))
     with pytest.raises(ValueError, match="hold no gradients"):
-        tf.joint_pca(without, 2)
+        ft.joint_pca(without, 2)
     with pytest.raises(ValueError, match="wanted acts"):
         acc.update(acc.init(), taps._replace(acts=taps.acts[:, :3]))

@@ -1,67 +1,29 @@
-"""Features of the model: activations and gradients, analysed together, in JAX.
+"""Features of a model, from its activations and their gradients, in JAX.
 
-Everything that is public is here.  ``toyfeat.tap`` and ``toyfeat.moments`` are
-the functions; import from the modules of the same name with ``from toyfeat.tap
-import ...``.
+The public face has 44 names: ten contracts, 24 functions, ten namespaces.  Everything
+else is imported from its module (``toyfeat.decompose``, ``toyfeat.discover``,
+``toyfeat.worlds``, ``toyfeat.lm``, ``toyfeat.jobs``, ``toyfeat.report``).
+
+``toyfeat.tap``, ``toyfeat.moments`` and the like are the functions; ``from toyfeat.tap
+import ...`` still reaches the modules of the same name.
 """
 
-from toyfeat import data
-from toyfeat.ablation import ablation_curve, edge_ablation, edges_needed
+from toyfeat import data, interop, linalg, metrics
+from toyfeat import dictionary as dictionaries
 from toyfeat.checkpoint import load_tree, save_tree
-from toyfeat.consensus import consensus
 from toyfeat.decompose import (
-    circular_planes,
     decode,
-    eigengaps,
+    describe,
     encode,
-    explanation,
     gradient_pca,
-    interaction_edges,
     joint_pca,
     local_interaction_basis,
     pca,
 )
-from toyfeat.detection import detection, uniqueness
-from toyfeat.dictionary import (
-    attribution_l0,
-    attribution_objective,
-    batch_topk,
-    controllers,
-    dictionary_objective,
-    from_basis,
-    gated,
-    gradient_topk,
-    jump_relu,
-    matryoshka,
-    objectives,
-    paired,
-    standard,
-    topk,
-)
-from toyfeat.evaluate import (
-    match_features,
-    output_preserved,
-    principal_angles,
-    r_squared,
-    random_coverage,
-    variance_explained,
-)
-from toyfeat.interop import (
-    load_dictionary_learning,
-    load_saelens,
-    load_sparsify,
-    save_saelens,
-)
-from toyfeat.linalg import Products, randomized_svd, stream_svd
-from toyfeat.memory import keep_memory
-from toyfeat.moments import moments, sketched_moments
-from toyfeat.scoring import active_features, scores
-from toyfeat.splicing import (
-    Faithfulness,
-    attribution_faithfulness,
-    ce_recovered,
-    splice,
-)
+from toyfeat.dictionary import Dictionary, controllers, losses
+from toyfeat.discover import consensus
+from toyfeat.models import planted
+from toyfeat.moments import moments, moments_of
 from toyfeat.tap import (
     check_no_mixing,
     check_taps,
@@ -74,155 +36,69 @@ from toyfeat.tap import (
     tap,
 )
 from toyfeat.train import (
-    check_outliers,
-    final_metrics,
+    Trainer,
+    TrainState,
+    denormalized,
     fit,
-    folded,
-    grid,
-    pareto_front,
     population,
-    scales,
-    sweep_table,
+    sweeps,
     trainer,
 )
 from toyfeat.types import (
-    SVD,
     Accumulator,
-    ArrayBatches,
     Basis,
-    Consensus,
-    Controller,
-    Description,
-    Detection,
-    Diagnostics,
-    Dictionary,
-    DictionaryConfig,
-    Forward,
-    Found,
-    Match,
-    Member,
+    Features,
     Moments,
-    Outliers,
-    Parts,
     Probed,
-    Scales,
-    Scores,
-    SketchedMoments,
     Subject,
-    SVDInfo,
     Taps,
-    Task,
-    Term,
-    Trainer,
-    TrainState,
-    Truth,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "SVD",
     "Accumulator",
-    "ArrayBatches",
     "Basis",
-    "Consensus",
-    "Controller",
-    "Description",
-    "Detection",
-    "Diagnostics",
     "Dictionary",
-    "DictionaryConfig",
-    "Faithfulness",
-    "Forward",
-    "Found",
-    "Match",
-    "Member",
+    "Features",
     "Moments",
-    "Outliers",
-    "Parts",
     "Probed",
-    "Products",
-    "SVDInfo",
-    "Scales",
-    "Scores",
-    "SketchedMoments",
     "Subject",
     "Taps",
-    "Task",
-    "Term",
     "TrainState",
     "Trainer",
-    "Truth",
-    "ablation_curve",
-    "active_features",
-    "attribution_faithfulness",
-    "attribution_l0",
-    "attribution_objective",
-    "batch_topk",
-    "ce_recovered",
     "check_no_mixing",
-    "check_outliers",
     "check_taps",
-    "circular_planes",
     "consensus",
     "controllers",
     "data",
     "decode",
-    "detection",
-    "dictionary_objective",
-    "edge_ablation",
-    "edges_needed",
-    "eigengaps",
+    "denormalized",
+    "describe",
+    "dictionaries",
     "encode",
-    "explanation",
-    "final_metrics",
     "fit",
-    "folded",
-    "from_basis",
     "from_function",
     "from_linen",
     "from_nnx",
     "from_split",
-    "gated",
     "gradient_pca",
-    "gradient_topk",
-    "grid",
-    "interaction_edges",
+    "interop",
     "joint_pca",
-    "jump_relu",
-    "keep_memory",
-    "load_dictionary_learning",
-    "load_saelens",
-    "load_sparsify",
+    "linalg",
     "load_tree",
     "local_interaction_basis",
-    "match_features",
-    "matryoshka",
+    "losses",
+    "metrics",
     "moments",
-    "objectives",
-    "output_preserved",
-    "paired",
-    "pareto_front",
+    "moments_of",
     "pca",
+    "planted",
     "population",
-    "principal_angles",
-    "r_squared",
-    "random_coverage",
-    "randomized_svd",
     "readouts",
-    "save_saelens",
     "save_tree",
-    "scales",
-    "scores",
     "site_shapes",
-    "sketched_moments",
-    "splice",
-    "standard",
-    "stream_svd",
-    "sweep_table",
+    "sweeps",
     "tap",
-    "topk",
     "trainer",
-    "uniqueness",
-    "variance_explained",
 ]

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 STATE = {}
 
 # As in the process that this is compared with; its package is not installed here.
-MEMORY = Path(__file__).parents[2] / "toyfeat" / "memory.py"
+MEMORY = Path(__file__).parents[2] / "toyfeat" / "jobs" / "memory.py"
 runpy.run_path(str(MEMORY))["keep_memory"]()
 
 

@@ -106,7 +106,7 @@ def sparsify(folder):
 
 
 def tensors(folder):
-    """Of every dtype, transposed, sliced, shared, empty, and without axes."""
+    """Make tensors: every dtype, transposed, sliced, shared, empty, no axes."""
     folder.mkdir(parents=True, exist_ok=True)
     base = torch.arange(24.0).reshape(4, 6)
     kinds = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool"
@@ -125,7 +125,7 @@ def tensors(folder):
 
 
 def written(path, acts, codes, out):
-    """What was computed, beside what was saved."""
+    """Return what was computed, beside what was saved."""
     arrays = {"acts": acts, "codes": codes, "out": out}
     np.savez(path / "run.npz", **{k: v.detach().numpy() for k, v in arrays.items()})
 

@@ -1,4 +1,4 @@
-"""Whether SAELens makes of ``save_saelens``' files what toyfeat makes of them.
+"""Check that SAELens reads the files of ``save_saelens`` with the same result.
 
     python benchmarks/peers/saelens_reads.py write out/sae       # where toyfeat is
     benchmarks/peers/.venv/bin/python benchmarks/peers/saelens_reads.py read out/sae
@@ -21,21 +21,21 @@ def write(folder):
     import jax
     import jax.numpy as jnp
 
-    import toyfeat as tf
+    import toyfeat as ft
 
     cases = {
-        "standard": tf.standard(D, M),
-        "topk": tf.topk(D, M, K),
-        "topk_plain": tf.topk(D, M, K, rescale_acts_by_decoder_norm=False),
-        "abstopk": tf.topk(D, M, K, signed=True),
-        "gradient_topk": tf.gradient_topk(D, M, K, weight=2.5),
-        "batchtopk": tf.batch_topk(D, M, K),
-        "matryoshka": tf.matryoshka(D, M, K, widths=(4, M)),
-        "jumprelu": tf.jump_relu(D, M),
-        "gated": tf.gated(D, M),
-        "transcoder": tf.standard(D, M, target_dim=4),
-        "jumprelu_transcoder": tf.jump_relu(D, M, target_dim=4),
-        "paired": tf.paired(D, M, K),
+        "standard": ft.dictionaries.standard(D, M),
+        "topk": ft.dictionaries.topk(D, M, K),
+        "topk_plain": ft.dictionaries.topk(D, M, K, rescale_acts_by_decoder_norm=False),
+        "abstopk": ft.dictionaries.topk(D, M, K, signed=True),
+        "gradient_topk": ft.dictionaries.gradient_topk(D, M, K, weight=2.5),
+        "batchtopk": ft.dictionaries.batch_topk(D, M, K),
+        "matryoshka": ft.dictionaries.matryoshka(D, M, K, widths=(4, M)),
+        "jumprelu": ft.dictionaries.jump_relu(D, M),
+        "gated": ft.dictionaries.gated(D, M),
+        "transcoder": ft.dictionaries.standard(D, M, target_dim=4),
+        "jumprelu_transcoder": ft.dictionaries.jump_relu(D, M, target_dim=4),
+        "paired": ft.dictionaries.paired(D, M, K),
     }
     rng = np.random.default_rng(0)
     for name, sae in cases.items():
@@ -46,7 +46,7 @@ def write(folder):
             params[key] = jnp.abs(params[key])
         if "gradient" in name or name == "paired":
             params["grad_scale"] = jnp.array([1e-3, 2.0])
-        tf.save_saelens(f"{folder}/{name}", sae, params)
+        ft.interop.save_saelens(f"{folder}/{name}", sae, params)
         acts = rng.normal(size=(N, D)).astype(np.float32)
         codes = sae.encode(params, jnp.asarray(acts))
         out = sae.decode(params, codes)

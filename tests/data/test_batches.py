@@ -1,3 +1,5 @@
+"""Batches: each row once per epoch, a function of the step, uniform orders."""
+
 from collections import Counter
 
 import jax
@@ -7,29 +9,29 @@ import pytest
 from scipy import stats
 
 from toyfeat.data.batches import array_batches, store_batches
-from toyfeat.data.permutation import epoch_words, permuted
+from toyfeat.data.permutation import epoch_words, permute_index
 from toyfeat.data.store import open_store
 from toyfeat.data.writing import store_writer
 from toyfeat.types import Taps
 
 
 def numbered(rows, readouts=1):
-    """Rows whose every entry tells which row it is."""
+    """Return rows whose entries all encode the index of the row."""
     ids = np.arange(rows, dtype=np.float32)
     acts = ids[:, None] + np.array([0, 0.25], np.float32)
     grads = None if readouts is None else -np.stack([acts] * readouts, axis=1)
     return Taps(acts, grads, ids + 1)
 
 
-def a_store(path, rows, per_shard, readouts=1, dtype="float32"):
+def write_store(path, rows, per_shard, readouts=1, dtype="float32"):
     settings = {"readouts": readouts, "dtype": dtype, "rows_per_shard": per_shard}
     with store_writer(path, dim=2, **settings) as writer:
         writer.append(numbered(rows, readouts))
     return open_store(path)
 
 
-def ids_of(taps):
-    """The rows of a batch, all fields of which must agree."""
+def row_ids(taps):
+    """Return the row indices of a batch and check that all its fields agree."""
     ids = np.asarray(taps.weights).astype(int) - 1
     wanted = jax.tree.map(lambda x: x[ids], numbered(max(ids) + 1))
     np.testing.assert_array_equal(taps.acts, wanted.acts)
@@ -38,8 +40,8 @@ def ids_of(taps):
     return ids.tolist()
 
 
-def both(path, rows, batch, seed=0):
-    yield store_batches(a_store(path, rows, 10), batch=batch, seed=seed, window=3)
+def store_and_array_batches(path, rows, batch, seed=0):
+    yield store_batches(write_store(path, rows, 10), batch=batch, seed=seed, window=3)
     yield jitted(array_batches(numbered(rows), batch=batch, seed=seed))
 
 
@@ -52,13 +54,13 @@ def jitted(batches):
 
 @pytest.mark.parametrize(("rows", "batch"), [(103, 10), (60, 60), (7, 3), (101, 1)])
 def test_each_row_comes_once_an_epoch(rows, batch, tmp_path):
-    for batches in both(tmp_path, rows, batch):
+    for batches in store_and_array_batches(tmp_path, rows, batch):
         served = Counter()
         for step in range(rows):  # batch epochs
-            ids = ids_of(batches(step))
+            ids = row_ids(batches(step))
             assert len(ids) == batch
             served.update(ids)
-            # Whole epochs are served, and none of the rest comes twice.
+            # Whole epochs are served, and no row of the next epoch comes twice.
             epochs = (step + 1) * batch // rows
             assert {served[i] for i in range(rows)} <= {epochs, epochs + 1}
             if step > 3 * rows // batch:
@@ -68,18 +70,20 @@ def test_each_row_comes_once_an_epoch(rows, batch, tmp_path):
 
 
 def test_is_a_function_of_the_step_and_the_seed(tmp_path):
-    one, two = ([*both(tmp_path / name, 103, 20)] for name in "ab")
-    other = [*both(tmp_path / "c", 103, 20, seed=1)]
-    for f, g, h in zip(one, two, other, strict=True):
-        forward = [ids_of(f(step)) for step in range(12)]
-        assert [ids_of(g(step)) for step in reversed(range(12))] == forward[::-1]
-        assert ids_of(h(0)) != forward[0]
+    first, second = (
+        [*store_and_array_batches(tmp_path / name, 103, 20)] for name in "ab"
+    )
+    other = [*store_and_array_batches(tmp_path / "c", 103, 20, seed=1)]
+    for f, g, h in zip(first, second, other, strict=True):
+        forward = [row_ids(f(step)) for step in range(12)]
+        assert [row_ids(g(step)) for step in reversed(range(12))] == forward[::-1]
+        assert row_ids(h(0)) != forward[0]
         assert len({tuple(sorted(ids)) for ids in forward}) == 12
 
 
 @pytest.mark.parametrize("readouts", [None, 2])
 def test_dtype_and_shapes_are_those_of_the_store(readouts, tmp_path):
-    store = a_store(tmp_path, 50, 10, readouts, "bfloat16")
+    store = write_store(tmp_path, 50, 10, readouts, "bfloat16")
     taps = store_batches(store, batch=8, seed=0)(2)
     assert taps.acts.dtype == jnp.bfloat16
     assert taps.weights.dtype == jnp.float32
@@ -93,36 +97,36 @@ def test_dtype_and_shapes_are_those_of_the_store(readouts, tmp_path):
 
 
 def test_a_window_mixes_its_shards_and_epochs_pair_other_shards(tmp_path):
-    batches = store_batches(a_store(tmp_path, 800, 50), batch=100, seed=3, window=2)
+    batches = store_batches(write_store(tmp_path, 800, 50), batch=100, seed=3, window=2)
     together = set()
     for epoch in range(6):
         shards = [
-            Counter(i // 50 for i in ids_of(batches(8 * epoch + s))) for s in range(8)
+            Counter(i // 50 for i in row_ids(batches(8 * epoch + s))) for s in range(8)
         ]
         assert all(set(count.values()) == {50} for count in shards)
         together |= {tuple(sorted(count)) for count in shards}
     assert len(together) > 35  # of 48 windows; 120 pairs are possible
-    small = store_batches(a_store(tmp_path, 800, 50), batch=25, seed=3, window=4)
-    spread = Counter(i // 50 for i in ids_of(small(0)))
+    small = store_batches(write_store(tmp_path, 800, 50), batch=25, seed=3, window=4)
+    spread = Counter(i // 50 for i in row_ids(small(0)))
     assert len(spread) == 4
 
 
 def test_shards_that_leave_a_window_over_are_spread(tmp_path):
     # 5 shards in windows of 4 are 2 and 3, not 4 and 1 alone.
-    batches = store_batches(a_store(tmp_path, 50, 10), batch=10, seed=0, window=4)
-    seen = [{i // 10 for i in ids_of(batches(step))} for step in range(5)]
+    batches = store_batches(write_store(tmp_path, 50, 10), batch=10, seed=0, window=4)
+    seen = [{i // 10 for i in row_ids(batches(step))} for step in range(5)]
     assert all(len(shards) > 1 for shards in seen)
 
 
 @pytest.mark.parametrize("window", [3, None])
 def test_positions_of_a_row_are_uniform_over_epochs(window, tmp_path):
     rows = 36
-    store = a_store(tmp_path, rows, 6)
+    store = write_store(tmp_path, rows, 6)
     batches = store_batches(store, batch=4, seed=1, window=window)
     table = np.zeros((rows, 9))
     epochs = 90
     for step in range(9 * epochs):
-        table[ids_of(batches(step)), step % 9] += 1
+        table[row_ids(batches(step)), step % 9] += 1
     assert (table.sum(1) == epochs).all()
     at = table.reshape(6, 6, 9)[:, 0]  # rows of a shard are in a window: take one
     assert stats.chisquare(at.ravel()).pvalue > 1e-4
@@ -136,11 +140,11 @@ def test_runs_in_a_scan_with_arrays_passed_in():
     def run(batches, first):
         return jax.lax.map(batches, first + jnp.arange(10))
 
-    found = run(batches, jnp.int32(3))
+    scanned = run(batches, jnp.int32(3))
     for i in range(10):
-        one = call(batches, np.uint32(3 + i))
+        single = call(batches, np.uint32(3 + i))
         jax.tree.map(
-            lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), found, one
+            lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), scanned, single
         )
     closed = jax.make_jaxpr(run)(batches, jnp.int32(3))
     assert all(np.size(x) < 37 for x in closed.consts)
@@ -159,8 +163,8 @@ def test_the_order_is_that_of_whole_numbers(step, rows, batch):
     for position in range(step * batch, step * batch + batch):
         epoch, at = divmod(position, rows)
         words = epoch_words(salt, np.array(epoch % 2**32, np.uint32)[None])
-        wanted.append(permuted(np.array([at], np.uint32), rows, words)[0])
-    assert ids_of(batches(step)) == wanted
+        wanted.append(permute_index(np.array([at], np.uint32), rows, words)[0])
+    assert row_ids(batches(step)) == wanted
 
 
 def test_with_replacement_every_row_is_as_likely():
@@ -173,15 +177,15 @@ def test_with_replacement_every_row_is_as_likely():
 
 def test_seeds_and_members_under_vmap():
     taps = numbered(40)
-    one = jax.jit(lambda seed: array_batches(taps, batch=5, seed=seed)(3))
-    found = jax.jit(jax.vmap(one))(jnp.arange(4))
+    member = jax.jit(lambda seed: array_batches(taps, batch=5, seed=seed)(3))
+    members = jax.jit(jax.vmap(member))(jnp.arange(4))
     for seed in range(4):
-        wanted = one(jnp.int32(seed))
-        np.testing.assert_array_equal(found.acts[seed], wanted.acts)
+        wanted = member(jnp.int32(seed))
+        np.testing.assert_array_equal(members.acts[seed], wanted.acts)
 
 
 def test_wrong_arguments(tmp_path):
-    store = a_store(tmp_path, 20, 10)
+    store = write_store(tmp_path, 20, 10)
     for batch in (0, 21, 2.0):
         match = f"batch must be an int in 1 .. 20, the rows there are, got {batch}"
         with pytest.raises(ValueError, match=match):

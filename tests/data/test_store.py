@@ -1,3 +1,5 @@
+"""Stores: rows in order, interrupted writers, damage and wrong settings."""
+
 import hashlib
 import json
 import resource
@@ -16,7 +18,7 @@ from toyfeat.types import Taps
 D, K = 3, 2
 
 
-def some_taps(rows, readouts=K, start=0):
+def random_taps(rows, readouts=K, start=0):
     rng = np.random.default_rng([7, start, rows])
     acts = rng.standard_normal((rows, D)).astype(np.float32)
     grads = None
@@ -25,7 +27,7 @@ def some_taps(rows, readouts=K, start=0):
     return Taps(acts, grads, rng.random(rows).astype(np.float32))
 
 
-def joined(parts):
+def concatenate(parts):
     return Taps(
         *(
             None if x[0] is None else np.concatenate([np.asarray(y) for y in x])
@@ -35,11 +37,11 @@ def joined(parts):
 
 
 def contents(store):
-    return joined([shard_taps(store, i) for i in range(len(store.shards))])
+    return concatenate([shard_taps(store, i) for i in range(len(store.shards))])
 
 
-def same(found, wanted):
-    for x, y in zip(found[:3], wanted[:3], strict=True):
+def assert_equal(taps, wanted):
+    for x, y in zip(taps[:3], wanted[:3], strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -47,7 +49,7 @@ def same(found, wanted):
 @pytest.mark.parametrize("readouts", [None, K])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_come_back_in_order(calls, readouts, dtype, tmp_path):
-    parts = [some_taps(n, readouts, i) for i, n in enumerate(calls)]
+    parts = [random_taps(n, readouts, i) for i, n in enumerate(calls)]
     settings = {"dim": D, "readouts": readouts, "dtype": dtype, "rows_per_shard": 10}
     about = {"model": "toy", "site": "mlp"}
     with store_writer(tmp_path / "a" / "b", **settings, metadata=about) as writer:
@@ -59,16 +61,16 @@ def test_rows_come_back_in_order(calls, readouts, dtype, tmp_path):
     assert store.rows == sum(calls)
     assert store.metadata == about
     assert [s.rows for s in store.shards[:-1]] == [10] * (len(store.shards) - 1)
-    wanted = joined(parts)
+    wanted = concatenate(parts)
     kind = np.dtype(jnp.dtype(dtype))
     cast = [None if x is None else x.astype(kind) for x in wanted[:2]]
-    same(contents(store), (*cast, wanted.weights))
+    assert_equal(contents(store), (*cast, wanted.weights))
     assert contents(store).acts.dtype == kind
     assert not list(store.path.glob("*.tmp"))
 
 
 def test_the_layout_is_what_is_documented(tmp_path):
-    taps = some_taps(5)
+    taps = random_taps(5)
     with store_writer(tmp_path, dim=D, readouts=K, rows_per_shard=8) as writer:
         writer.append(taps)
     about = json.loads((tmp_path / "store.json").read_text())
@@ -93,14 +95,14 @@ def test_the_layout_is_what_is_documented(tmp_path):
 def test_the_size_is_known_before(rows, readouts, dtype, tmp_path):
     shape = {"dim": D, "readouts": readouts, "dtype": dtype, "rows_per_shard": 10}
     with store_writer(tmp_path, **shape) as writer:
-        writer.append(some_taps(rows, readouts))
+        writer.append(random_taps(rows, readouts))
     size = sum(file.stat().st_size for file in tmp_path.glob("*.bin"))
     assert store_size(rows, **shape) == size
 
 
 def test_stops_leave_no_trace(tmp_path):
     settings = {"dim": D, "readouts": K, "rows_per_shard": 10}
-    taps = some_taps(47)
+    taps = random_taps(47)
     with store_writer(tmp_path / "once", **settings) as writer:
         writer.append(taps)
     for size in (4, 3, 10, 0, 12, 18):
@@ -112,17 +114,17 @@ def test_stops_leave_no_trace(tmp_path):
     same_files(tmp_path / "once", tmp_path / "often")
 
 
-def same_files(one, other):
-    names = sorted(file.name for file in one.iterdir())
+def same_files(folder, other):
+    names = sorted(file.name for file in folder.iterdir())
     assert names == sorted(file.name for file in other.iterdir())
     for name in names:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def test_a_writer_that_is_dropped_loses_only_what_filled_no_shard(tmp_path):
     settings = {"dim": D, "readouts": K, "rows_per_shard": 10}
     writer = store_writer(tmp_path, **settings)
-    writer.append(some_taps(25))
+    writer.append(random_taps(25))
     assert writer.rows == 25
     del writer
     assert open_store(tmp_path).rows == 20
@@ -256,7 +258,7 @@ def test_only_one_writer_at_a_time(tmp_path):
 
 def test_taps_of_another_kind_are_refused(tmp_path):
     with store_writer(tmp_path, dim=D, readouts=K) as writer:
-        acts, grads, weights, _ = some_taps(5)
+        acts, grads, weights, _ = random_taps(5)
         for taps, match in (
             (Taps(acts[:, :2], grads, weights), r"\(\(5, 3\), \(5, 2, 3\), \(5,\)\)"),
             (Taps(acts, None, weights), r"got \(\(5, 3\), None, \(5,\)\)"),
@@ -274,11 +276,11 @@ def test_taps_of_another_kind_are_refused(tmp_path):
 def test_damage_is_found_and_named(tmp_path):
     settings = {"dim": D, "readouts": K, "rows_per_shard": 10}
     with store_writer(tmp_path, **settings) as writer:
-        writer.append(some_taps(25))
+        writer.append(random_taps(25))
     files = [tmp_path / shard.file for shard in open_store(tmp_path).shards]
-    whole = [file.read_bytes() for file in files]
+    originals = [file.read_bytes() for file in files]
     for i in (1, 2):
-        files[i].write_bytes(whole[i][:40] + b"\x55" + whole[i][41:])
+        files[i].write_bytes(originals[i][:40] + b"\x55" + originals[i][41:])
     open_store(tmp_path)
     with pytest.raises(
         ValueError, match=r"2 of 3 shards .*: shard-000001-10.bin, shard-000002-5.bin"
@@ -288,7 +290,7 @@ def test_damage_is_found_and_named(tmp_path):
         ValueError, match=r"shard-000002-5\.bin is not what was written"
     ):
         store_writer(tmp_path, **settings)
-    files[1].write_bytes(whole[1][:-1])
+    files[1].write_bytes(originals[1][:-1])
     with pytest.raises(ValueError, match=r"must have 448 bytes for 10 rows, got 447"):
         open_store(tmp_path)
     files[1].unlink()

@@ -1,23 +1,33 @@
+import dictionary_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import toyfeat as tf
+import toyfeat as ft
+from toyfeat.dictionary import Config, make_dictionary
+from toyfeat.dictionary.linear import LINEAR
+from toyfeat.dictionary.table import ARCHITECTURES
 
 D, M, K, N = 6, 20, 4, 15
 ALL = {
-    "standard": lambda **o: tf.standard(D, M, **o),
-    "topk": lambda **o: tf.topk(D, M, K, **o),
-    "topk plain": lambda **o: tf.topk(D, M, K, rescale_acts_by_decoder_norm=False, **o),
-    "signed": lambda **o: tf.topk(D, M, K, signed=True, **o),
-    "gradient": lambda **o: tf.gradient_topk(D, M, K, weight=2.0, **o),
-    "batch": lambda **o: tf.batch_topk(D, M, K, **o),
-    "matryoshka": lambda **o: tf.matryoshka(D, M, K, widths=(5, M), **o),
-    "jump": lambda **o: tf.jump_relu(D, M, **o),
-    "gated": lambda **o: tf.gated(D, M, **o),
+    "standard": lambda **o: ft.dictionaries.standard(D, M, **o),
+    "topk": lambda **o: ft.dictionaries.topk(D, M, K, **o),
+    "topk plain": lambda **o: ft.dictionaries.topk(
+        D, M, K, rescale_acts_by_decoder_norm=False, **o
+    ),
+    "signed": lambda **o: ft.dictionaries.topk(D, M, K, signed=True, **o),
+    "gradient": lambda **o: ft.dictionaries.gradient_topk(
+        D, M, K, weight=oracle.GRADIENT_WEIGHT, **o
+    ),
+    "batch": lambda **o: ft.dictionaries.batch_topk(D, M, K, **o),
+    "matryoshka": lambda **o: ft.dictionaries.matryoshka(D, M, K, widths=(5, M), **o),
+    "jump": lambda **o: ft.dictionaries.jump_relu(D, M, **o),
+    "gated": lambda **o: ft.dictionaries.gated(D, M, **o),
+    "paired": lambda **o: ft.dictionaries.paired(D, M, K, **o),
+    "linear": lambda **o: make_dictionary(LINEAR, Config("linear", D, M), **o),
 }
-RESCALED = ("topk", "signed", "gradient", "batch", "matryoshka")
+BY_K = ("topk", "signed", "gradient", "batch", "matryoshka", "paired")
 
 
 def random_params(sae, seed=0):
@@ -39,42 +49,11 @@ def data(seed=1):
     return jnp.asarray(acts, jnp.float32), jnp.asarray(grads, jnp.float32)
 
 
-def largest(score, values, k):
-    out = np.zeros_like(values)
-    for row, (s, v) in enumerate(zip(score, values, strict=True)):
-        chosen = np.argsort(-s, kind="stable")[:k]
-        out[row, chosen] = v[chosen]
-    return out
-
-
-def textbook(name, params, acts, grads, train):
-    """Codes in float64 numpy, one architecture after another."""
-    p = {k: np.asarray(v, np.float64) for k, v in params.items()}
-    acts, grads = np.asarray(acts, np.float64), np.asarray(grads, np.float64)
-    read = (acts - p["b_dec"]) @ p["W_enc"]
-    if name == "gated":
-        size = np.maximum(read * np.exp(p["r_mag"]) + p["b_mag"], 0)
-        return size * (read + p["b_gate"] > 0)
-    pre = read + p["b_enc"]
-    length = np.linalg.norm(p["W_dec"], axis=1)
-    if name in RESCALED:
-        pre = pre * length
-    codes = np.maximum(pre, 0)
-    if name == "standard":
-        return codes
-    if name == "jump":
-        return codes * (pre > p["threshold"])
-    if name == "signed":
-        return largest(np.abs(pre), pre, K)
-    if name == "gradient":
-        unit = p["W_dec"] / length[:, None]
-        effect = np.sqrt(((grads @ unit.T) ** 2).mean(1))
-        return largest(codes * (1 + 2.0 * effect), codes, K)
-    if name.startswith("topk"):
-        return largest(pre, codes, K)
-    if train:
-        return largest(codes.reshape(1, -1), codes.reshape(1, -1), K * N).reshape(N, M)
-    return codes * (codes > p["topk_threshold"])
+def test_every_architecture_of_the_table_is_in_the_battery():
+    names = {make().architecture.name for make in ALL.values()}
+    assert names == set(ARCHITECTURES)
+    for name, architecture in ARCHITECTURES.items():
+        assert name == architecture.name
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -83,13 +62,20 @@ def test_codes_and_reconstructions_are_the_textbook_s(name, train):
     sae, (acts, grads) = ALL[name](), data()
     params = random_params(sae)
     codes = sae.encode(params, acts, grads=grads, train=train)
-    want = textbook(name, params, acts, grads, train)
+    values, pre = oracle.values_and_pre(name, params, acts, grads, k=K, train=train)
+    p = oracle.double(params)
+    want = values * oracle.units(name, p)
     np.testing.assert_allclose(codes, want, rtol=2e-5, atol=2e-5)
-    rows = np.asarray(params["W_dec"], np.float64)
-    if name in RESCALED:
-        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    out = want @ rows + np.asarray(params["b_dec"], np.float64)
+    out = values @ p["W_dec"] + p["b_dec"]
     np.testing.assert_allclose(sae.decode(params, codes), out, rtol=1e-4, atol=1e-4)
+    if not train:
+        return
+    got = sae.forward(params, acts, grads=grads)
+    np.testing.assert_array_equal(got.codes, codes)
+    np.testing.assert_allclose(got.hidden_pre, pre, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(got.recon, out, rtol=1e-4, atol=1e-4)
+    assert (got.index is None) == (sae.architecture.selects != "example")
+    assert (got.grad_recon is None) == (name != "paired")
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -103,7 +89,7 @@ def test_eager_jit_and_vmap_agree(name):
         np.testing.assert_allclose(codes, run(params), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["topk", "signed", "gradient", "batch", "matryoshka"])
+@pytest.mark.parametrize("name", BY_K)
 def test_fewer_codes_may_be_asked_for_under_a_trace(name):
     sae, (acts, grads) = ALL[name](), data()
     params = random_params(sae)
@@ -140,7 +126,7 @@ def test_gradients_change_which_codes_are_kept_but_not_their_values():
     np.testing.assert_array_equal(plain, ALL["topk"]().encode(params, acts))
 
 
-@pytest.mark.parametrize("name", ["topk", "topk plain", "signed", "batch"])
+@pytest.mark.parametrize("name", ["topk", "topk plain", "signed", "batch", "paired"])
 def test_derivatives_are_those_of_the_kept_codes(name):
     sae, (acts, _) = ALL[name](), data()
     params = random_params(sae)
@@ -152,7 +138,7 @@ def test_derivatives_are_those_of_the_kept_codes(name):
 
     def plain(params):
         pre = (acts - params["b_dec"][None]) @ params["W_enc"] + params["b_enc"][None]
-        if name in RESCALED:
+        if name in oracle.RESCALED:
             pre = pre * jnp.linalg.norm(params["W_dec"], axis=1)[None]
         return jnp.sum(weight * kept * pre)
 
@@ -164,7 +150,7 @@ def test_derivatives_are_those_of_the_kept_codes(name):
 # Half the width above the threshold: codes that are off must not count as near it.
 @pytest.mark.parametrize("bandwidth", [0.5, 2.0])
 def test_a_threshold_s_derivative_is_the_kernel_estimate(bandwidth):
-    sae, (acts, _) = tf.jump_relu(D, M, bandwidth=bandwidth), data()
+    sae, (acts, _) = ft.dictionaries.jump_relu(D, M, bandwidth=bandwidth), data()
     params = random_params(sae)
     weight = jnp.asarray(np.random.default_rng(5).normal(size=(N, M)), jnp.float32)
     loss = lambda p: jnp.sum(weight * sae.encode(p, acts))  # noqa: E731
@@ -188,7 +174,7 @@ def test_the_start_is_short_rows_and_their_transpose(name):
 
 
 def test_a_transcoder_reads_one_width_and_writes_another():
-    sae, (acts, _) = tf.standard(D, M, target_dim=9), data()
+    sae, (acts, _) = ft.dictionaries.standard(D, M, target_dim=9), data()
     params = random_params(sae)
     codes = sae.encode(params, acts)
     np.testing.assert_allclose(
@@ -208,13 +194,46 @@ def test_a_zero_row_of_the_decoder_does_no_harm():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: tf.standard(0, 4), "dim must be an int of at least 1, got 0"),
-        (lambda: tf.standard(4, 2.5), "latents must be an int of at least 1, got 2.5"),
-        (lambda: tf.topk(4, 8, 9), "k must be an int in 1 .. latents = 8, got 9"),
-        (lambda: tf.batch_topk(4, 8, 0), "k must be an int in 1 .. latents = 8, got 0"),
-        (lambda: tf.matryoshka(4, 8, 2, widths=(4, 6)), r"latents = 8, got \(4, 6\)"),
-        (lambda: tf.matryoshka(4, 8, 2, widths=(4, 4, 8)), "must increase"),
-        (lambda: tf.jump_relu(4, 8, threshold=0.0), "must be positive, got 0.0"),
+        (
+            lambda: ft.dictionaries.standard(0, 4),
+            "dim must be an int of at least 1, got 0",
+        ),
+        (
+            lambda: ft.dictionaries.standard(4, 2.5),
+            "latents must be an int of at least 1, got 2.5",
+        ),
+        (
+            lambda: ft.dictionaries.topk(4, 8, 9),
+            "k must be an int in 1 .. latents = 8, got 9",
+        ),
+        (
+            lambda: ft.dictionaries.paired(4, 8, 9),
+            "paired: k must be an int in 1 .. latents = 8",
+        ),
+        (
+            lambda: ft.dictionaries.batch_topk(4, 8, 0),
+            "k must be an int in 1 .. latents = 8, got 0",
+        ),
+        (
+            lambda: ft.dictionaries.matryoshka(4, 8, 2, widths=(4, 6)),
+            r"latents = 8, got \(4, 6\)",
+        ),
+        (
+            lambda: ft.dictionaries.matryoshka(4, 8, 2, widths=(4, 4, 8)),
+            "must increase",
+        ),
+        (
+            lambda: ft.dictionaries.jump_relu(4, 8, threshold=0.0),
+            "must be positive, got 0.0",
+        ),
+        (
+            lambda: make_dictionary(LINEAR, Config("gated", 4, 8)),
+            "architecture is 'linear', the configuration is of 'gated'",
+        ),
+        (
+            lambda: make_dictionary(LINEAR, Config("linear", 4, 8, d_out=3)),
+            "a transcoder has no b_dec to subtract",
+        ),
     ],
 )
 def test_wrong_sizes_are_named(make, match):
@@ -223,7 +242,7 @@ def test_wrong_sizes_are_named(make, match):
 
 
 def test_wrong_shapes_are_named():
-    sae = tf.standard(D, M)
+    sae = ft.dictionaries.standard(D, M)
     params = sae.init(jax.random.key(0))
     with pytest.raises(ValueError, match=r"wanted acts \[N, 6\], got shape \(2, 5\)"):
         sae.encode(params, jnp.ones((2, 5)))

@@ -38,7 +38,7 @@ def test_a_count_is_steered_to_its_target(name, power):
 
 
 def test_a_budget_is_used_up():
-    control = controllers.reconstruction_budget(0.1, **FAST)
+    control = controllers.target_fvu(0.1, **FAST)
     plant = lambda c: 0.02 * c**0.8  # noqa: E731
     errors, factor, saturated = steer(control, plant, single(0.1), start=-3.0)
     np.testing.assert_allclose(errors[-100:], 0.1, rtol=0.02)
@@ -124,7 +124,7 @@ def test_errors():
     with pytest.raises(ValueError, match="target must be positive, got -1"):
         controllers.target_l0(-1.0)
     with pytest.raises(ValueError, match="target must be positive, got 0"):
-        controllers.reconstruction_budget(0.0)
+        controllers.target_fvu(0.0)
     with pytest.raises(ValueError, match=r"unknown gains \['speed'\]; known are .*'m"):
         controllers.target_attribution_l0(3.0, speed=1.0)
 

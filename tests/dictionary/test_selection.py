@@ -6,8 +6,10 @@ import pytest
 from toyfeat.dictionary.selection import (
     best_of_each,
     cut_of_batch,
+    heaviside,
     largest_level,
-    stepped,
+    number_of,
+    smallest_positive,
 )
 
 
@@ -93,7 +95,7 @@ def test_a_step_has_the_kernel_derivative_of_its_threshold_alone():
     threshold, width = np.array([0.1, 0.5, 1.0, 0.0]), 0.6
     pre[0, 0] = threshold[0]  # not above
     args = (jnp.asarray(pre, jnp.float32), jnp.asarray(threshold, jnp.float32))
-    out, back = jax.vjp(lambda p, t: stepped(p, t, width), *args)
+    out, back = jax.vjp(lambda p, t: heaviside(p, t, width), *args)
     np.testing.assert_array_equal(out, pre > threshold)
     by_pre, by_threshold = back(jnp.asarray(change, jnp.float32))
     np.testing.assert_array_equal(by_pre, 0)
@@ -130,3 +132,25 @@ def test_the_largest_level_is_exact(dtype):
 
         got = largest_level(enough, (3,), there.dtype)
         np.testing.assert_array_equal(got, np.sort(values)[::-1][[0, 6, 49]])
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (5, 127), (4, 128), (2, 131), (3, 1000)])
+def test_counts_are_those_of_numpy_at_every_width(shape):
+    mask = np.random.default_rng(0).uniform(size=shape) < 0.7
+    mask[0] = True  # as many as there can be: a byte must not overflow
+    got = jax.jit(number_of)(jnp.asarray(mask))
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, mask.sum(1))
+
+
+def test_counts_of_doubles_are_int32():
+    with jax.enable_x64(True):
+        assert number_of(jnp.ones((2, 300), bool)).dtype == jnp.int32
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_the_smallest_positive_code_is_numpys(scale):
+    codes = np.maximum(np.random.default_rng(1).normal(size=(40, 30)), 0) * scale
+    codes = codes.astype(np.float32)
+    assert smallest_positive(jnp.asarray(codes)) == codes[codes > 0].min()
+    assert smallest_positive(jnp.zeros((4, 3))) == np.inf

@@ -94,7 +94,7 @@ def test_init_makes_parameters_of_the_same_shapes(name):
         ),
         ("topk", {"activation_dim": 7}, r"wants tensors .*\(7, 10\).*got .*\(6, 10\)"),
         ("standard", {"dict_size": 11}, r"standard wants tensors .*'W_enc': \(6, 11\)"),
-        ("jumprelu", {"dict_size": "10"}, r"wants tensors .*\(6, '10'\)"),
+        ("jumprelu", {"dict_size": "10"}, "latents must be an int .* got '10'"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(name, trainer, match, tmp_path):

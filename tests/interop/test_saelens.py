@@ -11,25 +11,26 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import toyfeat as tf
+import toyfeat as ft
+from toyfeat.types import Diagnostics
 
 # Written by benchmarks/peers/saelens_golden.py.
 GOLDEN = Path(__file__).parents[1] / "golden" / "saelens"
 D, M, K = 6, 16, 3
 OURS = {
-    "standard": tf.standard(D, M),
-    "topk": tf.topk(D, M, K),
-    "topk plain": tf.topk(D, M, K, rescale_acts_by_decoder_norm=False),
-    "signed": tf.topk(D, M, K, signed=True),
-    "jump": tf.jump_relu(D, M),
-    "gated": tf.gated(D, M),
-    "transcoder": tf.standard(D, M, target_dim=4),
-    "jump transcoder": tf.jump_relu(D, M, target_dim=4),
-    "gradient": tf.gradient_topk(D, M, K, weight=2.5),
-    "gradient plain": tf.gradient_topk(
+    "standard": ft.dictionaries.standard(D, M),
+    "topk": ft.dictionaries.topk(D, M, K),
+    "topk plain": ft.dictionaries.topk(D, M, K, rescale_acts_by_decoder_norm=False),
+    "signed": ft.dictionaries.topk(D, M, K, signed=True),
+    "jump": ft.dictionaries.jump_relu(D, M),
+    "gated": ft.dictionaries.gated(D, M),
+    "transcoder": ft.dictionaries.standard(D, M, target_dim=4),
+    "jump transcoder": ft.dictionaries.jump_relu(D, M, target_dim=4),
+    "gradient": ft.dictionaries.gradient_topk(D, M, K, weight=2.5),
+    "gradient plain": ft.dictionaries.gradient_topk(
         D, M, K, weight=2.5, rescale_acts_by_decoder_norm=False
     ),
-    "paired": tf.paired(D, M, K),
+    "paired": ft.dictionaries.paired(D, M, K),
 }
 ALL_FILES = {"toyfeat.safetensors", "sae_weights.safetensors", "cfg.json"}
 
@@ -42,7 +43,7 @@ def random_params(sae, seed=0):
 
 @pytest.mark.parametrize("name", sorted(p.name for p in GOLDEN.iterdir()))
 def test_what_saelens_saved_gives_what_saelens_gives(name):
-    sae, params = tf.load_saelens(GOLDEN / name)
+    sae, params = ft.interop.load_saelens(GOLDEN / name)
     run = np.load(GOLDEN / name / "run.npz")
     codes = sae.encode(params, jnp.asarray(run["acts"]))
     np.testing.assert_allclose(codes, run["codes"], atol=1e-5)
@@ -54,8 +55,8 @@ def test_what_saelens_saved_gives_what_saelens_gives(name):
 def test_there_and_back(name, tmp_path):
     sae = OURS[name]
     params = random_params(sae)
-    tf.save_saelens(tmp_path / "new" / "folder", sae, params)
-    again, same = tf.load_saelens(tmp_path / "new" / "folder")
+    ft.interop.save_saelens(tmp_path / "new" / "folder", sae, params)
+    again, same = ft.interop.load_saelens(tmp_path / "new" / "folder")
     assert again.config == sae.config
     assert set(same) == set(params)
     for tensor, value in params.items():
@@ -66,16 +67,16 @@ def test_there_and_back(name, tmp_path):
 @pytest.mark.parametrize("kind", ["batch", "matryoshka"])
 def test_thresholds_are_folded_into_a_jump_relu(kind, rescale, tmp_path):
     options = {"rescale_acts_by_decoder_norm": rescale}
-    sae = tf.batch_topk(D, M, K, **options)
+    sae = ft.dictionaries.batch_topk(D, M, K, **options)
     if kind == "matryoshka":
-        sae = tf.matryoshka(D, M, K, widths=(4, M), **options)
+        sae = ft.dictionaries.matryoshka(D, M, K, widths=(4, M), **options)
     params = random_params(sae) | {"topk_threshold": jnp.array(0.7)}
-    tf.save_saelens(tmp_path, sae, params, metadata={"model_name": "toy"})
+    ft.interop.save_saelens(tmp_path, sae, params, metadata={"model_name": "toy"})
     about = json.loads((tmp_path / "cfg.json").read_text())
     assert about["architecture"] == "jumprelu"
     assert about["metadata"]["training_architecture"] == sae.config.architecture
     assert about["metadata"]["model_name"] == "toy"
-    again, same = tf.load_saelens(tmp_path)
+    again, same = ft.interop.load_saelens(tmp_path)
     acts = jax.random.normal(jax.random.key(1), (50, D))
     before, after = sae.encode(params, acts), again.encode(same, acts)
     assert 0 < (before != 0).mean() < 1
@@ -86,11 +87,11 @@ def test_thresholds_are_folded_into_a_jump_relu(kind, rescale, tmp_path):
 
 
 def test_a_row_of_zeros_is_folded_without_harm(tmp_path):
-    sae = tf.batch_topk(D, M, K)
+    sae = ft.dictionaries.batch_topk(D, M, K)
     params = random_params(sae)
     params["W_dec"] = params["W_dec"].at[3].set(0)
-    tf.save_saelens(tmp_path, sae, params)
-    again, same = tf.load_saelens(tmp_path)
+    ft.interop.save_saelens(tmp_path, sae, params)
+    again, same = ft.interop.load_saelens(tmp_path)
     acts = jax.random.normal(jax.random.key(1), (50, D))
     before, after = sae.encode(params, acts), again.encode(same, acts)
     assert np.any(before[:, 3] != 0)
@@ -111,7 +112,7 @@ def of_saelens_alone(folder):
     settings = json.loads(path.read_text())
     settings["metadata"].pop("training_architecture")
     path.write_text(json.dumps(settings))
-    return tf.load_saelens(folder)
+    return ft.interop.load_saelens(folder)
 
 
 def assert_equal(params, want):
@@ -124,8 +125,8 @@ def assert_equal(params, want):
 def test_scales_of_gradients_come_back_and_choose_the_same(name, tmp_path):
     sae = OURS[name]
     params = with_scale(sae)
-    tf.save_saelens(tmp_path, sae, params)
-    again, same = tf.load_saelens(tmp_path)
+    ft.interop.save_saelens(tmp_path, sae, params)
+    again, same = ft.interop.load_saelens(tmp_path)
     assert again.config == sae.config
     assert_equal(same, params)
     rng = np.random.default_rng(1)
@@ -143,14 +144,14 @@ def test_a_choice_by_gradients_is_topk_to_saelens(name, tmp_path):
     sae = OURS[name]
     params = with_scale(sae)
     about = {"model_name": "toy", "training_architecture_details": {"gradient": 1}}
-    tf.save_saelens(tmp_path, sae, params, metadata=about)
+    ft.interop.save_saelens(tmp_path, sae, params, metadata=about)
     settings = json.loads((tmp_path / "cfg.json").read_text())
     assert (settings["architecture"], settings["k"]) == ("topk", K)
     assert settings["metadata"]["training_architecture"] == sae.config.architecture
     assert settings["metadata"]["model_name"] == "toy"
     plain, tensors = of_saelens_alone(tmp_path)
     rescaled = name != "gradient plain"
-    topk = tf.topk(D, M, K, rescale_acts_by_decoder_norm=rescaled)
+    topk = ft.dictionaries.topk(D, M, K, rescale_acts_by_decoder_norm=rescaled)
     assert plain.config == topk.config
     four = ("W_enc", "b_enc", "W_dec", "b_dec")
     assert_equal(tensors, {name: params[name] for name in four})
@@ -165,18 +166,18 @@ def test_a_choice_by_gradients_is_topk_to_saelens(name, tmp_path):
 
 def test_a_file_beside_is_there_only_where_it_is_needed(tmp_path):
     sae = OURS["paired"]
-    tf.save_saelens(tmp_path, sae, random_params(sae))
+    ft.interop.save_saelens(tmp_path, sae, random_params(sae))
     assert names_in(tmp_path) == ALL_FILES
     assert set(load_file(tmp_path / "toyfeat.safetensors")) == {"W_read", "P"}
     old = (tmp_path / "toyfeat.safetensors").read_bytes()
     for name in ("topk", "gradient"):
         plain, params = OURS[name], random_params(OURS[name])
-        tf.save_saelens(tmp_path, sae, random_params(sae))
+        ft.interop.save_saelens(tmp_path, sae, random_params(sae))
         metadata = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
-        tf.save_saelens(tmp_path, plain, params, metadata=metadata)
+        ft.interop.save_saelens(tmp_path, plain, params, metadata=metadata)
         assert names_in(tmp_path) == ALL_FILES - {"toyfeat.safetensors"}
         (tmp_path / "toyfeat.safetensors").write_bytes(old)  # as if it had stayed
-        again, same = tf.load_saelens(tmp_path)
+        again, same = ft.interop.load_saelens(tmp_path)
         assert again.config == plain.config
         assert_equal(same, params)
 
@@ -186,36 +187,36 @@ def test_files_of_two_dictionaries_are_not_read_as_one(name, tmp_path):
     sae = OURS[name]
     one, two = with_scale(sae), with_scale(sae, seed=1)
     two["grad_scale"] = 2 * two["grad_scale"]
-    tf.save_saelens(tmp_path / "one", sae, one)
+    ft.interop.save_saelens(tmp_path / "one", sae, one)
     for part in ("toyfeat.safetensors", "sae_weights.safetensors"):
-        tf.save_saelens(tmp_path / "two", sae, two)
+        ft.interop.save_saelens(tmp_path / "two", sae, two)
         shutil.copy(tmp_path / "one" / part, tmp_path / "two" / part)
         match = rf"not of one {sae.config.architecture} dictionary: .* save the dict"
         with pytest.raises(ValueError, match=match):
-            tf.load_saelens(tmp_path / "two")
-    tf.save_saelens(tmp_path / "two", sae, two)
+            ft.interop.load_saelens(tmp_path / "two")
+    ft.interop.save_saelens(tmp_path / "two", sae, two)
     (tmp_path / "two" / "toyfeat.safetensors").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"no .*toyfeat.safetensors, which hold"
     ):
-        tf.load_saelens(tmp_path / "two")
+        ft.interop.load_saelens(tmp_path / "two")
     assert of_saelens_alone(tmp_path / "two")[0].config.architecture == "topk"
     path = tmp_path / "one" / "cfg.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"apply_b_dec_to_input": False}))
     if name == "paired":  # which always subtracts it
         with pytest.raises(ValueError, match="weights or settings were changed"):
-            tf.load_saelens(tmp_path / "one")
+            ft.interop.load_saelens(tmp_path / "one")
 
 
 def test_weights_that_were_only_written_anew_still_fit(tmp_path):
     sae = OURS["paired"]
     params = with_scale(sae)
-    tf.save_saelens(tmp_path, sae, params)
+    ft.interop.save_saelens(tmp_path, sae, params)
     path = tmp_path / "sae_weights.safetensors"
     turned = {k: v for k, v in sorted(load_file(path).items(), reverse=True)}
     save_file(turned, path, metadata={"format": "pt"})
-    assert_equal(tf.load_saelens(tmp_path)[1], params)
+    assert_equal(ft.interop.load_saelens(tmp_path)[1], params)
 
 
 @pytest.mark.parametrize("last", range(3))
@@ -231,34 +232,34 @@ def test_a_save_that_is_cut_off_never_mixes_readers_and_writers(
         replace(part, path)
 
     old, new = with_scale(sae), with_scale(sae, seed=1)
-    tf.save_saelens(tmp_path, sae, old)
+    ft.interop.save_saelens(tmp_path, sae, old)
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            tf.save_saelens(tmp_path, sae, new)
+            ft.interop.save_saelens(tmp_path, sae, new)
     if last == 0:
-        assert_equal(tf.load_saelens(tmp_path)[1], old)
+        assert_equal(ft.interop.load_saelens(tmp_path)[1], old)
     else:
         with pytest.raises(ValueError, match="not of one paired dictionary"):
-            tf.load_saelens(tmp_path)
-    tf.save_saelens(tmp_path, sae, new)
-    assert_equal(tf.load_saelens(tmp_path)[1], new)
+            ft.interop.load_saelens(tmp_path)
+    ft.interop.save_saelens(tmp_path, sae, new)
+    assert_equal(ft.interop.load_saelens(tmp_path)[1], new)
 
 
 def test_wrong_files_are_named(tmp_path):
     sae = OURS["standard"]
     params = random_params(sae)
     with pytest.raises(FileNotFoundError, match=r"no .*cfg\.json"):
-        tf.load_saelens(tmp_path)
+        ft.interop.load_saelens(tmp_path)
     with pytest.raises(ValueError, match=r"wants tensors .*'W_enc': \(6, 16\)"):
-        tf.save_saelens(tmp_path, sae, params | {"W_enc": jnp.ones((16, 6))})
+        ft.interop.save_saelens(tmp_path, sae, params | {"W_enc": jnp.ones((16, 6))})
     assert not list(tmp_path.iterdir())
-    tf.save_saelens(tmp_path, sae, params)
+    ft.interop.save_saelens(tmp_path, sae, params)
     good = json.loads((tmp_path / "cfg.json").read_text())
     for text in ("{", "[1]"):
         (tmp_path / "cfg.json").write_text(text)
         with pytest.raises(ValueError, match=r"load_saelens: .*cfg\.json"):
-            tf.load_saelens(tmp_path)
+            ft.interop.load_saelens(tmp_path)
     for change, match in (
         ({"architecture": "temporal"}, "'temporal' is not known here; known are"),
         ({"metadata": {"sae_lens_version": "5.9"}}, "says 5.9"),
@@ -268,7 +269,7 @@ def test_wrong_files_are_named(tmp_path):
     ):
         (tmp_path / "cfg.json").write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=match):
-            tf.load_saelens(tmp_path)
+            ft.interop.load_saelens(tmp_path)
 
 
 def full_disk(*_args, **_kwargs):
@@ -296,15 +297,15 @@ def test_an_old_dictionary_survives_a_full_disk(
 ):
     sae, other = OURS[old], OURS[new]
     params = random_params(sae)
-    tf.save_saelens(tmp_path, sae, params, metadata={"model_name": "old"})
+    ft.interop.save_saelens(tmp_path, sae, params, metadata={"model_name": "old"})
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(where, what)
         with pytest.raises(OSError, match="No space left"):
-            tf.save_saelens(tmp_path, other, random_params(other))
+            ft.interop.save_saelens(tmp_path, other, random_params(other))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-    tf.save_saelens(tmp_path, other, random_params(other))
-    assert tf.load_saelens(tmp_path)[0].config == other.config
+    ft.interop.save_saelens(tmp_path, other, random_params(other))
+    assert ft.interop.load_saelens(tmp_path)[0].config == other.config
     assert names_in(tmp_path) == ALL_FILES - {"toyfeat.safetensors"}
 
 
@@ -314,52 +315,55 @@ def test_the_weights_appear_before_the_settings(tmp_path, monkeypatch):
         "os.replace", lambda a, b: (names.append(b.name), replace(a, b))
     )
     sae = OURS["standard"]
-    tf.save_saelens(tmp_path, sae, random_params(sae))
+    ft.interop.save_saelens(tmp_path, sae, random_params(sae))
     assert names == ["sae_weights.safetensors", "cfg.json"]
     sae = OURS["paired"]
-    tf.save_saelens(tmp_path, sae, random_params(sae))
+    ft.interop.save_saelens(tmp_path, sae, random_params(sae))
     assert names[2:] == ["toyfeat.safetensors", *names[:2]]
 
 
 def test_what_saelens_does_not_have_is_named(tmp_path):
-    for make, name in ((tf.topk, "topk"), (tf.gradient_topk, "topk")):
+    for make, name in (
+        (ft.dictionaries.topk, "topk"),
+        (ft.dictionaries.gradient_topk, "topk"),
+    ):
         sae = make(D, M, K, target_dim=4)
         with pytest.raises(ValueError, match=f"SAELens has no {name}_transcoder"):
-            tf.save_saelens(tmp_path, sae, random_params(sae))
+            ft.interop.save_saelens(tmp_path, sae, random_params(sae))
     eye, none = jnp.eye(D), jnp.zeros(D)
-    basis = tf.Basis(none, eye, eye, none, tf.Diagnostics(*(jnp.array(D),) * 4))
+    basis = ft.Basis(none, eye, eye, none, Diagnostics(*(jnp.array(D),) * 4))
     with pytest.raises(
         ValueError, match=r"no linear architecture; .*toyfeat.save_tree"
     ):
-        tf.save_saelens(tmp_path, *tf.from_basis(basis))
-    sae = tf.topk(D, M, K)
+        ft.interop.save_saelens(tmp_path, *ft.dictionaries.from_basis(basis))
+    sae = ft.dictionaries.topk(D, M, K)
     with pytest.raises(ValueError, match="save_saelens: topk wants tensors"):
-        tf.save_saelens(tmp_path, sae, with_scale(sae))
+        ft.interop.save_saelens(tmp_path, sae, with_scale(sae))
     assert not names_in(tmp_path)
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
-    sae = tf.standard(D, M)
+    sae = ft.dictionaries.standard(D, M)
     params = sae.init(jax.random.key(0))
     params["b_dec"] = params["b_dec"].at[1].set(jnp.nan)
     with pytest.raises(ValueError, match="save_saelens: b_dec must be finite"):
-        tf.save_saelens(tmp_path, sae, params)
+        ft.interop.save_saelens(tmp_path, sae, params)
     assert not names_in(tmp_path)
 
 
 def test_a_file_that_is_cut_off_is_named(tmp_path):
     sae = OURS["paired"]
     for name in ("sae_weights.safetensors", "toyfeat.safetensors"):
-        tf.save_saelens(tmp_path, sae, with_scale(sae))
+        ft.interop.save_saelens(tmp_path, sae, with_scale(sae))
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-9])
         with pytest.raises(ValueError, match=f"{name} is not a whole safetensors"):
-            tf.load_saelens(tmp_path)
+            ft.interop.load_saelens(tmp_path)
 
 
 def test_without_safetensors_the_extra_is_named(monkeypatch, tmp_path):
-    sae = tf.standard(D, M)
-    tf.save_saelens(tmp_path, sae, sae.init(jax.random.key(0)))
+    sae = ft.dictionaries.standard(D, M)
+    ft.interop.save_saelens(tmp_path, sae, sae.init(jax.random.key(0)))
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(ImportError, match=r"pip install \"toyfeat\[sae\]\""):
-        tf.load_saelens(tmp_path)
+        ft.interop.load_saelens(tmp_path)

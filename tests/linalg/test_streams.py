@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from toyfeat import stream_svd
+from toyfeat.linalg import stream_svd
 from toyfeat.types import Accumulator
 
 DIM, RANK, WIDTH, ROWS, SIZE = 40, 8, 16, 2000, 250
@@ -178,7 +178,9 @@ def test_gram_merges_in_any_order(order, center):
     rows[:SIZE] += np.float32(0.05)
     acc = compiled(center=center)
     states = [fold(acc, part) for part in pieces(rows, SIZE)]
-    check_values(acc.finish(MERGES[order](acc, states)), rows, center)
+    # A Gram matrix knows a value at a share r of the first to u / (2 r) of the first,
+    # 5e-6 for the least of these (r = .006); processors differ within that.
+    check_values(acc.finish(MERGES[order](acc, states)), rows, center, tol=2e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -799,11 +801,11 @@ def test_sizes_must_be_whole_numbers(sizes):
 
 
 def test_the_moments_of_plain_rows_have_derivatives():
-    from toyfeat.linalg.running import plain_moments
+    from toyfeat.linalg.compensated import unweighted_moments
 
     rows = jax.random.normal(jax.random.key(0), (5000, 3))
     weight = jnp.arange(9.0).reshape(3, 3)
-    moment = lambda x: jnp.sum(weight * plain_moments(x).scatter.high)  # noqa: E731
+    moment = lambda x: jnp.sum(weight * unweighted_moments(x).scatter.high)  # noqa: E731
     got = np.asarray(jax.grad(moment)(rows))
     centred = np.asarray(rows, np.float64) - np.asarray(rows, np.float64).mean(0)
     want = centred @ np.asarray(weight + weight.T, np.float64)

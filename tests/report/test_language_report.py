@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from toyfeat.language.contexts import Context, Latent
+from toyfeat.lm.contexts import Context, Latent
 from toyfeat.report import language, language_figures
 
 pytest.importorskip("matplotlib")

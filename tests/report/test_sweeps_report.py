@@ -1,14 +1,11 @@
 import io
 import json
-import runpy
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from toyfeat.report import brittleness
 from toyfeat.report.sweeps import (
     brittleness_figure,
     front_figure,
@@ -16,9 +13,8 @@ from toyfeat.report.sweeps import (
     table_lines,
     write_sweep,
 )
-from toyfeat.types import Member
+from toyfeat.train.sweeps import Row
 
-ROOT = Path(__file__).parents[2]
 RATES, SPARSITIES = (1e-3, 1e-2), (0.1, 1.0, 10.0)
 
 
@@ -34,7 +30,7 @@ def family(shift=0.0):
                 lost = (start, i, j) == (1, 1, 2)
                 figures = {n: np.nan if lost else x for n, x in figures.items()}
                 stuck = (start, i, j) == (0, 0, 0)
-                rows.append(Member(len(rows), settings, figures, not lost, stuck))
+                rows.append(Row(len(rows), settings, figures, not lost, stuck))
     return rows
 
 
@@ -145,37 +141,3 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"install toyfeat\[plot\]"):
         front_figure({"a": family()}, "l0", "fvu")
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"coefficients": (0.1,)}, r"coefficients must be two positive .* got \(0\.1,"),
-        ({"learning_rates": (1e-3, 0.0)}, "learning_rates must be two positive"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-    ],
-)
-def test_a_sweep_is_checked_before_anything_is_trained(change, match):
-    sweep = brittleness.Sweep((0.1, 1.0), (1e-3, 1e-2))
-    assert brittleness.checked(sweep) == sweep
-    with pytest.raises(ValueError, match=match):
-        brittleness.checked(sweep._replace(**change))
-
-
-def test_the_script_writes_all_of_it(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("tyro")
-    arguments = ["--steps", "12", "--network-steps", "20", "--examples", "600"]
-    arguments += ["--coefficients", "0.1", "1", "--learning-rates", "0.001", "0.01"]
-    arguments += ["--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments])
-    runpy.run_path(str(ROOT / "scripts" / "sweep.py"), run_name="__main__")
-    whole = json.loads((tmp_path / "sweep.json").read_text())
-    assert [m["family"] for m in whole["members"]] == ["published"] * 4 + ["robust"] * 4
-    settings = [tuple(m["settings"].values()) for m in whole["members"]]
-    assert settings[:4] == [(r, s) for r in (1e-3, 1e-2) for s in (0.1, 1)]
-    assert settings[4:] == settings[:4]
-    assert all(0 < m["figures"]["writers"] < 1 for m in whole["members"])
-    names = ("brittleness.png", "pareto.png", "sweep.html")
-    assert all((tmp_path / name).stat().st_size > 5000 for name in names)
-    assert "published" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax.core import freeze
 
-import toyfeat as tf
+import toyfeat as ft
 from toyfeat import readouts
 
 RNG = np.random.default_rng(3)
@@ -56,8 +56,8 @@ def cubes_jacobian(suffix, acts):
 
 
 def taps_of(module, variables, sites, x=X, readout=CUBES, **options):
-    probed = tf.from_linen(module, **options)
-    run = jax.jit(lambda v, x: tf.tap(probed, v, x, sites=sites, readout=readout))
+    probed = ft.from_linen(module, **options)
+    run = jax.jit(lambda v, x: ft.tap(probed, v, x, sites=sites, readout=readout))
     return run(variables, x)
 
 
@@ -102,7 +102,7 @@ def blocks_suffix(site):
 
 
 def test_every_module_is_a_site_named_by_its_path():
-    outputs, acts = tf.from_linen(Blocks())(blocks_variables(), X, {})
+    outputs, acts = ft.from_linen(Blocks())(blocks_variables(), X, {})
     assert set(acts) == {
         "__call__",
         "head",
@@ -142,7 +142,7 @@ def test_blocks_give_the_per_example_jacobian(block, frozen):
 
 @pytest.mark.parametrize("block", [Block, RematBlock], ids=["plain", "remat"])
 def test_each_call_sees_its_own_probe_functions(block):
-    probed = tf.from_linen(Blocks(block))
+    probed = ft.from_linen(Blocks(block))
     p = blocks_variables()["params"]
     for scale in (0.0, 2.0, -1.0):
         outputs, acts = probed(
@@ -180,7 +180,7 @@ def test_shared_module_called_twice_gives_two_sites():
 
 def test_probe_of_one_call_of_a_shared_module_leaves_the_other():
     variables = variables_of(Shared())
-    probed = tf.from_linen(Shared())
+    probed = ft.from_linen(Shared())
     p = variables["params"]["shared"]
     for probe in (2.0 * X, lambda a: a + 2.0 * X):
         outputs, acts = probed(variables, X, {"shared#1": probe})
@@ -273,7 +273,7 @@ def test_scanned_layers_are_sites_when_both_collections_are_carried(layer):
 
 
 def test_scanned_layer_is_probed_alone():
-    probed = tf.from_linen(scanned(BOTH))
+    probed = ft.from_linen(scanned(BOTH))
     outputs, acts = probed(scan_variables(), X, {"layers/dense@1": X})
     for i, row in enumerate(X):
         probes = jnp.zeros((3, D)).at[1].set(row)
@@ -291,7 +291,7 @@ def test_scanned_layer_is_probed_alone():
 
 
 def test_scan_output_is_a_site_per_layer():
-    _, acts = tf.from_linen(scanned(BOTH))(scan_variables(), X, {})
+    _, acts = ft.from_linen(scanned(BOTH))(scan_variables(), X, {})
     expected = {f"layers/dense@{i}" for i in range(3)}
     assert expected <= set(acts)
     last = jnp.stack([scan_by_hand(row, jnp.zeros((3, D)))[1][2] for row in X])
@@ -299,7 +299,7 @@ def test_scan_output_is_a_site_per_layer():
 
 
 def test_later_scanned_layer_is_differentiable_in_an_earlier_one():
-    probed = tf.from_linen(scanned(BOTH))
+    probed = ft.from_linen(scanned(BOTH))
 
     def later(d):
         return probed(scan_variables(), X, {"layers/dense@0": d})[1]["layers/dense@2"]
@@ -326,7 +326,7 @@ def test_scan_that_does_not_carry_both_collections_raises(collections, probe):
         if probe == "tap":
             return taps_of(module, scan_variables(), site)
         value = X if probe == "array" else jnp.tanh
-        return tf.from_linen(module)(scan_variables(), X, {site: value})
+        return ft.from_linen(module)(scan_variables(), X, {site: value})
 
     with pytest.raises(ValueError, match=r"layers/dense|toyfeat_"):
         use()
@@ -343,7 +343,7 @@ def test_other_sites_of_such_a_model_still_work(collections):
 
 def test_function_for_a_layer_of_a_scan_is_refused():
     with pytest.raises(ValueError, match=r"layers/dense@1"):
-        tf.from_linen(scanned(BOTH))(scan_variables(), X, {"layers/dense@1": jnp.tanh})
+        ft.from_linen(scanned(BOTH))(scan_variables(), X, {"layers/dense@1": jnp.tanh})
 
 
 def test_unknown_site_of_a_scanned_model_names_the_reason():
@@ -433,8 +433,8 @@ def test_nested_scans_have_sites_by_two_indices():
 
 
 def test_jitted_modules_keep_their_sites_on_every_call():
-    probed = tf.from_linen(Blocks(nn.jit(Block)))
-    plain = tf.from_linen(Blocks())
+    probed = ft.from_linen(Blocks(nn.jit(Block)))
+    plain = ft.from_linen(Blocks())
     for probes in ({}, {"blocks_0": X}, {"blocks_1/up": 2 * X[:, :1]}, {}):
         outputs, acts = probed(blocks_variables(), X, probes)
         want, all_acts = plain(blocks_variables(), X, probes)
@@ -445,7 +445,7 @@ def test_jitted_modules_keep_their_sites_on_every_call():
 
 
 def test_a_function_is_refused_where_a_jitted_module_would_apply_an_old_trace():
-    probed = tf.from_linen(Blocks(nn.jit(Block)))
+    probed = ft.from_linen(Blocks(nn.jit(Block)))
     for fn in (jnp.sin, jnp.cos):
         with pytest.raises(ValueError, match=r"cached trace of an nn\.jit"):
             probed(blocks_variables(), X, {"blocks_0/up": fn})
@@ -519,7 +519,7 @@ def test_recurrent_cell_gives_its_carry_and_its_output():
             return out
 
     variables = variables_of(Recurrent())
-    outputs, acts = tf.from_linen(Recurrent())(variables, X, {})
+    outputs, acts = ft.from_linen(Recurrent())(variables, X, {})
     assert {"gru[0]", "gru[1]", "gru[0]#1", "gru[1]#1"} <= set(acts) or {
         "gru[0]",
         "gru[1]",
@@ -585,14 +585,14 @@ def test_other_methods_are_sites_with_their_name():
 
 def test_own_method_of_the_module_is_a_site_and_may_be_the_model():
     variables = variables_of(Tied(), TOKENS)
-    _, acts = tf.from_linen(Tied())(variables, TOKENS, {})
+    _, acts = ft.from_linen(Tied())(variables, TOKENS, {})
     assert "encode" in acts
-    outputs, acts = tf.from_linen(Tied(), method="encode")(variables, TOKENS, {})
+    outputs, acts = ft.from_linen(Tied(), method="encode")(variables, TOKENS, {})
     want = Tied().apply(variables, TOKENS, method="encode")
     np.testing.assert_array_equal(outputs, want)
     np.testing.assert_array_equal(acts["encode"], want)
     assert "embed.attend" not in acts
-    again, _ = tf.from_linen(Tied(), method=Tied.encode)(variables, TOKENS, {})
+    again, _ = ft.from_linen(Tied(), method=Tied.encode)(variables, TOKENS, {})
     np.testing.assert_array_equal(again, want)
 
 
@@ -608,7 +608,7 @@ def test_bfloat16_module_keeps_bfloat16_acts_and_grads():
     taps = taps_of(Half(), variables, ["low", "high"])
     assert taps["low"].acts.dtype == taps["low"].grads.dtype == jnp.bfloat16
     assert taps["high"].acts.dtype == taps["high"].grads.dtype == jnp.float32
-    outputs, acts = tf.from_linen(Half())(variables, X, {"low": jnp.zeros(6)})
+    outputs, acts = ft.from_linen(Half())(variables, X, {"low": jnp.zeros(6)})
     assert acts["low"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(outputs, Half().apply(variables, X))
 
@@ -626,7 +626,7 @@ def test_dropout_gets_its_rngs_and_keyword_arguments(train):
     variables = variables_of(Noisy())
     options = {"rngs": {"dropout": jax.random.key(5)}, "train": train}
     taps = taps_of(Noisy(), variables, ["dense", "dropout", "head"], **options)
-    outputs, _ = tf.from_linen(Noisy(), **options)(variables, X, {})
+    outputs, _ = ft.from_linen(Noisy(), **options)(variables, X, {})
     np.testing.assert_array_equal(outputs, Noisy().apply(variables, X, **options))
     kept = np.float64(taps["dropout"].acts) / np.float64(taps["dense"].acts)
     assert set(np.round(np.unique(kept), 5)) == ({0.0, 2.0} if train else {1.0})
@@ -651,7 +651,7 @@ def test_updates_of_user_collections_are_made_and_dropped(train):
     module = Normed(train)
     variables = variables_of(module)
     outputs, _ = module.apply(variables, X, mutable=["batch_stats"])
-    got, acts = tf.from_linen(module, mutable=["batch_stats"])(variables, X, {})
+    got, acts = ft.from_linen(module, mutable=["batch_stats"])(variables, X, {})
     np.testing.assert_array_equal(got, outputs)
     assert acts["norm"].shape == (B, 6)
 
@@ -684,7 +684,7 @@ def test_modules_own_sow_and_perturb_keep_working(mutable):
     variables = variables_of(Sowing())
     variables = {name: variables[name] for name in ("params", "perturbations")}
     want = Sowing().apply(variables, X, mutable=mutable)
-    got, acts = tf.from_linen(Sowing(), mutable=mutable)(variables, X, {})
+    got, acts = ft.from_linen(Sowing(), mutable=mutable)(variables, X, {})
     want = want if mutable is False else want[0]
     np.testing.assert_array_equal(got, want)
     assert_close(acts["dense"], dense(variables["params"]["dense"], X))
@@ -698,8 +698,8 @@ def test_inputs_in_a_tuple_are_positional_arguments():
 
     scale = normal(B)
     variables = variables_of(Two(), X, scale)
-    probed = tf.from_linen(Two())
-    taps = tf.tap(
+    probed = ft.from_linen(Two())
+    taps = ft.tap(
         probed, variables, (X, scale), sites="dense", readout=CUBES, batch_size=2
     )["dense"]
     acts = np.float64(dense(variables["params"]["dense"], X))
@@ -726,7 +726,7 @@ def test_inputs_in_a_tuple_are_positional_arguments():
 @pytest.mark.parametrize("block", [Block, RematBlock], ids=["plain", "remat"])
 def test_probe_changes_what_follows(probes, change, block):
     p = blocks_variables()["params"]
-    outputs, acts = tf.from_linen(Blocks(block))(blocks_variables(), X, probes)
+    outputs, acts = ft.from_linen(Blocks(block))(blocks_variables(), X, probes)
     hidden = change(block_by_hand(p["blocks_1"], block_by_hand(p["blocks_0"], X)))
     assert_close(acts["blocks_1"], hidden)
     assert_close(outputs, dense(p["head"], hidden))
@@ -734,7 +734,7 @@ def test_probe_changes_what_follows(probes, change, block):
 
 def test_two_sites_are_changed_at_once():
     p = blocks_variables()["params"]
-    outputs, acts = tf.from_linen(Blocks())(
+    outputs, acts = ft.from_linen(Blocks())(
         blocks_variables(), X, {"blocks_0/up": jnp.abs, "blocks_1": X}
     )
     up = jnp.abs(dense(p["blocks_0"]["up"], X))
@@ -744,7 +744,7 @@ def test_two_sites_are_changed_at_once():
 
 
 def test_probe_of_the_whole_module_changes_its_outputs():
-    outputs, acts = tf.from_linen(Blocks())(
+    outputs, acts = ft.from_linen(Blocks())(
         blocks_variables(), X, {"__call__": lambda y: 2.0 * y}
     )
     want = 2 * np.float64(Blocks().apply(blocks_variables(), X))
@@ -754,7 +754,7 @@ def test_probe_of_the_whole_module_changes_its_outputs():
 
 @pytest.mark.parametrize("block", [Block, RematBlock], ids=["plain", "remat"])
 def test_later_activation_is_differentiable_in_an_earlier_probe(block):
-    probed = tf.from_linen(Blocks(block))
+    probed = ft.from_linen(Blocks(block))
     p = blocks_variables()["params"]
 
     def later(d):
@@ -787,11 +787,11 @@ def test_later_activation_is_differentiable_in_an_earlier_probe(block):
 )
 def test_bad_probes_are_refused(probes, match):
     with pytest.raises(ValueError, match=match):
-        tf.from_linen(Blocks())(blocks_variables(), X, probes)
+        ft.from_linen(Blocks())(blocks_variables(), X, probes)
 
 
 def test_sites_keep_apart_the_calls_of_one_adapter():
-    probed = tf.from_linen(Blocks())
+    probed = ft.from_linen(Blocks())
     first = probed(blocks_variables(), X, {})[1]
     second = probed(blocks_variables(), X, {})[1]
     assert set(first) == set(second)
@@ -802,7 +802,7 @@ def test_sites_keep_apart_the_calls_of_one_adapter():
 
 def test_one_module_inside_another_call_is_not_recorded_twice():
     plain = Blocks().apply(blocks_variables(), X)
-    probed = tf.from_linen(Blocks())
+    probed = ft.from_linen(Blocks())
 
     class Outer(nn.Module):
         @nn.compact
@@ -811,14 +811,14 @@ def test_one_module_inside_another_call_is_not_recorded_twice():
             return nn.Dense(3, name="top")(inner)
 
     variables = variables_of(Outer())
-    outputs, acts = tf.from_linen(Outer())(variables, X, {})
+    outputs, acts = ft.from_linen(Outer())(variables, X, {})
     assert set(acts) == {"top", "__call__"}
     assert_close(outputs, dense(variables["params"]["top"], plain))
 
 
 def test_module_without_parameters():
     model = nn.Sequential([nn.tanh, jnp.sin])
-    outputs, acts = tf.from_linen(model)({}, X, {})
+    outputs, acts = ft.from_linen(model)({}, X, {})
     assert_close(outputs, np.sin(np.tanh(np.float64(X))))
     assert list(acts) == ["__call__"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import toyfeat as tf
+import toyfeat as ft
 from toyfeat import readouts
 
 RNG = np.random.default_rng(4)
@@ -52,9 +52,9 @@ def cubes_jacobian(suffix, acts):
 
 
 def taps_of(model, sites, x=X, readout=CUBES, **options):
-    probed, params = tf.from_nnx(model)
+    probed, params = ft.from_nnx(model)
     run = jax.jit(
-        lambda p, x: tf.tap(probed, p, x, sites=sites, readout=readout, **options)
+        lambda p, x: ft.tap(probed, p, x, sites=sites, readout=readout, **options)
     )
     return run(params, x)
 
@@ -109,7 +109,7 @@ def plain():
 
 
 def test_every_module_is_a_site_named_by_its_path():
-    probed, params = tf.from_nnx(plain())
+    probed, params = ft.from_nnx(plain())
     outputs, acts = probed(params, X, {})
     assert set(acts) == {
         "__call__",
@@ -191,10 +191,10 @@ def test_the_model_that_was_given_stays_as_it_is(make):
         return graph, leaves, names
 
     before = picture()
-    probed, params = tf.from_nnx(model)
+    probed, params = ft.from_nnx(model)
     for probes in ({}, {"__call__": jnp.tanh}, {"__call__": jnp.ones(1)}):
         probed(params, X, probes)
-    tf.tap(probed, params, X, sites="__call__", readout=CUBES)
+    ft.tap(probed, params, X, sites="__call__", readout=CUBES)
     after = picture()
     assert before[0] == after[0]
     jax.tree.map(np.testing.assert_array_equal, before[1], after[1])
@@ -203,7 +203,7 @@ def test_the_model_that_was_given_stays_as_it_is(make):
 
 def test_state_that_a_call_changes_is_dropped():
     model = Counting()
-    probed, params = tf.from_nnx(model)
+    probed, params = ft.from_nnx(model)
     first, second = probed(params, X, {})[0], probed(params, X, {})[0]
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(first, nnx.clone(model)(X))
@@ -211,7 +211,7 @@ def test_state_that_a_call_changes_is_dropped():
 
 def test_later_changes_of_the_model_do_not_reach_the_probed_one():
     model = Blocks()
-    probed, params = tf.from_nnx(model)
+    probed, params = ft.from_nnx(model)
     before = probed(params, X, {})[0]
     model.head.kernel[...] = 0 * model.head.kernel[...]
     model.blocks[0] = Block(99)
@@ -219,7 +219,7 @@ def test_later_changes_of_the_model_do_not_reach_the_probed_one():
 
 
 def test_other_parameters_may_be_passed():
-    probed, params = tf.from_nnx(plain())
+    probed, params = ft.from_nnx(plain())
     other = jax.tree.map(lambda p: 0.5 * p, params)
     model = nnx.clone(plain())
     nnx.update(model, jax.tree.map(lambda p: 0.5 * p, nnx.state(model)))
@@ -239,7 +239,7 @@ def test_models_own_class_checks_still_hold():
         def helper(self, x):
             return 2.0 * x
 
-    probed, params = tf.from_nnx(Picky())
+    probed, params = ft.from_nnx(Picky())
     assert_close(probed(params, X, {})[0], 2 * by_hand(linear(D, D, 0), X))
 
 
@@ -257,7 +257,7 @@ def test_super_calls_reach_the_parent():
             return jnp.tanh(super().__call__(x))
 
     model = Child()
-    probed, params = tf.from_nnx(model)
+    probed, params = ft.from_nnx(model)
     outputs, acts = probed(params, X, {"__call__": lambda y: 3.0 * y})
     assert_close(outputs, 3 * jnp.tanh(by_hand(model.dense, X)))
     assert_close(acts["dense"], by_hand(model.dense, X))
@@ -269,7 +269,7 @@ def test_super_calls_reach_the_parent():
 @pytest.mark.parametrize("kind", REMATS)
 @pytest.mark.parametrize("jitted", [False, True])
 def test_every_call_sees_its_own_probes(kind, jitted):
-    probed, params = tf.from_nnx(Blocks(REMATS[kind]))
+    probed, params = ft.from_nnx(Blocks(REMATS[kind]))
     model = plain()
     wrap = jax.jit if jitted else lambda f: f
 
@@ -299,7 +299,7 @@ def test_every_call_sees_its_own_probes(kind, jitted):
 
 
 def test_same_function_with_other_contents_is_applied_anew():
-    probed, params = tf.from_nnx(Blocks(RematBlock))
+    probed, params = ft.from_nnx(Blocks(RematBlock))
     scale = [1.0]
 
     def change(a):
@@ -313,7 +313,7 @@ def test_same_function_with_other_contents_is_applied_anew():
 
 @pytest.mark.parametrize("kind", REMATS)
 def test_a_probe_function_may_close_over_what_is_differentiated(kind):
-    probed, params = tf.from_nnx(Blocks(REMATS[kind]))
+    probed, params = ft.from_nnx(Blocks(REMATS[kind]))
     model = plain()
 
     def effect(scale):
@@ -337,7 +337,7 @@ def test_a_probe_function_may_close_over_what_is_differentiated(kind):
     ids=["array", "width", "numpy", "ablation"],
 )
 def test_probe_changes_what_follows(probe, change):
-    probed, params = tf.from_nnx(plain())
+    probed, params = ft.from_nnx(plain())
     model = plain()
     outputs, acts = probed(params, X, {"blocks/0": probe})
     hidden = change(block_by_hand(model.blocks[0], X))
@@ -347,7 +347,7 @@ def test_probe_changes_what_follows(probe, change):
 
 @pytest.mark.parametrize("kind", REMATS)
 def test_later_activation_is_differentiable_in_an_earlier_probe(kind):
-    probed, params = tf.from_nnx(Blocks(REMATS[kind]))
+    probed, params = ft.from_nnx(Blocks(REMATS[kind]))
     model = plain()
 
     def later(d):
@@ -380,7 +380,7 @@ def test_later_activation_is_differentiable_in_an_earlier_probe(kind):
 )
 @pytest.mark.parametrize("kind", REMATS)
 def test_bad_probes_are_refused(kind, probes, match):
-    probed, params = tf.from_nnx(Blocks(REMATS[kind]))
+    probed, params = ft.from_nnx(Blocks(REMATS[kind]))
     with pytest.raises(ValueError, match=match):
         probed(params, X, probes)
 
@@ -390,7 +390,7 @@ def test_bad_probes_are_refused(kind, probes, match):
 )
 def test_only_modules_are_taken(model):
     with pytest.raises(TypeError, match=r"from_nnx: .*nnx"):
-        tf.from_nnx(model)
+        ft.from_nnx(model)
 
 
 # containers and sharing
@@ -451,7 +451,7 @@ def test_shared_module_called_twice_gives_two_sites(remat):
 @pytest.mark.parametrize("remat", [False, True])
 def test_probe_of_one_call_of_a_shared_module_leaves_the_other(remat):
     model = Shared(remat)
-    probed, params = tf.from_nnx(model)
+    probed, params = ft.from_nnx(model)
     first = by_hand(model.shared, X)
     for probe in (2.0 * X, lambda a: a + 2.0 * X):
         outputs, acts = probed(params, X, {"shared#1": probe})
@@ -470,7 +470,7 @@ def test_one_module_under_two_names_gives_two_sites():
             return self.b(jnp.tanh(self.a(x)))
 
     model = TwoNames()
-    probed, params = tf.from_nnx(model)
+    probed, params = ft.from_nnx(model)
     _, acts = probed(params, X, {})
     sites = sorted(set(acts) - {"__call__"})
     assert len(sites) == 2
@@ -490,7 +490,7 @@ def test_tied_parameter_stays_tied():
             return self.b(jnp.tanh(self.a(x)))
 
     model = Tied()
-    probed, params = tf.from_nnx(model)
+    probed, params = ft.from_nnx(model)
     np.testing.assert_array_equal(probed(params, X, {})[0], model(X))
     taps = taps_of(model, "a")["a"]
     acts = by_hand(model.a, X)
@@ -645,7 +645,7 @@ def test_scanned_layers_are_sites(length, remat):
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_layer_is_probed_alone_and_anew(remat):
     model = Scanned(remat=remat)
-    probed, params = tf.from_nnx(model)
+    probed, params = ft.from_nnx(model)
     for scale in (1.0, -2.0):
         probes = {"layers/dense@1": scale * X, "layers/dense@2": jnp.ones(D)}
         outputs, acts = probed(params, X, probes)
@@ -659,7 +659,7 @@ def test_scanned_layer_is_probed_alone_and_anew(remat):
 
 def test_later_scanned_layer_is_differentiable_in_an_earlier_one():
     model = Scanned()
-    probed, params = tf.from_nnx(model)
+    probed, params = ft.from_nnx(model)
 
     def later(d):
         return probed(params, X, {"layers/dense@0": d})[1]["layers/dense@2"]
@@ -675,13 +675,13 @@ def test_later_scanned_layer_is_differentiable_in_an_earlier_one():
 
 
 def test_function_for_a_layer_of_a_scan_is_refused():
-    probed, params = tf.from_nnx(Scanned())
+    probed, params = ft.from_nnx(Scanned())
     with pytest.raises(ValueError, match=r"layers/dense@1"):
         probed(params, X, {"layers/dense@1": jnp.tanh})
 
 
 def test_unknown_layer_of_a_scan_is_refused():
-    probed, params = tf.from_nnx(Scanned())
+    probed, params = ft.from_nnx(Scanned())
     with pytest.raises(ValueError, match=r"no site 'layers/dense@3'.*layers/dense@2"):
         probed(params, X, {"layers/dense@3": X})
 
@@ -702,7 +702,7 @@ class Sowing(nnx.Module):
 
 def test_models_own_sow_and_perturb_keep_working():
     model = Sowing()
-    probed, params = tf.from_nnx(model)
+    probed, params = ft.from_nnx(model)
     outputs, acts = probed(params, X, {})
     want = jnp.tanh(by_hand(model.dense, X))
     assert_close(outputs, want)
@@ -719,7 +719,7 @@ def test_models_own_sow_and_perturb_keep_working():
 
 def test_users_capture_around_a_probed_call_is_left_alone():
     model = Sowing()
-    probed, params = tf.from_nnx(model)
+    probed, params = ft.from_nnx(model)
 
     class Outer(nnx.Module):
         def __init__(self):
@@ -744,8 +744,8 @@ def test_jitted_methods_keep_their_sites_on_every_call(probe):
         def __call__(self, x):
             return x + self.down(jnp.tanh(self.up(x)))
 
-    probed, params = tf.from_nnx(Blocks(Jitted))
-    reference, _ = tf.from_nnx(plain())
+    probed, params = ft.from_nnx(Blocks(Jitted))
+    reference, _ = ft.from_nnx(plain())
     for probes in ({}, {"blocks/0": probe}, {"blocks/0": jnp.cos}, {}):
         outputs, acts = probed(params, X, probes)
         want, all_acts = reference(params, X, probes)
@@ -834,7 +834,7 @@ def test_evaluation_mode_is_kept():
 
 def test_training_mode_draws_the_models_next_dropout():
     model = Normed()
-    probed, params = tf.from_nnx(model)
+    probed, params = ft.from_nnx(model)
     outputs, acts = probed(params, X, {})
     np.testing.assert_allclose(outputs, nnx.clone(model)(X), rtol=1e-6, atol=1e-6)
     kept = np.float64(acts["dropout"]) / np.float64(acts["norm"])
@@ -851,7 +851,7 @@ def test_attention_of_flax_has_its_projections_as_sites():
         num_heads=2, in_features=D, decode=False, rngs=nnx.Rngs(0)
     )
     x = normal(2, 3, D)
-    probed, params = tf.from_nnx(model)
+    probed, params = ft.from_nnx(model)
     outputs, acts = probed(params, x, {})
     np.testing.assert_array_equal(outputs, model(x))
     assert {"query", "key", "value", "out", "__call__"} <= set(acts)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import toyfeat as tf
+import toyfeat as ft
 
 N, K, D = 5, 2, 3
 ACTS, GRADS, ONES = jnp.ones((N, D)), jnp.ones((N, K, D)), jnp.ones(N)
@@ -17,69 +17,69 @@ ACTS, GRADS, ONES = jnp.ones((N, D)), jnp.ones((N, K, D)), jnp.ones(N)
 @pytest.mark.parametrize(
     "taps",
     [
-        tf.Taps(ACTS, GRADS, ONES),
-        tf.Taps(ACTS, None, ONES),
-        {"a": tf.Taps(ACTS, GRADS, ONES), "b": tf.Taps(ACTS, None, 0.5 * ONES)},
-        tf.Taps(ACTS.astype(jnp.bfloat16), GRADS.astype(jnp.bfloat16), ONES),
+        ft.Taps(ACTS, GRADS, ONES),
+        ft.Taps(ACTS, None, ONES),
+        {"a": ft.Taps(ACTS, GRADS, ONES), "b": ft.Taps(ACTS, None, 0.5 * ONES)},
+        ft.Taps(ACTS.astype(jnp.bfloat16), GRADS.astype(jnp.bfloat16), ONES),
         # what has no weight does not count
-        tf.Taps(ACTS.at[2].set(jnp.nan), GRADS, ONES.at[2].set(0.0)),
-        tf.Taps(ACTS, GRADS.at[2].set(jnp.inf), ONES.at[2].set(0.0)),
+        ft.Taps(ACTS.at[2].set(jnp.nan), GRADS, ONES.at[2].set(0.0)),
+        ft.Taps(ACTS, GRADS.at[2].set(jnp.inf), ONES.at[2].set(0.0)),
         # all gradients zero is a fact, not a fault
-        tf.Taps(0 * ACTS, 0 * GRADS, ONES),
-        tf.Taps(1e30 * ACTS, 1e30 * GRADS, ONES),
-        tf.Taps(1e30 * ACTS, 1e-30 * GRADS, 1e-30 * ONES),
+        ft.Taps(0 * ACTS, 0 * GRADS, ONES),
+        ft.Taps(1e30 * ACTS, 1e30 * GRADS, ONES),
+        ft.Taps(1e30 * ACTS, 1e-30 * GRADS, 1e-30 * ONES),
     ],
 )
 def test_good_taps_pass(taps):
-    assert tf.check_taps(taps) is None
+    assert ft.check_taps(taps) is None
 
 
 BAD_TAPS = {
     "nan_act": (
-        {"a": tf.Taps(ACTS.at[3, 1].set(jnp.nan), GRADS, ONES)},
+        {"a": ft.Taps(ACTS.at[3, 1].set(jnp.nan), GRADS, ONES)},
         r"check_taps: site 'a' has 1 non-finite of 15 entries in acts.*example 3",
     ),
     "inf_acts": (
-        {"a": tf.Taps(ACTS.at[1:3].set(-jnp.inf), None, ONES)},
+        {"a": ft.Taps(ACTS.at[1:3].set(-jnp.inf), None, ONES)},
         r"site 'a' has 6 non-finite of 15 entries in acts.*example 1",
     ),
     "nan_grad": (
-        {"a": tf.Taps(ACTS, GRADS.at[4, 1, 0].set(jnp.nan), ONES)},
+        {"a": ft.Taps(ACTS, GRADS.at[4, 1, 0].set(jnp.nan), ONES)},
         r"site 'a' has 1 non-finite of 30 entries in grads.*example 4",
     ),
     "bfloat16": (
-        {"a": tf.Taps(ACTS.astype(jnp.bfloat16).at[0, 0].set(jnp.inf), None, ONES)},
+        {"a": ft.Taps(ACTS.astype(jnp.bfloat16).at[0, 0].set(jnp.inf), None, ONES)},
         r"site 'a' has 1 non-finite of 15 entries in acts",
     ),
     "second_site": (
         {
-            "good": tf.Taps(ACTS, GRADS, ONES),
-            "bad": tf.Taps(ACTS, GRADS.at[0].set(jnp.inf), ONES),
+            "good": ft.Taps(ACTS, GRADS, ONES),
+            "bad": ft.Taps(ACTS, GRADS.at[0].set(jnp.inf), ONES),
         },
         r"site 'bad' has 6 non-finite of 30 entries in grads",
     ),
     "weighted_only": (
         {
-            "a": tf.Taps(
+            "a": ft.Taps(
                 ACTS.at[:2].set(jnp.nan), GRADS, ONES.at[0].set(0.0).at[4].set(0.0)
             )
         },
         r"site 'a' has 3 non-finite .*example 1",
     ),
     "negative_weight": (
-        {"a": tf.Taps(ACTS, GRADS, ONES.at[1].set(-2.0))},
+        {"a": ft.Taps(ACTS, GRADS, ONES.at[1].set(-2.0))},
         r"'a' .*weights >= 0, got .*-2",
     ),
     "nan_weight": (
-        {"a": tf.Taps(ACTS, GRADS, ONES.at[1].set(jnp.nan))},
+        {"a": ft.Taps(ACTS, GRADS, ONES.at[1].set(jnp.nan))},
         r"'a' .*finite weights .*nan",
     ),
     "no_weight": (
-        {"a": tf.Taps(ACTS, GRADS, 0 * ONES)},
+        {"a": ft.Taps(ACTS, GRADS, 0 * ONES)},
         r"'a' has no example of positive weight among 5",
     ),
     "without_a_name": (
-        tf.Taps(ACTS.at[3, 1].set(jnp.nan), GRADS, ONES),
+        ft.Taps(ACTS.at[3, 1].set(jnp.nan), GRADS, ONES),
         r"check_taps: .* 1 non-finite of 15 entries in acts",
     ),
 }
@@ -89,20 +89,20 @@ BAD_TAPS = {
 def test_bad_taps_say_which_site_and_how_many(name):
     taps, match = BAD_TAPS[name]
     with pytest.raises(ValueError, match=match):
-        tf.check_taps(taps)
+        ft.check_taps(taps)
 
 
 def test_taps_of_an_overflowing_model_are_caught():
-    probed = tf.from_split(lambda p, x: x, lambda p, a: jnp.log(a))
-    taps = tf.tap(
+    probed = ft.from_split(lambda p, x: x, lambda p, a: jnp.log(a))
+    taps = ft.tap(
         probed,
         None,
         jnp.array([[1.0, 2.0], [0.0, 1.0]]),
         sites="acts",
-        readout=tf.readouts.jacobian(),
+        readout=ft.readouts.jacobian(),
     )
     with pytest.raises(ValueError, match=r"site 'acts' has \d non-finite .*grads"):
-        tf.check_taps(taps)
+        ft.check_taps(taps)
 
 
 # mixing of examples
@@ -164,19 +164,19 @@ def linen(module, inputs=X, **options):
     variables = jax.tree.map(
         lambda leaf: jnp.asarray(0.2 + rng.random(leaf.shape), leaf.dtype), shapes
     )
-    return tf.from_linen(module, **options), variables
+    return ft.from_linen(module, **options), variables
 
 
 def function(fn):
     def model(params, x, tap):
         return tap("out", fn(tap("in", 1.0 * x)))
 
-    return tf.from_function(model), None
+    return ft.from_function(model), None
 
 
 def prefix(fn):
     """Mixing before the only site."""
-    return tf.from_split(lambda p, x: fn(x), lambda p, a: jnp.tanh(a)), None
+    return ft.from_split(lambda p, x: fn(x), lambda p, a: jnp.tanh(a)), None
 
 
 def mlp(x):
@@ -216,7 +216,7 @@ GOOD = {
     "masked_logits": lambda: (*function(lambda x: x.at[:, 0].set(-jnp.inf)), X),
     "one_nan": lambda: (*function(lambda x: x.at[1, 0].set(jnp.nan)), X),
     "dict_inputs": lambda: (
-        tf.from_split(lambda p, x: x["a"] * x["n"][:, None], lambda p, a: a),
+        ft.from_split(lambda p, x: x["a"] * x["n"][:, None], lambda p, a: a),
         None,
         {"a": X, "n": jnp.arange(6.0)},
     ),
@@ -226,14 +226,14 @@ GOOD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_models_of_single_examples_pass(name):
     probed, params, inputs = GOOD[name]()
-    assert tf.check_no_mixing(probed, params, inputs) is None
+    assert ft.check_no_mixing(probed, params, inputs) is None
 
 
 def test_evaluating_nnx_models_pass():
     model = NnxNormed()
     model.eval()
-    probed, params = tf.from_nnx(model)
-    assert tf.check_no_mixing(probed, params, X) is None
+    probed, params = ft.from_nnx(model)
+    assert ft.check_no_mixing(probed, params, X) is None
 
 
 MIXED = {
@@ -281,9 +281,9 @@ MIXED = {
         *linen(LinenNormed(), mutable=["batch_stats"]),
         jnp.ones((6, 4)),
     ),
-    "nnx_batch_norm": lambda: (*tf.from_nnx(NnxNormed()), X),
+    "nnx_batch_norm": lambda: (*ft.from_nnx(NnxNormed()), X),
     "nnx_batch_norm_of_identical_rows": lambda: (
-        *tf.from_nnx(NnxNormed()),
+        *ft.from_nnx(NnxNormed()),
         jnp.ones((6, 4)),
     ),
 }
@@ -293,14 +293,14 @@ MIXED = {
 def test_models_that_mix_examples_are_caught(name):
     probed, params, inputs = MIXED[name]()
     with pytest.raises(ValueError, match="examples of a batch influence each other"):
-        tf.check_no_mixing(probed, params, inputs)
+        ft.check_no_mixing(probed, params, inputs)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_mixing_is_caught_with_any_key(seed):
     probed, params = function(lambda x: jnp.cumsum(x, axis=0))
     with pytest.raises(ValueError, match="influence each other"):
-        tf.check_no_mixing(probed, params, X, key=jax.random.key(seed))
+        ft.check_no_mixing(probed, params, X, key=jax.random.key(seed))
 
 
 def test_first_mixed_site_is_named():
@@ -310,7 +310,7 @@ def test_first_mixed_site_is_named():
         return tap("after", 3.0 * x)
 
     with pytest.raises(ValueError, match=r"at site 'centred'"):
-        tf.check_no_mixing(tf.from_function(model), None, X)
+        ft.check_no_mixing(ft.from_function(model), None, X)
 
 
 @pytest.mark.parametrize("adapter", ["linen", "nnx"])
@@ -318,27 +318,27 @@ def test_mixing_module_is_named(adapter):
     if adapter == "linen":
         model = linen(LinenNormed(), mutable=["batch_stats"])
     else:
-        model = tf.from_nnx(NnxNormed())
+        model = ft.from_nnx(NnxNormed())
     with pytest.raises(ValueError, match=r"'norm'"):
-        tf.check_no_mixing(*model, X)
+        ft.check_no_mixing(*model, X)
 
 
 def test_mixed_outputs_are_named():
-    probed = tf.from_split(lambda p, x: x, lambda p, a: a - a.mean(0, keepdims=True))
+    probed = ft.from_split(lambda p, x: x, lambda p, a: a - a.mean(0, keepdims=True))
     with pytest.raises(ValueError, match=r"influence each other .*outputs"):
-        tf.check_no_mixing(probed, None, X)
+        ft.check_no_mixing(probed, None, X)
 
 
 def test_one_input_is_not_enough():
     with pytest.raises(ValueError, match=r"at least two inputs .*got 1"):
-        tf.check_no_mixing(*function(mlp), X[:1])
+        ft.check_no_mixing(*function(mlp), X[:1])
 
 
 @pytest.mark.parametrize("axes", [(0,), (0, 1)])
 def test_outputs_without_batch_axis_are_named(axes):
-    probed = tf.from_split(lambda p, x: x, lambda p, a: a.sum(axes))
+    probed = ft.from_split(lambda p, x: x, lambda p, a: a.sum(axes))
     with pytest.raises(ValueError, match=r"the outputs .*batch axis 6, got shape"):
-        tf.check_no_mixing(probed, None, X)
+        ft.check_no_mixing(probed, None, X)
 
 
 # inside jit
@@ -346,12 +346,12 @@ def test_outputs_without_batch_axis_are_named(axes):
 
 def test_checks_refuse_to_run_inside_jit():
     with pytest.raises(TypeError, match=r"check_taps: .*outside of jit"):
-        jax.jit(lambda a: tf.check_taps(tf.Taps(a, None, a[:, 0])))(ACTS)
+        jax.jit(lambda a: ft.check_taps(ft.Taps(a, None, a[:, 0])))(ACTS)
     with pytest.raises(TypeError, match=r"check_no_mixing: .*outside of jit"):
-        jax.jit(lambda x: tf.check_no_mixing(*function(mlp), x))(X)
+        jax.jit(lambda x: ft.check_no_mixing(*function(mlp), x))(X)
 
 
 def test_check_of_mixing_refuses_traced_parameters():
-    probed = tf.from_split(lambda p, x: x * p, lambda p, a: a)
+    probed = ft.from_split(lambda p, x: x * p, lambda p, a: a)
     with pytest.raises(TypeError, match=r"check_no_mixing: .*outside of jit"):
-        jax.jit(lambda p: tf.check_no_mixing(probed, p, X))(jnp.float32(1.0))
+        jax.jit(lambda p: ft.check_no_mixing(probed, p, X))(jnp.float32(1.0))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import toyfeat as tf
+import toyfeat as ft
 from toyfeat import readouts
 
 RNG = np.random.default_rng(2)
@@ -23,7 +23,7 @@ def mlp(params, x, tap):
     return high @ params["out"]
 
 
-PROBED = tf.from_function(mlp)
+PROBED = ft.from_function(mlp)
 
 
 def by_hand(x=X, low_probe=None, high_probe=None):
@@ -114,8 +114,8 @@ def test_name_used_twice_gives_two_sites_with_gradients_of_their_own():
             x = jnp.tanh(tap("step", x @ w))
         return x
 
-    taps = tf.tap(
-        tf.from_function(twice),
+    taps = ft.tap(
+        ft.from_function(twice),
         square,
         X,
         sites=["step", "step#1"],
@@ -136,7 +136,7 @@ def test_probed_sites_of_one_name_are_probed_alone():
     def twice(w, x, tap):
         return tap("step", tap("step", x) * 2.0)
 
-    probed = tf.from_function(twice)
+    probed = ft.from_function(twice)
     zero = jnp.zeros((2, 3))
     assert probed(None, zero, {"step": jnp.ones(3)})[0].tolist() == [[2.0] * 3] * 2
     assert probed(None, zero, {"step#1": jnp.ones(3)})[0].tolist() == [[1.0] * 3] * 2
@@ -147,7 +147,7 @@ def test_tree_values_become_one_site_per_leaf():
         pair = tap("pair", (x, {"wide": 2.0 * x, "count": jnp.arange(3)}))
         return pair[0] + pair[1]["wide"]
 
-    probed = tf.from_function(model)
+    probed = ft.from_function(model)
     outputs, acts = probed(None, X, {"pair[1][wide]": jnp.ones(4)})
     assert sorted(acts) == ["pair[0]", "pair[1][wide]"]
     assert_close(outputs, 3 * np.float64(X) + 1)
@@ -160,7 +160,7 @@ def test_tapped_tree_keeps_its_structure():
         assert value["none"] is None
         return value["a"]
 
-    assert_close(tf.from_function(model)(None, X, {})[0], X)
+    assert_close(ft.from_function(model)(None, X, {})[0], X)
 
 
 def test_calls_do_not_leak_into_each_other():
@@ -168,7 +168,7 @@ def test_calls_do_not_leak_into_each_other():
         PROBED(PARAMS, X, {"nowhere": ROW})
     plain = PROBED(PARAMS, X, {})[0]
     assert_close(plain, by_hand()[0])
-    nested = tf.from_function(
+    nested = ft.from_function(
         lambda p, x, tap: tap("outer", PROBED(p, x, {"low": ROW})[0])
     )
     outputs, acts = nested(PARAMS, X, {})
@@ -192,7 +192,7 @@ def test_tap_inside_a_transformation_of_the_model_is_refused(transform):
 
     match = r"from_function: tap\('inside', \.\.\.\) was called inside a .*outside"
     with pytest.raises(ValueError, match=match):
-        tf.from_function(model)(None, X, {})
+        ft.from_function(model)(None, X, {})
 
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint])
@@ -233,11 +233,11 @@ def test_unknown_site_lists_the_known_ones():
 
 def test_model_without_sites_says_so():
     with pytest.raises(ValueError, match="no site"):
-        tf.from_function(lambda p, x, tap: x)(None, X, {"a": ROW})
+        ft.from_function(lambda p, x, tap: x)(None, X, {"a": ROW})
 
 
 def test_site_shapes_do_not_run_the_model():
-    shapes = tf.site_shapes(PROBED, PARAMS, jax.ShapeDtypeStruct((7, 4), jnp.float32))
+    shapes = ft.site_shapes(PROBED, PARAMS, jax.ShapeDtypeStruct((7, 4), jnp.float32))
     assert {name: s.shape for name, s in shapes.items()} == {
         "low": (7, 5),
         "high": (7, 6),
@@ -248,7 +248,7 @@ def test_site_shapes_do_not_run_the_model():
 # splits
 
 
-SPLIT = tf.from_split(
+SPLIT = ft.from_split(
     lambda p, x: jnp.tanh(x @ p["in"]),
     lambda p, a: jnp.tanh(a @ p["mid"]) @ p["out"],
     site="low",
@@ -266,19 +266,19 @@ def test_split_is_probed_like_a_function(name):
 
 
 def test_split_site_is_called_acts_by_default():
-    probed = tf.from_split(lambda p, x: x, lambda p, a: a)
+    probed = ft.from_split(lambda p, x: x, lambda p, a: a)
     assert list(probed(None, X, {})[1]) == ["acts"]
 
 
 def test_split_of_a_tree_has_one_site_per_leaf():
-    probed = tf.from_split(lambda p, x: (x, 2 * x), lambda p, a: a[0] * a[1])
+    probed = ft.from_split(lambda p, x: (x, 2 * x), lambda p, a: a[0] * a[1])
     outputs, acts = probed(None, X, {"acts[1]": jnp.ones(4)})
     assert sorted(acts) == ["acts[0]", "acts[1]"]
     assert_close(outputs, np.float64(X) * (2 * np.float64(X) + 1))
 
 
 def test_split_may_transform_its_halves():
-    probed = tf.from_split(
+    probed = ft.from_split(
         jax.jit(lambda p, x: jnp.tanh(x @ p["in"])), jax.jit(lambda p, a: a)
     )
     assert_close(probed(PARAMS, X, {})[0], by_hand()[1])

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-import toyfeat as tf
+import toyfeat as ft
 from toyfeat import readouts
 
 RNG = np.random.default_rng(1)
@@ -27,13 +27,13 @@ def to_logits(w, acts):
     return jnp.tanh(acts) @ w
 
 
-SPLIT = tf.from_split(lambda w, x: x, to_logits)
+SPLIT = ft.from_split(lambda w, x: x, to_logits)
 
 
 @functools.partial(jax.jit, static_argnames=("probed", "batch_size"))
 def jitted_taps(x, readout, probed, batch_size):
     options = {"sites": "acts", "readout": readout, "batch_size": batch_size}
-    return tf.tap(probed, W, x, **options)["acts"]
+    return ft.tap(probed, W, x, **options)["acts"]
 
 
 def taps_of(readout, *, probed=SPLIT, x=X, batch_size=None):
@@ -74,6 +74,44 @@ def outer_products(grads):
     """[K, D, D] of unscaled gradients, from the scaled ones of one input."""
     grads = float64(grads) * np.sqrt(len(grads))
     return np.einsum("kd,ke->kde", grads, grads)
+
+
+# half the squared norm
+
+
+@pytest.mark.parametrize("kind", ["vector", "tuple", "tree", "scalar"])
+def test_half_squared_norm_is_the_jacobian_times_the_output(kind):
+    """Against per-example ``jacrev``, over everything in an output."""
+
+    def suffix(w, acts):
+        y = jnp.tanh(acts) @ w
+        blocks = y[:, :2].reshape(-1, 2, 1) ** 2
+        return {
+            "vector": y,
+            "tuple": (y, blocks, y[:, 0]),
+            "tree": {"x": y, "y": [blocks, {"z": y[:, 0]}]},
+            "scalar": y[:, 0],
+        }[kind]
+
+    def flat_output(act):
+        leaves = jax.tree.leaves(suffix(W, act[None]))
+        return jnp.concatenate([leaf.ravel() for leaf in leaves])
+
+    probed = ft.from_split(lambda w, x: x, suffix)
+    grads = ft.tap(probed, W, X, sites="acts", readout=readouts.half_squared_norm())[
+        "acts"
+    ].grads
+    jacobians = float64(jax.vmap(jax.jacrev(flat_output))(X))
+    outputs = float64(jax.vmap(flat_output)(X))
+    assert_close(grads[:, 0], np.einsum("bvd,bv->bd", jacobians, outputs))
+
+
+def test_half_squared_norm_takes_a_mask_and_keeps_one_program():
+    mask = jnp.arange(B) > 1
+    taps = taps_of(readouts.half_squared_norm(mask=mask.astype(jnp.float32)))
+    np.testing.assert_array_equal(taps.weights, mask)
+    first, second = readouts.half_squared_norm(), readouts.half_squared_norm()
+    assert jax.tree.structure(first) == jax.tree.structure(second)
 
 
 # sampled labels
@@ -125,7 +163,7 @@ def test_second_moment_over_sampled_labels_is_the_true_fisher(family):
 
 def test_labels_are_drawn_per_position_and_summed():
     logits = 0.4 * normal(1, 3, V)  # no rare labels, for the standard error
-    probed = tf.from_split(lambda w, x: x, lambda w, a: a)
+    probed = ft.from_split(lambda w, x: x, lambda w, a: a)
     readout = readouts.sampled_labels(KEY, num=DRAWS)
     grads = float64(taps_of(readout, probed=probed, x=logits).grads)  # [3, K, V]
     scores = np.moveaxis(grads, 0, 1).reshape(DRAWS, 3 * V) * np.sqrt(DRAWS)
@@ -168,7 +206,7 @@ def test_one_draw_per_input_averages_to_jtj_over_inputs():
 
 
 def test_directions_span_the_whole_output_tree():
-    probed = tf.from_split(
+    probed = ft.from_split(
         lambda w, x: x, lambda w, a: {"a": 2.0 * a[:, :2], "b": (3.0 * a[:, 2:],)}
     )
     grads = taps_of(readouts.random_directions(KEY, 64), probed=probed).grads
@@ -209,7 +247,7 @@ def test_gradients_of_an_input_do_not_depend_on_the_other_inputs(name):
 
 
 def test_a_path_draws_the_same_directions_at_all_scales():
-    linear = tf.from_split(lambda w, x: x, lambda w, a: a @ w)
+    linear = ft.from_split(lambda w, x: x, lambda w, a: a @ w)
     readout = readouts.random_directions(KEY, 3, "gaussian")
     path = taps_of(
         readouts.along_path(readout, jnp.array([0.1, 1.0, 2.0])), probed=linear
@@ -228,7 +266,7 @@ def causal(w, acts):
     return jnp.cumsum(jnp.tanh(acts), axis=1)
 
 
-SEQUENCE = tf.from_split(lambda w, x: x, causal)
+SEQUENCE = ft.from_split(lambda w, x: x, causal)
 
 
 def next_token_oracle(mask=None):
@@ -298,7 +336,7 @@ def test_no_padded_position_predicts_on_the_left_either():
 
 
 def test_next_token_takes_logits_out_of_other_outputs():
-    probed = tf.from_split(lambda w, x: x, lambda w, a: {"logits": causal(w, a)})
+    probed = ft.from_split(lambda w, x: x, lambda w, a: {"logits": causal(w, a)})
     readout = readouts.next_token_loss(TOKENS, select=lambda out: out["logits"])
     taps = taps_of(readout, probed=probed, x=STREAM)
     assert_close(taps.grads, next_token_oracle().reshape(15, 1, V))
@@ -312,7 +350,7 @@ def with_argmax(w, acts):
     return logits, jnp.argmax(logits, axis=-1)
 
 
-WITH_ARGMAX = tf.from_split(lambda w, x: x, with_argmax)
+WITH_ARGMAX = ft.from_split(lambda w, x: x, with_argmax)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +392,7 @@ def test_integer_outputs_carry_no_gradient(with_integers, plain):
 
 
 def test_jacobian_of_a_tree_follows_the_flattened_leaves():
-    probed = tf.from_split(
+    probed = ft.from_split(
         lambda w, x: x, lambda w, a: {"b": a**2, "a": a[:, :2].reshape(-1, 2, 1)}
     )
     grads = float64(taps_of(readouts.jacobian(), probed=probed).grads)
@@ -398,7 +436,7 @@ def test_readouts_are_trees_with_labels_keys_masks_and_scales_as_leaves():
 def traced_tap(probed, x, readout):
     """Only the trace: that is where shapes are checked."""
     return jax.eval_shape(
-        lambda x: tf.tap(probed, W, x, sites="acts", readout=readout), x
+        lambda x: ft.tap(probed, W, x, sites="acts", readout=readout), x
     )
 
 
@@ -562,7 +600,7 @@ def test_indices_and_tokens_must_be_whole_numbers(make, match):
     ],
 )
 def test_logits_that_do_not_fit_the_tokens_are_named(outputs, found):
-    probed = tf.from_split(lambda w, x: x, lambda w, acts: outputs(acts))
+    probed = ft.from_split(lambda w, x: x, lambda w, acts: outputs(acts))
     readout = readouts.next_token_loss(jnp.zeros((B, 5), jnp.int32))
     wanted = r"next_token_loss: tokens \(6, 5\) need logits \(6, 5, 'V'\), " + found
     with pytest.raises(ValueError, match=wanted):

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-import toyfeat as tf
+import toyfeat as ft
 from toyfeat import readouts
 
 B = 10
@@ -96,7 +96,7 @@ def one_suffix(params, site, act):
 
 
 def batch_split(site):
-    return tf.from_split(
+    return ft.from_split(
         lambda p, x: jax.vmap(lambda row: one_prefix(p, site, row))(x),
         lambda p, a: jax.vmap(lambda row: one_suffix(p, site, row))(a),
         site=site,
@@ -105,23 +105,23 @@ def batch_split(site):
 
 def model_by(adapter):
     if adapter == "function":
-        return tf.from_function(mlp), PARAMS
+        return ft.from_function(mlp), PARAMS
     if adapter == "linen":
-        return tf.from_linen(LinenMlp()), {"params": PARAMS}
-    return tf.from_nnx(NnxMlp(PARAMS))
+        return ft.from_linen(LinenMlp()), {"params": PARAMS}
+    return ft.from_nnx(NnxMlp(PARAMS))
 
 
 def taps_by(adapter, readout, *, params=None, x=X, sites=SITES, **options):
     if adapter == "split":
         return {
-            site: tf.tap(
+            site: ft.tap(
                 batch_split(site), PARAMS, x, sites=site, readout=readout, **options
             )[site]
             for site in sites
         }
     probed, own = model_by(adapter)
     params = own if params is None else params
-    return tf.tap(probed, params, x, sites=sites, readout=readout, **options)
+    return ft.tap(probed, params, x, sites=sites, readout=readout, **options)
 
 
 ADAPTERS = ("function", "split", "linen", "nnx")
@@ -388,11 +388,11 @@ def test_a_jitted_model_is_traced_once_for_all_labels_and_keys():
         traces.append(None)
         return mlp(params, x, tap)
 
-    probed = tf.from_function(counted)
+    probed = ft.from_function(counted)
 
     @jax.jit
     def grads_of(x, readout):
-        return tf.tap(probed, PARAMS, x, sites="dense_1", readout=readout)
+        return ft.tap(probed, PARAMS, x, sites="dense_1", readout=readout)
 
     def batch(seed):
         labels = jnp.asarray(np.random.default_rng(seed).integers(0, 4, B))
@@ -474,8 +474,8 @@ SEQUENCE_CASES = {
 def sequence_taps(batch_size):
     def run(x, cases):
         return {
-            case: tf.tap(
-                tf.from_function(sequence),
+            case: ft.tap(
+                ft.from_function(sequence),
                 SEQUENCE_PARAMS,
                 x,
                 sites="hidden",
@@ -518,8 +518,8 @@ MASKS = {
 def test_mask_gives_the_weights_and_leaves_gradients(size):
     def run(masks):
         return {
-            name: tf.tap(
-                tf.from_function(sequence),
+            name: ft.tap(
+                ft.from_function(sequence),
                 SEQUENCE_PARAMS,
                 SEQUENCES,
                 sites="hidden",
@@ -541,11 +541,11 @@ def test_mask_gives_the_weights_and_leaves_gradients(size):
 
 def test_image_positions_are_flattened_input_major():
     x, w = normal(2, 4, 3, 2), normal(2, 5)
-    probed = tf.from_function(
+    probed = ft.from_function(
         lambda w, x, tap: jnp.tanh(tap("pixels", x @ w)).sum((1, 2))
     )
     run = jax.jit(
-        lambda x: tf.tap(probed, w, x, sites="pixels", readout=readouts.jacobian())
+        lambda x: ft.tap(probed, w, x, sites="pixels", readout=readouts.jacobian())
     )
     taps = run(x)["pixels"]
     acts = np.asarray(x, np.float64).reshape(24, 2) @ np.asarray(w, np.float64)
@@ -565,7 +565,7 @@ def test_taps_of_many_seeds_by_vmap_equal_the_loop(adapter):
 
     @jax.jit
     def run(params):
-        return tf.tap(
+        return ft.tap(
             probed, params, X, sites=SITES, readout=READOUTS["loss"], batch_size=7
         )
 
@@ -601,8 +601,8 @@ def test_inputs_may_be_any_tree_with_a_batch_axis():
 
     @jax.jit
     def run(inputs):
-        return tf.tap(
-            tf.from_function(by_name),
+        return ft.tap(
+            ft.from_function(by_name),
             PARAMS,
             inputs,
             sites="dense_1",
@@ -646,8 +646,8 @@ def test_sites_may_have_different_positions_and_dtypes():
 
     readout = readouts.jacobian(mask=jnp.arange(5.0))
     taps = jax.jit(
-        lambda x: tf.tap(
-            tf.from_function(model), None, x, sites=["pooled", "wide"], readout=readout
+        lambda x: ft.tap(
+            ft.from_function(model), None, x, sites=["pooled", "wide"], readout=readout
         )
     )(SEQUENCES)
     assert set(taps) == {"pooled", "wide"}
@@ -710,12 +710,12 @@ def wide_model(adapter):
     if adapter == "function":
         w = jnp.full((WIDE, WIDE), 1e-3)
         params = [{"up": w, "down": w} for _ in range(BLOCKS)]
-        probed = tf.from_function(function_blocks)
+        probed = ft.from_function(function_blocks)
     elif adapter == "linen":
-        probed = tf.from_linen(LinenBlocks())
+        probed = ft.from_linen(LinenBlocks())
         params = LinenBlocks().init(jax.random.key(0), x)
     else:
-        probed, params = tf.from_nnx(NnxBlocks(nnx.Rngs(0)))
+        probed, params = ft.from_nnx(NnxBlocks(nnx.Rngs(0)))
         return probed, params, [f"blocks/{i}" for i in range(BLOCKS)]
     return probed, params, [f"blocks_{i}" for i in range(BLOCKS)]
 
@@ -732,7 +732,7 @@ def test_tap_costs_one_backward_of_what_follows_the_sites(adapter):
 
     def cost(sites):
         return flops(
-            lambda p, x, r: tf.tap(probed, p, x, sites=sites, readout=r),
+            lambda p, x, r: ft.tap(probed, p, x, sites=sites, readout=r),
             params,
             x,
             readout,
@@ -754,7 +754,7 @@ def test_no_parameter_gradient_is_formed(adapter):
     readout = READOUTS["loss"]
 
     def taps_of(params, x, readout):
-        return tf.tap(probed, params, x, sites=SITES, readout=readout)
+        return ft.tap(probed, params, x, sites=SITES, readout=readout)
 
     def parameter_gradient(params, x, readout):
         def total(params):
@@ -782,7 +782,7 @@ def test_tap_grows_with_the_backward_alone_not_with_the_parameters():
 
     def taps_of(params, x):
         readout = readouts.scalar(lambda y: jnp.sum(y**2))
-        return tf.tap(probed, params, x, sites=sites, readout=readout)
+        return ft.tap(probed, params, x, sites=sites, readout=readout)
 
     assert flops(taps_of, params, x) <= 0.7 * flops(gradient, params, x)
 
@@ -793,7 +793,7 @@ def test_tap_grows_with_the_backward_alone_not_with_the_parameters():
 def tap_with(**changes):
     options = {"sites": "dense_0", "readout": readouts.jacobian()} | changes
     return jax.eval_shape(
-        lambda x: tf.tap(tf.from_function(mlp), PARAMS, x, **options), X
+        lambda x: ft.tap(ft.from_function(mlp), PARAMS, x, **options), X
     )
 
 
@@ -846,8 +846,8 @@ def test_bad_arguments_say_what_is_wanted(changes, error, match, size):
 def test_mask_of_other_positions_is_refused():
     with pytest.raises(ValueError, match=r"'hidden'.*\(5, 3\).*\(5, 2\)"):
         jax.eval_shape(
-            lambda x: tf.tap(
-                tf.from_function(sequence),
+            lambda x: ft.tap(
+                ft.from_function(sequence),
                 SEQUENCE_PARAMS,
                 x,
                 sites="hidden",
@@ -872,7 +872,7 @@ def test_site_needs_a_batch_and_a_feature_axis(value, shape):
         return x
 
     with pytest.raises(ValueError, match=rf"site 's' .*\[B, \.\.\., D\].*{shape}"):
-        tf.tap(tf.from_function(model), None, X, sites="s", readout=readouts.jacobian())
+        ft.tap(ft.from_function(model), None, X, sites="s", readout=readouts.jacobian())
 
 
 @pytest.mark.parametrize(
@@ -882,8 +882,8 @@ def test_site_needs_a_batch_and_a_feature_axis(value, shape):
 )
 def test_inputs_without_one_batch_axis_are_refused(inputs):
     with pytest.raises(ValueError, match="leading"):
-        tf.tap(
-            tf.from_function(lambda p, x, tap: x),
+        ft.tap(
+            ft.from_function(lambda p, x, tap: x),
             None,
             inputs,
             sites="s",
@@ -908,6 +908,6 @@ def test_outputs_without_a_batch_axis_are_refused(readout, reduced):
     def pooled(params, x, tap):
         return tap("s", x).sum(reduced)
 
-    probed = tf.from_function(pooled)
+    probed = ft.from_function(pooled)
     with pytest.raises(ValueError, match=r"outputs.* 10"):
-        jax.eval_shape(lambda x: tf.tap(probed, None, x, sites="s", readout=readout), X)
+        jax.eval_shape(lambda x: ft.tap(probed, None, x, sites="s", readout=readout), X)

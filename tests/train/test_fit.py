@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from tiny_trainer import Stream, a_batch, bits, on_device, tiny
 
+from toyfeat.data.batches import Batches
 from toyfeat.train import fit
-from toyfeat.types import ArrayBatches, Taps, Trainer
+from toyfeat.train.types import Trainer
+from toyfeat.types import Taps
 
 TINY = tiny()
 START = TINY.init(jax.random.key(0))
@@ -25,7 +27,7 @@ POPULATION = jax.vmap(lambda r: TINY.init(jax.random.key(0), rate=r))(RATES)
 def by_hand(trainer, state, batches, steps):
     update = jax.jit(trainer.update)
     take = batches
-    if isinstance(batches, ArrayBatches):
+    if isinstance(batches, Batches):
         take = jax.jit(lambda step: batches(step))
     for step in range(int(state.step.flatten()[0]), steps):
         state, _ = update(state, take(step))
@@ -319,7 +321,7 @@ WIDE = Taps(np.ones((4, 7), np.float32), None, np.ones(4, np.float32))
 @pytest.mark.parametrize(
     ("batches", "error", "match"),
     [
-        (3, TypeError, "batches must be ArrayBatches or a function .*, got int"),
+        (3, TypeError, "batches must be Batches or a function .*, got int"),
         (
             lambda s: np.ones((4, 6)),
             TypeError,
@@ -339,7 +341,7 @@ WIDE = Taps(np.ones((4, 7), np.float32), None, np.ones(4, np.float32))
             r"keep their shapes .*\(16, 6\).* at step 2 and .*\(4, 7\).* at step 3",
         ),
         (
-            ArrayBatches(lambda d, s: d, jnp.ones(3)),
+            Batches(lambda d, s: d, jnp.ones(3)),
             TypeError,
             r"take\(data, step\) must",
         ),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import toyfeat as tf
+import toyfeat as ft
 from toyfeat.train.outliers import warn_of_outliers
 
 D, N = 32, 600
@@ -19,11 +19,11 @@ def drawn(seed=0, **changes):
         acts[:, d] *= changes["by"]
     for d, far in changes.get("shifted", {}).items():
         acts[:, d] += far
-    return tf.Taps(jnp.asarray(acts, jnp.float32), None, jnp.ones(N))
+    return ft.Taps(jnp.asarray(acts, jnp.float32), None, jnp.ones(N))
 
 
 def test_planted_outliers_are_found_with_their_ratios():
-    found = tf.check_outliers(drawn(shifted={3: 40.0, 17: -9.0}))
+    found = ft.metrics.outlier_dims(drawn(shifted={3: 40.0, 17: -9.0}))
     assert found.dims.tolist() == [3, 17]
     np.testing.assert_allclose(found.ratios, [40, 9], rtol=0.1)
     assert found.share == 2 / D
@@ -33,7 +33,7 @@ def test_planted_outliers_are_found_with_their_ratios():
 
 
 def test_massive_dimensions_are_found_with_their_share():
-    found = tf.check_outliers(drawn(stretched=(5, 6), by=30.0))
+    found = ft.metrics.outlier_dims(drawn(stretched=(5, 6), by=30.0))
     assert sorted(found.massive.tolist()) == [5, 6]
     np.testing.assert_allclose(found.spread, 30, rtol=0.1)
     np.testing.assert_allclose(found.massive_variance, 1800 / 1830, rtol=1e-3)
@@ -43,11 +43,11 @@ def test_massive_dimensions_are_found_with_their_share():
 @pytest.mark.parametrize("num", [2, 8, 600])
 def test_normal_data_and_sparse_codes_raise_no_alarm(num):
     taps = drawn()
-    found = tf.check_outliers(jax.tree.map(lambda x: x[:num], taps))
+    found = ft.metrics.outlier_dims(jax.tree.map(lambda x: x[:num], taps))
     assert found.severity < 1.5
     assert found.massive.size == 0
     sparse = jax.nn.relu(taps.acts - 1.5)
-    found = tf.check_outliers(taps._replace(acts=sparse))
+    found = ft.metrics.outlier_dims(taps._replace(acts=sparse))
     assert found.severity < 1
     assert found.massive.size == 0
 
@@ -56,49 +56,49 @@ def test_examples_count_by_weight_and_moments_say_the_same():
     taps = drawn(shifted={1: 5.0})
     junk = taps.acts.at[:100].set(1e9)
     weights = jnp.arange(N, dtype=jnp.float32).at[:100].set(0)
-    got = tf.check_outliers(tf.Taps(junk, None, weights))
+    got = ft.metrics.outlier_dims(ft.Taps(junk, None, weights))
     rest, of_rest = (np.asarray(x[100:], np.float64) for x in (junk, weights))
     mean = np.average(rest, axis=0, weights=of_rest)
     std = np.average((rest - mean) ** 2, axis=0, weights=of_rest) ** 0.5
     np.testing.assert_allclose(got.severity, np.linalg.norm(mean) / np.linalg.norm(std))
-    acc = tf.moments(D, grads=False)
-    moments = acc.finish(acc.update(acc.init(), tf.Taps(junk, None, weights)))
-    same = tf.check_outliers(moments)
+    acc = ft.moments(D, grads=False)
+    moments = acc.finish(acc.update(acc.init(), ft.Taps(junk, None, weights)))
+    same = ft.metrics.outlier_dims(moments)
     np.testing.assert_allclose(same.ratios, got.ratios, rtol=1e-4)
     assert same.dims.tolist() == got.dims.tolist() == [1]
 
 
 def test_dimensions_that_do_not_vary():
     acts = drawn().acts.at[:, 0].set(0.0).at[:, 1].set(2.0)
-    found = tf.check_outliers(tf.Taps(acts, None, jnp.ones(N)))
+    found = ft.metrics.outlier_dims(ft.Taps(acts, None, jnp.ones(N)))
     assert found.dims.tolist() == [1]
     assert np.isinf(found.ratios[0])
-    nothing = tf.check_outliers(tf.Taps(jnp.zeros((4, 3)), None, jnp.ones(4)))
+    nothing = ft.metrics.outlier_dims(ft.Taps(jnp.zeros((4, 3)), None, jnp.ones(4)))
     assert (nothing.severity, nothing.spread, nothing.massive_variance) == (0, 0, 0)
-    still = tf.check_outliers(tf.Taps(jnp.ones((4, 3)), None, jnp.ones(4)))
+    still = ft.metrics.outlier_dims(ft.Taps(jnp.ones((4, 3)), None, jnp.ones(4)))
     assert still.severity == np.inf
 
 
 def test_errors():
     taps = drawn()
     with pytest.raises(ValueError, match="limit must be positive, got 0"):
-        tf.check_outliers(taps, limit=0)
+        ft.metrics.outlier_dims(taps, limit=0)
     with pytest.raises(ValueError, match="no example has weight"):
-        tf.check_outliers(taps._replace(weights=jnp.zeros(N)))
+        ft.metrics.outlier_dims(taps._replace(weights=jnp.zeros(N)))
     with pytest.raises(ValueError, match="not all finite; see check_taps"):
-        tf.check_outliers(taps._replace(acts=taps.acts.at[0, 0].set(jnp.nan)))
+        ft.metrics.outlier_dims(taps._replace(acts=taps.acts.at[0, 0].set(jnp.nan)))
     with pytest.raises(TypeError, match="wanted Taps or Moments, got dict"):
-        tf.check_outliers({"mlp": taps})
+        ft.metrics.outlier_dims({"mlp": taps})
     with pytest.raises(TypeError, match="outside of jit"):
-        jax.jit(tf.check_outliers)(taps)
+        jax.jit(ft.metrics.outlier_dims)(taps)
 
 
 @functools.cache  # one compilation for all the data
 def made(center=True, population=False):
-    sae = tf.standard(D, 4)
-    trainer = tf.trainer(sae, tf.dictionary_objective(sae), center=center)
+    sae = ft.dictionaries.standard(D, 4)
+    trainer = ft.trainer(sae, ft.losses.default(sae), center=center)
     if population:
-        trainer = tf.population(trainer)
+        trainer = ft.population(trainer)
         return trainer, trainer.init(jax.random.split(jax.random.key(0), 2))
     return trainer, trainer.init(jax.random.key(0))
 
@@ -109,8 +109,8 @@ def warned(taps, *, check_data=True, **options):
     settings = {"chunk": 1, "check_data": check_data}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        state = tf.fit(trainer, state, lambda step: taps, steps=1, **settings)
-        tf.fit(trainer, state, lambda step: taps, steps=2, **settings)
+        state = ft.fit(trainer, state, lambda step: taps, steps=1, **settings)
+        ft.fit(trainer, state, lambda step: taps, steps=2, **settings)
     assert all(warning.filename == __file__ for warning in said)
     return [str(warning.message) for warning in said]
 
@@ -120,7 +120,7 @@ def test_fit_warns_once_where_a_mean_will_not_be_taken_away():
     assert warned(far) == []
     (said,) = warned(far, center=False)
     assert "mean is 7" in said
-    assert f"dimensions 3 ({tf.check_outliers(far).ratios[0]:.3g})" in said
+    assert f"dimensions 3 ({ft.metrics.outlier_dims(far).ratios[0]:.3g})" in said
     assert "leave trainer(center=True) on" in said
     (said,) = warned(far, population=True, center=False)
     assert "not centred" in said
@@ -136,8 +136,13 @@ def test_fit_warns_of_massive_dimensions_in_any_case():
 
 def test_a_transcoder_and_codes_that_compete_take_less():
     some = drawn(shifted={3: 1.5 * D**0.5})  # a mean 1.5 times as long
-    narrow, sparse = tf.standard(D, 4).config, tf.topk(D, 4, 2).config
-    writes = tf.standard(D, 4, target_dim=3).config  # b_dec is not subtracted
+    narrow, sparse = (
+        ft.dictionaries.standard(D, 4).config,
+        ft.dictionaries.topk(D, 4, 2).config,
+    )
+    writes = ft.dictionaries.standard(
+        D, 4, target_dim=3
+    ).config  # b_dec is not subtracted
     far = drawn(shifted={3: 40.0})
     warn_of_outliers(some, narrow, center=False)  # -W error
     warn_of_outliers(some, sparse, center=True)
@@ -150,8 +155,8 @@ def test_a_transcoder_and_codes_that_compete_take_less():
 
 
 def test_moments_that_are_not_finite_are_refused():
-    acc = tf.moments(4, grads=False)
+    acc = ft.moments(4, grads=False)
     acts = jnp.ones((9, 4)).at[0, 0].set(jnp.nan)
-    stats = acc.finish(acc.update(acc.init(), tf.Taps(acts, None, jnp.ones(9))))
+    stats = acc.finish(acc.update(acc.init(), ft.Taps(acts, None, jnp.ones(9))))
     with pytest.raises(ValueError, match="not all finite"):
-        tf.check_outliers(stats)
+        ft.metrics.outlier_dims(stats)

@@ -3,32 +3,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import toyfeat as tf
+import toyfeat as ft
 
 D, M, N, P = 6, 24, 64, 3
 KINDS = {
-    "standard": (lambda: tf.standard(D, M), {"sparsity": [0.1, 0.5, 2.0]}),
-    "topk": (lambda: tf.topk(D, M, 5), {"k": [2, 3, 5]}),
-    "batch": (lambda: tf.batch_topk(D, M, 4), {"learning_rate": [1e-4, 1e-3, 1e-2]}),
-    "jump": (lambda: tf.jump_relu(D, M), {"target": [2.0, 4.0, 8.0]}),
-    "gated": (lambda: tf.gated(D, M), {"clip": [0.1, 1.0, 10.0]}),
-    "paired": (lambda: tf.paired(D, M, 3), {"k": [1, 2, 3]}),
+    "standard": (lambda: ft.dictionaries.standard(D, M), {"sparsity": [0.1, 0.5, 2.0]}),
+    "topk": (lambda: ft.dictionaries.topk(D, M, 5), {"k": [2, 3, 5]}),
+    "batch": (
+        lambda: ft.dictionaries.batch_topk(D, M, 4),
+        {"learning_rate": [1e-4, 1e-3, 1e-2]},
+    ),
+    "jump": (lambda: ft.dictionaries.jump_relu(D, M), {"target": [2.0, 4.0, 8.0]}),
+    "gated": (lambda: ft.dictionaries.gated(D, M), {"clip": [0.1, 1.0, 10.0]}),
+    "paired": (lambda: ft.dictionaries.paired(D, M, 3), {"k": [1, 2, 3]}),
 }
 
 
 def trained(kind, steps, group=None):
     make, hyper = KINDS[kind]
     sae = make()
-    objective = tf.dictionary_objective(sae, sparsity=0.3)
-    control = tf.controllers.target_l0(4.0) if "target" in hyper else None
-    one = tf.trainer(sae, objective, controller=control, warm_up=5, dead_after=7)
-    many = tf.population(one, group=group)
+    objective = ft.losses.default(sae, sparsity=0.3)
+    control = ft.controllers.target_l0(4.0) if "target" in hyper else None
+    one = ft.trainer(sae, objective, controller=control, warm_up=5, dead_after=7)
+    many = ft.population(one, group=group)
     keys = jax.random.split(jax.random.key(3), P)
     float_type = jnp.zeros(()).dtype
     rng = np.random.default_rng(0)
     acts = jnp.asarray(rng.normal(size=(steps, N, D)) ** 3, float_type)
     grads = jnp.asarray(rng.normal(size=(steps, N, 1, D)), float_type)
-    data = tf.Taps(acts, grads, jnp.ones((steps, N), float_type))
+    data = ft.Taps(acts, grads, jnp.ones((steps, N), float_type))
     values = {name: jnp.asarray(v, float_type) for name, v in hyper.items()}
 
     def run(trainer, state):
@@ -77,8 +80,8 @@ def test_members_differ():
 
 
 def test_errors():
-    sae = tf.topk(D, M, 4)
-    many = tf.population(tf.trainer(sae, tf.dictionary_objective(sae)))
+    sae = ft.dictionaries.topk(D, M, 4)
+    many = ft.population(ft.trainer(sae, ft.losses.default(sae)))
     keys = jax.random.split(jax.random.key(0), 3)
     with pytest.raises(ValueError, match=r"one per key \(3\), got shape \(2,\)"):
         many.init(keys, k=jnp.array([1.0, 2.0]))
@@ -86,7 +89,7 @@ def test_errors():
         many.init(keys, k=jnp.array([1.0, 2.0, 5.0]))
     with pytest.raises(ValueError, match="unknown hyper-parameters"):
         many.init(keys, learning=1.0)
-    grouped = tf.population(tf.trainer(sae, tf.dictionary_objective(sae)), group=2)
-    taps = tf.Taps(jnp.ones((4, D)), None, jnp.ones(4))
+    grouped = ft.population(ft.trainer(sae, ft.losses.default(sae)), group=2)
+    taps = ft.Taps(jnp.ones((4, D)), None, jnp.ones(4))
     with pytest.raises(ValueError, match="group 2 does not divide 3"):
         grouped.update(grouped.init(keys), taps)

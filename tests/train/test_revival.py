@@ -5,17 +5,18 @@ import optax
 import pytest
 from tiny_trainer import bits
 
-import toyfeat as tf
-from toyfeat.train.revival import _forgotten, revived
+import toyfeat as ft
+from toyfeat.dictionary.base import latent_axes
+from toyfeat.train.revival import _forget, revive_dead
 
 D, M, F, N, K = 10, 24, 16, 96, 3
 DEAD = 8  # the first latents are planted so that they never fire
 ALL = {  # what has tensors of its own
-    "transcoder": lambda: tf.standard(D, M, target_dim=D),
-    "batch": lambda: tf.batch_topk(D, M, K),
-    "jump": lambda: tf.jump_relu(D, M, threshold=0.05, bandwidth=0.3),
-    "gated": lambda: tf.gated(D, M),
-    "paired": lambda: tf.paired(D, M, K),
+    "transcoder": lambda: ft.dictionaries.standard(D, M, target_dim=D),
+    "batch": lambda: ft.dictionaries.batch_topk(D, M, K),
+    "jump": lambda: ft.dictionaries.jump_relu(D, M, threshold=0.05, bandwidth=0.3),
+    "gated": lambda: ft.dictionaries.gated(D, M),
+    "paired": lambda: ft.dictionaries.paired(D, M, K),
 }
 ROWS = np.random.default_rng(7).normal(size=(F, D))
 
@@ -27,14 +28,14 @@ def drawn(seed=0, num=N):
     acts = (there * rng.uniform(0.5, 1.5, (num, F))) @ ROWS
     grads = np.stack([there @ ROWS, 0.1 * rng.normal(size=(num, D))], axis=1)
     acts, grads = (jnp.asarray(x, jnp.float32) for x in (acts, grads))
-    return tf.Taps(acts, grads, jnp.ones(num), acts)
+    return ft.Taps(acts, grads, jnp.ones(num), acts)
 
 
 def made(name, **options):
-    sae = (ALL | {"standard": lambda: tf.standard(D, M)})[name]()
-    objective = tf.dictionary_objective(sae, dead_latents=0, sparsity=0.1)
+    sae = (ALL | {"standard": lambda: ft.dictionaries.standard(D, M)})[name]()
+    objective = ft.losses.default(sae, dead_latents=0, sparsity=0.1)
     options = {"readouts": 2, "warm_up": 0, "dead_after": 5, "revive": 1} | options
-    return sae, tf.trainer(sae, objective, **options)
+    return sae, ft.trainer(sae, objective, **options)
 
 
 def planted(state, silent=5, num=DEAD):
@@ -73,9 +74,19 @@ def test_dead_latents_start_again_and_the_others_are_left_alone(name):
     def after(state):
         out = sae.forward(state.params, taps.acts, grads=taps.grads)
         dead = state.running["silent"] >= 5
-        batch = (sae, state.params, taps.acts, taps.acts, out, taps.grads, taps.weights)
-        parts = tf.Parts(*batch, dead, jnp.ones(()), {})
-        return revived(parts, state, every=7, dead_after=5)
+        inputs = ft.losses.Inputs(
+            dictionary=sae,
+            params=state.params,
+            acts=taps.acts,
+            target=taps.acts,
+            out=out,
+            grads=taps.grads,
+            weights=taps.weights,
+            dead=dead,
+            scale=jnp.ones(()),
+            coefficients={},
+        )
+        return revive_dead(inputs, state, every=7, dead_after=5)
 
     state, told = after(before)
     assert told["revived"] == DEAD
@@ -149,7 +160,7 @@ def test_a_large_error_is_chosen_more_often():
     only = jnp.where(jnp.arange(M) == 0, 5, 0).astype(jnp.int32)
     state = state._replace(running=state.running | {"silent": only})
     acts = jnp.zeros((4, D)).at[jnp.arange(4), jnp.arange(4)].set(1.0)
-    taps = tf.Taps(acts * jnp.array([[3.0], [1.0], [1.0], [0.0]]), None, jnp.ones(4))
+    taps = ft.Taps(acts * jnp.array([[3.0], [1.0], [1.0], [0.0]]), None, jnp.ones(4))
     bias = state.params | {"b_enc": jnp.full(M, -100.0)}  # errors are 9, 1, 1, 0
     state = state._replace(params=bias)
     keys = jax.random.split(jax.random.key(1), 500)
@@ -177,7 +188,7 @@ def test_revived_latents_find_what_the_others_cannot():
     for revive in (None, 50):
         _, trainer = made("batch", revive=revive, dead_after=30)
         state, told = trained(trainer, 500, learning_rate=0.01)
-        match = tf.match_features(np.asarray(state.params["W_dec"]), ROWS)
+        match = ft.metrics.match_features(np.asarray(state.params["W_dec"]), ROWS)
         found[revive] = match.coverage, float(told["fvu"][-20:].mean())
         assert (told["dead"][-1] >= 16) == (revive is None)
     assert found[50][0] > found[None][0] + 0.1
@@ -188,7 +199,7 @@ def test_revived_latents_find_what_the_others_cannot():
 def several():
     """A population in which members have dead latents at different times."""
     _, one = made("standard", revive=2, dead_after=3)
-    many = tf.population(one)
+    many = ft.population(one)
     state = many.init(jax.random.split(jax.random.key(3), 3), learning_rate=0.01)
     parts = [
         planted(jax.tree.map(lambda x, i=i: x[i], state), silent=3 * (i == 1))
@@ -247,7 +258,7 @@ def test_other_steps_do_none_of_the_work_in_a_population_either(several):
 def test_a_run_that_is_cut_off_ends_with_the_same_bits(several, tmp_path):
     _, many, state, _ = several
     arguments = {"steps": 8, "chunk": 2, "checkpoint_every": 1, "progress": False}
-    whole = tf.fit(many, state, drawn, **arguments)
+    whole = ft.fit(many, state, drawn, **arguments)
 
     def killed(step):
         if step == 6:
@@ -255,8 +266,8 @@ def test_a_run_that_is_cut_off_ends_with_the_same_bits(several, tmp_path):
         return drawn(step)
 
     with pytest.raises(KeyboardInterrupt):
-        tf.fit(many, state, killed, directory=tmp_path, **arguments)
-    again = tf.fit(many, state, drawn, directory=tmp_path, **arguments)
+        ft.fit(many, state, killed, directory=tmp_path, **arguments)
+    again = ft.fit(many, state, drawn, directory=tmp_path, **arguments)
     assert bits(again) == bits(whole)
 
 
@@ -272,12 +283,12 @@ def test_a_run_that_is_cut_off_ends_with_the_same_bits(several, tmp_path):
     ids=["adam", "chain", "momentum", "apply_if_finite", "schedule_free"],
 )
 def test_every_optimizer_forgets_those_latents_and_nothing_else(optimizer):
-    sae = tf.gated(4, 4)  # as wide as it has latents
+    sae = ft.dictionaries.gated(4, 4)  # as wide as it has latents
     params = sae.init(jax.random.key(0))
     start = optimizer.init(params)
     full = jax.tree.map(jnp.ones_like, start)
     again = jnp.array([True, False, False, True])
-    after = _forgotten(full, params, again)
+    after = _forget(full, params, latent_axes(sae.architecture), again)
     assert jax.tree.structure(after) == jax.tree.structure(full)
     leaves, seen = jax.tree_util.tree_leaves_with_path(after), 0
     for path, leaf in leaves:
@@ -292,8 +303,8 @@ def test_every_optimizer_forgets_those_latents_and_nothing_else(optimizer):
 
 def test_without_gradients_readers_stay_as_they_are():
     sae = ALL["paired"]()
-    objective = (tf.objectives.reconstruction(),)
-    trainer = tf.trainer(sae, objective, warm_up=0, dead_after=5, revive=1)
+    objective = (ft.losses.reconstruction(),)
+    trainer = ft.trainer(sae, objective, warm_up=0, dead_after=5, revive=1)
     state = planted(trainer.init(jax.random.key(0), learning_rate=0.0))
     after, told = jax.jit(trainer.update)(state, drawn()._replace(grads=None))
     assert told["revived"] == DEAD
@@ -303,9 +314,9 @@ def test_without_gradients_readers_stay_as_they_are():
 
 
 def test_off_is_as_if_it_were_not_there():
-    sae = tf.standard(D, M)
-    init, _ = tf.trainer(sae, tf.dictionary_objective(sae))
-    assert "key" not in init(jax.random.key(0)).running
+    sae = ft.dictionaries.standard(D, M)
+    trainer = ft.trainer(sae, ft.losses.default(sae))
+    assert "key" not in trainer.init(jax.random.key(0)).running
     for wrong in (0, -3):
         with pytest.raises(ValueError, match=f"at least 1, got {wrong}"):
-            tf.trainer(sae, tf.dictionary_objective(sae), revive=wrong)
+            ft.trainer(sae, ft.losses.default(sae), revive=wrong)

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from tiny_trainer import a_batch, tiny
 
-import toyfeat as tf
-from toyfeat.types import Member
+import toyfeat as ft
+from toyfeat.train.sweeps import Row
 
 
 def test_a_grid_is_every_combination_once():
-    settings = tf.grid(seed=[3, 4], rate=[1e-3, 1e-2], sparsity=[1, 2, 3], clip=5)
+    settings = ft.sweeps.grid(
+        seed=[3, 4], rate=[1e-3, 1e-2], sparsity=[1, 2, 3], clip=5
+    )
     assert {x.shape for x in settings.values()} == {(12,)}
     values = np.stack([settings[n] for n in ("rate", "sparsity", "clip")], axis=1)
     pairs = [tuple(float(f"{x:.3g}") for x in row) for row in values]
@@ -22,10 +24,10 @@ def test_a_grid_is_every_combination_once():
 
 
 def test_a_grid_starts_a_population():
-    sae = tf.standard(4, 8)
-    one = tf.trainer(sae, tf.dictionary_objective(sae))
-    settings = tf.grid(learning_rate=[1e-3, 1e-2], sparsity=[0.1, 1.0])
-    state = tf.population(one).init(**settings)
+    sae = ft.dictionaries.standard(4, 8)
+    one = ft.trainer(sae, ft.losses.default(sae))
+    settings = ft.sweeps.grid(learning_rate=[1e-3, 1e-2], sparsity=[0.1, 1.0])
+    state = ft.population(one).init(**settings)
     np.testing.assert_array_equal(state.hyper["sparsity"], settings["sparsity"])
     rows = np.asarray(state.params["W_dec"])
     assert np.all(rows == rows[:1])  # one seed: members differ by their settings alone
@@ -48,7 +50,7 @@ def test_a_grid_starts_a_population():
 )
 def test_axes_are_checked(axes, match):
     with pytest.raises(ValueError, match=match):
-        tf.grid(**axes)
+        ft.sweeps.grid(**axes)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +64,9 @@ def run(tmp_path_factory):
         worse = jnp.where(bad[:, None], jnp.inf, after.params["w"])
         return after._replace(params=after.params | {"w": worse}), metrics
 
-    trainer = tf.Trainer(plain.init, update)
+    trainer = ft.Trainer(plain.init, update)
     folder = tmp_path_factory.mktemp("sweep")
-    settings = tf.grid(rate=[0.01, 0.05, 0.2], seed=[1, 2])
+    settings = ft.sweeps.grid(rate=[0.01, 0.05, 0.2], seed=[1, 2])
     state = jax.vmap(lambda key, rate: plain.init(key, rate=rate))(
         settings["keys"], settings["rate"]
     )
@@ -74,7 +76,7 @@ def run(tmp_path_factory):
         pytest.warns(UserWarning, match="was saturated"),
         pytest.warns(UserWarning, match="the others go on"),
     ):
-        state = tf.fit(
+        state = ft.fit(
             trainer, state, a_batch, steps=11, chunk=2, directory=folder,
             on_chunk=lambda step, means: told.append(means),
         )  # fmt: skip
@@ -83,8 +85,8 @@ def run(tmp_path_factory):
 
 def test_a_table_says_what_became_of_every_member(run):
     folder, settings, state, _ = run
-    metrics = tf.final_metrics(folder, steps=3)
-    rows = tf.sweep_table(
+    metrics = ft.sweeps.final_metrics(folder, steps=3)
+    rows = ft.sweeps.table(
         state, metrics, settings=settings, scores={"writers": np.arange(6) / 6}
     )
     assert [r.index for r in rows] == list(range(6))
@@ -105,9 +107,9 @@ def test_figures_are_means_over_the_last_steps(run):
     folder, _, _, told = run
     ends = [chunk["bias"] for chunk in told]  # of 2, 2, 2, 2, 2 and 1 updates
     for steps, want in ((1, ends[5]), (2, (2 * ends[4] + ends[5]) / 3)):
-        got = tf.final_metrics(folder, steps=steps)["bias"]
+        got = ft.sweeps.final_metrics(folder, steps=steps)["bias"]
         np.testing.assert_allclose(got[:2], want[:2], rtol=1e-6)
-    whole = tf.final_metrics(folder, steps=1000)
+    whole = ft.sweeps.final_metrics(folder, steps=1000)
     np.testing.assert_allclose(
         whole["bias"][:2], (2 * np.sum(ends[:5], axis=0) + ends[5])[:2] / 11, rtol=1e-6
     )
@@ -119,22 +121,22 @@ def test_a_member_is_not_finite_if_anything_says_so(run):
     _, _, state, _ = run
     state = state._replace(params=jax.tree.map(jnp.zeros_like, state.params))
     good = {"loss": np.ones(6)}
-    assert all(r.finite for r in tf.sweep_table(state, good))
+    assert all(r.finite for r in ft.sweeps.table(state, good))
     for worse in (
         {"loss": np.where(np.arange(6) == 4, np.nan, 1)},
         good | {"finite": np.arange(6) != 4},
     ):
-        assert [r.index for r in tf.sweep_table(state, worse) if not r.finite] == [4]
+        assert [r.index for r in ft.sweeps.table(state, worse) if not r.finite] == [4]
     spoiled = state.params | {"b": state.params["b"].at[4].set(jnp.nan)}
-    rows = tf.sweep_table(state._replace(params=spoiled), good)
+    rows = ft.sweeps.table(state._replace(params=spoiled), good)
     assert [r.index for r in rows if not r.finite] == [4]
 
 
 def test_one_member_is_a_table_of_one_row():
     trainer = tiny()
     state = trainer.init(jax.random.key(0))
-    (row,) = tf.sweep_table(state, {"loss": np.array(2.0)})
-    assert row == Member(0, {}, {"loss": 2.0}, True, False)
+    (row,) = ft.sweeps.table(state, {"loss": np.array(2.0)})
+    assert row == Row(0, {}, {"loss": 2.0}, True, False)
 
 
 def test_tables_are_checked(run, tmp_path):
@@ -142,18 +144,18 @@ def test_tables_are_checked(run, tmp_path):
     with pytest.raises(
         ValueError, match=r"metrics .* 6 members, got loss of shape \(3"
     ):
-        tf.sweep_table(state, {"loss": np.ones(3)})
+        ft.sweeps.table(state, {"loss": np.ones(3)})
     with pytest.raises(ValueError, match=r"scores .*, got mcc of shape \(6, 2\)"):
-        tf.sweep_table(state, {"loss": np.ones(6)}, scores={"mcc": np.ones((6, 2))})
+        ft.sweeps.table(state, {"loss": np.ones(6)}, scores={"mcc": np.ones((6, 2))})
     few = {"keys": settings["keys"][:2]}
     with pytest.raises(ValueError, match=r"settings .*, got keys of shape \(2,\)"):
-        tf.sweep_table(state, {"loss": np.ones(6)}, settings=few)
+        ft.sweeps.table(state, {"loss": np.ones(6)}, settings=few)
     with pytest.raises(FileNotFoundError, match="give fit the same directory first"):
-        tf.final_metrics(tmp_path)
+        ft.sweeps.final_metrics(tmp_path)
 
 
 def members(points, **more):
-    return [Member(i, {}, {"x": a, "y": b}, **more) for i, (a, b) in enumerate(points)]
+    return [Row(i, {}, {"x": a, "y": b}, **more) for i, (a, b) in enumerate(points)]
 
 
 @pytest.mark.parametrize("larger", [(), ("x",), ("y",), ("x", "y")])
@@ -167,20 +169,20 @@ def test_a_front_is_what_no_other_beats(larger):
         others = points * signs
         beaten = any(np.all(q <= p) and np.any(q < p) for q in others)
         want += [] if beaten else [i]
-    got = tf.pareto_front(rows, "x", "y", larger=larger)
+    got = ft.sweeps.pareto_front(rows, "x", "y", larger=larger)
     assert sorted(m.index for m in got) == want
     assert [m.figures["x"] for m in got] == sorted(m.figures["x"] for m in got)
 
 
 def test_members_that_are_not_finite_are_on_no_front():
     rows = members([(1.0, 1.0), (0.0, np.nan), (2.0, 0.5)])
-    rows.append(Member(3, {}, {"x": 0.0, "y": 0.0}, finite=False))
-    assert [m.index for m in tf.pareto_front(rows, "x", "y")] == [0, 2]
-    assert tf.pareto_front([], "x", "y") == []
+    rows.append(Row(3, {}, {"x": 0.0, "y": 0.0}, finite=False))
+    assert [m.index for m in ft.sweeps.pareto_front(rows, "x", "y")] == [0, 2]
+    assert ft.sweeps.pareto_front([], "x", "y") == []
     with pytest.raises(ValueError, match="members have no 'z'; they have x, y"):
-        tf.pareto_front(rows, "x", "z")
+        ft.sweeps.pareto_front(rows, "x", "z")
     with pytest.raises(ValueError, match=r"larger names \['l0'\], not x or y"):
-        tf.pareto_front(rows, "x", "y", larger=["l0"])
+        ft.sweeps.pareto_front(rows, "x", "y", larger=["l0"])
 
 
 @pytest.mark.parametrize(
@@ -193,10 +195,10 @@ def test_members_that_are_not_finite_are_on_no_front():
 )
 def test_a_grid_that_would_be_another_is_refused(axes, match):
     with pytest.raises(ValueError, match=match):
-        tf.grid(**axes)
+        ft.sweeps.grid(**axes)
 
 
 def test_the_first_chunk_counts_by_its_length_wherever_the_run_began(tmp_path):
     lines = ['{"step": 950, "loss": 3.0}', '{"step": 1000, "loss": 1.0}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert tf.final_metrics(tmp_path, steps=100)["loss"] == 2.0
+    assert ft.sweeps.final_metrics(tmp_path, steps=100)["loss"] == 2.0

@@ -6,19 +6,18 @@ import numpy as np
 import optax
 import pytest
 
-import toyfeat as tf
-from toyfeat import controllers, objectives
-from toyfeat.dictionary.coding import BY_BATCH
+import toyfeat as ft
+from toyfeat import controllers, losses
 
 D, M, K, N, R = 6, 24, 3, 90, 2
 ALL = {
-    "standard": lambda: tf.standard(D, M),
-    "topk": lambda: tf.topk(D, M, K),
-    "gradient": lambda: tf.gradient_topk(D, M, K),
-    "batch": lambda: tf.batch_topk(D, M, K),
-    "matryoshka": lambda: tf.matryoshka(D, M, K, widths=(6, M)),
-    "jump": lambda: tf.jump_relu(D, M, threshold=0.05, bandwidth=0.3),
-    "gated": lambda: tf.gated(D, M),
+    "standard": lambda: ft.dictionaries.standard(D, M),
+    "topk": lambda: ft.dictionaries.topk(D, M, K),
+    "gradient": lambda: ft.dictionaries.gradient_topk(D, M, K),
+    "batch": lambda: ft.dictionaries.batch_topk(D, M, K),
+    "matryoshka": lambda: ft.dictionaries.matryoshka(D, M, K, widths=(6, M)),
+    "jump": lambda: ft.dictionaries.jump_relu(D, M, threshold=0.05, bandwidth=0.3),
+    "gated": lambda: ft.dictionaries.gated(D, M),
 }
 OFF = {"normalize": False, "center": False, "clip": np.inf, "warm_up": 0}
 
@@ -37,14 +36,14 @@ def draw(seed=0, num=N, scale=3.0, grad_scale=0.02):
     acts = codes @ rows + 0.05 * rng.normal(size=(num, D)) + 1.0
     grads = grad_scale * np.array([1.0, 5.0])[:, None] * rng.normal(size=(num, R, D))
     weights = np.ones(num)
-    return tf.Taps(single(scale * acts), single(grads), single(weights))
+    return ft.Taps(single(scale * acts), single(grads), single(weights))
 
 
 @functools.cache  # the same trainer is compiled once
 def make(name, **options):
     sae = ALL[name]()
-    objective = tf.attribution_objective(sae, dead_latents=0.1)
-    return sae, tf.trainer(sae, objective, readouts=R, **options)
+    objective = losses.attribution(sae, dead_latents=0.1)
+    return sae, ft.trainer(sae, objective, readouts=R, **options)
 
 
 def trained(trainer, batches, **hyper):
@@ -93,13 +92,13 @@ def test_gradients_are_in_units_of_each_readout_s_running_size():
     np.testing.assert_allclose(told["unexplained"][2], want, rtol=1e-3)
 
 
-def test_a_transcoder_is_folded_in_two_units():
-    sae = tf.topk(D, M, K, target_dim=4)
-    trainer = tf.trainer(sae, tf.dictionary_objective(sae))
+def test_a_transcoder_is_denormalized_in_two_units():
+    sae = ft.dictionaries.topk(D, M, K, target_dim=4)
+    trainer = ft.trainer(sae, losses.default(sae))
     taps = draw(0, scale=10.0)
     taps = taps._replace(grads=None, targets=1e-3 * taps.acts[:, :4] ** 2)
     state, told = trained(trainer, 300 * [taps], learning_rate=0.01)
-    params = tf.folded(sae, state)
+    params = ft.denormalized(sae, state)
     out = sae.decode(params, sae.encode(params, taps.acts))
     targets = np.asarray(taps.targets)
     whole = np.sum((targets - targets.mean(0)) ** 2)
@@ -109,12 +108,12 @@ def test_a_transcoder_is_folded_in_two_units():
 
 
 def test_targets_beside_a_shared_origin_are_in_the_units_of_acts():
-    sae = tf.standard(D, M)
-    trainer = tf.trainer(sae, tf.dictionary_objective(sae, sparsity=0.01))
+    sae = ft.dictionaries.standard(D, M)
+    trainer = ft.trainer(sae, losses.default(sae, sparsity=0.01))
     taps = draw(0)._replace(grads=None)
     taps = taps._replace(targets=5 * taps.acts)
     state, _ = trained(trainer, [taps, taps])
-    params, scale = tf.folded(sae, state), state.running["acts_scale"]
+    params, scale = ft.denormalized(sae, state), state.running["acts_scale"]
     inner = sae.decode(state.params, sae.encode(state.params, taps.acts / scale))
     outer = sae.decode(params, sae.encode(params, taps.acts))
     same(outer / state.running["target_scale"], inner)
@@ -140,7 +139,7 @@ def test_examples_of_weight_0_are_not_there(name):
         acts, grads, weights = (
             jnp.concatenate([y, x]) for x, y in zip(taps[:3], junk[:3], strict=True)
         )
-        padded.append(tf.Taps(acts, grads, weights.at[:70].set(0)))
+        padded.append(ft.Taps(acts, grads, weights.at[:70].set(0)))
     want, one = trained(trainer, batches, learning_rate=0.01)
     got, two = trained(trainer, padded, learning_rate=0.01)
     same(two, one)
@@ -153,7 +152,7 @@ def test_weights_are_counts():
     taps = draw(3, 40)
     weights = single(np.arange(40) % 3)
     index = np.repeat(np.arange(40), np.arange(40) % 3)
-    twice = tf.Taps(*(x[index] for x in taps[:3]))
+    twice = ft.Taps(*(x[index] for x in taps[:3]))
     want, one = trained(trainer, [twice], learning_rate=0.01)
     got, two = trained(trainer, [taps._replace(weights=weights)], learning_rate=0.01)
     for name in ("loss", "reconstruction", "l0", "fvu", "grad_norm"):
@@ -164,10 +163,10 @@ def test_weights_are_counts():
 @pytest.mark.parametrize("name", ALL)
 def test_training_reconstructs_planted_data(name):
     sae = ALL[name]()
-    objective = tf.attribution_objective(
+    objective = losses.attribution(
         sae, sparsity=0.01, attribution_sparsity=0.01, unexplained=0.01
     )
-    trainer = tf.trainer(sae, objective, readouts=R, warm_up=100)
+    trainer = ft.trainer(sae, objective, readouts=R, warm_up=100)
     state = trainer.init(jax.random.key(0), learning_rate=0.01)
     taps = draw(0, 256)
     step = lambda s, _: trainer.update(s, taps)  # noqa: E731
@@ -192,7 +191,9 @@ def test_metrics_are_their_definitions(name):
     values = codes / units if sae.config.rescale_acts_by_decoder_norm else codes
     slopes = np.einsum("nkd,md->nkm", taps.grads, start.params["W_dec"])
     rest = np.einsum("nd,nkd->nk", acts - recon, taps.grads)
-    count, share = tf.attribution_l0(single(values[:, None] * slopes), single(rest))
+    count, share = ft.metrics.attribution_l0(
+        single(values[:, None] * slopes), single(rest)
+    )
     np.testing.assert_allclose(told["attribution_l0"], count.mean(), rtol=1e-4)
     np.testing.assert_allclose(told["unexplained_share"], share.mean(), rtol=1e-4)
     terms = {"reconstruction": 1.0, "sparsity": 0.1, "gate": 1.0, "dead_latents": 0.1}
@@ -223,14 +224,14 @@ def test_latents_are_dead_after_so_many_silent_steps():
 def test_the_threshold_follows_the_smallest_code_that_is_kept(name):
     sae, trainer = make(name, threshold_rate=0.25, **OFF)
     state, update, want = trainer.init(jax.random.key(0)), jax.jit(trainer.update), 0.0
-    assert sae.config.architecture in BY_BATCH
+    assert sae.architecture.averaged_threshold == "topk_threshold"
     for i in range(3):
         taps = draw(i)
         codes = np.asarray(sae.encode(state.params, taps.acts, train=True))
         want = 0.75 * want + 0.25 * codes[codes > 0].min()
         state, _ = update(state, taps)
         np.testing.assert_allclose(state.params["topk_threshold"], want, rtol=1e-4)
-    taps = tf.Taps(0 * taps.acts, 0 * taps.grads, taps.weights)
+    taps = ft.Taps(0 * taps.acts, 0 * taps.grads, taps.weights)
     dull = state.params | {"b_enc": jnp.full(M, -1.0), "b_dec": jnp.zeros(D)}
     state, _ = update(state._replace(params=dull), taps)  # nothing fires
     np.testing.assert_allclose(state.params["topk_threshold"], want, rtol=1e-4)
@@ -238,8 +239,8 @@ def test_the_threshold_follows_the_smallest_code_that_is_kept(name):
 
 def test_thresholds_stay_at_or_above_zero():
     sae = ALL["jump"]()
-    objective = tf.dictionary_objective(sae, sparsity=0.0)
-    trainer = tf.trainer(sae, objective)
+    objective = losses.default(sae, sparsity=0.0)
+    trainer = ft.trainer(sae, objective)
     batches = [draw(i)._replace(grads=None) for i in range(10)]
     state, _ = trained(trainer, batches, learning_rate=0.1)
     assert np.all(state.params["threshold"] >= 0)
@@ -257,12 +258,12 @@ def test_coefficients_grow_in_the_warm_up():
 
 def test_every_tensor_is_clipped_alone():
     sae = ALL["standard"]()
-    objective = tf.dictionary_objective(sae, sparsity=0.3, dead_latents=0)
+    objective = losses.default(sae, sparsity=0.3, dead_latents=0)
     taps = draw(0)._replace(grads=None)
     ends, slopes = {}, {}
     for clip in (np.inf, 0.01):
         options = OFF | {"clip": clip}
-        trainer = tf.trainer(sae, objective, optax.sgd(1.0), **options)
+        trainer = ft.trainer(sae, objective, optax.sgd(1.0), **options)
         start = trainer.init(jax.random.key(0))
         state, metrics = jax.jit(trainer.update)(start, taps)
         ends[clip] = metrics["grad_norm"]
@@ -279,10 +280,10 @@ def test_every_tensor_is_clipped_alone():
 
 def test_a_schedule_is_a_factor_of_every_update():
     sae = ALL["standard"]()
-    objective = tf.dictionary_objective(sae)
+    objective = losses.default(sae)
     decay = optax.linear_schedule(1.0, 0.0, 4)
-    paced = tf.trainer(sae, objective, optax.sgd(0.01), schedule=decay)
-    plain = tf.trainer(sae, objective, optax.sgd(0.01))
+    paced = ft.trainer(sae, objective, optax.sgd(0.01), schedule=decay)
+    plain = ft.trainer(sae, objective, optax.sgd(0.01))
     state, _ = trained(plain, [draw(0)._replace(grads=None)] * 2)
     one, _ = jax.jit(plain.update)(state, draw(1)._replace(grads=None))
     two, _ = jax.jit(paced.update)(state, draw(1)._replace(grads=None))
@@ -292,14 +293,14 @@ def test_a_schedule_is_a_factor_of_every_update():
 
 def test_all_switched_off_is_the_published_loss_in_a_loop_of_optax():
     sae = ALL["standard"]()
-    objective = tf.attribution_objective(
+    objective = losses.attribution(
         sparsity=0.3,
         attribution_sparsity=2.0,
         unexplained=0.7,
         penalty="l1",
         form="signed",
     )
-    trainer = tf.trainer(sae, objective, optax.adam(0.01), readouts=R, **OFF)
+    trainer = ft.trainer(sae, objective, optax.adam(0.01), readouts=R, **OFF)
     batches = [draw(i) for i in range(6)]
     state, told = trained(trainer, batches)
 
@@ -330,9 +331,9 @@ def test_all_switched_off_is_the_published_loss_in_a_loop_of_optax():
 
 def test_a_controller_takes_over_after_the_warm_up_and_reaches_its_target():
     sae = ALL["standard"]()
-    objective = tf.dictionary_objective(sae, sparsity=0.1)
+    objective = losses.default(sae, sparsity=0.1)
     control = controllers.target_l0(2.0, integral=0.05, memory=5.0)
-    trainer = tf.trainer(sae, objective, None, control, warm_up=50)
+    trainer = ft.trainer(sae, objective, None, control, warm_up=50)
     state = trainer.init(jax.random.key(0), learning_rate=0.01)
     taps = draw(0, 256)._replace(grads=None)
     step = lambda s, _: trainer.update(s, taps)  # noqa: E731
@@ -348,9 +349,9 @@ def test_a_controller_takes_over_after_the_warm_up_and_reaches_its_target():
 
 def test_a_controller_that_cannot_says_so():
     sae = ALL["topk"]()  # never more than k codes
-    objective = tf.attribution_objective(sae)
+    objective = losses.attribution(sae)
     control = controllers.target_attribution_l0(20.0, integral=0.5, limit=10.0)
-    trainer = tf.trainer(sae, objective, None, control, readouts=R, warm_up=2)
+    trainer = ft.trainer(sae, objective, None, control, readouts=R, warm_up=2)
     _, told = trained(trainer, 12 * [draw(0)])
     assert told["saturated"][0] == 0
     assert told["saturated"].dtype == np.float32
@@ -368,12 +369,12 @@ def test_a_loss_that_is_not_finite_is_told():
 
 def test_errors_of_the_making():
     sae = ALL["standard"]()
-    twice = (objectives.sparsity(), objectives.quadratic_l0(3.0))
+    twice = (losses.sparsity(), losses.quadratic_l0(3.0))
     with pytest.raises(ValueError, match=r"different names, got \['sparsity', 'spars"):
-        tf.trainer(sae, twice)
+        ft.trainer(sae, twice)
     other = controllers.target_l0(3.0, term="absent")
     with pytest.raises(ValueError, match="controller steers 'absent', the objective"):
-        tf.trainer(sae, tf.dictionary_objective(sae), None, other)
+        ft.trainer(sae, losses.default(sae), None, other)
 
 
 def test_errors_of_hyper_parameters():
@@ -384,13 +385,13 @@ def test_errors_of_hyper_parameters():
     for k in (K + 1, 0, -2, 1.5):
         with pytest.raises(ValueError, match=f"whole number in 1 .. {K}, .* got {k}"):
             trainer.init(key, k=k)
-    fixed = tf.trainer(sae, tf.dictionary_objective(sae), optax.adam(1e-3))
+    fixed = ft.trainer(sae, losses.default(sae), optax.adam(1e-3))
     with pytest.raises(
         ValueError, match=r"wrap the optimizer in optax.inject_hyperpar"
     ):
         fixed.init(key, learning_rate=1.0)
     control = controllers.target_l0(3.0, term="reconstruction")
-    steered = tf.trainer(sae, tf.dictionary_objective(sae), None, control)
+    steered = ft.trainer(sae, losses.default(sae), None, control)
     with pytest.raises(ValueError, match="target must be positive, got -1"):
         steered.init(key, target=-1.0)
 
@@ -427,9 +428,9 @@ def test_hyper_parameters_with_which_nothing_can_be_trained(hyper, kind, match):
 def test_settings_with_which_nothing_can_be_trained(settings, match):
     sae = ALL["standard"]()
     with pytest.raises(ValueError, match=match):
-        tf.trainer(sae, tf.dictionary_objective(sae), **settings)
+        ft.trainer(sae, losses.default(sae), **settings)
     with pytest.raises(ValueError, match="sparsity must be finite, got nan"):
-        tf.trainer(sae, tf.dictionary_objective(sae, sparsity=np.nan))
+        ft.trainer(sae, losses.default(sae, sparsity=np.nan))
 
 
 def test_errors_of_taps():
@@ -446,7 +447,7 @@ def test_errors_of_taps():
         update(targets=taps.acts[:, :4])
     with pytest.raises(ValueError, match=rf"weights \[{N}\], got \(3,\)"):
         update(weights=jnp.ones(3))
-    coder = tf.topk(D, M, K, target_dim=4)
-    init, step = tf.trainer(coder, tf.dictionary_objective(coder))
+    coder = ft.dictionaries.topk(D, M, K, target_dim=4)
+    trainer = ft.trainer(coder, losses.default(coder))
     with pytest.raises(ValueError, match=r"transcoder needs .* \[N, 4\], got none"):
-        step(init(jax.random.key(0)), taps._replace(grads=None))
+        trainer.update(trainer.init(jax.random.key(0)), taps._replace(grads=None))

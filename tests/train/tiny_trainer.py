@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from toyfeat.types import ArrayBatches, Taps, Trainer, TrainState
+from toyfeat.data.batches import Batches
+from toyfeat.train.types import Trainer, TrainState
+from toyfeat.types import Taps
 
 D, N = 6, 16
 
@@ -63,7 +65,7 @@ def take(data, step):
 
 def on_device():
     x = jax.random.normal(jax.random.key(5), (64, D))
-    return ArrayBatches(take, {"x": x, "key": jax.random.key(6)})
+    return Batches(take, {"x": x, "key": jax.random.key(6)})
 
 
 class Stream:

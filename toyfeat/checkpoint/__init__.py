@@ -1,9 +1,9 @@
-"""Trees of arrays to disk and back: whole and verified, or an error.
+"""Save and load trees of arrays, verified by checksums.
 
 A file is an ``.npz`` that ``numpy.load`` opens too, with one array per leaf and a
 ``manifest.json`` that holds the shape, the dtype and the SHA-256 of each.  It is
-written beside its place, flushed to the disk and renamed into it, so that what
-carries the name is whole at any moment.
+written under another name, flushed to the disk and renamed, so that a file of the
+name is complete at any moment.
 """
 
 from toyfeat.checkpoint.files import DamagedFileError

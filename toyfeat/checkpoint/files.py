@@ -1,4 +1,4 @@
-"""One file of arrays: an archive that NumPy opens too, with a manifest of digests."""
+"""Write and read one file of arrays: an ``.npz`` with a manifest of checksums."""
 
 import contextlib
 import hashlib
@@ -12,33 +12,34 @@ from typing import Any
 import jax
 import numpy as np
 
-from toyfeat.checkpoint.leaves import check_leaf, stored
+from toyfeat.checkpoint.leaves import check_leaf, encode_leaf
 
-_FORMAT = 1
+_FORMAT = 1  # version of the manifest
 _MANIFEST = "manifest.json"
 
 
 class DamagedFileError(ValueError):
-    """A file does not hold what was written to it."""
+    """Raised when a file does not hold what was written to it."""
 
 
 def write_file(path: Path, tree: Any, about: dict[str, Any], who: str) -> None:
-    """Write a file that is whole or not there; ``about`` are JSON values."""
+    """Write a tree to a file atomically, with the JSON values ``about``."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    for where, leaf in leaves:
-        check_leaf(where, leaf, who)
-    half = path.with_name(f".{path.name}.half")
+    for leaf_path, leaf in leaves:
+        check_leaf(leaf_path, leaf, who)
+    # Write and flush a draft, then rename it: readers never see a part of a file.
+    draft = path.with_name(f".{path.name}.half")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(half, "wb") as file:
+        with open(draft, "wb") as file:
             _write_members(file, leaves, about)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(half, path)
+        os.replace(draft, path)
         _sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            half.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
         raise OSError(
@@ -48,32 +49,27 @@ def write_file(path: Path, tree: Any, about: dict[str, Any], who: str) -> None:
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader never sees half of it."""
-    draft = path.with_name(path.name + ".partial")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
-
-
 def _write_members(file: Any, leaves: list[Any], about: dict[str, Any]) -> None:
+    """Write an array per leaf and the manifest to an open archive."""
+    # Paths make readable member names; they are numbered where two would be alike.
     names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
     if len(set(names)) < len(names) or _MANIFEST in names:
         names = [f"{i}/{name}" for i, name in enumerate(names)]
     entries = []
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as members:
-        for name, (where, leaf) in zip(names, leaves, strict=True):
-            entry, value = stored(leaf)
+        for name, (leaf_path, leaf) in zip(names, leaves, strict=True):
+            entry, value = encode_leaf(leaf)
             member = f"{name or 'tree'}.npy"
             with members.open(member, "w", force_zip64=True) as part:
                 np.lib.format.write_array(part, value, allow_pickle=False)
-            at = {"path": jax.tree_util.keystr(where), "member": member}
-            entries.append({**at, **entry, "sha256": _digest(value)})
+            place = {"path": jax.tree_util.keystr(leaf_path), "member": member}
+            entries.append({**place, **entry, "sha256": _digest(value)})
         text = json.dumps({"format": _FORMAT, "leaves": entries, "about": about})
         members.writestr(_MANIFEST, text)
 
 
 def _sync_folder(folder: Path) -> None:
-    """So that a new name outlives a loss of power, where the system can do it."""
+    """Flush a folder, so that a new name survives a loss of power, where possible."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -83,12 +79,21 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _digest(value: np.ndarray) -> str:
+    """Return the SHA-256 of the bytes of an array."""
     flat: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
     return hashlib.sha256(flat).hexdigest()
 
 
 def read_file(path: Path, who: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Path of a leaf to its entry and verified value; and what else was saved."""
+    """Read and verify a file.
+
+    Returns:
+      Path of every leaf to its entry and value, and the JSON values saved with them.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      DamagedFileError: if it is not what was written.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{who}: there is no {path}")
     with open(path, "rb") as file:
@@ -100,18 +105,20 @@ def read_file(path: Path, who: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _read_members(file: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the manifest and every array that it lists."""
     with zipfile.ZipFile(file) as members:
         manifest = json.loads(members.read(_MANIFEST))
         if manifest["format"] != _FORMAT:
             raise ValueError(f"format {manifest['format']} is not known here")
         leaves = {
-            entry["path"]: (entry, _verified(members, entry))
+            entry["path"]: (entry, _read_verified(members, entry))
             for entry in manifest["leaves"]
         }
         return leaves, manifest["about"]
 
 
-def _verified(members: zipfile.ZipFile, entry: dict[str, Any]) -> np.ndarray:
+def _read_verified(members: zipfile.ZipFile, entry: dict[str, Any]) -> np.ndarray:
+    """Read an array, compare its checksum and restore its dtype."""
     data = io.BytesIO(members.read(entry["member"]))
     value = np.lib.format.read_array(data, allow_pickle=False)
     if _digest(value) != entry["sha256"]:

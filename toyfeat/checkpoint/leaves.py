@@ -1,4 +1,4 @@
-"""A leaf of a tree as a NumPy array with an entry in the manifest, and back."""
+"""Encode a leaf of a tree as a NumPy array and an entry of the manifest, and back."""
 
 from typing import Any
 
@@ -7,81 +7,96 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def check_leaf(where: Any, leaf: Any, who: str) -> None:
-    """Raise if a leaf cannot be kept in a file."""
-    kind, at = type(leaf).__name__, jax.tree_util.keystr(where) or "the tree"
+def check_leaf(path: Any, leaf: Any, who: str) -> None:
+    """Raise if a leaf cannot be saved to a file."""
+    kind, name = type(leaf).__name__, jax.tree_util.keystr(path) or "the tree"
     if not (_is_number(leaf) or (hasattr(leaf, "dtype") and hasattr(leaf, "shape"))):
-        raise TypeError(f"{who}: {at} is a {kind}, wanted an array or a number")
+        raise TypeError(f"{who}: {name} is a {kind}, wanted an array or a number")
     if not _is_number(leaf) and not _is_key(leaf) and not _is_numeric(leaf.dtype):
-        raise TypeError(f"{who}: {at} has dtype {leaf.dtype}, wanted numbers or bools")
+        raise TypeError(
+            f"{who}: {name} has dtype {leaf.dtype}, wanted numbers or bools"
+        )
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         raise ValueError(
-            f"{who}: {at} is spread over several processes; gather it first with "
+            f"{who}: {name} is spread over several processes; gather it first with "
             "jax.experimental.multihost_utils.process_allgather"
         )
 
 
 def _is_number(leaf: Any) -> bool:
+    """Return whether a leaf is a Python number."""
     return isinstance(leaf, bool | int | float | complex)
 
 
 def _is_key(leaf: Any) -> bool:
+    """Return whether a leaf is a typed PRNG key."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _is_numeric(dtype: Any) -> bool:
+    """Return whether a dtype holds numbers or bools."""
     return jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_)
 
 
-def stored(leaf: Any) -> tuple[dict[str, Any], np.ndarray]:
-    """What the manifest says of a leaf, and an array of NumPy's own dtypes."""
+def encode_leaf(leaf: Any) -> tuple[dict[str, Any], np.ndarray]:
+    """Return the manifest's entry of a leaf, and its bits in a dtype of NumPy."""
+    # Keys are saved as their data, with the implementation in the entry.
     if not _is_number(leaf) and _is_key(leaf):
         key = {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
         key["impl"] = str(jax.random.key_impl(leaf))
         return key, np.asarray(jax.random.key_data(leaf))
+    # Numbers and arrays are saved in the byte order of this machine.
     value = np.asarray(leaf)
     if not value.dtype.isnative:
         value = value.astype(value.dtype.newbyteorder("="))
     value = np.ascontiguousarray(value)
     entry = {"dtype": str(value.dtype), "shape": list(np.shape(leaf))}
     entry |= {"number": True} if _is_number(leaf) else {}
-    if value.dtype.isbuiltin != 1:  # bfloat16 and its like
+    # NumPy's format does not know bfloat16 and the like: save unsigned integers.
+    if value.dtype.isbuiltin != 1:
         value = value.view(f"u{value.dtype.itemsize}")
     return entry, value.reshape(entry["shape"])
 
 
-def entry_of(leaf: Any) -> dict[str, Any]:
-    """What the manifest would say of a leaf that is asked for."""
+def leaf_entry(leaf: Any) -> dict[str, Any]:
+    """Return the dtype and shape of a leaf, as the manifest would hold them."""
     if _is_number(leaf):
         return {"dtype": str(np.asarray(leaf).dtype), "shape": [], "number": True}
     return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
 
 
-def described(entry: dict[str, Any]) -> str:
-    """As ``float32[3,4]``."""
+def format_entry(entry: dict[str, Any]) -> str:
+    """Format dtype and shape, such as ``float32[3,4]``."""
     return f"{entry['dtype']}[{','.join(map(str, entry['shape']))}]"
 
 
-def fits(entry: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Python numbers fit scalars of their kind; arrays fit what is the same."""
-    if entry["shape"] != asked["shape"]:
+def entries_match(entry: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Return whether a saved leaf can be loaded as the wanted one.
+
+    Arrays need the same shape and dtype; a Python number matches a scalar of its kind
+    (bool, int, float or complex).
+    """
+    if entry["shape"] != wanted["shape"]:
         return False
-    names = entry["dtype"], asked["dtype"]
-    if "key<" in "".join(names) or not ("number" in entry or "number" in asked):
+    names = entry["dtype"], wanted["dtype"]
+    if "key<" in "".join(names) or not ("number" in entry or "number" in wanted):
         return names[0] == names[1]
+    # Unsigned integers count as integers, bfloat16 (kind "V") as a float.
     kinds = [np.dtype(n).kind.replace("u", "i").replace("V", "f") for n in names]
     return kinds[0] == kinds[1]
 
 
-def returned(leaf: Any, entry: dict[str, Any], value: np.ndarray) -> Any:
-    """A value in the form of the leaf that is asked for."""
+def decode_leaf(leaf: Any, entry: dict[str, Any], value: np.ndarray) -> Any:
+    """Convert a saved value to the type, dtype and sharding of ``leaf``."""
+    # Python numbers and NumPy arrays stay on the host.
     if _is_number(leaf):
         return type(leaf)(value.item())
     if isinstance(leaf, np.ndarray | np.generic):
         return value.astype(leaf.dtype)[() if isinstance(leaf, np.generic) else ...]
+    # JAX arrays and keys; then put them where the leaf is.
     if "impl" in entry:
         result = jax.random.wrap_key_data(jnp.array(value), impl=entry["impl"])
     else:
-        result = jnp.array(value, leaf.dtype)  # a copy, which may be donated
+        result = jnp.array(value, leaf.dtype)  # a copy that may be donated
     sharding = leaf.sharding if getattr(leaf, "committed", True) else None
     return result if sharding is None else jax.device_put(result, sharding)

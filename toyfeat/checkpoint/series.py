@@ -1,4 +1,4 @@
-"""The checkpoints of a training: the newest whole one, and a few before it."""
+"""Save the checkpoints of a training run and find the newest that is undamaged."""
 
 import contextlib
 import re
@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toyfeat.checkpoint.files import DamagedFileError, read_file, write_file
-from toyfeat.checkpoint.trees import shaped_like
+from toyfeat.checkpoint.trees import unflatten_like
 
 _NAME = re.compile(r"step_(\d+)\.npz")
 
 
 class Restored(NamedTuple):
-    """A training as it was at a checkpoint.
+    """The contents of a checkpoint.
 
     Attributes:
       step: updates done.
-      state: shaped as what was asked for.
+      state: with the structure of ``like``.
       about: the JSON values that were saved with it.
     """
 
@@ -27,18 +27,18 @@ class Restored(NamedTuple):
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Steps and files of the checkpoints of a folder, the oldest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    named = [(_NAME.fullmatch(path.name), path) for path in found]
-    return sorted((int(match[1]), path) for match, path in named if match)
+    """List the checkpoints of a folder, step and file, the oldest first."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    matches = [(_NAME.fullmatch(path.name), path) for path in paths]
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def save_checkpoint(
     folder: Path, step: int, state: Any, about: dict[str, Any], *, keep: int
 ) -> Path:
-    """Write a checkpoint, then remove all but the ``keep`` last."""
-    for half in folder.glob(".step_*.half"):  # of a process that was killed
-        half.unlink()
+    """Write a checkpoint, then remove all but the ``keep`` newest."""
+    for draft in folder.glob(".step_*.half"):  # of a process that was killed
+        draft.unlink()
     path = folder / f"step_{step:08d}.npz"
     write_file(path, state, about, "fit")
     for _, old in checkpoints(folder)[:-keep]:
@@ -47,36 +47,41 @@ def save_checkpoint(
 
 
 def newest_checkpoint(folder: Path, like: Any) -> Restored | None:
-    """The newest checkpoint that is whole, or ``None`` if there is none at all.
+    """Load the newest undamaged checkpoint, or return ``None`` if there is none.
 
-    Damaged ones are reported by a warning and, once a whole one is found, put aside
-    under the name ``.damaged``.
+    Damaged ones are skipped with a warning and renamed to ``.damaged``, once an
+    undamaged one is found.
 
     Raises:
-      DamagedFileError: if there are checkpoints and none is whole.
-      ValueError: if the newest whole one holds another tree.
+      DamagedFileError: if there are checkpoints and all are damaged.
+      ValueError: if the newest undamaged one holds another tree.
     """
     damaged: list[tuple[Path, Exception]] = []
     for step, path in reversed(checkpoints(folder)):
+        # Remember a damaged file and go on to the one before it.
         try:
             leaves, about = read_file(path, "fit")
         except (DamagedFileError, OSError) as error:
             damaged.append((path, error))
             continue
+        # The first undamaged one must fit; older ones would not either.
         try:
-            state = shaped_like(leaves, like, path, "fit")
+            state = unflatten_like(leaves, like, path, "fit")
         except ValueError as error:
             hint = "choose another directory, or the same settings"
             raise ValueError(f"{error}; {hint}") from None
-        for bad, error in damaged:
+        # Report the damaged ones and put them aside.
+        for damaged_path, error in damaged:
             warnings.warn(
-                f"fit: checkpoint {bad} cannot be used ({error}); going back to step "
-                f"{step}, {path}",
+                f"fit: checkpoint {damaged_path} cannot be used ({error}); going back "
+                f"to step {step}, {path}",
                 stacklevel=4,
             )
             with contextlib.suppress(OSError):
-                bad.rename(bad.with_name(bad.name + ".damaged"))
-        return Restored(step, state, about)
+                damaged_path.rename(
+                    damaged_path.with_name(damaged_path.name + ".damaged")
+                )
+        return Restored(step=step, state=state, about=about)
     if damaged:
         reasons = "; ".join(str(error) for _, error in damaged)
         raise DamagedFileError(

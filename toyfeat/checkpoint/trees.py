@@ -1,4 +1,4 @@
-"""Trees of arrays to disk and back: whole and verified, or an error."""
+"""Save a tree of arrays to one file and load it, verified by checksums."""
 
 from pathlib import Path
 from typing import Any
@@ -6,26 +6,34 @@ from typing import Any
 import jax
 
 from toyfeat.checkpoint.files import read_file, write_file
-from toyfeat.checkpoint.leaves import check_leaf, described, entry_of, fits, returned
+from toyfeat.checkpoint.leaves import (
+    check_leaf,
+    decode_leaf,
+    entries_match,
+    format_entry,
+    leaf_entry,
+)
+
+_MAX_LISTED = 6  # differences in an error message, about what a person reads
 
 
 def save_tree(path: str | Path, tree: Any) -> None:
     """Write a pytree of arrays to one file.
 
-    A file of that name is replaced in one step: whoever reads, and a process that
-    is killed, finds the old one or the new one, never a part.  Values are kept bit
-    by bit, in any dtype of JAX, typed PRNG keys too.
+    A file of that name is replaced atomically: a reader finds the old one or the new
+    one, never a part, even if the process is killed.  Values are saved bit by bit, in
+    any dtype of JAX, typed PRNG keys included.
 
     Args:
-      path: of the file, by habit ``something.npz``; folders are made.
+      path: of the file, by convention ``NAME.npz``; missing folders are made.
       tree: :class:`toyfeat.Basis`, :class:`toyfeat.Moments` or any other pytree
         whose leaves are arrays or Python numbers.
 
     Raises:
       TypeError: if a leaf is something else.
       ValueError: if a leaf is spread over several processes.
-      OSError: if the disk is full or the file cannot be written; what was there
-        before is still there.
+      OSError: if the disk is full or the file cannot be written; a file that was
+        there before is untouched.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, tempfile
@@ -42,7 +50,7 @@ def save_tree(path: str | Path, tree: Any) -> None:
 
 
 def load_tree(path: str | Path, like: Any) -> Any:
-    """Read what :func:`save_tree` wrote.
+    """Load a tree that :func:`save_tree` wrote.
 
     Args:
       path: of the file.
@@ -50,8 +58,8 @@ def load_tree(path: str | Path, like: Any) -> Any:
         ``jax.ShapeDtypeStruct``, as of ``jax.eval_shape``.
 
     Returns:
-      The tree, with NumPy arrays where ``like`` has them, Python numbers where it
-      has those and JAX arrays, sharded alike, elsewhere.
+      The tree, with NumPy arrays and Python numbers where ``like`` has them, and JAX
+      arrays, sharded like those of ``like``, elsewhere.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -68,25 +76,29 @@ def load_tree(path: str | Path, like: Any) -> Any:
       ValueError: load_tree: ... ['w'] is float32[3] in the file, wanted float32[4]...
     """
     leaves, _ = read_file(Path(path), "load_tree")
-    return shaped_like(leaves, like, Path(path), "load_tree")
+    return unflatten_like(leaves, like, Path(path), "load_tree")
 
 
-def shaped_like(leaves: dict[str, Any], like: Any, path: Path, who: str) -> Any:
-    """The leaves of a file as the tree that was asked for, or what differs."""
+def unflatten_like(leaves: dict[str, Any], like: Any, path: Path, who: str) -> Any:
+    """Build a tree with the structure of ``like``, or raise with what differs."""
     wanted, treedef = jax.tree_util.tree_flatten_with_path(like)
-    for where, leaf in wanted:
-        check_leaf(where, leaf, who)
-    named = {jax.tree_util.keystr(where): leaf for where, leaf in wanted}
+    for leaf_path, leaf in wanted:
+        check_leaf(leaf_path, leaf, who)
+    named = {jax.tree_util.keystr(leaf_path): leaf for leaf_path, leaf in wanted}
+    # Collect all differences before raising: missing, extra and unlike leaves.
     wrong = [f"{p or 'it'} is not in the file" for p in named if p not in leaves]
     wrong += [f"{p or 'it'} is in the file only" for p in leaves if p not in named]
-    for at in set(named) & set(leaves):
-        found, asked = described(leaves[at][0]), described(entry_of(named[at]))
-        if not fits(leaves[at][0], entry_of(named[at])):
-            wrong.append(f"{at or 'it'} is {found} in the file, wanted {asked}")
+    for name in set(named) & set(leaves):
+        saved, like_entry = leaves[name][0], leaf_entry(named[name])
+        if not entries_match(saved, like_entry):
+            wrong.append(
+                f"{name or 'it'} is {format_entry(saved)} in the file, wanted "
+                f"{format_entry(like_entry)}"
+            )
     if wrong:
-        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise ValueError(
-            f"{who}: {path} holds another tree: {'; '.join(sorted(wrong)[:6])}{more}"
-        )
-    values = [returned(leaf, *leaves[at]) for at, leaf in named.items()]
+        num_hidden = max(len(wrong) - _MAX_LISTED, 0)
+        listed = "; ".join(sorted(wrong)[:_MAX_LISTED])
+        listed += f" and {num_hidden} more" if num_hidden else ""
+        raise ValueError(f"{who}: {path} holds another tree: {listed}")
+    values = [decode_leaf(leaf, *leaves[name]) for name, leaf in named.items()]
     return jax.tree.unflatten(treedef, values)

@@ -1,47 +1,65 @@
-"""Shuffled batches as a function of the step, from a store or from arrays."""
+"""Shuffled batches as a pure function of the step, from a store or from arrays."""
 
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.data.permutation import LARGEST, epoch_words, host_words, permuted
-from toyfeat.data.store import Store, shard_taps
+from toyfeat.data.permutation import LARGEST, epoch_words, host_words, permute_index
+from toyfeat.data.store import ALIGN, Store, shard_taps
 from toyfeat.types import Array, Taps
+
+
+class Batches(NamedTuple):
+    """Batches of arrays on the device, selected inside a compiled loop.
+
+    Attributes:
+      take: ``(data, step) -> Taps``, traceable; ``step`` is ``[]`` int32.
+      data: a pytree of arrays, an argument of the compiled loop.
+    """
+
+    take: Callable[[Any, Array], Taps]
+    data: Any
+
+    def __call__(self, step: int | Array) -> Taps:
+        """Return the batch of a step."""
+        return self.take(self.data, step)  # type: ignore[arg-type]
 
 
 def store_batches(
     store: Store, *, batch: int, seed: int, window: int | None = 16
 ) -> Callable[[int], Taps]:
-    """Shuffled batches of a store: a pure function of the step.
+    """Read shuffled batches from a store, as a pure function of the step.
 
-    Every epoch has another order of the shards; ``window`` shards that follow each
-    other in it are then permuted together, row by row.  So each row comes exactly
-    once an epoch, two rows of a shard lie anywhere within a window, and rows of
-    shards in different windows never meet in an epoch except at a border: a window
-    should span many texts.  Memory maps are read, and ``window`` shards are what the
-    system has to keep in memory to read each page of the disk once; ``None`` permutes
-    the whole store, for one that fits or for fast disks.  A batch that an epoch
-    leaves unfilled is filled from the next.  Within a batch, rows are in the order
-    of the store.  Nothing is kept from step to step but open files.
+    The shards are shuffled anew for every epoch, then cut into windows of ``window``
+    consecutive shards, and the rows of each window are shuffled together.  So each
+    row comes exactly once per epoch, and two rows of a shard can lie anywhere in its
+    window.  Rows of different windows share a batch only where a batch crosses the
+    border: a window should span many texts.  Shards are memory-mapped, and the
+    operating system has to cache ``window`` shards to read each page of the disk
+    only once; ``None`` shuffles the whole store, for stores that fit in memory and
+    for fast disks.  A last batch that an epoch cannot fill is filled from the next
+    epoch.  Rows of a batch are in the order of the store.  No state but open files
+    passes from step to step.
 
     Args:
       store: from :func:`open_store`.
       batch: rows per step.
-      seed: of the order, an int of at least 0.
-      window: shards that are permuted together, or ``None`` for all.
+      seed: seed of the order, an int of at least 0.
+      window: shards that are shuffled together, or ``None`` for all.
 
     Returns:
       ``step -> Taps``: ``acts [batch, D]`` and ``grads [batch, K, D]`` in the dtype of
       the store, ``weights [batch]`` float32.  The step must be concrete.
 
     Raises:
-      ValueError: if the batch does not fit the store, or the seed or window is not
-        possible.
+      ValueError: if the batch is larger than the store, or the seed or window is
+        out of range.
     """
     rows = store.rows
     _check_batch("store_batches", batch, rows)
@@ -54,18 +72,20 @@ def store_batches(
             f"store_batches: a window must have 1 .. {LARGEST} rows, got {window} "
             f"shards of {store.rows_per_shard}"
         )
-    maps = lru_cache(maxsize=2 * window)(partial(shard_taps, store))
-    epochs = lru_cache(maxsize=2)(partial(_epoch, store, seed, window))
+    # A batch may cross the border of two windows and of two epochs.
+    open_shard = lru_cache(maxsize=2 * window)(partial(shard_taps, store))
+    epoch_order = lru_cache(maxsize=2)(partial(_epoch_order, store, seed, window))
 
     def batches(step: int) -> Taps:
         if step < 0:
             raise ValueError(f"store_batches: step must not be negative, got {step}")
         epoch, start = divmod(int(step) * batch, rows)
-        first = min(batch, rows - start)
-        ids = [*_rows_of(epochs(epoch), seed, epoch, start, first)]
-        if first < batch:
-            ids += _rows_of(epochs(epoch + 1), seed, epoch + 1, 0, batch - first)
-        return _read(store, maps, np.sort(np.concatenate(ids)))
+        count = min(batch, rows - start)
+        ids = [*_row_ids(epoch_order(epoch), seed, epoch, start, count)]
+        if count < batch:  # fill the batch from the next epoch
+            following = epoch_order(epoch + 1)
+            ids += _row_ids(following, seed, epoch + 1, 0, batch - count)
+        return _read_rows(open_shard, np.sort(np.concatenate(ids)))
 
     return batches
 
@@ -73,26 +93,26 @@ def store_batches(
 def array_batches(
     taps: Taps, *, batch: int, seed: int | Array, replace: bool = False
 ) -> Callable[[int | Array], Taps]:
-    """Shuffled batches of arrays in memory: a pure function of a step, also traced.
+    """Select shuffled batches from arrays, as a pure function of a traceable step.
 
-    Every epoch is another permutation of the rows, computed per index (no array of
-    the length of the data is made), so that it runs inside ``jax.lax.scan``.  A batch
-    that an epoch leaves unfilled is filled from the next.  The function is a pytree
-    that holds the arrays: pass it to a jitted function as an argument, for a constant
-    of a program is copied into it.
+    Every epoch is another permutation of the rows.  It is computed per index, without
+    an array of the length of the data, so that it runs inside ``jax.lax.scan``.  A last
+    batch that an epoch cannot fill is filled from the next epoch.  The function is a
+    pytree that holds the arrays: pass it to a jitted function as an argument, for
+    a jitted function copies arrays that it closes over into its program.
 
     Args:
       taps: ``acts [N, D]``, ``grads [N, K, D]`` or ``None``, ``weights [N]``; ``N``
         at most 2^31 - 1.
       batch: rows per step, at most ``N``.
-      seed: of the order.
-      replace: draw rows independently, with replacement, instead.
+      seed: seed of the order.
+      replace: whether to draw rows independently, with replacement.
 
     Returns:
       ``step -> Taps`` of ``batch`` rows; a :class:`jax.tree_util.Partial`.
 
     Raises:
-      ValueError: if the batch does not fit, or the arrays differ in length.
+      ValueError: if the batch is larger than the data, or the arrays differ in length.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,49 +132,62 @@ def array_batches(
         raise ValueError(f"array_batches: at most {LARGEST} rows, got {lengths[0]}")
     key, offsets = jax.random.key(seed), jnp.arange(batch, dtype=jnp.uint32)
     if replace:
-        return jax.tree_util.Partial(_drawn_rows, taps, key, offsets)
+        return jax.tree_util.Partial(_take_drawn, taps, key, offsets)
     salt = jax.random.bits(key, (2,), jnp.uint32)
-    return jax.tree_util.Partial(_permuted_rows, taps, salt, offsets)
+    return jax.tree_util.Partial(_take_permuted, taps, salt, offsets)
 
 
-def _permuted_rows(taps: Taps, salt: Array, offsets: Array, step: int | Array) -> Taps:
+def _take_permuted(taps: Taps, salt: Array, offsets: Array, step: int | Array) -> Taps:
+    """Select the rows at positions ``step * batch + offsets`` of permuted epochs."""
     num, batch = len(taps.weights), len(offsets)
-    epoch, start = _product_divmod(jnp.asarray(step, jnp.uint32), batch, num)
+    # Split the positions between the epoch of the first row and the next epoch.
+    epoch, start = _divmod_of_product(jnp.asarray(step, jnp.uint32), batch, num)
     left = jnp.uint32(num) - start
-    here = offsets < left
-    index = jnp.where(here, start + offsets, offsets - left)
+    in_epoch = offsets < left
+    index = jnp.where(in_epoch, start + offsets, offsets - left)
+    # Permute every index by the words of its own epoch.
     words = epoch_words(salt, epoch), epoch_words(salt, epoch + jnp.uint32(1))
-    words = jnp.where(here[None, None, :], *(x[:, :, None] for x in words))
-    rows = permuted(index, num, words)
+    words = jnp.where(in_epoch[None, None, :], *(x[:, :, None] for x in words))
+    rows = permute_index(index, num, words)
     return jax.tree.map(lambda x: x[rows], taps)
 
 
-def _drawn_rows(taps: Taps, key: Array, offsets: Array, step: int | Array) -> Taps:
+def _take_drawn(taps: Taps, key: Array, offsets: Array, step: int | Array) -> Taps:
+    """Select rows drawn with replacement by the key of a step."""
     key = jax.random.fold_in(key, step)
     rows = jax.random.randint(key, offsets.shape, 0, len(taps.weights))
     return jax.tree.map(lambda x: x[rows], taps)
 
 
-def _product_divmod(step: Array, batch: int, num: int) -> tuple[Array, Array]:
-    """``divmod(step * batch, num)`` in 32 bits, by doubling and adding."""
-    total, one = jnp.uint32(num), jnp.uint32(1)
+def _divmod_of_product(step: Array, batch: int, num: int) -> tuple[Array, Array]:
+    """Compute ``divmod(step * batch, num)`` in 32 bits, by doubling and adding.
 
-    def whole(quotient: Array, rest: Array) -> tuple[Array, Array]:
-        over = rest >= total
-        return jnp.where(over, quotient + one, quotient), jnp.where(
-            over, rest - total, rest
+    The product does not fit in 32 bits, but quotient and remainder do: after each
+    operation the remainder is below ``2 * num``, and is brought below ``num`` again.
+    """
+    divisor, unit = jnp.uint32(num), jnp.uint32(1)
+
+    def carry(quotient: Array, remainder: Array) -> tuple[Array, Array]:
+        """Move one multiple of ``num`` from the remainder to the quotient, if any."""
+        over = remainder >= divisor
+        return jnp.where(over, quotient + unit, quotient), jnp.where(
+            over, remainder - divisor, remainder
         )
 
-    steps, left = step // total, step % total
-    quotient, rest = jnp.zeros_like(step), jnp.zeros_like(step)
+    step_quotient, step_remainder = step // divisor, step % divisor
+    quotient, remainder = jnp.zeros_like(step), jnp.zeros_like(step)
+    # Horner's scheme over the bits of the batch size, from the highest down.
     for bit in f"{batch:b}":
-        quotient, rest = whole(quotient + quotient, rest + rest)
+        quotient, remainder = carry(quotient + quotient, remainder + remainder)
         if bit == "1":
-            quotient, rest = whole(quotient + steps, rest + left)
-    return quotient, rest
+            quotient, remainder = carry(
+                quotient + step_quotient, remainder + step_remainder
+            )
+    return quotient, remainder
 
 
 def _check_batch(who: str, batch: int, rows: int) -> None:
+    """Raise a ValueError for a batch size that is not in ``1 .. rows``."""
     if not (isinstance(batch, int) and 1 <= batch <= rows):
         raise ValueError(
             f"{who}: batch must be an int in 1 .. {rows}, the rows there are, got "
@@ -162,62 +195,80 @@ def _check_batch(who: str, batch: int, rows: int) -> None:
         )
 
 
-def _epoch(
-    store: Store, seed: int, window: int, epoch: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shards in the order of an epoch, their first positions, the first of windows."""
+class _Order(NamedTuple):
+    """The order of shards in an epoch.
+
+    Attributes:
+      shards: ``[S]`` indices of the shards, shuffled.
+      starts: ``[S + 1]`` position of the first row of each, and the number of rows.
+      windows: ``[W + 1]`` first shard of each window (into ``shards``), and ``S``.
+    """
+
+    shards: np.ndarray
+    starts: np.ndarray
+    windows: np.ndarray
+
+
+def _epoch_order(store: Store, seed: int, window: int, epoch: int) -> _Order:
+    """Shuffle the shards for an epoch, and cut them into windows of equal size."""
     num = len(store.shards)
     words = host_words(seed, epoch, 0)
-    order = permuted(np.arange(num, dtype=np.uint32), num, words).astype(np.int64)
-    sizes = np.array([store.shards[i].rows for i in order])
-    windows = -(-num // window)
-    firsts = np.arange(windows + 1) * num // windows
-    return order, np.concatenate([[0], np.cumsum(sizes)]), firsts
+    shards = permute_index(np.arange(num, dtype=np.uint32), num, words).astype(np.int64)
+    sizes = np.array([store.shards[i].rows for i in shards])
+    # As few windows as there can be, of equal sizes, so that no shard is left alone.
+    count = -(-num // window)
+    windows = np.arange(count + 1) * num // count
+    return _Order(shards, np.concatenate([[0], np.cumsum(sizes)]), windows)
 
 
-def _rows_of(
-    layout: tuple[np.ndarray, np.ndarray, np.ndarray],
-    seed: int,
-    epoch: int,
-    start: int,
-    count: int,
+def _row_ids(
+    order: _Order, seed: int, epoch: int, start: int, count: int
 ) -> Iterator[np.ndarray]:
-    """Shard times 2^32 plus row, of the positions from ``start`` on."""
-    order, starts, firsts = layout
-    window = int(np.searchsorted(starts[firsts], start, side="right")) - 1
+    """Yield the ids of ``count`` rows from position ``start`` on, window by window.
+
+    The id of a row is its shard times 2^32 plus its index in the shard.
+    """
+    shards, starts, windows = order
+    window = int(np.searchsorted(starts[windows], start, side="right")) - 1
     while count:
-        first, last = firsts[window], firsts[window + 1]
+        first, last = windows[window], windows[window + 1]
         low, size = int(starts[first]), int(starts[last] - starts[first])
-        here = min(count, low + size - start)
-        index = np.arange(start - low, start - low + here, dtype=np.uint32)
+        # Permute the positions within the window.
+        taken = min(count, low + size - start)
+        index = np.arange(start - low, start - low + taken, dtype=np.uint32)
         words = host_words(seed, epoch, 1 + window)
-        at = low + permuted(index, size, words).astype(np.int64)
-        shard = np.searchsorted(starts, at, side="right") - 1
-        yield (order[shard] << 32) + at - starts[shard]
-        start, count, window = start + here, count - here, window + 1
+        position = low + permute_index(index, size, words).astype(np.int64)
+        # Find the shard that holds each position.
+        slot = np.searchsorted(starts, position, side="right") - 1
+        yield (shards[slot] << 32) + position - starts[slot]
+        start, count, window = start + taken, count - taken, window + 1
 
 
-def _read(store: Store, maps: Callable[[int], Taps], ids: np.ndarray) -> Taps:
-    """The rows of sorted ids, each copied once."""
+def _read_rows(open_shard: Callable[[int], Taps], ids: np.ndarray) -> Taps:
+    """Copy the rows of sorted ids from their shards to the device."""
+    # Split the ids into runs of one shard.
     shards, rows = ids >> 32, ids & (2**32 - 1)
     cuts = np.flatnonzero(np.diff(shards)) + 1
     bounds = [0, *cuts.tolist(), len(ids)]
-    out = jax.tree.map(
-        lambda x: _aligned((len(ids), *x.shape[1:]), x.dtype), maps(int(shards[0]))
+    # Gather each run straight into the batch, so that every row is copied once.
+    batch = jax.tree.map(
+        lambda x: _empty_aligned((len(ids), *x.shape[1:]), x.dtype),
+        open_shard(int(shards[0])),
     )
     for low, high in pairwise(bounds):
-        chosen, part = rows[low:high], slice(low, high)
-        jax.tree.map(partial(_take, chosen, part), maps(int(shards[low])), out)
-    return jax.tree.map(jax.device_put, out)
+        gather = partial(_gather, rows[low:high], slice(low, high))
+        jax.tree.map(gather, open_shard(int(shards[low])), batch)
+    return jax.tree.map(jax.device_put, batch)
 
 
-def _take(rows: np.ndarray, part: slice, block: np.ndarray, out: np.ndarray) -> None:
+def _gather(rows: np.ndarray, part: slice, block: np.ndarray, out: np.ndarray) -> None:
+    """Copy rows of a block into a part of another array."""
     np.take(block, rows, axis=0, out=out[part], mode="clip")  # "raise" makes a copy
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Room at a multiple of 64 bytes, which a device that is the host adopts."""
+def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Allocate an array aligned to 64 bytes, which JAX on a CPU uses without a copy."""
     size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
+    raw = np.empty(size + ALIGN, np.uint8)
+    start = -raw.ctypes.data % ALIGN
     return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""Activations and gradients on disk: what the files are, opening and checking."""
+"""Store of activations and gradients on disk: format, opening and verification."""
 
 import hashlib
 import json
@@ -10,18 +10,18 @@ import numpy as np
 
 from toyfeat.types import Taps
 
-VERSION = 1
-ALIGN = 64
+VERSION = 1  # of the format of store.json
+ALIGN = 64  # bytes; JAX on a CPU uses host memory of this alignment without a copy
 _DTYPES = ("float32", "bfloat16")
 
 
 class Shard(NamedTuple):
-    """A file of a store.
+    """File of a store.
 
     Attributes:
-      file: its name in the folder.
-      rows: examples in it; every shard but the last is full.
-      sha256: of its bytes.
+      file: name in the folder.
+      rows: number of examples; every shard but the last is full.
+      sha256: checksum of the bytes.
     """
 
     file: str
@@ -30,20 +30,21 @@ class Shard(NamedTuple):
 
 
 class Store(NamedTuple):
-    """A folder of activations and gradients, with nothing of them in memory.
+    """Folder of activations and gradients, none of which are in memory.
 
     ``store.json`` holds these fields.  A shard of ``n`` rows is ``acts [n, D]``,
-    ``grads [n, K, D]`` (if there are any) and ``weights [n]`` (always float32), each
-    little-endian, in C order and followed by zeros up to a multiple of 64 bytes.
+    ``grads [n, K, D]`` (unless ``readouts`` is ``None``) and ``weights [n]`` (always
+    float32), each little-endian, in C order and padded with zeros to a multiple of
+    64 bytes.
 
     Attributes:
       path: the folder.
-      dim: ``D``, the width of the site.
-      readouts: ``K``, or ``None`` without gradients.
+      dim: width ``D`` of the site.
+      readouts: gradients ``K`` per example, or ``None`` without gradients.
       dtype: ``"float32"`` or ``"bfloat16"``, of ``acts`` and ``grads``.
       rows_per_shard: rows of a full shard.
-      metadata: JSON values: model, site, readout, text.
-      shards: its whole shards.
+      metadata: JSON values that describe model, site, readout and text.
+      shards: completed shards.
     """
 
     path: Path
@@ -56,7 +57,7 @@ class Store(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many examples there are."""
+        """Number of examples."""
         return sum(shard.rows for shard in self.shards)
 
 
@@ -68,21 +69,20 @@ def store_size(
     dtype: str = "float32",
     rows_per_shard: int = 65536,
 ) -> int:
-    """Bytes that the shards of a store will take.
+    """Compute the disk space that a store will need.
 
     Args:
-      rows: examples to be stored.
+      rows: number of examples.
       dim: width of the site.
       readouts: gradients per example, or ``None``.
       dtype: ``"float32"`` or ``"bfloat16"``.
       rows_per_shard: rows of a full shard.
 
     Returns:
-      The sum of the sizes of the files, without ``store.json`` (about 150 bytes a
-      shard).
+      Bytes of all shards, without ``store.json`` (about 150 bytes per shard).
 
     Raises:
-      ValueError: if a size or the dtype is not possible.
+      ValueError: if a size or the dtype is not valid.
 
     Example:
       >>> store_size(10**9, dim=512, readouts=1, dtype="bfloat16") / 2**40
@@ -90,15 +90,23 @@ def store_size(
     """
     if rows < 0:
         raise ValueError(f"store_size: rows must not be negative, got {rows}")
-    store = checked_store("store_size", "", dim, readouts, dtype, rows_per_shard, {})
-    full, left = divmod(rows, rows_per_shard)
-    return full * shard_bytes(store, rows_per_shard) + shard_bytes(store, left)
+    store = empty_store(
+        "store_size",
+        "",
+        dim=dim,
+        readouts=readouts,
+        dtype=dtype,
+        rows_per_shard=rows_per_shard,
+        metadata={},
+    )
+    full, remainder = divmod(rows, rows_per_shard)
+    return full * shard_bytes(store, rows_per_shard) + shard_bytes(store, remainder)
 
 
 def open_store(path: str | Path) -> Store:
-    """The store in a folder, all of its files there and of the right size.
+    """Open a store, and check that all its files exist and have the right size.
 
-    Contents are not read: :func:`verify_store` does that.
+    The contents are not read: :func:`verify_store` does that.
 
     Args:
       path: the folder that :func:`store_writer` wrote.
@@ -108,7 +116,7 @@ def open_store(path: str | Path) -> Store:
 
     Raises:
       FileNotFoundError: if ``store.json`` or a shard is missing.
-      ValueError: if the format is another one, or a shard has the wrong size.
+      ValueError: if the format is not known, or a shard has the wrong size.
     """
     store = read_store(path, "open_store")
     for shard in store.shards:
@@ -125,30 +133,32 @@ def open_store(path: str | Path) -> Store:
 
 
 def verify_store(path: str | Path) -> None:
-    """Check every byte of a store against its checksums.
+    """Verify all bytes of a store against its checksums.
 
     Args:
       path: the folder.
 
     Raises:
       FileNotFoundError: if ``store.json`` or a shard is missing.
-      ValueError: if shards are not what was written; names them.
+      ValueError: if shards are damaged; it names them.
     """
     store = open_store(path)
-    bad = [s.file for s in store.shards if file_sha256(store.path / s.file) != s.sha256]
-    if bad:
+    damaged = [
+        s.file for s in store.shards if file_sha256(store.path / s.file) != s.sha256
+    ]
+    if damaged:
         raise ValueError(
-            f"verify_store: {len(bad)} of {len(store.shards)} shards of {store.path} "
-            f"are not what was written: {', '.join(bad)}"
+            f"verify_store: {len(damaged)} of {len(store.shards)} shards of "
+            f"{store.path} are not what was written: {', '.join(damaged)}"
         )
 
 
 def shard_taps(store: Store, index: int) -> Taps:
-    """A shard as arrays of numpy over its memory map, read-only.
+    """Open a shard as read-only numpy arrays over a memory map.
 
     Args:
       store: from :func:`open_store`.
-      index: which shard.
+      index: number of the shard.
 
     Returns:
       :class:`Taps` of ``acts [n, D]``, ``grads [n, K, D]`` or ``None``, ``weights
@@ -159,16 +169,21 @@ def shard_taps(store: Store, index: int) -> Taps:
     return split_blocks(store, shard.rows, mapped)
 
 
-def checked_store(
+def empty_store(
     who: str,
     path: str | Path,
+    *,
     dim: int,
     readouts: int | None,
     dtype: str,
     rows_per_shard: int,
     metadata: dict[str, Any],
 ) -> Store:
-    """An empty store with these settings, or an error that says what is wrong."""
+    """Create the record of a store without shards, after checking its settings.
+
+    Raises:
+      ValueError: if a size or the dtype is not valid; ``who`` opens the message.
+    """
     sizes = {"dim": dim, "readouts": readouts, "rows_per_shard": rows_per_shard}
     for name, size in sizes.items():
         if size is None and name == "readouts":
@@ -177,12 +192,19 @@ def checked_store(
             raise ValueError(f"{who}: {name} must be an int above 0, got {size!r}")
     if dtype not in _DTYPES:
         raise ValueError(f"{who}: dtype must be one of {_DTYPES}, got {dtype!r}")
-    plain = json.loads(json.dumps(metadata))
-    return Store(Path(path), dim, readouts, dtype, rows_per_shard, plain, ())
+    return Store(
+        path=Path(path),
+        dim=dim,
+        readouts=readouts,
+        dtype=dtype,
+        rows_per_shard=rows_per_shard,
+        metadata=json.loads(json.dumps(metadata)),  # as they will be read again
+        shards=(),
+    )
 
 
 def read_store(path: str | Path, who: str) -> Store:
-    """What ``store.json`` says, without a look at the shards."""
+    """Read ``store.json``, without looking at the shards."""
     file = Path(path) / "store.json"
     if not file.exists():
         raise FileNotFoundError(f"{who}: there is no {file}")
@@ -198,7 +220,7 @@ def read_store(path: str | Path, who: str) -> Store:
 
 
 def store_json(store: Store) -> bytes:
-    """The contents of ``store.json``."""
+    """Serialize a store as the contents of ``store.json``."""
     settings = {name: getattr(store, name) for name in Store._fields[1:-1]}
     shards = [shard._asdict() for shard in store.shards]
     head = {"format": "toyfeat store", "version": VERSION}
@@ -207,37 +229,38 @@ def store_json(store: Store) -> bytes:
 
 
 def shard_bytes(store: Store, rows: int) -> int:
-    """Size of a shard of so many rows."""
-    return sum(_padded(block) for block in _blocks(store, rows))
+    """Compute the size of a shard with a given number of rows."""
+    return sum(_padded_size(block) for block in _block_sizes(store, rows))
 
 
 def split_blocks(store: Store, rows: int, raw: np.ndarray) -> Taps:
-    """The arrays of a shard as views of its bytes."""
-    width = np.dtype(jnp.dtype(store.dtype)).newbyteorder("<")
-    sizes = _blocks(store, rows)
-    starts = np.cumsum([0, *(_padded(size) for size in sizes)])
+    """View the bytes of a shard as its arrays."""
+    dtype = np.dtype(jnp.dtype(store.dtype)).newbyteorder("<")
+    sizes = _block_sizes(store, rows)
+    starts = np.cumsum([0, *(_padded_size(size) for size in sizes)])
     acts, grads, weights = (
         raw[start : start + size] for start, size in zip(starts, sizes, strict=False)
     )
     shape = (rows, store.readouts or 0, store.dim)
     return Taps(
-        acts.view(width).reshape(rows, store.dim),  # pyright: ignore[reportArgumentType]
-        grads.view(width).reshape(shape) if store.readouts else None,  # pyright: ignore[reportArgumentType]
+        acts.view(dtype).reshape(rows, store.dim),  # pyright: ignore[reportArgumentType]
+        grads.view(dtype).reshape(shape) if store.readouts else None,  # pyright: ignore[reportArgumentType]
         weights.view("<f4"),  # pyright: ignore[reportArgumentType]
     )
 
 
 def file_sha256(path: Path) -> str:
-    """Of a whole file."""
+    """Compute the SHA-256 checksum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _blocks(store: Store, rows: int) -> tuple[int, int, int]:
-    """Bytes of ``acts``, ``grads`` and ``weights``."""
+def _block_sizes(store: Store, rows: int) -> tuple[int, int, int]:
+    """Compute the sizes in bytes of ``acts``, ``grads`` and ``weights``."""
     acts = rows * store.dim * np.dtype(jnp.dtype(store.dtype)).itemsize
     return acts, acts * (store.readouts or 0), rows * 4
 
 
-def _padded(size: int) -> int:
+def _padded_size(size: int) -> int:
+    """Round a size up to a multiple of ``ALIGN`` bytes."""
     return -(-size // ALIGN) * ALIGN

@@ -1,4 +1,4 @@
-"""Activations and gradients to disk, a whole shard at a time."""
+"""Writer of a store: activations and gradients to disk, one shard at a time."""
 
 import hashlib
 import importlib
@@ -15,7 +15,7 @@ import numpy as np
 from toyfeat.data.store import (
     Shard,
     Store,
-    checked_store,
+    empty_store,
     file_sha256,
     read_store,
     shard_bytes,
@@ -35,29 +35,29 @@ def store_writer(
     rows_per_shard: int = 65536,
     metadata: dict[str, Any] | None = None,
 ) -> "StoreWriter":
-    """A writer of a store of activations and gradients, new or to be continued.
+    """Open a store of activations and gradients for writing, or for appending.
 
-    A shard is gathered in memory, written under another name, synced, renamed, and
-    only then recorded in ``store.json``, itself replaced in one step: a process
-    that is killed loses what it had gathered since, and nothing else.  Opened again,
-    the writer goes on after the last whole shard, and what comes out is the same, bit
-    by bit, as if it had never stopped.  Rows of weight 0 are stored like others, so
-    that ``rows`` says how far a job has come.
+    A shard is collected in memory, written to a temporary file, synced and renamed,
+    and only then recorded in ``store.json``, which is replaced atomically.  So a
+    process that is killed loses only the rows of the shard in memory.  A writer that
+    opens the store again continues after the last complete shard, and the result is
+    the same, bit for bit, as without the interruption.  Rows of weight 0 are stored
+    like others, so that ``rows`` tells the progress of a job.
 
     Args:
-      path: a folder, made if it is not there.
+      path: the folder, created if it does not exist.
       dim: width ``D`` of the site.
       readouts: ``K`` gradients per example, or ``None`` for activations alone.
       dtype: ``"float32"`` or ``"bfloat16"``, of activations and gradients.
-      rows_per_shard: rows of a shard; so many are held in memory.
-      metadata: JSON values: model, site, readout, text.
+      rows_per_shard: rows of a full shard, which are held in memory.
+      metadata: JSON values that describe model, site, readout and text.
 
     Returns:
-      :class:`StoreWriter`: ``append(taps)``, ``rows``, ``close()``; a context.
+      :class:`StoreWriter`: ``append(taps)``, ``rows``, ``close()``; a context manager.
 
     Raises:
-      ValueError: if a setting is impossible, or differs from those of the store that
-        is there, or its short last shard is damaged.
+      ValueError: if a setting is not valid or differs from those of an existing
+        store, or if the short last shard of that store is damaged.
       BlockingIOError: if another process is writing to the store.
 
     Example:
@@ -74,16 +74,25 @@ def store_writer(
       ...     done, [shard.rows for shard in open_store(folder).shards]
       (5, [4, 4, 2])
     """
-    settings = dim, readouts, dtype, rows_per_shard, metadata or {}
-    return StoreWriter(checked_store("store_writer", path, *settings))
+    return StoreWriter(
+        empty_store(
+            "store_writer",
+            path,
+            dim=dim,
+            readouts=readouts,
+            dtype=dtype,
+            rows_per_shard=rows_per_shard,
+            metadata=metadata or {},
+        )
+    )
 
 
 class StoreWriter:
-    """Gathers rows and writes a shard whenever there are enough."""
+    """Writer of a store: collects rows and writes a shard whenever one is full."""
 
     def __init__(self, wanted: Store):
         wanted.path.mkdir(parents=True, exist_ok=True)
-        self._release = weakref.finalize(self, os.close, _locked(wanted.path))
+        self._release = weakref.finalize(self, os.close, _lock_folder(wanted.path))
         try:
             self._open(wanted)
         except BaseException:
@@ -91,22 +100,29 @@ class StoreWriter:
             raise
 
     def _open(self, wanted: Store) -> None:
+        """Create the store or continue the one in the folder, and allocate a shard."""
         store, path = wanted, wanted.path
         if (path / "store.json").exists():
             store = read_store(path, "store_writer")
-            _check_same(store, wanted)
+            _check_settings(store, wanted)
         else:
-            _write(store, "store.json", store_json(store))
+            _write_file(store, "store.json", store_json(store))
         self._store, self._closed = store, False
-        _remove_strangers(store)
-        bytes_ = np.zeros(shard_bytes(store, store.rows_per_shard), np.uint8)
-        self._raw, self._held, self._old = bytes_, 0, None
-        self._buffer = split_blocks(store, store.rows_per_shard, bytes_)
+        _remove_unrecorded(store)
+        # The bytes of a full shard, and the arrays that they are views of.
+        self._raw = np.zeros(shard_bytes(store, store.rows_per_shard), np.uint8)
+        self._buffer = split_blocks(store, store.rows_per_shard, self._raw)
+        self._num_buffered = 0
+        self._short_shard: Shard | None = None
         if store.shards and store.shards[-1].rows < store.rows_per_shard:
-            self._take_back()
+            self._reload_short_shard()
 
-    def _take_back(self) -> None:
-        """A short last shard is gathered on; its file stays until there is another."""
+    def _reload_short_shard(self) -> None:
+        """Load a short last shard to append to it; its file stays until it is replaced.
+
+        Raises:
+          ValueError: if the file is damaged.
+        """
         last = self._store.shards[-1]
         file = self._store.path / last.file
         if file_sha256(file) != last.sha256:
@@ -115,26 +131,26 @@ class StoreWriter:
                 "entry in store.json, then collect its rows again"
             )
         self._copy(shard_taps(self._store, len(self._store.shards) - 1))
-        self._old = last
+        self._short_shard = last
         self._store = self._store._replace(shards=self._store.shards[:-1])
 
     @property
     def rows(self) -> int:
-        """Rows appended so far, those of earlier processes included."""
-        return self._store.rows + self._held
+        """Number of rows appended so far, those of earlier processes included."""
+        return self._store.rows + self._num_buffered
 
     def append(self, taps: Taps) -> None:
-        """Add rows, in order; any number of them.
+        """Append any number of rows, in order.
 
         Args:
           taps: ``acts [N, D]``, ``grads [N, K, D]`` or ``None``, ``weights [N]``,
             rounded to the dtype of the store.
 
         Raises:
-          ValueError: if shapes are not those of the store, or it is closed.
-          TypeError: if they are not floating-point.
-          OSError: if a shard cannot be written (a full disk); those before it are
-            whole, and the writer is closed: open it again.
+          ValueError: if shapes do not match the store, or the writer is closed.
+          TypeError: if arrays are not floating-point.
+          OSError: if a shard cannot be written, as on a full disk.  Earlier shards
+            are complete, and the writer is closed: open it again.
         """
         if self._closed:
             raise ValueError("append: the writer is closed; call store_writer again")
@@ -142,23 +158,24 @@ class StoreWriter:
         _check_taps(self._store, taps)
         start, rows = 0, len(taps.weights)
         while start < rows:
-            stop = min(rows, start + self._store.rows_per_shard - self._held)
+            stop = min(rows, start + self._store.rows_per_shard - self._num_buffered)
             part = slice(start, stop)
             self._copy(jax.tree.map(lambda x, part=part: x[part], taps))
             start = stop
-            if self._held == self._store.rows_per_shard:
-                self._flush()
+            if self._num_buffered == self._store.rows_per_shard:
+                self._write_shard()
 
     def close(self) -> None:
-        """Write the rows that fill no shard as a short one, and let go of the store.
+        """Write the remaining rows as a short shard, and release the lock.
 
         Raises:
-          OSError: if they cannot be written.
+          OSError: if the shard cannot be written.
         """
         if self._closed:
             return
-        if self._held and (self._old is None or self._held > self._old.rows):
-            self._flush()
+        short = self._short_shard  # already on disk, unless rows have been added
+        if self._num_buffered and (short is None or self._num_buffered > short.rows):
+            self._write_shard()
         self._closed = True
         self._release()
 
@@ -169,34 +186,41 @@ class StoreWriter:
         self.close()
 
     def _copy(self, taps: Taps) -> None:
-        here = slice(self._held, self._held + len(taps.weights))
-        jax.tree.map(lambda room, x: _assign(room[here], x), self._buffer, taps)
-        self._held = here.stop
+        """Copy rows to the end of the buffer, which must have room for them."""
+        part = slice(self._num_buffered, self._num_buffered + len(taps.weights))
+        jax.tree.map(lambda block, x: _assign(block[part], x), self._buffer, taps)
+        self._num_buffered = part.stop
 
-    def _flush(self) -> None:
-        store, rows, raw = self._store, self._held, self._raw
+    def _write_shard(self) -> None:
+        """Write the buffered rows as a shard, then record it in ``store.json``."""
+        store, rows, raw = self._store, self._num_buffered, self._raw
         name = f"shard-{len(store.shards):06d}-{rows}.bin"
-        if rows < store.rows_per_shard:
+        if rows < store.rows_per_shard:  # a short shard has its blocks elsewhere
             raw = np.zeros(shard_bytes(store, rows), np.uint8)
             short = split_blocks(store, rows, raw)
-            jax.tree.map(lambda room, x: _assign(room, x[:rows]), short, self._buffer)
+            jax.tree.map(lambda block, x: _assign(block, x[:rows]), short, self._buffer)
         shard = Shard(name, rows, hashlib.sha256(raw.data).hexdigest())
         new = store._replace(shards=(*store.shards, shard))
         try:
-            _write(store, name, raw)
-            _write(store, "store.json", store_json(new))
+            _write_file(store, name, raw)
+            _write_file(store, "store.json", store_json(new))
         except OSError:
             self._closed = True
             self._release()
             raise
-        self._store, self._held = new, 0
-        if self._old is not None:
-            (store.path / self._old.file).unlink()
-            self._old = None
+        self._store, self._num_buffered = new, 0
+        # The shard that this one replaces is no longer recorded.
+        if self._short_shard is not None:
+            (store.path / self._short_shard.file).unlink()
+            self._short_shard = None
 
 
-def _write(store: Store, name: str, content: Any) -> None:
-    """A file that is there whole or not at all."""
+def _write_file(store: Store, name: str, content: Any) -> None:
+    """Write a file of a store atomically, and sync it.
+
+    Raises:
+      OSError: if it cannot be written; the message names the free space.
+    """
     draft = store.path / f"{name}.tmp"
     try:
         with draft.open("wb") as file:
@@ -218,6 +242,7 @@ def _write(store: Store, name: str, content: Any) -> None:
 
 
 def _sync_folder(path: Path) -> None:
+    """Sync a folder, so that a renamed file survives a loss of power."""
     if os.name == "posix":
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -226,8 +251,15 @@ def _sync_folder(path: Path) -> None:
             os.close(folder)
 
 
-def _locked(path: Path) -> int:
-    """A descriptor that keeps other writers out for as long as it is open."""
+def _lock_folder(path: Path) -> int:
+    """Lock a folder against other writers.
+
+    Returns:
+      A descriptor that holds the lock as long as it is open.
+
+    Raises:
+      BlockingIOError: if another writer holds the lock.
+    """
     try:
         fcntl = importlib.import_module("fcntl")
     except ImportError:  # not a POSIX system: no lock
@@ -245,7 +277,8 @@ def _locked(path: Path) -> int:
     return folder
 
 
-def _check_same(store: Store, wanted: Store) -> None:
+def _check_settings(store: Store, wanted: Store) -> None:
+    """Raise a ValueError if the settings of an existing store are not those wanted."""
     for name in Store._fields[1:-1]:
         old, new = getattr(store, name), getattr(wanted, name)
         if old != new:
@@ -255,19 +288,21 @@ def _check_same(store: Store, wanted: Store) -> None:
             )
 
 
-def _remove_strangers(store: Store) -> None:
-    """What a killed process left: drafts, and shards it did not record."""
+def _remove_unrecorded(store: Store) -> None:
+    """Delete temporary files and unrecorded shards that a killed process left."""
     known = {shard.file for shard in store.shards}
     for file in (*store.path.glob("shard-*.bin"), *store.path.glob("*.tmp")):
         if file.name not in known:
             file.unlink()
 
 
-def _assign(room: np.ndarray, values: np.ndarray) -> None:
-    room[...] = values
+def _assign(block: np.ndarray, values: np.ndarray) -> None:
+    """Copy values into a block, with its dtype."""
+    block[...] = values
 
 
 def _check_taps(store: Store, taps: Taps) -> None:
+    """Raise an error for taps whose shapes or dtypes do not fit the store."""
     rows = taps.acts.shape[0] if taps.acts.ndim else 0
     grads = None if store.readouts is None else (rows, store.readouts, store.dim)
     wanted = (rows, store.dim), grads, (rows,)
@@ -275,11 +310,11 @@ def _check_taps(store: Store, taps: Taps) -> None:
         raise ValueError(
             "append: a store holds one site; write targets to a store of their own"
         )
-    found = tuple(None if x is None else x.shape for x in taps[:3])
-    if found != wanted:
+    shapes = tuple(None if x is None else x.shape for x in taps[:3])
+    if shapes != wanted:
         raise ValueError(
             f"append: the store wants acts, grads, weights of shapes {wanted}, got "
-            f"{found}"
+            f"{shapes}"
         )
     for name, x in taps._asdict().items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):

@@ -1,7 +1,6 @@
-"""Statistics to bases: directions that are read, and directions that are written."""
+"""Bases from statistics: PCA, gradient PCA, joint PCA, local interaction basis."""
 
-from toyfeat.decompose.circles import circular_planes
-from toyfeat.decompose.codes import decode, eigengaps, encode, explanation
+from toyfeat.decompose.basis import decode, describe, eigengaps, encode, truncated
 from toyfeat.decompose.interaction import (
     interaction_edges,
     local_interaction_basis,
@@ -14,15 +13,15 @@ from toyfeat.decompose.second_moments import (
 )
 
 __all__ = [
-    "circular_planes",
     "covariance",
     "decode",
+    "describe",
     "eigengaps",
     "encode",
-    "explanation",
     "gradient_pca",
     "interaction_edges",
     "joint_pca",
     "local_interaction_basis",
     "pca",
+    "truncated",
 ]

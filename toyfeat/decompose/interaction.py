@@ -1,4 +1,4 @@
-"""The local interaction basis: features of a model, layer by layer, from its end."""
+"""Local interaction basis of a model, and the interaction edges between sites."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -10,24 +10,30 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from toyfeat.decompose.codes import encode
+from toyfeat.decompose.basis import encode, truncated
 from toyfeat.decompose.second_moments import joint_pca
-from toyfeat.linalg.running import (
-    merged_rows,
-    no_rows,
+from toyfeat.linalg.compensated import (
+    empty_moments,
+    merge_moments,
     outer,
     ratio,
     row_moments,
-    value,
+    to_float,
 )
 from toyfeat.tap import readouts, site_shapes, tap
-from toyfeat.types import Array, Basis, Inputs, Moments, Params, Probed
+from toyfeat.types import Array, Basis, Inputs, Moments, Params, Probed, Taps
 
 Batches = Callable[[], Iterator[Inputs]]
+"""Function that returns a fresh iterator over batches of inputs."""
 
 
 class _Target(NamedTuple):
-    """A later site whose code is looked at; the outputs themselves if ``None``."""
+    """A later site and the basis whose codes are differentiated.
+
+    Attributes:
+      site: name of the site.
+      basis: its basis.
+    """
 
     site: str
     basis: Basis
@@ -46,7 +52,7 @@ def local_interaction_basis(
     mask: Callable[[Inputs], Array] | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Basis]:
-    r"""Local interaction basis of several sites, solved from the output backwards.
+    r"""Compute the local interaction basis of several sites, last site first.
 
     At each site, with :math:`S` the covariance of the activations and :math:`J`
     the Jacobian of the next site's code (of the outputs, for the last site),
@@ -65,20 +71,20 @@ def local_interaction_basis(
       batches: returns a fresh iterator over batches of inputs; called once per
         site plus once.  Batches of one shape compile once.
       sites: names from input to output.
-      rank: how many directions ``R`` to keep at each site, all ``D`` by default.
-      sources: how many random directions of the target stand for the exact
-        Jacobian, which takes as many as the target has entries per input
-        (``None``).  Unbiased; the error falls as ``1 / sqrt(sources)``.
-      over: what a random direction spans, as in
+      rank: how many directions ``R`` to compute at each site, all ``D`` by default.
+      sources: how many random directions of the target estimate the Jacobian.
+        Unbiased; the error falls as ``1 / sqrt(sources)``.  ``None`` takes the
+        exact Jacobian, one direction per entry of the target.
+      over: the axes that a random direction spans, as in
         :func:`toyfeat.readouts.random_directions`.
-      key: random key, wanted if ``sources`` is given.
+      key: random key, required with ``sources``.
       mask: inputs to weights, as the mask of a readout.
       batch_size: inputs run at a time, to bound memory.
 
     Returns:
       Site to :class:`Basis`, in the order of ``sites``; ``spectrum`` is
-      :math:`\Lambda`.  See :func:`toyfeat.eigengaps` for directions that share a
-      value.
+      :math:`\Lambda`.  See :func:`toyfeat.decompose.eigengaps` for directions that
+      share a value.
 
     Raises:
       ValueError: if sites are missing, repeated or unknown, there is no batch,
@@ -87,11 +93,11 @@ def local_interaction_basis(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> import toyfeat as tf
-      >>> probed = tf.from_function(lambda w, x, tap: tap("acts", x) @ w)
+      >>> import toyfeat as ft
+      >>> probed = ft.from_function(lambda w, x, tap: tap("acts", x) @ w)
       >>> x = jax.random.normal(jax.random.key(0), (64, 3))
       >>> w = jnp.array([[1.0], [0.0], [0.0]])
-      >>> bases = tf.local_interaction_basis(
+      >>> bases = ft.local_interaction_basis(
       ...     probed, w, lambda: iter([x]), sites=["acts"]
       ... )
       >>> int(bases["acts"].diagnostics.rank), jnp.abs(bases["acts"].readers[1:]).max()
@@ -102,12 +108,13 @@ def local_interaction_basis(
       sections 3.1-3.3, with the plain Jacobian at the data; activations are
       centred, which stands for their constant direction.
     """
-    sites = _checked(batches, sites, sources, key)
-    stats = _of_acts(probed, params, batches, sites, mask, batch_size)
+    sites = _check_sites(batches, sites, sources, key)
+    stats = _acts_moments(probed, params, batches, sites, mask, batch_size)
     bases: dict[str, Basis] = {}
     target: _Target | None = None
     key = jax.random.key(0) if key is None else key
     for index, site in enumerate(reversed(sites)):
+        # Gradients of the next site's codes, over all batches.
         step = partial(
             _add_gradients,
             probed=probed,
@@ -118,15 +125,19 @@ def local_interaction_basis(
             mask=mask,
             batch_size=batch_size,
         )
-        state, once = no_rows(len(stats[site].mean)), jax.random.fold_in(key, index)
+        state = empty_moments(len(stats[site].mean))
+        site_key = jax.random.fold_in(key, index)
         basis = None if target is None else target.basis
         for count, inputs in enumerate(batches()):
-            fresh = jax.random.fold_in(once, count)
-            state = step(state, params, inputs, fresh, basis)
-        moments = _with_gradients(stats[site], state)
+            batch_key = jax.random.fold_in(site_key, count)
+            state = step(state, params, inputs, batch_key, basis)
+        # The basis of this site, and the target of the one before it.
+        moments = _join_gradients(stats[site], state)
         full = len(moments.mean) if rank is None else rank
-        bases[site] = _in_units_of_effect(joint_pca(moments, full))
-        target = _Target(site, _cut(bases[site]))
+        bases[site] = _scale_by_effect(joint_pca(moments, full))
+        # Columns past the numerical rank would only cost time.
+        numerical_rank = max(1, int(bases[site].diagnostics.rank))
+        target = _Target(site, truncated(bases[site], numerical_rank))
     return {site: bases[site] for site in sites}
 
 
@@ -138,13 +149,13 @@ def interaction_edges(
     *,
     batch_size: int | None = None,
 ) -> dict[tuple[str, str], Array]:
-    r"""How strongly each feature of a site acts on each feature of the next.
+    r"""Compute how strongly features of a site act on those of the next.
 
     .. math:: E_{ij} = \frac{1}{N} \sum_x \sum_t \Big( \sum_s
        \frac{\partial f'_{t,i}}{\partial f_{s,j}} f_{s,j} \Big)^2
 
-    with :math:`f` the codes of a site at its positions :math:`s`, :math:`f'` those
-    of the next at :math:`t`.
+    with :math:`f` the codes of a site at its positions :math:`s`, and :math:`f'`
+    the codes of the next site at its positions :math:`t`.
 
     Args:
       probed: the model.
@@ -170,16 +181,20 @@ def interaction_edges(
       Bushnaq et al. (2024), arXiv 2405.10928, section 3.4, "squared" edges with
       the gradient at the data in place of the integral along a path.
     """
-    names = [*bases, "outputs"]
     edges = {}
-    for site, name in pairwise(names):
+    for site, name in pairwise([*bases, "outputs"]):
+        # Sum squared effects over the batches.
         step = partial(
-            _effects, probed=probed, site=site, next_site=name, batch_size=batch_size
+            _squared_effects,
+            probed=probed,
+            site=site,
+            next_site=name,
+            batch_size=batch_size,
         )
-        onto = bases.get(name)
+        next_basis = bases.get(name)
         total, count = None, 0
         for inputs in batches():
-            part = step(params, inputs, bases[site], onto)
+            part = step(params, inputs, bases[site], next_basis)
             total = part if total is None else total + part
             count += len(jax.tree.leaves(inputs)[0])
         if total is None:
@@ -195,49 +210,62 @@ def interaction_edges(
 
 
 @partial(jax.jit, static_argnames=("probed", "site", "next_site", "batch_size"))
-def _effects(
+def _squared_effects(
     params: Params,
     inputs: Inputs,
     basis: Basis,
-    onto: Basis | None,
+    next_basis: Basis | None,
     *,
     probed: Probed,
     site: str,
     next_site: str,
     batch_size: int | None,
 ) -> Array:
-    """Summed squared effects ``[R', R]``."""
-    model = _toward(probed, next_site, onto)
+    """Sum squared effects over inputs and positions of the next site, ``[R', R]``."""
+    # The full Jacobian of the next site's codes.
+    model = _truncate_model(probed, next_site, next_basis)
     readout = readouts.jacobian()
     taps = tap(
         model, params, inputs, sites=site, readout=readout, batch_size=batch_size
     )[site]
-    assert taps.grads is not None
     size = len(jax.tree.leaves(inputs)[0])
     units = jax.eval_shape(lambda: model(params, inputs, {})[0]).shape[-1]
+    # Slopes times codes, summed over positions of this site.
     codes = encode(basis, taps.acts)
-    slopes = jnp.matmul(taps.grads, basis.writers.T, precision="highest")
+    slopes = jnp.matmul(_grads(taps), basis.writers.T, precision="highest")
     effects = (slopes * codes[:, None, :]).reshape(size, -1, *slopes.shape[1:])
+    # Squares, summed over inputs and positions of the next site.
     squares = jnp.sum(effects, axis=1) ** 2  # [B, T' R', R]
     squares = squares.reshape(size, -1, units, codes.shape[1])
     return jnp.sum(squares, axis=(0, 1))
 
 
-def _toward(probed: Probed, site: str | None, basis: Basis | None) -> Probed:
-    """The model cut off at a later site, its output that site's code."""
+def _grads(taps: Taps) -> Array:
+    """Gradients of taps, which must have some."""
+    if taps.grads is None:
+        raise ValueError("interaction: the taps carry no gradients; tap with a readout")
+    return taps.grads
+
+
+def _truncate_model(probed: Probed, site: str | None, basis: Basis | None) -> Probed:
+    """Make the codes of a site the output of the model.
+
+    Without a site, or without a basis, the output stays that of the model.
+    """
     if site is None or basis is None:
         return probed
 
-    def cut(params: Params, inputs: Inputs, probes: Any) -> Any:
+    def run(params: Params, inputs: Inputs, probes: Any) -> Any:
         _, acts = probed(params, inputs, probes)
         return encode(basis, acts[site]), acts
 
-    return cut
+    return run
 
 
-def _checked(
+def _check_sites(
     batches: Any, sites: Sequence[str], sources: int | None, key: Array | None
 ) -> tuple[str, ...]:
+    """Check the arguments that need no model, and return the sites as a tuple."""
     if not callable(batches):
         raise TypeError(
             "local_interaction_basis: batches must be a function that returns a fresh "
@@ -256,7 +284,7 @@ def _checked(
     return sites
 
 
-def _of_acts(
+def _acts_moments(
     probed: Probed,
     params: Params,
     batches: Batches,
@@ -267,6 +295,7 @@ def _of_acts(
     """Mean and scatter of the activations at all sites, in one pass."""
     states = None
     for inputs in batches():
+        # The first batch shows the widths, and whether the sites exist.
         if states is None:
             shapes = site_shapes(probed, params, inputs)
             unknown = [site for site in sites if site not in shapes]
@@ -275,7 +304,7 @@ def _of_acts(
                     f"local_interaction_basis: no site {unknown[0]!r}; the model has "
                     f"{sorted(shapes)}"
                 )
-            states = {site: no_rows(shapes[site].shape[-1]) for site in sites}
+            states = {site: empty_moments(shapes[site].shape[-1]) for site in sites}
         states = _add_acts(
             states,
             params,
@@ -288,8 +317,12 @@ def _of_acts(
     if states is None:
         raise ValueError("local_interaction_basis: batches() gave no batch")
     return {
-        site: Moments(value(s.weight), value(s.mean), value(s.scatter))
-        for site, s in states.items()
+        site: Moments(
+            weight=to_float(state.weight),
+            mean=to_float(state.mean),
+            scatter=to_float(state.scatter),
+        )
+        for site, state in states.items()
     }
 
 
@@ -314,27 +347,29 @@ def _add_gradients(
     mask: Callable[[Inputs], Array] | None,
     batch_size: int | None,
 ) -> Any:
-    """Fold the gradients of one batch."""
+    """Fold the gradients of one batch into running moments."""
+    # A readout of the next site's codes, exact or along random directions.
     weights = None if mask is None else mask(inputs)
     readout = readouts.jacobian(mask=weights)
     if sources is not None:
         readout = readouts.random_directions(key, sources, over=over, mask=weights)
-    model = _toward(probed, next_site, basis)
+    model = _truncate_model(probed, next_site, basis)
     taps = tap(
         model, params, inputs, sites=site, readout=readout, batch_size=batch_size
     )[site]
-    assert taps.grads is not None
-    rows = taps.grads.reshape(-1, taps.grads.shape[-1])
-    weights = jnp.repeat(taps.weights, taps.grads.shape[1])
-    kind = jnp.result_type(float)
-    return merged_rows(state, row_moments(rows.astype(kind), weights.astype(kind)))
+    # One row per readout, each with the weight of its example.
+    grads = _grads(taps)
+    rows = grads.reshape(-1, grads.shape[-1])
+    weights = jnp.repeat(taps.weights, grads.shape[1])
+    dtype = jnp.result_type(float)
+    return merge_moments(state, row_moments(rows.astype(dtype), weights.astype(dtype)))
 
 
-def _with_gradients(stats: Moments, state: Any) -> Moments:
-    """Add the second moment of the gradients of a target."""
-    weight, mean = jnp.asarray(stats.weight), value(state.mean)
-    num = ratio(value(state.weight), weight)
-    second = ratio(value(state.scatter), weight) + num * outer(mean)
+def _join_gradients(stats: Moments, state: Any) -> Moments:
+    """Join moments of the gradients of a target to those of the activations."""
+    weight, mean = jnp.asarray(stats.weight), to_float(state.mean)
+    num = ratio(to_float(state.weight), weight)
+    second = ratio(to_float(state.scatter), weight) + num * outer(mean)
     return stats._replace(grad_mean=mean, grad_second=second, readouts=num)
 
 
@@ -349,36 +384,27 @@ def _add_acts(
     mask: Callable[[Inputs], Array] | None,
     batch_size: int | None,
 ) -> Any:
-    """Fold the activations of one batch."""
+    """Fold the activations of one batch into running moments."""
+    # Weights come with a readout; the gradient of this cheapest one is unused.
     readout = None
-    if mask is not None:  # the cheapest readout, for its mask; its gradient is unused
+    if mask is not None:
         readout = readouts.random_directions(jax.random.key(0), 1, mask=mask(inputs))
     taps = tap(
         probed, params, inputs, sites=sites, readout=readout, batch_size=batch_size
     )
-    kind = jnp.result_type(float)
+    dtype = jnp.result_type(float)
     return {
-        site: merged_rows(
-            states[site], row_moments(t.acts.astype(kind), t.weights.astype(kind))
+        site: merge_moments(
+            states[site], row_moments(t.acts.astype(dtype), t.weights.astype(dtype))
         )
         for site, t in taps.items()
     }
 
 
-def _in_units_of_effect(basis: Basis) -> Basis:
+def _scale_by_effect(basis: Basis) -> Basis:
     """Scale codes of unit variance by the root of their eigenvalues."""
     root = jnp.sqrt(basis.spectrum)
     safe = jnp.where(root > 0, root, jnp.ones_like(root))
     return basis._replace(
         readers=basis.readers * root[None, :], writers=basis.writers / safe[:, None]
-    )
-
-
-def _cut(basis: Basis) -> Basis:
-    """Without the columns past the numerical rank, which only cost time."""
-    rank = max(1, int(basis.diagnostics.rank))
-    return basis._replace(
-        readers=basis.readers[:, :rank],
-        writers=basis.writers[:rank],
-        spectrum=basis.spectrum[:rank],
     )

@@ -1,4 +1,4 @@
-r"""Statistics to a basis: directions that are read, and directions that are written.
+r"""PCA, gradient PCA and joint PCA from second moments.
 
 Letters: :math:`S` is the centred covariance of the activations, :math:`G` the
 second moment of their gradients.
@@ -6,23 +6,30 @@ second moment of their gradients.
 
 import jax.numpy as jnp
 
-from toyfeat.linalg import Spectrum, psd_inverse, psd_spectrum, signs_of
-from toyfeat.linalg.precise import dot, nonzero
-from toyfeat.types import SVD, Array, Basis, Diagnostics, Moments, SketchedMoments
+from toyfeat.linalg import Spectrum, column_signs, psd_inverse, psd_spectrum
+from toyfeat.linalg.precision import dot, nonzero
+from toyfeat.linalg.svd import SVD
+from toyfeat.moments import SketchedMoments
+from toyfeat.types import Array, Basis, Diagnostics, Moments
 
 Stats = Moments | SketchedMoments
 
+_NO_GRADS = (
+    "the moments hold no gradients; tap with a readout and fold with "
+    "moments(dim, grads=True)"
+)
+
 
 def pca(stats: Stats, rank: int) -> Basis:
-    r"""Principal components of the activations.
+    r"""Compute principal components of the activations.
 
     The eigenvectors of :math:`S`, largest first: features of the *activations*,
     which need not be features of the model that reads them.
 
     Args:
       stats: moments of a site, from :func:`toyfeat.moments` or, for widths whose
-        ``D x D`` matrices are too large, :func:`toyfeat.sketched_moments`.
-      rank: how many components ``R`` to keep, ``1 .. D``.
+        ``D x D`` matrices are too large, :func:`toyfeat.moments.sketched_moments`.
+      rank: how many components ``R`` to compute, ``1 .. D``.
 
     Returns:
       A basis with ``writers = readers.T``; ``spectrum`` is the variance along
@@ -41,8 +48,8 @@ def pca(stats: Stats, rank: int) -> Basis:
     References:
       Jolliffe (2002), "Principal component analysis", chapter 2.
     """
-    spectrum, mean = _of_acts("pca", stats, rank), jnp.asarray(stats.mean)
-    total = _total(stats)
+    spectrum, mean = _acts_spectrum("pca", stats, rank), jnp.asarray(stats.mean)
+    total = _acts_energy(stats)
     return Basis(
         mean=mean,
         readers=spectrum.vectors,
@@ -53,18 +60,18 @@ def pca(stats: Stats, rank: int) -> Basis:
 
 
 def gradient_pca(stats: Stats, rank: int, *, center: bool = False) -> Basis:
-    r"""Principal components of the gradients: what the model reads.
+    r"""Compute principal components of the gradients: the directions a model reads.
 
     The readers are the leading eigenvectors :math:`V` of :math:`G`; the writers
     :math:`(V^\top S V)^+ V^\top S` are the least-squares regression of the
-    activations on what is read.  If ``rank`` covers the rank of :math:`G`,
+    activations on the codes.  If ``rank`` covers the rank of :math:`G`,
     replacing ``a`` by ``decode(encode(a))`` changes no readout to first order.
     Second moments determine the *span* of the readers and its principal axes,
     not single readers (unless they are orthogonal).
 
     Args:
       stats: moments of a site with gradients.
-      rank: how many components ``R`` to keep, ``1 .. D``.
+      rank: how many components ``R`` to compute, ``1 .. D``.
       center: subtract the mean gradient first.  It deletes whatever the model
         reads all the time: the gradient of a linear readout is constant, and its
         centred PCA has rank 0 (``diagnostics.centring_removed`` is then 1, and
@@ -93,31 +100,32 @@ def gradient_pca(stats: Stats, rank: int, *, center: bool = False) -> Basis:
       Constantine, Dow and Wang (2014), "Active subspace methods", for the matrix
       :math:`G`; Haufe et al. (2014), for writers as the pattern of a reader.
     """
-    spectrum, total, uncentred = _of_grads("gradient_pca", stats, rank, center)
+    # Readers are eigenvectors of G, writers the regression on V^T a.
+    spectrum, total, uncentred = _grads_spectrum("gradient_pca", stats, rank, center)
     readers = spectrum.vectors
-    read = _times_covariance(readers.T, stats)
+    cross = _multiply_covariance(readers.T, stats)
     return Basis(
         mean=jnp.asarray(stats.mean),
         readers=readers,
-        writers=dot(psd_inverse(dot(read, readers)), read),
+        writers=dot(psd_inverse(dot(cross, readers)), cross),
         spectrum=spectrum.values,
         diagnostics=_diagnostics(spectrum, total, uncentred),
     )
 
 
 def joint_pca(stats: Stats, rank: int) -> Basis:
-    r"""Joint principal components of activations and gradients.
+    r"""Compute joint principal components of activations and gradients.
 
     With :math:`S^{1/2} G S^{1/2} = V L V^\top`, readers :math:`S^{+1/2} V` and
     writers :math:`V^\top S^{1/2}`: of all oblique projections :math:`P` of rank
     ``R``, ``decode(encode(a))`` is the one that minimises
     :math:`\mathrm{tr}\, G (1 - P) S (1 - P)^\top`, what a linear readout of the
-    activations loses on average.  A direction counts for much if the activations
-    vary along it *and* the model reads it.
+    activations loses on average.  A direction is important if the activations vary
+    along it *and* the model reads it.
 
     Args:
       stats: moments of a site with gradients.
-      rank: how many components ``R`` to keep, ``1 .. D``.
+      rank: how many components ``R`` to compute, ``1 .. D``.
 
     Returns:
       A basis whose codes are uncorrelated with unit variance; ``spectrum`` is
@@ -147,14 +155,16 @@ def joint_pca(stats: Stats, rank: int) -> Basis:
     width = _width(stats)
     _check_rank("joint_pca", rank, width)
     _check_grads("joint_pca", stats)
-    acts = _of_acts("joint_pca", stats, width)
+    # A root of S in its own eigenvectors, and G seen through it.
+    acts = _acts_spectrum("joint_pca", stats, width)
     root = jnp.sqrt(acts.values)
     rooted = acts.vectors * root[None, :]
-    inner = _squared_gradients(rooted, stats)
+    inner = _gradient_form(rooted, stats)
     spectrum = psd_spectrum(inner, rank)
+    # Readers undo the root, writers apply it.
     whitener = acts.vectors / nonzero(root)[None, :]
     readers, writers = dot(whitener, spectrum.vectors), dot(rooted, spectrum.vectors)
-    signs = signs_of(readers)
+    signs = column_signs(readers)
     total = jnp.maximum(jnp.trace(inner), 0)
     return Basis(
         mean=jnp.asarray(stats.mean),
@@ -170,36 +180,36 @@ def covariance(stats: Moments) -> Array:
     return jnp.asarray(stats.scatter) / nonzero(jnp.asarray(stats.weight))
 
 
-def _of_acts(who: str, stats: Stats, rank: int) -> Spectrum:
+def _acts_spectrum(who: str, stats: Stats, rank: int) -> Spectrum:
     """Leading eigenpairs of the covariance of the activations."""
     _check_rank(who, rank, _width(stats))
     mean = jnp.asarray(stats.mean)
     # Activations are known to the rounding of their mean, and no better.
     floor = (jnp.finfo(mean.dtype).eps * jnp.linalg.norm(mean)) ** 2
     if isinstance(stats, SketchedMoments):
-        return _of_sketch(stats.acts, stats, rank, floor)
+        return _sketch_spectrum(stats.acts, stats, rank, floor)
     return psd_spectrum(covariance(stats), rank, floor=floor)
 
 
-def _of_grads(
+def _grads_spectrum(
     who: str, stats: Stats, rank: int, center: bool
 ) -> tuple[Spectrum, Array, Array]:
     """Leading eigenpairs of G, its trace, and the trace before it was centred."""
     _check_rank(who, rank, _width(stats))
     _check_grads(who, stats)
     if isinstance(stats, SketchedMoments):
-        assert stats.grads is not None
         if center:
             raise ValueError(
                 f"{who}: sketched gradients are not centred; use toyfeat.moments"
             )
-        spectrum = _of_sketch(stats.grads, stats, rank)
-        total = _energy(stats.grads, stats)
+        svd = _grads_sketch(who, stats)
+        spectrum = _sketch_spectrum(svd, stats, rank)
+        total = _sketch_energy(svd, stats)
         return spectrum, total, total
     second, floor = jnp.asarray(stats.grad_second), jnp.zeros(())
     total = jnp.trace(second)
     if center:
-        # What is left of a difference is only known to the rounding of its parts.
+        # A difference is only known to the rounding of its parts.
         norm = jnp.max(jnp.sum(jnp.abs(second), axis=0))
         floor = len(second) * jnp.finfo(second.dtype).eps * norm
         mean = jnp.asarray(stats.grad_mean)
@@ -208,59 +218,72 @@ def _of_grads(
     return spectrum, jnp.maximum(jnp.trace(second), 0), total
 
 
-def _of_sketch(
+def _sketch_spectrum(
     svd: SVD, stats: SketchedMoments, rank: int, floor: Array | float = 0.0
 ) -> Spectrum:
+    """Leading eigenpairs of a second moment, from the SVD of its sketch.
+
+    The numerical rank is that of :func:`toyfeat.linalg.psd_spectrum`.
+    """
     values = svd.s**2 / nonzero(jnp.asarray(stats.weight))
     dim, eps = svd.vt.shape[1], jnp.finfo(values.dtype).eps
     cut = jnp.maximum(dim * eps * values[0], jnp.asarray(floor, values.dtype))
-    kept = ~(values[:rank] <= cut)
+    significant = ~(values[:rank] <= cut)  # true for NaN
     zero = jnp.zeros((), values.dtype)
     return Spectrum(
-        values=jnp.where(kept, values[:rank], zero),
-        vectors=jnp.where(kept[None, :], svd.vt[:rank].T, zero),
-        rank=jnp.sum(kept, dtype=jnp.int32),
+        values=jnp.where(significant, values[:rank], zero),
+        vectors=jnp.where(significant[None, :], svd.vt[:rank].T, zero),
+        rank=jnp.sum(significant, dtype=jnp.int32),
         cut=cut,
     )
 
 
-def _squared_gradients(rows: Array, stats: Stats) -> Array:
-    """``x^T G x`` for columns ``x``."""
+def _grads_sketch(who: str, stats: SketchedMoments) -> SVD:
+    """The sketch of the gradients."""
+    if stats.grads is None:
+        raise ValueError(f"{who}: {_NO_GRADS}")
+    return stats.grads
+
+
+def _gradient_form(columns: Array, stats: Stats) -> Array:
+    """Quadratic form ``x^T G x`` for columns ``x``."""
     if isinstance(stats, SketchedMoments):
-        assert stats.grads is not None
-        seen = dot(stats.grads.vt, rows) * stats.grads.s[:, None]
-        return dot(seen.T, seen) / nonzero(jnp.asarray(stats.weight))
-    return dot(rows.T, dot(jnp.asarray(stats.grad_second), rows))
+        svd = _grads_sketch("joint_pca", stats)
+        slopes = dot(svd.vt, columns) * svd.s[:, None]
+        return dot(slopes.T, slopes) / nonzero(jnp.asarray(stats.weight))
+    return dot(columns.T, dot(jnp.asarray(stats.grad_second), columns))
 
 
-def _times_covariance(rows: Array, stats: Stats) -> Array:
-    """``x S`` for rows ``x``."""
+def _multiply_covariance(rows: Array, stats: Stats) -> Array:
+    """Product ``x S`` for rows ``x``."""
     if isinstance(stats, SketchedMoments):
         values = stats.acts.s**2 / nonzero(jnp.asarray(stats.weight))
         return dot(dot(rows, stats.acts.vt.T) * values[None, :], stats.acts.vt)
     return dot(rows, covariance(stats))
 
 
-def _total(stats: Stats) -> Array:
-    """Trace of the covariance, kept or not."""
+def _acts_energy(stats: Stats) -> Array:
+    """Trace of the full covariance of the activations."""
     if isinstance(stats, SketchedMoments):
-        return _energy(stats.acts, stats)
+        return _sketch_energy(stats.acts, stats)
     return jnp.maximum(jnp.trace(covariance(stats)), 0)
 
 
-def _energy(svd: SVD, stats: SketchedMoments) -> Array:
-    kept = jnp.sum(svd.s**2) + svd.info.residual**2
-    return kept / nonzero(jnp.asarray(stats.weight))
+def _sketch_energy(svd: SVD, stats: SketchedMoments) -> Array:
+    """Trace of a second moment: the sketch's part and the estimated residual."""
+    energy = jnp.sum(svd.s**2) + svd.info.residual**2
+    return energy / nonzero(jnp.asarray(stats.weight))
 
 
 def _width(stats: Stats) -> int:
-    """How many directions there can be."""
+    """Largest possible number of directions."""
     if isinstance(stats, SketchedMoments):
         return len(stats.acts.s)
     return len(jnp.asarray(stats.mean))
 
 
 def _check_rank(who: str, rank: int, width: int) -> None:
+    """Check that the rank is in range."""
     if not 1 <= rank <= width:
         raise ValueError(
             f"{who}: rank must be in 1 .. {width}, the width of the site (or of its "
@@ -269,15 +292,20 @@ def _check_rank(who: str, rank: int, width: int) -> None:
 
 
 def _check_grads(who: str, stats: Stats) -> None:
+    """Check that the moments hold gradients."""
     sketched = isinstance(stats, SketchedMoments)
     if (stats.grads if sketched else stats.grad_second) is None:
-        raise ValueError(
-            f"{who}: the moments hold no gradients; tap with a readout and fold "
-            "with moments(dim, grads=True)"
-        )
+        raise ValueError(f"{who}: {_NO_GRADS}")
 
 
 def _diagnostics(spectrum: Spectrum, total: Array, uncentred: Array) -> Diagnostics:
+    """Diagnostics of a basis.
+
+    Args:
+      spectrum: its eigenpairs.
+      total: ``[]``, trace of the decomposed matrix.
+      uncentred: ``[]``, that trace before centring.
+    """
     removed = jnp.where(
         uncentred > 0, 1 - total / nonzero(uncentred), jnp.zeros_like(total)
     )

@@ -1,32 +1,47 @@
-"""Sparse dictionaries of activations and gradients."""
+"""Sparse dictionaries of activations and gradients.
 
-from toyfeat.dictionary import controllers, objectives
-from toyfeat.dictionary.architectures import (
-    batch_topk,
-    gated,
-    gradient_topk,
-    jump_relu,
-    matryoshka,
-    standard,
-    topk,
-)
+An architecture is one file and one :class:`Architecture` record; docs/extending.md
+shows how to write one of your own with :func:`make_dictionary`.
+"""
+
+from toyfeat.dictionary import controllers, losses
 from toyfeat.dictionary.attributions import attribution_l0
+from toyfeat.dictionary.base import make_dictionary
+from toyfeat.dictionary.batch_topk import batch_topk, matryoshka
+from toyfeat.dictionary.gated import gated
+from toyfeat.dictionary.jump_relu import jump_relu
 from toyfeat.dictionary.linear import from_basis
 from toyfeat.dictionary.paired import paired
-from toyfeat.dictionary.presets import attribution_objective, dictionary_objective
+from toyfeat.dictionary.standard import standard
+from toyfeat.dictionary.topk import gradient_topk, topk
+from toyfeat.dictionary.types import (
+    Architecture,
+    Codes,
+    Config,
+    Dictionary,
+    Output,
+    RuleInputs,
+    SavedAs,
+)
 
 __all__ = [
+    "Architecture",
+    "Codes",
+    "Config",
+    "Dictionary",
+    "Output",
+    "RuleInputs",
+    "SavedAs",
     "attribution_l0",
-    "attribution_objective",
     "batch_topk",
     "controllers",
-    "dictionary_objective",
     "from_basis",
     "gated",
     "gradient_topk",
     "jump_relu",
+    "losses",
+    "make_dictionary",
     "matryoshka",
-    "objectives",
     "paired",
     "standard",
     "topk",

@@ -7,15 +7,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from toyfeat.dictionary.kernels import row_products, transposed_product
+from toyfeat.dictionary.base import required_grads
+from toyfeat.dictionary.gather import row_products, transposed_product
 from toyfeat.dictionary.selection import largest_level
-from toyfeat.types import Array, Parts
+from toyfeat.dictionary.types import Inputs
+from toyfeat.types import Array
 
-_SHARE = 0.95  # of the whole first-order effect that the counted latents have
+SHARE = 0.95
+"""Share of the first-order effect that :func:`attribution_l0` accounts for."""
 
 
 class Penalty(NamedTuple):
-    """A function of one number and its derivative, elementwise on arrays.
+    """Function of one number and its derivative, elementwise on arrays.
 
     Attributes:
       value: of attributions in units of their usual size.
@@ -26,54 +29,52 @@ class Penalty(NamedTuple):
     slope: Callable[[Array, Array], Array]
 
 
-def attributions(parts: Parts) -> Array:
-    """``A[n, k, j] = f[n, j] (W_dec[j] . g[n, k])``, ``[N, K, M]``.
+def attributions(inputs: Inputs) -> Array:
+    """Compute ``A[n, k, j] = f[n, j] (W_dec[j] . g[n, k])``, ``[N, K, M]``.
 
-    Where only a few latents of an example can be there, only those: ``[N, K, k]``.
+    Where only a few latents of an example may be active, only those: ``[N, K, k]``.
     """
-    assert parts.grads is not None  # the trainer checks
-    values, index, rows = parts.out.values, parts.out.index, parts.params["W_dec"]
+    grads, rows = required_grads(inputs), inputs.params["W_dec"]
+    values, index = inputs.out.values, inputs.out.index
     if index is None:
-        return values[:, None, :] * (parts.grads @ rows.T)
-    by_readout = jax.vmap(row_products, (1, None, None), 1)
-    if parts.grads.shape[1] == 1:
-        slopes = row_products(parts.grads[:, 0], index, rows)[:, None]
+        return values[:, None, :] * (grads @ rows.T)
+    if grads.shape[1] == 1:
+        slopes = row_products(grads[:, 0], index, rows)[:, None]
     else:
-        slopes = by_readout(parts.grads, index, rows)
+        slopes = jax.vmap(row_products, (1, None, None), 1)(grads, index, rows)
     return values[:, None, :] * slopes
 
 
-def penalised(parts: Parts, penalty: Penalty, scale: Array) -> Array:
+def mean_penalty(inputs: Inputs, penalty: Penalty, scale: Array) -> Array:
     """Mean over examples and readouts of ``sum_j penalty(A[k, j] / scale)``."""
-    out, weights = parts.out, parts.weights
+    out, weights = inputs.out, inputs.weights
     if out.index is not None:
-        sizes = penalty.value(attributions(parts) / scale)
+        sizes = penalty.value(attributions(inputs) / scale)
         return weights @ jnp.mean(jnp.sum(sizes, axis=2), axis=1)
-    assert parts.grads is not None
-    grads, rows = parts.grads / scale, parts.params["W_dec"]
-    return _penalised(penalty, out.values, rows, grads, weights)
+    grads, rows = required_grads(inputs) / scale, inputs.params["W_dec"]
+    return _mean_penalty(penalty, out.values, rows, grads, weights)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _penalised(
+def _mean_penalty(
     penalty: Penalty, values: Array, rows: Array, grads: Array, weights: Array
 ) -> Array:
-    """One readout after the other, so that no ``[N, K, M]`` is made."""
+    """Go through the readouts one by one, so that no ``[N, K, M]`` is made."""
 
-    def one(grads: Array) -> Array:
+    def by_readout(grads: Array) -> Array:
         return weights @ jnp.sum(penalty.value(values * (grads @ rows.T)), axis=1)
 
     if grads.shape[1] == 1:
-        return one(grads[:, 0])
-    return jnp.mean(jax.lax.map(one, jnp.swapaxes(grads, 0, 1)))
+        return by_readout(grads[:, 0])
+    return jnp.mean(jax.lax.map(by_readout, jnp.swapaxes(grads, 0, 1)))
 
 
-def _penalised_forward(penalty: Penalty, *args: Array) -> tuple:
-    """The derivatives by values and rows are taken along with each readout."""
+def _mean_penalty_forward(penalty: Penalty, *args: Array) -> tuple:
+    """Take the derivatives by values and rows along with each readout."""
     values, rows, grads, weights = args
     share = weights / grads.shape[1]
 
-    def one(grads: Array) -> tuple[Array, Array, Array]:
+    def by_readout(grads: Array) -> tuple[Array, Array, Array]:
         slopes = grads @ rows.T
         sizes = values * slopes
         penalties = penalty.value(sizes)
@@ -83,36 +84,36 @@ def _penalised_forward(penalty: Penalty, *args: Array) -> tuple:
         return loss, by_size * slopes, by_rows
 
     if grads.shape[1] == 1:
-        loss, *by_both = one(grads[:, 0])
+        loss, *by_both = by_readout(grads[:, 0])
         return loss, tuple(by_both)
 
     def add(total: tuple, grads: Array) -> tuple:
-        return jax.tree.map(jnp.add, total, one(grads)), None
+        return jax.tree.map(jnp.add, total, by_readout(grads)), None
 
     start = jax.tree.map(jnp.zeros_like, (weights[0], values, rows))
     loss, *by_both = jax.lax.scan(add, start, jnp.swapaxes(grads, 0, 1))[0]
     return loss, tuple(by_both)
 
 
-def _penalised_backward(penalty: Penalty, kept: tuple, change: Array) -> tuple:
+def _mean_penalty_backward(penalty: Penalty, slopes: tuple, change: Array) -> tuple:
     del penalty
-    by_values, by_rows = kept
+    by_values, by_rows = slopes
     return change * by_values, change * by_rows, None, None
 
 
-_penalised.defvjp(_penalised_forward, _penalised_backward)
+_mean_penalty.defvjp(_mean_penalty_forward, _mean_penalty_backward)
 
 
-def unexplained(parts: Parts) -> Array:
-    """``(x - x_hat) . g``, the effect that no latent has, ``[N, K]``."""
-    assert parts.grads is not None
-    return jnp.einsum("nd,nkd->nk", parts.target - parts.out.recon, parts.grads)
+def unexplained_effect(inputs: Inputs) -> Array:
+    """Compute ``(x - x_hat) . g``, the effect that no latent has, ``[N, K]``."""
+    error = inputs.target - inputs.out.recon
+    return jnp.einsum("nd,nkd->nk", error, required_grads(inputs))
 
 
 def attribution_l0(
     attributions: Array, unexplained: Array, latents: int | None = None
 ) -> tuple[Array, Array]:
-    r"""How many latents it takes to account for the first-order effect.
+    r"""Count the latents that it takes to account for the first-order effect.
 
     The fewest latents whose :math:`|A_j|` sum to at least 95 % of
     :math:`\sum_j |A_j| + |(x - \hat x) \cdot g|`; all of them if none suffices.
@@ -133,28 +134,30 @@ def attribution_l0(
       >>> float(count), float(share)
       (2.0, 0.0)
     """
-    most = attributions.shape[-1] if latents is None else latents
-    sizes, rest = jnp.abs(attributions), jnp.abs(unexplained)
-    whole = jnp.sum(sizes, axis=-1)
-    total = whole + rest
-    wanted = _SHARE * total
+    num = attributions.shape[-1] if latents is None else latents
+    sizes, missed = jnp.abs(attributions), jnp.abs(unexplained)
+    explained = jnp.sum(sizes, axis=-1)
+    total = explained + missed
+    wanted = SHARE * total
 
     def enough(level: Array) -> Array:
         return _sum_where(sizes, sizes >= level[..., None]) >= wanted
 
-    # Ties share a level: as many of them count as are needed beside what is larger.
+    # The largest size such that sizes of at least this much suffice.
     level = largest_level(enough, wanted.shape, wanted.dtype)
+    # Ties at that size: as many of them count as are needed beside what is larger.
     larger = sizes > level[..., None]
-    missing = wanted - _sum_where(sizes, larger)
-    ties = jnp.ceil(missing / jnp.where(level > 0, level, jnp.ones_like(level)))
-    there = jnp.sum(sizes == level[..., None], axis=-1).astype(wanted.dtype)
-    ties = jnp.minimum(ties, there)  # sums in another order are rounded otherwise
+    needed = wanted - _sum_where(sizes, larger)
+    ties = jnp.ceil(needed / jnp.where(level > 0, level, jnp.ones_like(level)))
+    num_ties = jnp.sum(sizes == level[..., None], axis=-1).astype(wanted.dtype)
+    ties = jnp.minimum(ties, num_ties)  # sums in another order are rounded otherwise
     count = jnp.sum(larger, axis=-1).astype(wanted.dtype) + ties
-    count = jnp.where(whole < wanted, jnp.full_like(count, most), count)
-    none = total == 0
-    count = jnp.where(none, jnp.zeros_like(count), count)
-    return count, rest / jnp.where(none, jnp.ones_like(total), total)
+    # The error may be so large that all latents together do not suffice.
+    count = jnp.where(explained < wanted, jnp.full_like(count, num), count)
+    no_effect = total == 0
+    count = jnp.where(no_effect, jnp.zeros_like(count), count)
+    return count, missed / jnp.where(no_effect, jnp.ones_like(total), total)
 
 
-def _sum_where(sizes: Array, there: Array) -> Array:
-    return jnp.sum(jnp.where(there, sizes, jnp.zeros_like(sizes)), axis=-1)
+def _sum_where(sizes: Array, mask: Array) -> Array:
+    return jnp.sum(jnp.where(mask, sizes, jnp.zeros_like(sizes)), axis=-1)

@@ -1,50 +1,80 @@
-r"""Coefficients that find their own value: a target in, a factor out.
+r"""Controllers of coefficients: a target in, a factor of the coefficient out.
 
-With :math:`e_t` the logarithm of what is measured, averaged, less that of the target,
-the logarithm of the factor changes by
+With :math:`e_t` the logarithm of the measured metric, averaged, less that of the
+target, the logarithm of the factor changes by
 
 .. math:: k_i \tanh(e_t) + k_p \, (e_t - e_{t - 1})
 
-in every step: a PI controller that starts without a jump.  The two balance where the
-measured comes nearer at a pace of :math:`k_i / k_p` a step, so that the factor does
-not run away from a count that follows slowly, such as that of learned thresholds.  The
-defaults, one in 600 steps, are for thousands of steps; ``integral=0.015`` suits 1000.
+in every step: a PI controller that starts without a jump.  The two parts balance where
+the metric approaches its target at a pace of :math:`k_i / k_p` a step, so that the
+factor does not run away from a count that follows slowly, such as that of learned
+thresholds.  The default gains are for thousands of steps; ``integral=0.015`` suits
+1000.  docs/decisions/dictionary.md, "Controllers are PI, in velocity form", tells how
+they were chosen.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from toyfeat.types import Array, Controller
+from toyfeat.types import Array
 
-_LIMIT = 1e4  # how far the factor may move from 1, either way
+GAINS = {"integral": 0.005, "proportional": 3.0, "memory": 20.0, "limit": 1e4}
+"""Defaults of the gains; docs/decisions/dictionary.md, "Controllers are PI, in velocity
+form"."""
+
+_LEAST_GAINS = {"integral": 0.0, "proportional": 0.0, "memory": 1.0, "limit": 1.0}
+
+_LEAST_MEASURED = 1e-3
+"""Share of the target that a metric counts as at least, so that its log is finite."""
 
 
-class Steering(NamedTuple):
+class Controller(NamedTuple):
+    """Controller of the coefficient of one term; pure, without branches.
+
+    Attributes:
+      term: whose coefficient it multiplies.
+      measures: the metric that it reads: ``"l0"``, ``"attribution_l0"`` or ``"fvu"``.
+      target: the default of ``hyper["target"]``.
+      init: ``() -> state``.
+      update: ``(state, measured, target) -> (state, factor, saturated)``; the
+        coefficient is its default times ``factor``, and ``saturated`` is true where
+        the factor is at a limit.
+    """
+
+    term: str
+    measures: str
+    target: float
+    init: Callable[[], Any]
+    update: Callable[[Any, Array, Array], tuple[Any, Array, Array]]
+
+
+class ControllerState(NamedTuple):
     """State of a controller.
 
     Attributes:
       log_factor: ``[]``, the logarithm of the factor.
-      smooth: ``[]``, the logarithm of what is measured, averaged.
-      seen: ``[]``, the weight of that average.
+      smooth: ``[]``, the logarithm of the measured metric, averaged.
+      weight: ``[]``, the weight of that average.
     """
 
     log_factor: Array
     smooth: Array
-    seen: Array
+    weight: Array
 
 
 def target_l0(target: float, *, term: str = "sparsity", **gains: float) -> Controller:
-    """Steer to so many codes per example.
+    """Control the number of codes per example.
 
     Args:
       target: codes per example, mean over a batch; a default that
         ``init(key, target=)`` overrides.
-      term: whose coefficient is steered.
+      term: whose coefficient is controlled.
       gains: ``integral`` (change of the log factor per step and unit of log
         error), ``proportional`` (per unit of change of the log error), ``memory``
-        (of the average, in steps) and ``limit``.
+        (of the average, in steps) and ``limit`` (of the factor, either way).
 
     Returns:
       :class:`Controller`.
@@ -67,10 +97,11 @@ def target_l0(target: float, *, term: str = "sparsity", **gains: float) -> Contr
 def target_attribution_l0(
     target: float, *, term: str = "attribution_sparsity", **gains: float
 ) -> Controller:
-    """Steer to so many latents that account for the first-order effect.
+    """Control the number of latents that account for the first-order effect.
 
     Args:
-      target: latents per example and readout, see :func:`attribution_l0`.
+      target: latents per example and readout, see
+        :func:`toyfeat.metrics.attribution_l0`.
       term: as in :func:`target_l0`.
       gains: as in :func:`target_l0`.
 
@@ -83,13 +114,12 @@ def target_attribution_l0(
     return _controller(term, "attribution_l0", target, 1.0, gains)
 
 
-def reconstruction_budget(
-    fvu: float, *, term: str = "sparsity", **gains: float
-) -> Controller:
-    """As much of a penalty as a reconstruction error allows: dual ascent.
+def target_fvu(target: float, *, term: str = "sparsity", **gains: float) -> Controller:
+    """Control the reconstruction error: as much of a penalty as it allows.
 
     Args:
-      fvu: the share of the variance that may stay unexplained.
+      target: share of the variance that is not explained; a default that
+        ``init(key, target=)`` overrides.
       term: as in :func:`target_l0`.
       gains: as in :func:`target_l0`.
 
@@ -97,54 +127,53 @@ def reconstruction_budget(
       :class:`Controller`.
 
     Raises:
-      ValueError: if the budget is not positive.
+      ValueError: if the target is not positive.
 
     References:
-      Rezende and Viola (2018), "Taming VAEs" (GECO).
+      Rezende and Viola (2018), "Taming VAEs" (GECO), dual ascent.
     """
-    return _controller(term, "fvu", fvu, -1.0, gains)
+    return _controller(term, "fvu", target, -1.0, gains)
 
 
 def _controller(
-    term: str,
-    measures: str,
-    target: float,
-    sign: float,
-    gains: dict[str, float],
+    term: str, measures: str, target: float, sign: float, gains: dict[str, float]
 ) -> Controller:
-    known = {"integral": 0.005, "proportional": 3.0, "memory": 20.0, "limit": _LIMIT}
-    if extra := set(gains) - set(known):
+    """Make a controller; ``sign`` is -1 where a larger factor raises the metric."""
+    if unknown := set(gains) - set(GAINS):
         raise ValueError(
-            f"controller: unknown gains {sorted(extra)}; known are {sorted(known)}"
+            f"controller: unknown gains {sorted(unknown)}; known are {sorted(GAINS)}"
         )
     if not target > 0:
         raise ValueError(f"controller: the target must be positive, got {target}")
-    gains = known | gains
-    least = {"integral": 0.0, "proportional": 0.0, "memory": 1.0, "limit": 1.0}
-    for name, low in least.items():
-        if not low <= gains[name] < math.inf:
+    gains = GAINS | gains
+    for name, least in _LEAST_GAINS.items():
+        if not least <= gains[name] < math.inf:
             raise ValueError(
-                f"controller: {name} must be finite and at least {low:g}, got "
+                f"controller: {name} must be finite and at least {least:g}, got "
                 f"{gains[name]}"
             )
-    keep, most = 1 - 1 / gains["memory"], jnp.log(gains["limit"])
+    decay, limit = 1 - 1 / gains["memory"], jnp.log(gains["limit"])
 
-    def init() -> Steering:
-        return Steering(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
+    def init() -> ControllerState:
+        return ControllerState(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
 
     def update(
-        state: Steering, measured: Array, target: Array
-    ) -> tuple[Steering, Array, Array]:
+        state: ControllerState, measured: Array, target: Array
+    ) -> tuple[ControllerState, Array, Array]:
+        # Average the logarithm of the metric over the last steps.
         tiny = jnp.finfo(measured.dtype).tiny
-        now = jnp.log(jnp.maximum(measured, 1e-3 * target) + tiny)
-        smooth = keep * state.smooth + (1 - keep) * now
-        seen = keep * state.seen + (1 - keep)
-        level, known = smooth / seen, state.seen > 0
-        before = jnp.where(known, state.smooth / jnp.where(known, state.seen, 1), level)
+        now = jnp.log(jnp.maximum(measured, _LEAST_MEASURED * target) + tiny)
+        smooth = decay * state.smooth + (1 - decay) * now
+        weight = decay * state.weight + (1 - decay)
+        level, begun = smooth / weight, state.weight > 0
+        before = state.smooth / jnp.where(begun, state.weight, 1)
+        before = jnp.where(begun, before, level)
+        # Move the factor by the error and by its change, within the limit.
         error = sign * (level - jnp.log(target))
         change = gains["proportional"] * sign * (level - before)
-        whole = state.log_factor + gains["integral"] * jnp.tanh(error) + change
-        whole = jnp.clip(whole, -most, most)
-        return Steering(whole, smooth, seen), jnp.exp(whole), jnp.abs(whole) >= most
+        factor = state.log_factor + gains["integral"] * jnp.tanh(error) + change
+        factor = jnp.clip(factor, -limit, limit)
+        state = ControllerState(factor, smooth, weight)
+        return state, jnp.exp(factor), jnp.abs(factor) >= limit
 
     return Controller(term, measures, target, init, update)

@@ -1,22 +1,21 @@
-"""Bases as dictionaries: all latents at work, with either sign."""
-
-from functools import partial
+"""Bases as dictionaries: all latents active, with either sign."""
 
 import jax.numpy as jnp
 
-from toyfeat.dictionary.coding import of_config
-from toyfeat.linalg.precise import dot
-from toyfeat.types import Array, Basis, Dictionary, DictionaryConfig, Forward, Params
+from toyfeat.dictionary.base import factory_config, make_dictionary
+from toyfeat.dictionary.types import Architecture, Codes, Config, Dictionary, RuleInputs
+from toyfeat.linalg.precision import dot
+from toyfeat.types import Array, Basis, Params
 
 
 def from_basis(basis: Basis) -> tuple[Dictionary, Params]:
-    r"""A basis as a dictionary, so that what judges dictionaries judges it too.
+    r"""Make a dictionary from a basis, so that what scores dictionaries scores it too.
 
     ``encode`` is :math:`(a - b_{dec}) W_{enc}` and ``decode`` :math:`z W_{dec} +
     b_{dec}`, with the readers in ``W_enc``, the writers in ``W_dec`` and the mean in
     ``b_dec``: the numbers of :func:`toyfeat.encode` and :func:`toyfeat.decode`, in
-    full precision.  Codes have either sign and no code is left out; those past the
-    rank of the basis are 0.  Gradients are taken and not looked at.
+    full precision.  Codes have either sign and none is left out; those past the
+    rank of the basis are 0.  Gradients are accepted and have no effect.
 
     Args:
       basis: from any decomposition, one (no leading axes).
@@ -50,57 +49,38 @@ def from_basis(basis: Basis) -> tuple[Dictionary, Params]:
         )
     params = {"W_enc": basis.readers, "W_dec": basis.writers, "b_dec": basis.mean}
     params = {name: jnp.asarray(x) for name, x in params.items()}
-    return _linear(DictionaryConfig("linear", dim, rank)), params
+    return make_dictionary(LINEAR, factory_config(LINEAR, dim, rank)), params
 
 
-def _linear(config: DictionaryConfig) -> Dictionary:
-    plain = of_config(config._replace(architecture="standard"))
-    return Dictionary(
-        partial(_initial, plain),
-        partial(_encode, config),
-        partial(_decode, config),
-        partial(_forward, config),
-        config,
-    )
+def _no_tensors(key: Array, config: Config, shared: Params) -> Params:
+    del key, config, shared
+    return {}
 
 
-def _initial(plain: Dictionary, key: Array) -> Params:
-    return {name: x for name, x in plain.init(key).items() if name != "b_enc"}
+def _rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
+    del config, params
+    return Codes(batch.pre)
 
 
-def _encode(
-    config: DictionaryConfig,
-    params: Params,
-    acts: Array,
-    *,
-    grads: Array | None = None,
-    train: bool = False,
-    k: Array | None = None,
-) -> Array:
-    del grads, train, k
-    _check("encode", "acts", acts, config.d_in)
+def _read(config: Config, params: Params, acts: Array) -> Array:
+    del config
     acts = acts.astype(params["b_dec"].dtype)
     return dot(acts - params["b_dec"][None, :], params["W_enc"])
 
 
-def _decode(config: DictionaryConfig, params: Params, codes: Array) -> Array:
-    _check("decode", "codes", codes, config.d_sae)
-    codes = codes.astype(params["b_dec"].dtype)
-    return dot(codes, params["W_dec"]) + params["b_dec"][None, :]
+def _write(params: Params, values: Array) -> Array:
+    values = values.astype(params["b_dec"].dtype)
+    return dot(values, params["W_dec"]) + params["b_dec"][None, :]
 
 
-def _forward(
-    config: DictionaryConfig,
-    params: Params,
-    acts: Array,
-    *,
-    grads: Array | None = None,
-    k: Array | None = None,
-) -> Forward:
-    codes = _encode(config, params, acts, grads=grads, k=k)
-    return Forward(codes, codes, _decode(config, params, codes), codes)
-
-
-def _check(who: str, name: str, array: Array, width: int) -> None:
-    if array.ndim != 2 or array.shape[1] != width:
-        raise ValueError(f"{who}: wanted {name} [N, {width}], got shape {array.shape}")
+LINEAR = Architecture(
+    name="linear",
+    rule=_rule,
+    tensors=_no_tensors,
+    latent_axes={},
+    read=_read,
+    write=_write,
+    signed=True,
+    transcodes=False,
+)
+"""All codes, in full precision; SAELens has no such architecture."""

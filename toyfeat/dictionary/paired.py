@@ -1,50 +1,63 @@
-r"""Dictionaries whose latents both write and are read.
+r"""Paired dictionaries: latents that both write activations and read gradients.
 
-Latent ``j`` has a writer :math:`w_j` (row of ``W_dec``: what the activations hold)
-and a reader :math:`r_j` (row of ``W_read``: what the gradients hold) under one index.
+Latent ``j`` has a writer :math:`w_j` (row of ``W_dec``, for the activations) and a
+reader :math:`r_j` (row of ``W_read``, for the gradients) under one index.
 """
 
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from toyfeat.dictionary.coding import compared, of_config
-from toyfeat.dictionary.kernels import (
-    affine,
-    row_products,
-    scattered,
-    taken,
-    weighted_rows,
+from toyfeat.dictionary.base import (
+    DECODER_NORM,
+    factory_config,
+    make_dictionary,
+    normalized_grads,
+    weighted_mean,
 )
-from toyfeat.dictionary.selection import best_of_each, first_of
-from toyfeat.linalg.precise import nonzero
-from toyfeat.types import Array, Dictionary, DictionaryConfig, Forward, Params
+from toyfeat.dictionary.gather import row_products, weighted_rows
+from toyfeat.dictionary.topk import keep_largest
+from toyfeat.dictionary.types import (
+    Architecture,
+    Codes,
+    Config,
+    Dictionary,
+    Inputs,
+    RuleInputs,
+    SavedAs,
+    Term,
+    zero_bias,
+)
+from toyfeat.linalg.precision import nonzero
+from toyfeat.types import Array, Params
 
 
-def paired(dim: int, latents: int, k: int, *, decoder_norm: float = 0.1) -> Dictionary:
-    r"""Features of activations and of gradients that share their support.
+def paired(
+    dim: int, latents: int, k: int, *, decoder_norm: float = DECODER_NORM
+) -> Dictionary:
+    r"""Make a dictionary of activations and gradients with one support.
 
-    With codes :math:`f = \max(0, (a - b_{dec}) W_{enc} + b_{enc})` and
-    :math:`h_k = g_k P`, the ``k`` latents of the largest
-    :math:`f_j^2 |w_j|^2 \sum_k h_{kj}^2 |r_j|^2` reconstruct both,
-    :math:`\hat a = b_{dec} + \sum_j f_j w_j` and :math:`\hat g_k = \sum_j h_{kj} r_j`.
-    The product asks for a latent that is in the activation *and* in the gradients: a
-    sum lets one latent write a feature and another read it.
+    With codes :math:`f = \max(0, (a - b_{dec}) W_{enc} + b_{enc})` and :math:`h_k = g_k
+    P`, the ``k`` latents of the largest :math:`f_j^2 |w_j|^2 \sum_k h_{kj}^2 |r_j|^2`
+    reconstruct both, :math:`\hat a = b_{dec} + \sum_j f_j w_j` and :math:`\hat g_k =
+    \sum_j h_{kj} r_j`. The product asks for a latent that is in the activation *and* in
+    the gradients: a sum lets one latent write a feature and another read it
+    (docs/decisions/dictionary.md, "Paired latents are chosen by a product").
     Activations and gradients have to be in units of their root mean square, which
-    :func:`toyfeat.trainer` sees to; train with :func:`toyfeat.dictionary_objective`.
+    :func:`toyfeat.trainer` sees to; train with :func:`toyfeat.losses.default`.
 
     Args:
       dim: width ``D`` of the activations.
-      latents: how many features ``M``.
-      k: how many an example uses, in all of its ``K`` readouts.
+      latents: number of latents ``M``.
+      k: number of latents that an example uses, in all of its ``K`` readouts.
       decoder_norm: length of the rows of ``W_dec`` and ``W_read`` at the start.
 
     Returns:
-      :class:`Dictionary` with the parameters of :func:`toyfeat.standard`, the readers
-      ``W_read [M, D]`` and ``P [D, M]``.  Without gradients ``encode`` chooses by
-      the activations alone.  If ``grad_scale [K]`` is there, which
-      :func:`toyfeat.folded` adds, gradients are divided by it in the score.
+      :class:`Dictionary` with the parameters of :func:`toyfeat.dictionaries.standard`,
+      the readers ``W_read [M, D]`` and ``P [D, M]``.  Without gradients ``encode``
+      chooses by the activations alone.  Gradients are divided by ``grad_scale [K]`` in
+      the score, if :func:`toyfeat.denormalized` added it.
 
     Raises:
       ValueError: if a size is not positive or ``k`` is not in ``1 .. latents``.
@@ -57,75 +70,81 @@ def paired(dim: int, latents: int, k: int, *, decoder_norm: float = 0.1) -> Dict
       >>> out.codes.shape, out.grad_recon.shape
       ((3, 16), (3, 5, 4))
     """
-    config = DictionaryConfig("paired", dim, latents, k=k)
-    plain = of_config(config._replace(architecture="topk"), decoder_norm=decoder_norm)
-    return Dictionary(
-        partial(_initial, plain),
-        partial(_encode, config),
-        plain.decode,
-        partial(_forward, config),
-        config,
-    )
+    config = factory_config(PAIRED, dim, latents, k=k)
+    return make_dictionary(PAIRED, config, decoder_norm=decoder_norm)
 
 
-def _initial(plain: Dictionary, key: Array) -> Params:
-    params = plain.init(key)
-    rows = params["W_dec"]
-    return params | {"W_read": rows, "P": rows.T}
+def gradient_reconstruction() -> Term:
+    r"""Penalize the error of gradients, :math:`\frac 1 K \sum_k |g_k - \hat g_k|^2`.
+
+    Returns:
+      :class:`Term` for :func:`toyfeat.dictionaries.paired`.
+    """
+
+    def loss(inputs: Inputs) -> Array:
+        if inputs.out.grad_recon is None or inputs.grads is None:
+            raise ValueError("gradient_reconstruction: only of a paired dictionary")
+        error = jnp.sum((inputs.grads - inputs.out.grad_recon) ** 2, axis=2)
+        return weighted_mean(inputs, jnp.mean(error, axis=1))
+
+    return Term("gradient_reconstruction", loss, needs_grads=True)
 
 
-def _encode(
-    config: DictionaryConfig,
-    params: Params,
-    acts: Array,
-    *,
-    grads: Array | None = None,
-    train: bool = False,
-    k: Array | None = None,
-) -> Array:
-    del train
-    return _forward(config, params, acts, grads=grads, k=k).codes
+def _tensors(key: Array, config: Config, shared: Params) -> Params:
+    rows = shared["W_dec"]
+    return zero_bias(key, config, shared) | {"W_read": rows, "P": rows.T}
 
 
-def _forward(
-    config: DictionaryConfig,
-    params: Params,
-    acts: Array,
-    *,
-    grads: Array | None = None,
-    k: Array | None = None,
-) -> Forward:
-    if acts.ndim != 2 or acts.shape[1] != config.d_in:
-        raise ValueError(
-            f"encode: wanted acts [N, {config.d_in}], got shape {acts.shape}"
-        )
-    rows, readers, origin = params["W_dec"], params["W_read"], params["b_dec"]
-    pre = affine(acts, origin, params["W_enc"], params["b_enc"])
-    relative = rows / nonzero(jnp.max(jnp.abs(rows)))  # squares stay finite
-    score = jax.nn.relu(pre) ** 2 * jnp.sum(relative**2, axis=1)[None, :]
-    if grads is not None:
-        sizes = jnp.mean((compared(params, grads) @ params["P"]) ** 2, axis=1)
+def _rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
+    rows, readers = params["W_dec"], params["W_read"]
+    # How much a latent writes; relative lengths, so that squares stay finite.
+    relative = rows / nonzero(jnp.max(jnp.abs(rows)))
+    score = jax.nn.relu(batch.pre) ** 2 * jnp.sum(relative**2, axis=1)[None, :]
+    # Times how much it reads, over all readouts.
+    if batch.grads is not None:
+        grads = normalized_grads(params, batch.grads)
+        sizes = jnp.mean((grads @ params["P"]) ** 2, axis=1)
         score = score * sizes * jnp.sum(readers**2, axis=1)[None, :]
-    assert config.k is not None  # of_config checked
-    index, here = best_of_each(score, config.k)
-    if k is not None:
-        here = here & first_of(config.k, k)
-    values = taken(acts, origin, params["W_enc"], params["b_enc"], pre, index)
-    values = jnp.where(here, jax.nn.relu(values), jnp.zeros_like(values))
-    recon = weighted_rows(values, index, rows) + origin[None, :]
-    grad_recon = None
-    if grads is not None:
-        grad_recon = _read(params, grads, index, here)
-    codes = scattered(values, index, config.d_sae)
-    return Forward(codes, pre, recon, values, index, grad_recon)
+    values, index, filled = keep_largest(config, params, batch, score)
+    if batch.grads is None:
+        return Codes(values, index)
+    recon = _grad_recon(params, batch.grads, index, filled)
+    return Codes(values, index, grad_recon=recon)
 
 
-def _read(params: Params, grads: Array, index: Array, here: Array) -> Array:
+def _grad_recon(params: Params, grads: Array, index: Array, filled: Array) -> Array:
     """Gradients ``[N, K, D]`` from the codes ``h`` of the support."""
     num, readouts, dim = grads.shape
     flat = grads.reshape(-1, dim)
-    of_all = jnp.repeat(index, readouts, axis=0)
-    codes = row_products(flat, of_all, params["P"].T)
-    codes = jnp.where(jnp.repeat(here, readouts, axis=0), codes, jnp.zeros_like(codes))
-    recon = weighted_rows(codes, of_all, params["W_read"])
-    return recon.reshape(num, readouts, dim)
+    index = jnp.repeat(index, readouts, axis=0)
+    codes = row_products(flat, index, params["P"].T)
+    filled = jnp.repeat(filled, readouts, axis=0)
+    codes = jnp.where(filled, codes, jnp.zeros_like(codes))
+    return weighted_rows(codes, index, params["W_read"]).reshape(num, readouts, dim)
+
+
+def _denormalize(config: Config, params: Params, units: Any) -> Params:
+    del config, params
+    return {"grad_scale": units.grads}
+
+
+PAIRED = Architecture(
+    name="paired",
+    rule=_rule,
+    tensors=_tensors,
+    latent_axes={"b_enc": 0, "W_read": 0, "P": 1},
+    selects="example",
+    reads_gradients=True,
+    transcodes=False,
+    losses=(gradient_reconstruction(),),
+    revived_from={"W_read": "grads", "P": "grads"},
+    denormalize=_denormalize,
+    # SAELens compares codes times the lengths of their rows, as the score does, if it
+    # is told to rescale.
+    saved_as=SavedAs(
+        "topk",
+        extra_tensors=("W_read", "P", "grad_scale"),
+        overrides={"rescale_acts_by_decoder_norm": True, "apply_b_dec_to_input": True},
+    ),
+)
+"""Latents that are both in the activation and in the gradients."""

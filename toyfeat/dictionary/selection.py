@@ -1,4 +1,15 @@
-"""Which codes are kept, and how derivatives pass."""
+"""Choosing and counting codes, with what makes it fast on a CPU.
+
+Three tricks are for CPUs; elsewhere they cost little.  :func:`best_of_each` puts
+``top_k`` behind a barrier, since a slice of its results makes XLA sort whole rows.
+:func:`cut_of_batch` finds the cut of a batch by false position on counts instead of a
+sort (docs/decisions/dictionary.md, "The cut of a batch is found by false position").
+:func:`number_of` and :func:`smallest_positive` are passes over codes ``[N, M]`` for
+which XLA makes no array of their size: a sum of a comparison in float32 or int32 is
+made by way of a full array of ones and zeros, so bytes are summed instead
+(docs/decisions/dictionary.md, "Counts are of bytes").  The thresholds of JumpReLU
+follow.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,43 +18,81 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from toyfeat.dictionary.counting import number_of
 from toyfeat.types import Array
 
-_SAMPLED = 128  # examples that suggest where the cut of a batch is
+_SAMPLED = 128
+"""Examples that suggest where the cut of a batch is: the number of codes that they
+keep varies by a few percent, and to count them is cheap beside a pass over a batch."""
+
+_BYTE = 127
+"""Ones that a signed byte can count."""
 
 
 def best_of_each(score: Array, k: int) -> tuple[Array, Array]:
-    """Where the ``k`` largest of each row are, and which of them are finite."""
+    """Find the ``k`` largest of each row ``[N, k]``, and which of them are finite."""
     top, index = _top(jax.lax.stop_gradient(score), k)
     return index, jnp.isfinite(top)
 
 
-def first_of(most: int, fewer: Array) -> Array:
-    """Which of ``most`` places ``[1, most]`` are among the first ``fewer``."""
-    places = jnp.arange(most, dtype=jnp.int32)[None, :]
+def first_of(num: int, fewer: Array) -> Array:
+    """Mark the first ``fewer`` of ``num`` places, ``[1, num]`` bool."""
+    places = jnp.arange(num, dtype=jnp.int32)[None, :]
     return places < jnp.asarray(fewer, jnp.int32)
+
+
+def number_of(mask: Array) -> Array:
+    """Count the true entries of each row of ``mask [N, M]``, ``[N]`` int32."""
+    rows, columns = mask.shape
+    window = _window(columns)
+    split = mask.reshape(rows, window, columns // window)
+    counts = jnp.sum(split, axis=1, dtype=jnp.int8)
+    return jnp.sum(counts, axis=1, dtype=jnp.int32)
+
+
+def smallest_positive(codes: Array) -> Array:
+    """Find the smallest of ``codes [N, M] >= 0`` that is not 0, or inf."""
+    huge = jnp.asarray(jnp.finfo(codes.dtype).max, codes.dtype)
+    off = 1 - jnp.sign(codes)  # arithmetic: a selection would be a full array
+    least = jnp.min(jnp.min(codes + huge * off, axis=0))
+    return jnp.where(least < huge / 2, least, jnp.full_like(least, jnp.inf))
+
+
+def _window(size: int) -> int:
+    """Find the largest divisor of a size whose ones a byte can count."""
+    return max(d for d in range(1, min(size, _BYTE) + 1) if size % d == 0)
 
 
 def cut_of_batch(
     codes: Array, k: int, fewer: Array | None, num: Array | None = None
 ) -> Array:
-    """A level that the ``k num`` largest of all ``codes [N, M] >= 0`` reach.
+    """Find a level that the ``k num`` largest of all ``codes [N, M] >= 0`` reach.
 
     No others do but those that equal the last of them; the level is 0 if fewer are
-    positive.  Two levels that a sample of the examples suggests are closed in on by
-    false position; a pass over the codes counts how many reach a level.
+    positive.
+
+    Args:
+      codes: of a batch.
+      k: codes per example.
+      fewer: in place of ``k``, may be traced, or ``None``.
+      num: number of examples that count, or ``None`` for ``N``.
     """
+    # How many codes are wanted.
     codes = jax.lax.stop_gradient(codes)
     each = jnp.asarray(k if fewer is None else fewer, jnp.float32)
     wanted = each * jnp.asarray(len(codes) if num is None else num, jnp.float32)
     wanted = jnp.maximum(wanted.astype(jnp.int32), 1)
+    # Start from all positive codes and from none, and from what a sample suggests.
     least = jnp.asarray(jnp.finfo(codes.dtype).tiny, codes.dtype)
-    most, none = jnp.full_like(least, jnp.inf), jnp.zeros_like(wanted)
-    sides = _Sides(least, most, _reaching(codes, least), none)
+    sides = _Sides(
+        low=least,
+        high=jnp.full_like(least, jnp.inf),
+        num_low=_num_reaching(codes, least),
+        num_high=jnp.zeros_like(wanted),
+    )
     for level in _levels(codes, wanted, least):
         sides = _narrowed(codes, wanted, sides, level)
 
+    # Close in by false position, every third time by bisection.
     def close(state: tuple[Array, _Sides]) -> tuple[Array, _Sides]:
         step, sides = state
         level = jnp.where(step % 3 == 2, _middle(sides), _interpolated(sides, wanted))
@@ -51,11 +100,11 @@ def cut_of_batch(
 
     def open_(state: tuple[Array, _Sides]) -> Array:
         sides = state[1]
-        return (sides.many > wanted) & (_next(sides.low) < sides.high)
+        return (sides.num_low > wanted) & (_next(sides.low) < sides.high)
 
     start = jnp.zeros((), jnp.int32), sides
     sides = jax.lax.while_loop(open_, close, start)[1]
-    return jnp.where(sides.many < wanted, jnp.zeros_like(least), sides.low)
+    return jnp.where(sides.num_low < wanted, jnp.zeros_like(least), sides.low)
 
 
 class _Sides(NamedTuple):
@@ -63,39 +112,39 @@ class _Sides(NamedTuple):
 
     low: Array
     high: Array
-    many: Array
-    few: Array
+    num_low: Array
+    num_high: Array
 
 
-def _reaching(codes: Array, level: Array) -> Array:
+def _num_reaching(codes: Array, level: Array) -> Array:
     return jnp.sum(number_of(codes >= level), dtype=jnp.int32)
 
 
 def _narrowed(codes: Array, wanted: Array, sides: _Sides, level: Array) -> _Sides:
-    """The sides with a level between them in the place of one of them."""
-    count = _reaching(codes, level)
+    """Replace one of the sides by a level between them."""
+    count = _num_reaching(codes, level)
     inside = (level > sides.low) & (level < sides.high)
     up, down = inside & (count >= wanted), inside & (count < wanted)
     return _Sides(
         jnp.where(up, level, sides.low),
         jnp.where(down, level, sides.high),
-        jnp.where(up, count, sides.many),
-        jnp.where(down, count, sides.few),
+        jnp.where(up, count, sides.num_low),
+        jnp.where(down, count, sides.num_high),
     )
 
 
 def _interpolated(sides: _Sides, wanted: Array) -> Array:
-    """Where a straight line of counts says; next to a side if it says the side."""
+    """Place a level where a straight line of counts has it, strictly inside."""
     low = sides.low
     high = jnp.where(jnp.isfinite(sides.high), sides.high, 2 * low)
-    share = (sides.many - wanted).astype(low.dtype) + 0.5
-    share = share / (sides.many - sides.few).astype(low.dtype)
+    share = (sides.num_low - wanted).astype(low.dtype) + 0.5
+    share = share / (sides.num_low - sides.num_high).astype(low.dtype)
     level = low + share * (high - low)
     return jnp.clip(level, _next(sides.low), jnp.maximum(sides.low, high))
 
 
 def _middle(sides: _Sides) -> Array:
-    """Half way between the bits of two levels."""
+    """Place a level half way between the bits of the sides."""
     low, high = _bits(sides.low), _bits(sides.high)
     return _float(low + (high - low) // 2, sides.low.dtype)
 
@@ -105,12 +154,16 @@ def _next(level: Array) -> Array:
 
 
 def _levels(codes: Array, wanted: Array, least: Array) -> tuple[Array, Array]:
-    """A level a bit under and a bit over the cut, if a sample is like the whole."""
-    few = codes[:: max(1, len(codes) // _SAMPLED)]
-    share = wanted.astype(codes.dtype) * (few.size / codes.size)
+    """Suggest a level below and one above the cut, if a sample is like the batch.
+
+    A fifth more and a fifth less than the share of the sample leaves room for its
+    error; levels that miss the cut only cost further passes.
+    """
+    sample = codes[:: max(1, len(codes) // _SAMPLED)]
+    share = wanted.astype(codes.dtype) * (sample.size / codes.size)
     around = jnp.stack([1.2 * share + 1, 0.8 * share - 1]).astype(jnp.int32)
-    around = jnp.clip(around, 1, few.size)
-    flat = few.reshape(-1)
+    around = jnp.clip(around, 1, sample.size)
+    flat = sample.reshape(-1)
 
     def enough(levels: Array) -> Array:
         counts = [jnp.sum(flat >= level, dtype=jnp.int32) for level in levels]
@@ -123,24 +176,24 @@ def _levels(codes: Array, wanted: Array, least: Array) -> tuple[Array, Array]:
 def largest_level(
     enough: Callable[[Array], Array], shape: tuple[int, ...], dtype: Any
 ) -> Array:
-    """Largest non-negative floats of which ``enough`` is true, by bisecting bits.
+    """Find the largest non-negative floats for which ``enough``, by bisecting bits.
 
-    ``enough`` takes floats of ``shape`` and is true of 0 and of all below a level.
+    ``enough`` takes floats of ``shape`` and is true at 0 and up to a level.
     """
     steps = jnp.finfo(dtype).bits - 1  # the sign is 0
     zeros = jnp.zeros(shape, jnp.uint32 if steps < 32 else jnp.uint64)
 
     def halve(step: Array, low: Array) -> Array:
-        one = jnp.asarray(1, low.dtype) << (steps - 1 - step).astype(low.dtype)
-        higher = low | one
+        bit = jnp.asarray(1, low.dtype) << (steps - 1 - step).astype(low.dtype)
+        higher = low | bit
         return jnp.where(enough(_float(higher, dtype)), higher, low)
 
     return _float(jax.lax.fori_loop(0, steps, halve, zeros), dtype)
 
 
 def _bits(level: Array) -> Array:
-    whole = jnp.uint32 if level.dtype == jnp.float32 else jnp.uint64
-    return jax.lax.bitcast_convert_type(level, whole)
+    unsigned = jnp.uint32 if level.dtype == jnp.float32 else jnp.uint64
+    return jax.lax.bitcast_convert_type(level, unsigned)
 
 
 def _float(bits: Array, dtype: Any) -> Array:
@@ -153,8 +206,8 @@ def _top(score: Array, k: int) -> tuple[Array, Array]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def jumped(pre: Array, threshold: Array, bandwidth: float) -> Array:
-    """``max(0, pre)`` where ``pre > threshold [M]``, with a kernel derivative.
+def jump(pre: Array, threshold: Array, bandwidth: float) -> Array:
+    """Compute ``max(0, pre)`` where ``pre > threshold [M]``, with a kernel derivative.
 
     References:
       Rajamanoharan et al. (2024), "Jumping ahead", equation 11.
@@ -164,8 +217,8 @@ def jumped(pre: Array, threshold: Array, bandwidth: float) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def stepped(pre: Array, threshold: Array, bandwidth: float) -> Array:
-    """1 where ``pre > threshold [M]``, 0 elsewhere, with a kernel derivative.
+def heaviside(pre: Array, threshold: Array, bandwidth: float) -> Array:
+    """Compute 1 where ``pre > threshold [M]``, else 0, with a kernel derivative.
 
     References:
       Rajamanoharan et al. (2024), "Jumping ahead", equation 12.
@@ -178,30 +231,30 @@ def _near(pre: Array, threshold: Array, bandwidth: float) -> Array:
     return (jnp.abs(pre - threshold[None, :]) < bandwidth / 2).astype(pre.dtype)
 
 
-def _jumped_forward(
+def _jump_forward(
     pre: Array, threshold: Array, bandwidth: float
 ) -> tuple[Array, tuple]:
-    return jumped(pre, threshold, bandwidth), (pre, threshold)
+    return jump(pre, threshold, bandwidth), (pre, threshold)
 
 
-def _jumped_backward(bandwidth: float, kept: tuple, change: Array) -> tuple:
-    pre, threshold = kept
+def _jump_backward(bandwidth: float, saved: tuple, change: Array) -> tuple:
+    pre, threshold = saved
     above = ((pre > threshold[None, :]) & (pre > 0)).astype(pre.dtype)
     total = jnp.sum(_near(pre, threshold, bandwidth) * change, axis=0)
     return above * change, -(threshold / bandwidth) * total
 
 
-def _stepped_forward(
+def _heaviside_forward(
     pre: Array, threshold: Array, bandwidth: float
 ) -> tuple[Array, tuple]:
-    return stepped(pre, threshold, bandwidth), (pre, threshold)
+    return heaviside(pre, threshold, bandwidth), (pre, threshold)
 
 
-def _stepped_backward(bandwidth: float, kept: tuple, change: Array) -> tuple:
-    pre, threshold = kept
+def _heaviside_backward(bandwidth: float, saved: tuple, change: Array) -> tuple:
+    pre, threshold = saved
     total = jnp.sum(_near(pre, threshold, bandwidth) * change, axis=0)
     return jnp.zeros_like(pre), -total / bandwidth
 
 
-jumped.defvjp(_jumped_forward, _jumped_backward)
-stepped.defvjp(_stepped_forward, _stepped_backward)
+jump.defvjp(_jump_forward, _jump_backward)
+heaviside.defvjp(_heaviside_forward, _heaviside_backward)

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from toyfeat.dictionary.coding import BY_BATCH, BY_EXAMPLE
+from toyfeat.dictionary.table import ARCHITECTURES
+from toyfeat.dictionary.types import Architecture, Config, Dictionary
+from toyfeat.files.torch_pickle import state_dict
 from toyfeat.interop import files
-from toyfeat.interop.torch_files import state_dict
-from toyfeat.types import Dictionary, DictionaryConfig, Params
+from toyfeat.types import Params
 
 _WHO = "load_dictionary_learning"
 _LINEAR = {
@@ -44,24 +45,24 @@ _READ_AS_THEY_ARE = ("AutoEncoderNew", "JumpReluAutoEncoder")  # without b_dec
 def load_dictionary_learning(path: str | Path) -> tuple[Dictionary, Params]:
     """Read a dictionary that a trainer of dictionary_learning saved.
 
-    It gives the codes and reconstructions of their ``load_dictionary``:
+    The result has the codes and reconstructions of their ``load_dictionary``.
+    *Plain codes* are those without ``rescale_acts_by_decoder_norm``:
 
     ==========================  ==================================================
-    ``AutoEncoder``             :func:`toyfeat.standard`; rows of ``W_dec`` are
+    ``AutoEncoder``             ``standard``; rows of ``W_dec`` are
                                 scaled to length 1 and the codes with them
     ``AutoEncoderNew``          the same without ``b_dec`` on the input, not scaled
-    ``AutoEncoderTopK``         :func:`toyfeat.topk`, codes as they are (its
-                                ``threshold``, which they do not use unless asked,
-                                is left out)
-    ``BatchTopKSAE``            :func:`toyfeat.batch_topk`, codes as they are
-    ``MatryoshkaBatchTopKSAE``  :func:`toyfeat.matryoshka`, codes as they are
-    ``JumpReluAutoEncoder``     :func:`toyfeat.jump_relu` without ``b_dec`` on the
+    ``AutoEncoderTopK``         ``topk``, plain codes (its
+                                ``threshold``, which is off by default, is left out)
+    ``BatchTopKSAE``            ``batch_topk``, plain codes
+    ``MatryoshkaBatchTopKSAE``  ``matryoshka``, plain codes
+    ``JumpReluAutoEncoder``     ``jump_relu`` without ``b_dec`` on the
                                 input
-    ``GatedAutoEncoder``        :func:`toyfeat.gated`
+    ``GatedAutoEncoder``        ``gated``
     ==========================  ==================================================
 
-    torch is not needed.  ``ae.pt`` holds a pickle, which is read without running
-    anything that it asks for.
+    torch is not needed.  ``ae.pt`` holds a pickle, which is read without running any
+    code in it.
 
     Args:
       path: the folder of one trainer with ``ae.pt`` and ``config.json``.
@@ -71,9 +72,9 @@ def load_dictionary_learning(path: str | Path) -> tuple[Dictionary, Params]:
 
     Raises:
       FileNotFoundError: if one of the files is missing.
-      ValueError: if the class is not known here, ``ae.pt`` is something else than a
-        state dict of plain tensors or older than torch 1.6, or tensors are missing
-        or of other shapes.
+      ValueError: if the class is not known here, ``ae.pt`` is not a state dict of
+        plain tensors or older than torch 1.6, or settings do not fit or tensors are
+        missing or of other shapes.
 
     Example:
       >>> load_dictionary_learning("no/such/trainer_0")
@@ -92,62 +93,77 @@ def load_dictionary_learning(path: str | Path) -> tuple[Dictionary, Params]:
             f"{_WHO}: wanted trainer.dict_class in {path}/config.json to be one of "
             f"{', '.join(_CLASSES)}, got {kind!r}"
         )
+    name, tensor_names = _CLASSES[kind]
+    architecture = ARCHITECTURES[name]
+    # Their tensors under our names, their settings as ours.
     state = state_dict(weights, _WHO)
-    tensors = _renamed(kind, state)
+    tensors = _rename(kind, architecture, tensor_names, state)
     widths = _widths(tensors.pop("group_sizes", None))
-    config = _config(kind, trainer, tensors["W_enc"], _k(trainer, state), widths)
-    files.check(config, tensors, _WHO)
+    config = _config(kind, architecture, trainer, tensors["W_enc"], widths)
+    if architecture.selects != "all":
+        config = config._replace(k=_k(trainer, state))
+    dictionary, params = files.dictionary_of(architecture, config, tensors, _WHO)
     if kind == "AutoEncoder":
-        tensors = _of_unit_rows(tensors)
-    return files.loaded(config, tensors, _WHO)
+        tensors = _with_unit_rows(tensors)
+        return files.dictionary_of(architecture, config, tensors, _WHO)
+    return dictionary, params
 
 
-def _renamed(kind: str, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    architecture, names = _CLASSES[kind]
-    aside = {
-        name
-        for name in ("k", "threshold")
-        if architecture in (*BY_BATCH, *BY_EXAMPLE) and name not in names
-    }
-    if set(state) - aside != set(names):
+def _rename(
+    kind: str,
+    architecture: Architecture,
+    names: dict[str, str],
+    state: dict[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """Tensors under our names; matrices of torch's linear layers are transposed."""
+    unused: set[str] = set()
+    if architecture.selects != "all":  # beside what the codes are chosen by
+        unused = {"k", "threshold"} - set(names)
+    if set(state) - unused != set(names):
         raise ValueError(
             f"{_WHO}: {kind} wants tensors {sorted(names)}, got {sorted(state)}"
         )
-    turned = {name: x.T if "." in name else x for name, x in state.items()}
-    return {ours: turned[theirs] for theirs, ours in names.items()}
+    arrays = {name: x.T if "." in name else x for name, x in state.items()}
+    return {ours: arrays[theirs] for theirs, ours in names.items()}
 
 
 def _config(
-    kind: str, trainer: dict[str, Any], reads: np.ndarray, k: int | None, widths: Any
-) -> DictionaryConfig:
-    name = _CLASSES[kind][0]
-    dim, latents = np.atleast_2d(reads).shape[-2:]
+    kind: str,
+    architecture: Architecture,
+    trainer: dict[str, Any],
+    encoder: np.ndarray,
+    widths: tuple[int, ...],
+) -> Config:
+    """Make a configuration; sizes that the settings do not have are the encoder's."""
+    dim, latents = np.atleast_2d(encoder).shape[-2:]
     if widths and widths[-1] != latents:
         raise ValueError(
             f"{_WHO}: group_sizes must sum to the {latents} latents, got {widths[-1]}"
         )
-    return DictionaryConfig(
-        name,
-        trainer.get("activation_dim", dim),
-        trainer.get("dict_size", latents),
-        k=k if name in (*BY_BATCH, *BY_EXAMPLE) else None,
+    own = {key: trainer.get(key) or x for key, x in architecture.defaults.items()}
+    return Config(
+        architecture=architecture.name,
+        d_in=trainer.get("activation_dim", dim),
+        d_sae=trainer.get("dict_size", latents),
         apply_b_dec_to_input=kind not in _READ_AS_THEY_ARE,
         matryoshka_widths=widths,
-        bandwidth=(trainer.get("bandwidth") or files.BANDWIDTH)
-        if name == "jumprelu"
-        else 0.0,
+        **own,
     )
 
 
 def _k(trainer: dict[str, Any], state: dict[str, np.ndarray]) -> int | None:
-    """The one number that both files give."""
-    there = state["k"].ravel().tolist() if "k" in state else []
-    said = [trainer["k"]] if trainer.get("k") is not None else []
-    numbers = there + said
+    """The number of codes, which may be in both files.
+
+    Raises:
+      ValueError: if they have different ones.
+    """
+    weights = state["k"].ravel().tolist() if "k" in state else []
+    settings = [trainer["k"]] if trainer.get("k") is not None else []
+    numbers = weights + settings
     if any(number != numbers[0] for number in numbers):
         raise ValueError(
-            f"{_WHO}: k must be one number, got {said} in config.json and {there} in "
-            "ae.pt"
+            f"{_WHO}: k must be one number, got {settings} in config.json and "
+            f"{weights} in ae.pt"
         )
     return numbers[0] if numbers else None
 
@@ -160,8 +176,8 @@ def _widths(sizes: np.ndarray | None) -> tuple[int, ...]:
     return tuple(int(width) for width in np.cumsum(sizes))
 
 
-def _of_unit_rows(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same function of activations, with the lengths of rows in the codes."""
+def _with_unit_rows(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Scale the rows of the decoder to length 1 and the codes with them."""
     length = np.linalg.norm(tensors["W_dec"], axis=1)
     length = np.where(length > 0, length, np.ones_like(length))
     return {

@@ -1,4 +1,4 @@
-"""What reading and writing dictionaries of every library have in common."""
+"""Reading, checking and replacing files of dictionaries, for every library."""
 
 import json
 import os
@@ -6,21 +6,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.dictionary.coding import BY_BATCH, BY_GRADIENTS, of_config
-from toyfeat.dictionary.paired import paired
-from toyfeat.types import Dictionary, DictionaryConfig, Params
-
-BANDWIDTH = 0.05
-"""Of a threshold's derivative, where the files do not tell it."""
+from toyfeat.dictionary.base import make_dictionary
+from toyfeat.dictionary.types import Architecture, Config, Dictionary
+from toyfeat.types import Params
 
 
 def settings_and_weights(
     who: str, path: str | Path, settings: str, weights: str
 ) -> tuple[dict[str, Any], Path]:
-    """The object in a JSON file of a folder, and where the weights beside it are.
+    """Read the object in a JSON file of a folder, and find the weights beside it.
+
+    Args:
+      who: the function, for messages.
+      path: the folder.
+      settings: name of the JSON file.
+      weights: name of the file of weights.
+
+    Returns:
+      The object, and the path of the weights.
 
     Raises:
       FileNotFoundError: if one of the files is missing.
@@ -32,65 +39,66 @@ def settings_and_weights(
             raise FileNotFoundError(f"{who}: there is no {folder / name}")
     text = (folder / settings).read_text(encoding="utf-8")
     try:
-        found = json.loads(text)
+        values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{who}: {folder / settings} is not JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise ValueError(
             f"{who}: wanted an object in {folder / settings}, got {text[:80]!r}"
         )
-    return found, folder / weights
+    return values, folder / weights
 
 
-def loaded(
-    config: DictionaryConfig, tensors: dict[str, Any], who: str
+def dictionary_of(
+    architecture: Architecture, config: Config, tensors: dict[str, Any], who: str
 ) -> tuple[Dictionary, Params]:
-    """The dictionary of a configuration with its tensors, float32."""
-    if config.architecture == "paired":
-        assert config.k is not None  # whose files have it
-        dictionary = paired(config.d_in, config.d_sae, config.k)
-    else:
-        dictionary = of_config(config)
-    check(config, tensors, who)
-    return dictionary, {k: jnp.asarray(v, jnp.float32) for k, v in tensors.items()}
+    """Make the dictionary of a configuration, with its tensors as float32.
+
+    Raises:
+      ValueError: if the configuration does not fit, or tensors are missing, too many
+        or of other shapes.
+    """
+    try:
+        dictionary = make_dictionary(architecture, config)
+    except ValueError as error:
+        raise ValueError(f"{who}: {error}") from error
+    check_tensors(dictionary, tensors, who)
+    params = {name: jnp.asarray(x, jnp.float32) for name, x in tensors.items()}
+    return dictionary, params
 
 
-def check(config: DictionaryConfig, tensors: dict[str, Any], who: str) -> None:
-    """Raises a ValueError if tensors are missing, too many or of other shapes."""
-    dim, latents = config.d_in, config.d_sae
-    out = dim if config.d_out is None else config.d_out
-    wanted = {"W_enc": (dim, latents), "W_dec": (latents, out), "b_dec": (out,)}
-    names = {
-        "gated": ("b_gate", "b_mag", "r_mag"),
-        "jumprelu": ("b_enc", "threshold"),
-    }.get(config.architecture, ("b_enc",))
-    wanted |= {name: (latents,) for name in names}
-    if config.architecture in BY_BATCH:
-        wanted["topk_threshold"] = ()
-    if config.architecture == "paired":
-        wanted |= {"W_read": (latents, dim), "P": (dim, latents)}
-    found = {name: tuple(np.shape(x)) for name, x in tensors.items()}
-    scale = found.get("grad_scale", ())  # of as many readouts as there were
-    if config.architecture in BY_GRADIENTS and len(scale) == 1:
+def check_tensors(dictionary: Dictionary, tensors: dict[str, Any], who: str) -> None:
+    """Check the names and shapes of the tensors of a dictionary.
+
+    Raises:
+      ValueError: if tensors are missing, too many or of other shapes.
+    """
+    start = jax.eval_shape(dictionary.init, jax.random.key(0))
+    wanted = {name: x.shape for name, x in start.items()}
+    shapes = {name: tuple(np.shape(x)) for name, x in tensors.items()}
+    # Gradients may be compared in units of their own, of any number of readouts.
+    scale = shapes.get("grad_scale", ())
+    if dictionary.architecture.reads_gradients and len(scale) == 1:
         wanted["grad_scale"] = scale
-    if found != wanted:
+    if shapes != wanted:
         raise ValueError(
-            f"{who}: {config.architecture} wants tensors {wanted}, got {found}"
+            f"{who}: {dictionary.architecture.name} wants tensors {wanted}, got "
+            f"{shapes}"
         )
 
 
 def replace(
     folder: Path,
     writers: dict[str, Callable[[Path], object]],
-    gone: tuple[str, ...] = (),
+    obsolete: tuple[str, ...] = (),
 ) -> None:
-    """Files of a folder, written beside the old ones, which go when all are whole.
+    """Replace files of a folder when all of the new ones are written.
 
     Args:
-      folder: made if it is not there.
+      folder: made if it does not exist.
       writers: file name to what writes that file at a path; the order of the
         names is the order in which the files appear.
-      gone: names of files that are removed when all are there.
+      obsolete: names of files that are removed at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: folder / f".{name}.part" for name in writers}
@@ -99,7 +107,7 @@ def replace(
             write(parts[name])
         for name, part in parts.items():
             os.replace(part, folder / name)
-        for name in gone:
+        for name in obsolete:
             (folder / name).unlink(missing_ok=True)
     finally:
         for part in parts.values():

@@ -1,18 +1,19 @@
 """Dictionaries to and from the files of SAELens."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from toyfeat.data.tensors import library, tensors_of
-from toyfeat.dictionary.coding import BY_BATCH, BY_EXAMPLE
-from toyfeat.interop import beside, files
-from toyfeat.types import Dictionary, DictionaryConfig, Params
+from toyfeat.dictionary.table import ARCHITECTURES
+from toyfeat.dictionary.types import Architecture, Config, Dictionary, SavedAs
+from toyfeat.files.safetensors import library, tensors_of
+from toyfeat.interop import extra_tensors, files
+from toyfeat.types import Params
 
 _VERSION = "6.54.12"  # whose format this is; versions below 6 are read otherwise
-_READ = ("standard", "topk", "abstopk", "jumprelu", "gated")
 
 
 def save_saelens(
@@ -24,23 +25,25 @@ def save_saelens(
 ) -> None:
     """Write a dictionary as ``SAE.load_from_disk`` of SAELens reads it.
 
-    As SAELens does, :func:`toyfeat.batch_topk` and :func:`toyfeat.matryoshka` are
-    saved as the ``jumprelu`` they are after training, the lengths of their
-    decoder's rows folded in.  :func:`toyfeat.gradient_topk` and
-    :func:`toyfeat.paired` are ``topk`` to SAELens, which does without gradients;
-    what it has no tensor for (``W_read``, ``P``, ``grad_scale``) goes to
-    ``toyfeat.safetensors`` beside, and :func:`load_saelens` gives them back whole.
-    ``metadata["training_architecture"]`` names what they were.  Codes of a paired
-    dictionary are, in SAELens, in units of what they add
-    (``rescale_acts_by_decoder_norm``); its reconstructions are the same.
+    As SAELens does, :func:`toyfeat.dictionaries.batch_topk` and
+    :func:`toyfeat.dictionaries.matryoshka` are saved as the ``jumprelu`` that they are
+    after training, the lengths of their decoder's rows folded in.
+    :func:`toyfeat.dictionaries.gradient_topk` and :func:`toyfeat.dictionaries.paired`
+    are ``topk`` to SAELens, which has no gradients; tensors that it does not know
+    (``W_read``, ``P``, ``grad_scale``) go to ``toyfeat.safetensors``, and
+    :func:`load_saelens` restores the whole dictionary.
+    ``metadata["training_architecture"]`` is its name.  An architecture of your own is
+    saved as the ``saved_as`` of its record says.  Codes of a paired dictionary are, in
+    SAELens, in units of the output (``rescale_acts_by_decoder_norm``); its
+    reconstructions are the same.
 
     Args:
-      path: a folder, made if it is not there; ``toyfeat.safetensors`` (removed if
+      path: a folder, made if it does not exist; ``toyfeat.safetensors`` (removed if
         there is nothing for it), ``sae_weights.safetensors`` and ``cfg.json`` in it
         are replaced, in that order and only when all are written, so that a failure
         leaves an older dictionary as it was.
       dictionary: what the parameters belong to.
-      params: after training from :func:`toyfeat.folded`, in the units of the
+      params: after training from :func:`toyfeat.denormalized`, in the units of the
         activations.
       metadata: JSON values such as ``model_name`` and ``hook_name``; the version, the
         training's architecture and its details are set here.
@@ -54,40 +57,52 @@ def save_saelens(
       SAELens 6, ``save_inference_model``.
     """
     save_file = library("save_saelens").save_file
-    _check_known(dictionary.config)
+    architecture, config = dictionary.architecture, dictionary.config
+    saved_as = _saved_as(architecture, config)
+    # Check the tensors.
     tensors = {name: np.asarray(x, np.float32) for name, x in params.items()}
-    files.check(dictionary.config, tensors, "save_saelens")
+    files.check_tensors(dictionary, tensors, "save_saelens")
     if bad := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
         raise ValueError(
             f"save_saelens: {', '.join(bad)} must be finite; the training diverged"
         )
-    config, extra, about = beside.apart(dictionary.config, tensors)
-    about["training_architecture"] = dictionary.config.architecture
+    # Split off what SAELens does not know, fold what it has in another form.
+    config, extra, about = extra_tensors.split_extra(
+        architecture, saved_as, config, tensors
+    )
+    about["training_architecture"] = architecture.name
     tensors = {name: x for name, x in tensors.items() if name not in extra}
-    name = config.architecture
-    if name in BY_BATCH:
-        tensors, name = _folded(config, tensors), "jumprelu"
-    settings = _settings(config, name, {**(metadata or {}), **about})
+    if saved_as.fold is not None:
+        tensors = saved_as.fold(config, tensors)
+    # Write all files, then put them in place.
+    metadata = {**(metadata or {}), **about}
+    settings = _settings(architecture, saved_as, config, metadata)
     text = json.dumps(settings, indent=1) + "\n"
     writers = {
-        "sae_weights.safetensors": lambda part: save_file(_flat(tensors), part),
+        "sae_weights.safetensors": lambda part: save_file(_contiguous(tensors), part),
         "cfg.json": lambda part: part.write_text(text, encoding="utf-8"),
     }
     if extra:
-        writers = {beside.NAME: lambda part: save_file(_flat(extra), part)} | writers
-    files.replace(Path(path), writers, () if extra else (beside.NAME,))
+        extra_writer = {
+            extra_tensors.FILE: lambda part: save_file(_contiguous(extra), part)
+        }
+        writers = extra_writer | writers
+    files.replace(Path(path), writers, () if extra else (extra_tensors.FILE,))
 
 
-def load_saelens(path: str | Path) -> tuple[Dictionary, Params]:
+def load_saelens(
+    path: str | Path, *, architectures: Sequence[Architecture] = ()
+) -> tuple[Dictionary, Params]:
     """Read a dictionary that SAELens 6 or :func:`save_saelens` wrote.
 
-    What :func:`save_saelens` wrote is given back as it was, but for
-    :func:`toyfeat.batch_topk` and :func:`toyfeat.matryoshka`, which are
-    :func:`toyfeat.jump_relu` now.
+    Dictionaries of :func:`save_saelens` are restored as they were, but for
+    :func:`toyfeat.dictionaries.batch_topk` and :func:`toyfeat.dictionaries.matryoshka`,
+    which are :func:`toyfeat.dictionaries.jump_relu` now.
 
     Args:
       path: the folder with ``cfg.json``, ``sae_weights.safetensors`` and, where there
-        is more than SAELens knows, ``toyfeat.safetensors``.
+        are tensors that SAELens does not know, ``toyfeat.safetensors``.
+      architectures: records of your own architectures, beside those of the library.
 
     Returns:
       :class:`Dictionary` and its parameters, float32.
@@ -101,7 +116,7 @@ def load_saelens(path: str | Path) -> tuple[Dictionary, Params]:
 
     Example:
       >>> import jax, tempfile
-      >>> from toyfeat import standard
+      >>> from toyfeat.dictionary import standard
       >>> sae = standard(4, 16)
       >>> params = sae.init(jax.random.key(0))
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -121,12 +136,18 @@ def load_saelens(path: str | Path) -> tuple[Dictionary, Params]:
             f"{version}; load it with SAELens and save it again"
         )
     tensors = tensors_of(weights, "load_saelens")
-    config = _config(settings)
-    config, tensors = beside.together(Path(path), config, tensors, metadata)
-    return files.loaded(config, tensors, "load_saelens")
+    # What SAELens reads, then what only this library knows.
+    known = ARCHITECTURES | {each.name: each for each in architectures}
+    config = _config(settings, known)
+    config, tensors = extra_tensors.join_extra(
+        Path(path), config, tensors, metadata, known
+    )
+    architecture = known[config.architecture]
+    return files.dictionary_of(architecture, config, tensors, "load_saelens")
 
 
-def _config(settings: dict[str, Any]) -> DictionaryConfig:
+def _config(settings: dict[str, Any], known: dict[str, Architecture]) -> Config:
+    """Make a configuration from SAELens' settings."""
     full = str(settings.get("architecture"))
     name = full.removesuffix("_transcoder") if full != "transcoder" else "standard"
     out = settings["d_out"] if "transcoder" in full else None
@@ -136,52 +157,70 @@ def _config(settings: dict[str, Any]) -> DictionaryConfig:
                 f"load_saelens: {key} = {settings[key]!r} is not known here; fold it "
                 "into the weights with SAELens first"
             )
-    if name not in _READ or (name == "gated" and out is not None):
+    # Only architectures that are saved as themselves are names in SAELens' files.
+    readable = {
+        each.name: each
+        for each in known.values()
+        if each.saved_as is not None and each.saved_as.architecture == each.name
+    }
+    transcoders = [each.name for each in readable.values() if each.transcodes]
+    architecture = readable.get(name)
+    if architecture is None or (out is not None and not architecture.transcodes):
         raise ValueError(
             f"load_saelens: architecture {full!r} is not known here; known are "
-            f"{', '.join(_READ)}, and transcoders of all but gated"
+            f"{', '.join(readable)}, and transcoders of {', '.join(transcoders)}"
         )
-    sizes = settings["d_in"], settings["d_sae"]
-    return DictionaryConfig(
-        name,
-        *sizes,
+    return Config(
+        architecture=name,
+        d_in=settings["d_in"],
+        d_sae=settings["d_sae"],
         d_out=out,
         k=settings.get("k"),
         rescale_acts_by_decoder_norm=settings.get(
             "rescale_acts_by_decoder_norm", False
         ),
         apply_b_dec_to_input=settings.get("apply_b_dec_to_input", out is None),
-        bandwidth=files.BANDWIDTH if name == "jumprelu" else 0.0,
+        **architecture.defaults,
     )
 
 
-def _check_known(config: DictionaryConfig) -> None:
-    """Raises a ValueError if SAELens has no such architecture."""
-    name = config.architecture
-    if name == "linear":
+def _saved_as(architecture: Architecture, config: Config) -> SavedAs:
+    """Look up how an architecture is saved.
+
+    Raises:
+      ValueError: if SAELens has no such architecture.
+    """
+    saved_as = architecture.saved_as
+    if saved_as is None:
         raise ValueError(
-            "save_saelens: SAELens has no linear architecture; write the parameters, "
-            "or the basis they are from, with toyfeat.save_tree"
+            f"save_saelens: SAELens has no {architecture.name} architecture; write the "
+            "parameters, or the basis they are from, with toyfeat.save_tree"
         )
-    if config.d_out is not None and name not in ("standard", "jumprelu", *BY_BATCH):
-        name = "topk" if name == "gradient_topk" else name
-        raise ValueError(f"save_saelens: SAELens has no {name}_transcoder")
+    if config.d_out is not None and not saved_as.transcoder:
+        raise ValueError(
+            f"save_saelens: SAELens has no {saved_as.architecture}_transcoder"
+        )
+    return saved_as
 
 
-def _flat(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _contiguous(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(x) for name, x in tensors.items()}
 
 
 def _settings(
-    config: DictionaryConfig, name: str, metadata: dict[str, Any]
+    architecture: Architecture,
+    saved_as: SavedAs,
+    config: Config,
+    metadata: dict[str, Any],
 ) -> dict[str, Any]:
-    more: dict[str, Any] = {}
-    if name in BY_EXAMPLE:
+    """Settings as SAELens names them."""
+    name, optional = saved_as.architecture, {}
+    if ARCHITECTURES.get(name, architecture).selects == "example":
         rescale = config.rescale_acts_by_decoder_norm
-        more = {"k": config.k, "rescale_acts_by_decoder_norm": rescale}
+        optional = {"k": config.k, "rescale_acts_by_decoder_norm": rescale}
     if config.d_out is not None:
         name = "transcoder" if name == "standard" else f"{name}_transcoder"
-        more["d_out"] = config.d_out
+        optional["d_out"] = config.d_out
     return {
         "architecture": name,
         "d_in": config.d_in,
@@ -191,20 +230,6 @@ def _settings(
         "apply_b_dec_to_input": config.apply_b_dec_to_input,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        **more,
+        **optional,
         "metadata": {**metadata, "sae_lens_version": _VERSION},
-    }
-
-
-def _folded(config: DictionaryConfig, tensors: dict[str, Any]) -> dict[str, Any]:
-    norm = np.ones(config.d_sae, np.float32)
-    if config.rescale_acts_by_decoder_norm:
-        norm = np.linalg.norm(tensors["W_dec"].astype(np.float64), axis=1)
-        norm = np.where(norm > 0, norm, 1).astype(np.float32)
-    return {
-        "W_enc": tensors["W_enc"] * norm[None, :],
-        "b_enc": tensors["b_enc"] * norm,
-        "W_dec": tensors["W_dec"] / norm[:, None],
-        "b_dec": tensors["b_dec"],
-        "threshold": np.full(config.d_sae, tensors["topk_threshold"], np.float32),
     }

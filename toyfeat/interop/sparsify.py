@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from toyfeat.data.tensors import tensors_of
+from toyfeat.dictionary.topk import TOPK
+from toyfeat.dictionary.types import Config, Dictionary
+from toyfeat.files.safetensors import tensors_of
 from toyfeat.interop import files
-from toyfeat.types import Dictionary, DictionaryConfig, Params
+from toyfeat.types import Params
 
 _WHO = "load_sparsify"
 _NAMES = {
@@ -30,11 +32,11 @@ _KNOWN = (
 def load_sparsify(path: str | Path) -> tuple[Dictionary, Params]:
     """Read a sparse autoencoder or transcoder that sparsify saved.
 
-    It is :func:`toyfeat.topk` with codes as they are (not in units of their rows),
-    and with ``target_dim`` where it was trained to transcode.  ``multi_topk`` is a
-    second loss with ``4 k`` codes; ``encode`` and ``decode`` of sparsify keep ``k`` in
-    any case, and so does what is read (``forward`` of sparsify returns the
-    reconstruction by ``4 k`` then).
+    The result is a :func:`toyfeat.dictionaries.topk` without
+    ``rescale_acts_by_decoder_norm``, and with ``target_dim`` if it was trained to
+    transcode.  ``multi_topk`` is a second loss with ``4 k`` codes; ``encode`` and
+    ``decode`` of sparsify keep ``k`` in any case, and so does the result (``forward``
+    of sparsify returns the reconstruction by ``4 k`` then).
 
     Args:
       path: the folder of one hook point with ``cfg.json`` and ``sae.safetensors``.
@@ -77,10 +79,10 @@ def load_sparsify(path: str | Path) -> tuple[Dictionary, Params]:
         )
     tensors = {ours: np.asarray(state[theirs]) for theirs, ours in _NAMES.items()}
     tensors["W_enc"] = tensors["W_enc"].T
-    return files.loaded(config, tensors, _WHO)
+    return files.dictionary_of(TOPK, config, tensors, _WHO)
 
 
-def _config(settings: dict[str, Any]) -> DictionaryConfig:
+def _config(settings: dict[str, Any]) -> Config:
     for key, value in settings.items():
         if value and key in _ABSENT:
             raise ValueError(f"{_WHO}: {key} = {value!r} asks for {_ABSENT[key]}")
@@ -97,10 +99,10 @@ def _config(settings: dict[str, Any]) -> DictionaryConfig:
     dim = settings["d_in"]
     latents = settings.get("num_latents") or dim * settings.get("expansion_factor", 32)
     transcodes = bool(settings.get("transcode", False))
-    return DictionaryConfig(
-        "topk",
-        dim,
-        latents,
+    return Config(
+        architecture=TOPK.name,
+        d_in=dim,
+        d_sae=latents,
         d_out=dim if transcodes else None,
         k=settings["k"],
         apply_b_dec_to_input=not transcodes,

@@ -1,23 +1,25 @@
-"""Spectral kernels; they know nothing of features."""
+"""Randomized and streaming SVD, and eigendecomposition of PSD matrices."""
 
-from toyfeat.linalg.operators import Products
-from toyfeat.linalg.randomized import randomized_svd
-from toyfeat.linalg.spectral import (
+from toyfeat.linalg.psd import (
     Spectrum,
+    column_signs,
+    fix_signs,
     psd_inverse,
     psd_spectrum,
-    signs_of,
-    with_signs,
 )
+from toyfeat.linalg.randomized.svd import LinearMap, randomized_svd
 from toyfeat.linalg.streams import stream_svd
+from toyfeat.linalg.svd import SVD, SVDInfo
 
 __all__ = [
-    "Products",
+    "SVD",
+    "LinearMap",
+    "SVDInfo",
     "Spectrum",
+    "column_signs",
+    "fix_signs",
     "psd_inverse",
     "psd_spectrum",
     "randomized_svd",
-    "signs_of",
     "stream_svd",
-    "with_signs",
 ]

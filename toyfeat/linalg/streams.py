@@ -1,4 +1,4 @@
-"""Singular values and right vectors of rows that are seen once."""
+"""Streaming SVD: singular values and right vectors of rows that are seen once."""
 
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -8,43 +8,63 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from toyfeat.linalg.gram import scaled_gram
-from toyfeat.linalg.orthonormal import choose, deviation, polished
-from toyfeat.linalg.precise import dot, nonzero, norm
-from toyfeat.linalg.running import (
+from toyfeat.linalg.compensated import (
     Pair,
     RowMoments,
-    added,
-    merged_rows,
-    no_rows,
+    add_float,
+    add_pairs,
+    empty_moments,
+    from_float,
+    merge_moments,
     outer,
-    pair_sum,
-    plain_moments,
     ratio,
     row_moments,
-    single,
-    value,
+    to_float,
+    unweighted_moments,
 )
-from toyfeat.linalg.spectral import with_signs
-from toyfeat.types import SVD, Accumulator, Array, SVDInfo
+from toyfeat.linalg.gram import scaled_gram
+from toyfeat.linalg.orthonormal import choose, deviation, polish_columns
+from toyfeat.linalg.precision import GRAM_CUTOFF, dot, nonzero, norm
+from toyfeat.linalg.psd import fix_signs
+from toyfeat.linalg.svd import SVD, SVDInfo
+from toyfeat.types import Accumulator, Array
 
 StreamMethod = Literal["auto", "gram", "incremental", "frequent_directions"]
 
-_GRAM = 4096
-_ROWS = 512  # that are folded in at a time, at least: more is more accurate
+_MAX_GRAM_DIM = 4096
+"""Width up to which ``"auto"`` takes the scatter matrix.
+
+Its pair of floats takes 128 MiB there; the border itself was chosen by trial.
+"""
+
+_MIN_FOLD_ROWS, _FOLD_WIDTHS = 512, 4
+"""Rows that are folded in at a time: at least, and in widths of the sketch.
+
+See "Incremental streams fold at least 512 rows at a time" in docs/decisions/linalg.md;
+the number of widths was chosen by trial.
+"""
+
+_MIN_OVERSAMPLE = 8
+"""Rows of a default sketch beyond the rank, at least; chosen by trial."""
+
+_LARGE_MEAN = 100
+"""Size of the mean's square, in entries of the scatter, that would drown them.
+
+Adding costs two digits of the scatter there; chosen by trial.
+"""
 
 
-class Sketch(NamedTuple):
-    """A few rows that stand for many.
+class RowSketch(NamedTuple):
+    """Running sketch: a few rows whose Gram matrix stands for that of all rows.
 
     Attributes:
       rows: ``[l, D]``, orthogonal rows whose Gram matrix stands for all so far.
       buffer: ``[m, D]``, rows that are not yet folded in.
-      filled: ``[]`` int32, how many of those there are.
+      filled: ``[]`` int32, how many rows the buffer holds.
       weight: ``[]``, sum of the weights of the rows seen.
       mean: ``[D]`` of the rows seen.
       lost: ``[]``, sum of the squares that were dropped.
-      shrunk: ``[]``, what was taken off every squared singular value.
+      shrunk: ``[]``, total that was subtracted from every squared singular value.
     """
 
     rows: Array
@@ -66,27 +86,26 @@ def stream_svd(
 ) -> Accumulator:
     r"""Fold rows into their leading singular values and right vectors, in one pass.
 
-    - ``"gram"``: the ``D x D`` scatter matrix, shifted before it is squared and
-      summed in pairs of floats.  Exact to rounding whatever the order and size of
-      batches; squares lose singular values below about 3e-4 of the first, and
-      rows below 1e-17 altogether (rescale them).  The choice of ``"auto"`` up to
-      ``D = 4096``.
-    - ``"incremental"``: ``width`` rows that are updated block by block.  As good
-      as the best within 1e-4 of the residual on rows in random order; a spiteful
-      order can defeat it.
-    - ``"frequent_directions"``: the same with shrinkage, which holds
+    - ``"gram"``: the ``D x D`` scatter matrix, of shifted rows, summed in pairs of
+      floats.  Exact to rounding for any order and size of batches.  Squares lose
+      singular values below about 3e-4 of the first, and all rows below 1e-17
+      (rescale them).  ``"auto"`` takes it where ``D x D`` fits easily.
+    - ``"incremental"``: ``width`` rows that are updated block by block.  Within
+      1e-4 of the best residual on rows in random order; an adversarial order can
+      defeat it.
+    - ``"frequent_directions"``: the same with shrinkage, which guarantees
       :math:`|A^\top A - V S^2 V^\top|_2 \le |A - A_k|_F^2 / (l - k)` in any order
-      (with all ``l`` directions kept), up to rounding of 2e-6 of the first
-      squared value.  What was shrunk is added back to ``s``.
+      (with all ``l`` directions), up to rounding of 2e-6 of the first squared
+      value.  The shrinkage is added back to ``s``.
 
     Args:
       dim: the width ``D`` of the rows.
-      rank: how many triplets ``R`` come out, ``1 .. D``.
+      rank: how many triplets ``R`` to return, ``1 .. D``.
       center: whether the mean of all rows is subtracted (principal components).
       method: ``"auto"``, ``"gram"``, ``"incremental"``,
         ``"frequent_directions"``.
-      width: rows ``l`` of the sketch, by default ``2 * rank`` and at least
-        ``rank + 8``; more is more accurate.
+      width: rows ``l`` of the sketch, by default about ``2 * rank``; more is more
+        accurate.
 
     Returns:
       ``Accumulator(init, update, merge, finish)``: ``update(state, rows [n, D],
@@ -116,117 +135,150 @@ def stream_svd(
       (2002) and Ross et al. (2008) for incremental decompositions; Ghashami,
       Liberty, Phillips and Woodruff (2016), "Frequent Directions".
     """
-    kind, width = _checked(dim, rank, method, width)
+    kind, width = _check_options(dim, rank, method, width)
     if kind == "gram":
         return Accumulator(
-            lambda: no_rows(dim),
-            lambda state, rows, weights=None: _scattered(
-                state, *_checked_rows(rows, weights, dim)
+            init=lambda: empty_moments(dim),
+            update=lambda state, rows, weights=None: _add_to_scatter(
+                state, *_check_rows(rows, weights, dim)
             ),
-            merged_rows,
-            lambda state: _raised(_of_scatter(state, rank=rank, center=center)),
+            merge=merge_moments,
+            finish=lambda state: _check_finite(
+                _scatter_svd(state, rank=rank, center=center)
+            ),
         )
     shrink = kind == "frequent_directions"
     return Accumulator(
-        lambda: _empty(dim, width),
-        lambda state, rows, weights=None: _pushed_batch(
-            state, *_checked_rows(rows, weights, dim), center=center, shrink=shrink
+        init=lambda: _empty_sketch(dim, width),
+        update=lambda state, rows, weights=None: _add_to_sketch(
+            state, *_check_rows(rows, weights, dim), center=center, shrink=shrink
         ),
-        partial(_merged, center=center, shrink=shrink),
-        lambda state: _raised(_of_sketch(state, rank=rank, shrink=shrink)),
+        merge=partial(_merge_sketches, center=center, shrink=shrink),
+        finish=lambda state: _check_finite(
+            _sketch_svd(state, rank=rank, shrink=shrink)
+        ),
     )
 
 
-def _scattered(state: RowMoments, rows: Array, weights: Array | None) -> RowMoments:
+def _add_to_scatter(
+    state: RowMoments, rows: Array, weights: Array | None
+) -> RowMoments:
+    """Fold a batch into running moments."""
     if not len(rows):
         return state
     if weights is None:
-        return merged_rows(state, plain_moments(rows))
-    return merged_rows(state, row_moments(rows, weights))
+        return merge_moments(state, unweighted_moments(rows))
+    return merge_moments(state, row_moments(rows, weights))
 
 
 @partial(jax.jit, static_argnames=("rank", "center"))
-def _of_scatter(state: RowMoments, *, rank: int, center: bool) -> SVD:
-    scatter, mean = value(state.scatter), value(state.mean)
-    extra = jnp.zeros_like(mean) if center else mean * jnp.sqrt(value(state.weight))
-    large = jnp.max(jnp.abs(extra)) ** 2 > 100 * jnp.max(jnp.abs(scatter))
+def _scatter_svd(state: RowMoments, *, rank: int, center: bool) -> SVD:
+    """Leading triplets from the scatter matrix, with the mean put back if wanted."""
+    scatter, mean = to_float(state.scatter), to_float(state.mean)
+    extra = jnp.zeros_like(mean) if center else mean * jnp.sqrt(to_float(state.weight))
+    large = jnp.max(jnp.abs(extra)) ** 2 > _LARGE_MEAN * jnp.max(jnp.abs(scatter))
 
-    def added_up(scatter: Array, extra: Array) -> tuple[Array, Array]:
-        return _roots(scatter + outer(extra))
+    def quick(scatter: Array, extra: Array) -> tuple[Array, Array]:
+        return _svd_from_gram(scatter + outer(extra))
 
-    def stacked(scatter: Array, extra: Array) -> tuple[Array, Array]:
-        s, vt = _roots(scatter)  # their squares would drown in that of the mean
+    def careful(scatter: Array, extra: Array) -> tuple[Array, Array]:
+        # The mean is one more row: squares of the others would drown in its own.
+        s, vt = _svd_from_gram(scatter)
         rows = jnp.concatenate([s[:, None] * vt, extra[None, :]])
         _, s, vt = jnp.linalg.svd(rows, full_matrices=False)
         return s, vt
 
-    s, vt = choose(large, stacked, added_up, scatter, extra)
-    return _found(s, vt, rank, norm(s[rank:]), "gram", scatter.shape[0])
+    s, vt = choose(large, careful, quick, scatter, extra)
+    return _make_svd(s, vt, rank, norm(s[rank:]), "gram", scatter.shape[0])
 
 
-def _roots(gram: Array) -> tuple[Array, Array]:
-    """Singular values and right vectors of what a Gram matrix is made of."""
+def _svd_from_gram(gram: Array) -> tuple[Array, Array]:
+    """Singular values and right vectors of a matrix from its Gram matrix."""
     size = nonzero(jnp.max(jnp.abs(gram)))
-    values, vectors = _descending(gram / size)
+    values, vectors = _descending_eigenpairs(gram / size)
     return jnp.sqrt(jnp.maximum(values, 0) * size), vectors.T
 
 
-def _descending(gram: Array) -> tuple[Array, Array]:
+def _descending_eigenpairs(gram: Array) -> tuple[Array, Array]:
+    """Eigenvalues and eigenvectors as columns, largest first."""
     values, vectors = jnp.linalg.eigh((gram + gram.T) / 2)
     return values[::-1], vectors[:, ::-1]
 
 
-def _empty(dim: int, width: int) -> Sketch:
-    zero = single(jnp.zeros((), jnp.result_type(float)))
-    none = jnp.zeros((width, dim), jnp.result_type(float))
-    buffer = jnp.zeros((max(4 * width, _ROWS), dim), none.dtype)
-    mean = single(jnp.zeros((dim,), none.dtype))
-    return Sketch(none, buffer, jnp.zeros((), jnp.int32), zero, mean, zero, zero)
+def _empty_sketch(dim: int, width: int) -> RowSketch:
+    """Sketch of no rows."""
+    dtype = jnp.result_type(float)
+    zero = from_float(jnp.zeros((), dtype))
+    fold = max(_FOLD_WIDTHS * width, _MIN_FOLD_ROWS)
+    return RowSketch(
+        rows=jnp.zeros((width, dim), dtype),
+        buffer=jnp.zeros((fold, dim), dtype),
+        filled=jnp.zeros((), jnp.int32),
+        weight=zero,
+        mean=from_float(jnp.zeros((dim,), dtype)),
+        lost=zero,
+        shrunk=zero,
+    )
 
 
-def _pushed_batch(
-    state: Sketch,
+def _add_to_sketch(
+    state: RowSketch,
     rows: Array,
     weights: Array | None,
     *,
     center: bool,
     shrink: bool,
-) -> Sketch:
+) -> RowSketch:
+    """Fold a batch into a sketch, each row times the root of its weight."""
     if not len(rows):
         return state
     weights = jnp.ones_like(rows[:, 0]) if weights is None else weights
     total, roots = jnp.sum(weights), jnp.sqrt(weights)[:, None]
     if not center:
-        state = state._replace(weight=added(state.weight, total))
-        return _pushed(state, rows * roots, shrink)
+        state = state._replace(weight=add_float(state.weight, total))
+        return _buffer_rows(state, rows * roots, shrink)
+    # Centre twice: the mean of what is left is tiny.
     mean = ratio(dot(weights, rows), total)
     centred = rows - mean[None, :]
-    rest = ratio(dot(weights, centred), total)
-    centred = (centred - rest[None, :]) * roots
-    state, step = _moved(state, single(total), added(single(mean), rest))
-    return _pushed(state, jnp.concatenate([step[None, :], centred]), shrink)
+    drift = ratio(dot(weights, centred), total)
+    centred = (centred - drift[None, :]) * roots
+    # One more row stands for the distance between the batch's mean and the state's.
+    mean = add_float(from_float(mean), drift)
+    state, step = _join_mean(state, from_float(total), mean)
+    return _buffer_rows(state, jnp.concatenate([step[None, :], centred]), shrink)
 
 
-def _moved(state: Sketch, count: Pair, mean: Pair) -> tuple[Sketch, Array]:
-    """Join another mean; the row that makes up for the distance of the two."""
-    total = pair_sum(state.weight, count)
-    step = pair_sum(mean, Pair(-state.mean.high, -state.mean.low))
-    share = ratio(value(count), value(total))
-    joined = added(added(state.mean, share * step.high), share * step.low)
-    row = jnp.sqrt(value(state.weight) * share) * value(step)
-    return state._replace(weight=total, mean=joined), row
+def _join_mean(state: RowSketch, weight: Pair, mean: Pair) -> tuple[RowSketch, Array]:
+    """Join the mean of other rows to that of the state.
+
+    Args:
+      state: the sketch; its rows stay as they are.
+      weight: ``[]`` of the other rows.
+      mean: ``[D]`` of the other rows.
+
+    Returns:
+      The state with the joint weight and mean, and ``[D]``, the row whose square
+      makes up for the distance of the two means.
+    """
+    total = add_pairs(state.weight, weight)
+    step = add_pairs(mean, Pair(-state.mean.high, -state.mean.low))
+    share = ratio(to_float(weight), to_float(total))
+    joint = add_float(add_float(state.mean, share * step.high), share * step.low)
+    row = jnp.sqrt(to_float(state.weight) * share) * to_float(step)
+    return state._replace(weight=total, mean=joint), row
 
 
-def _pushed(state: Sketch, rows: Array, shrink: bool) -> Sketch:
-    """Put rows into the buffer, folding it in whenever it is full."""
+def _buffer_rows(state: RowSketch, rows: Array, shrink: bool) -> RowSketch:
+    """Put rows into the buffer, and fold it in whenever it is full."""
     room, dim = state.buffer.shape
+    # Chunks of one size, the last filled with zeros, which change nothing.
     size = min(len(rows), room)
     chunks = -(-len(rows) // size)
     rows = jnp.pad(rows, ((0, chunks * size - len(rows)), (0, 0)))
 
-    def step(state: Sketch, chunk: Array) -> tuple[Sketch, None]:
+    def step(state: RowSketch, chunk: Array) -> tuple[RowSketch, None]:
         full = state.filled + size > room
-        state = choose(full, partial(_folded, shrink=shrink), lambda x: x, state)
+        state = choose(full, partial(_fold_buffer, shrink=shrink), lambda x: x, state)
         start = (state.filled, jnp.zeros_like(state.filled))
         buffer = jax.lax.dynamic_update_slice(state.buffer, chunk, start)
         return state._replace(buffer=buffer, filled=state.filled + size), None
@@ -234,74 +286,85 @@ def _pushed(state: Sketch, rows: Array, shrink: bool) -> Sketch:
     return jax.lax.scan(step, state, rows.reshape(chunks, size, dim))[0]
 
 
-def _folded(state: Sketch, shrink: bool) -> Sketch:
-    """Fold the buffer into the rows, and keep as many as there were."""
+def _fold_buffer(state: RowSketch, shrink: bool) -> RowSketch:
+    """Fold the buffer into the rows, and cut back to their number."""
+    # Stack rows and buffer in units of the largest entry; decompose the smaller side.
     width = len(state.rows)
     both = jnp.concatenate([state.rows, state.buffer])
     size = nonzero(jnp.max(jnp.abs(both)))
     both = both / size
-    values, left = _descending(scaled_gram(both.T, jnp.ones((), both.dtype)))
-    low = ~(values[width - 1] > 4e-5 * values[0])
+    gram = scaled_gram(both.T, jnp.ones((), both.dtype))
+    values, left = _descending_eigenpairs(gram)
+    low = ~(values[width - 1] > GRAM_CUTOFF * values[0])
 
     def quick(both: Array, values: Array, left: Array) -> tuple[Array, Array]:
         # Eigenvectors a little too short or long would add up over many blocks.
-        return jnp.maximum(values, 0), dot(polished(left)[:, :width].T, both)
+        leading = polish_columns(left)[:, :width]
+        return jnp.maximum(values, 0), dot(leading.T, both)
 
     def careful(both: Array, values: Array, left: Array) -> tuple[Array, Array]:
-        del left  # squares have lost the small ones
+        # Squares have lost the small values: decompose the rows themselves.
+        del left
         _, s, vt = jnp.linalg.svd(both, full_matrices=False)
-        vt = polished(vt.T).T
+        vt = polish_columns(vt.T).T
         s = jnp.pad(s, (0, len(values) - len(s)))
         vt = jnp.pad(vt, ((0, max(0, width - len(vt))), (0, 0)))
         return s**2, s[:width, None] * vt[:width]
 
     values, rows = choose(low, careful, quick, both, values, left)
+
+    # Count what is dropped; frequent directions shrink the others by as much.
     lost, shrunk = jnp.sum(values[width:]), state.shrunk
     if shrink:
         cut = values[width]
-        kept = jnp.maximum(values[:width] - cut, 0) / nonzero(values[:width])
-        rows = jnp.sqrt(kept)[:, None] * rows
-        shrunk = added(shrunk, cut * size**2)
+        share = jnp.maximum(values[:width] - cut, 0) / nonzero(values[:width])
+        rows = jnp.sqrt(share)[:, None] * rows
+        shrunk = add_float(shrunk, cut * size**2)
     return state._replace(
         rows=rows * size,
         buffer=jnp.zeros_like(state.buffer),
         filled=jnp.zeros_like(state.filled),
-        lost=added(state.lost, lost * size**2),
+        lost=add_float(state.lost, lost * size**2),
         shrunk=shrunk,
     )
 
 
-def _merged(left: Sketch, right: Sketch, *, center: bool, shrink: bool) -> Sketch:
+def _merge_sketches(
+    left: RowSketch, right: RowSketch, *, center: bool, shrink: bool
+) -> RowSketch:
+    """Fold the rows and the buffer of one sketch into another."""
     rows = jnp.concatenate([right.rows, right.buffer])
     if center:
-        left, step = _moved(left, right.weight, right.mean)
+        left, step = _join_mean(left, right.weight, right.mean)
         rows = jnp.concatenate([step[None, :], rows])
     else:
-        left = left._replace(weight=pair_sum(left.weight, right.weight))
+        left = left._replace(weight=add_pairs(left.weight, right.weight))
     left = left._replace(
-        lost=pair_sum(left.lost, right.lost),
-        shrunk=pair_sum(left.shrunk, right.shrunk),
+        lost=add_pairs(left.lost, right.lost),
+        shrunk=add_pairs(left.shrunk, right.shrunk),
     )
-    return _pushed(left, rows, shrink)
+    return _buffer_rows(left, rows, shrink)
 
 
 @partial(jax.jit, static_argnames=("rank", "shrink"))
-def _of_sketch(state: Sketch, *, rank: int, shrink: bool) -> SVD:
-    state = _folded(state, shrink=False)
+def _sketch_svd(state: RowSketch, *, rank: int, shrink: bool) -> SVD:
+    """Leading triplets of a sketch, its buffer folded in."""
+    state = _fold_buffer(state, shrink=False)
     _, s, vt = jnp.linalg.svd(state.rows, full_matrices=False)
     name = "incremental"
     if shrink:
         name = "frequent_directions"
-        root = jnp.sqrt(value(state.shrunk))
+        root = jnp.sqrt(to_float(state.shrunk))
         s = jnp.where(s > 0, jnp.hypot(s, root), s)
-    residual = jnp.hypot(norm(s[rank:]), jnp.sqrt(value(state.lost)))
-    return _found(s, vt, rank, residual, name, len(state.rows))
+    residual = jnp.hypot(norm(s[rank:]), jnp.sqrt(to_float(state.lost)))
+    return _make_svd(s, vt, rank, residual, name, len(state.rows))
 
 
-def _found(
+def _make_svd(
     s: Array, vt: Array, rank: int, residual: Array, method: str, width: int
 ) -> SVD:
-    s, vt = s[:rank], with_signs(vt[:rank].T).T
+    """Make the public result: cut, signs, NaN where the input was not finite."""
+    s, vt = s[:rank], fix_signs(vt[:rank].T).T
     finite = jnp.isfinite(jnp.sum(s)) & jnp.isfinite(jnp.sum(vt))
     info = SVDInfo(
         method=method,
@@ -316,7 +379,8 @@ def _found(
     return SVD(None, jnp.where(finite, s, bad), jnp.where(finite, vt, bad), info)
 
 
-def _raised(svd: SVD) -> SVD:
+def _check_finite(svd: SVD) -> SVD:
+    """Raise outside of a trace if the result is not finite."""
     finite: Any = svd.info.finite
     if not isinstance(finite, Tracer) and not np.all(finite):
         raise ValueError(
@@ -327,9 +391,10 @@ def _raised(svd: SVD) -> SVD:
     return svd
 
 
-def _checked(
+def _check_options(
     dim: int, rank: int, method: StreamMethod, width: int | None
 ) -> tuple[str, int]:
+    """Check the options, and fill in the method and the width."""
     for name, number in (("dim", dim), ("rank", rank), ("width", width or 1)):
         if not isinstance(number, int | np.integer):
             raise TypeError(f"stream_svd: {name} must be an int, got {number!r}")
@@ -347,11 +412,14 @@ def _checked(
             f"stream_svd: width must be in rank .. dim = {rank} .. {dim}, got {width}"
         )
     if method == "auto":
-        method = "gram" if dim <= _GRAM else "incremental"
-    return method, min(dim, max(2 * rank, rank + 8)) if width is None else width
+        method = "gram" if dim <= _MAX_GRAM_DIM else "incremental"
+    if width is None:
+        width = min(dim, max(2 * rank, rank + _MIN_OVERSAMPLE))
+    return method, width
 
 
-def _checked_rows(rows: Any, weights: Any, dim: int) -> tuple[Array, Array | None]:
+def _check_rows(rows: Any, weights: Any, dim: int) -> tuple[Array, Array | None]:
+    """Check a batch, and set rows of weight 0 to zeros."""
     if jnp.ndim(rows) != 2 or jnp.shape(rows)[1] != dim:
         raise ValueError(
             f"stream_svd: wanted rows [n, {dim}], got shape {jnp.shape(rows)}"
@@ -369,5 +437,5 @@ def _checked_rows(rows: Any, weights: Any, dim: int) -> tuple[Array, Array | Non
             f"{jnp.shape(weights)}"
         )
     weights = jnp.asarray(weights, rows.dtype)
-    # What a row of weight 0 holds must not matter, not even NaN.
+    # The entries of a row of weight 0 must not matter, not even NaN.
     return jnp.where(weights[:, None] != 0, rows, jnp.zeros_like(rows)), weights

@@ -1,21 +1,21 @@
-"""A page on a language model's dictionaries: scores, pictures, latents."""
+"""Write a page on a language model's dictionaries: scores, pictures, latents."""
 
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toyfeat.language.contexts import Context, Latent
+from toyfeat.lm.contexts import Context, Latent
 from toyfeat.report import page
-from toyfeat.report.figures import data_uri, png
 from toyfeat.report.language_figures import (
-    by_seed,
     curves_figure,
     decomposition_figure,
     faithfulness_figure,
     fronts_figure,
+    group_seeds,
 )
-from toyfeat.report.rows import html_lines, spread
+from toyfeat.report.plots import data_uri, png
+from toyfeat.report.tables import html_lines, spread
 
 _SCORES = (
     "ce",
@@ -51,7 +51,7 @@ _ABOUT_CURVES = "A line is a dictionary; the variance is that of what it describ
 
 
 def score_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """A line per method with every score; of several seeds their median and range.
+    """Tabulate every score, a line per method; of several seeds their median and range.
 
     Args:
       rows: of ``evaluation.jsonl``.
@@ -62,16 +62,18 @@ def score_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     scores = [row for row in rows if row.get("what") == "scores"]
     faith = {r["method"]: r for r in rows if r.get("what") == "faithfulness"}
     lines: list[tuple[str, ...]] = [("method", "seeds", *_SCORES, *_FAITH)]
-    for name, mine in by_seed(scores).items():
-        others = [faith[row["method"]] for row in mine if row["method"] in faith]
-        cells = [_range([row.get(score) for row in mine]) for score in _SCORES]
-        cells += [_range([row.get(score) for row in others]) for score in _FAITH]
-        lines.append((name, str(len(mine)), *cells))
+    for name, seeds in group_seeds(scores).items():
+        checked = [faith[row["method"]] for row in seeds if row["method"] in faith]
+        cells = [_format_range([row.get(score) for row in seeds]) for score in _SCORES]
+        cells += [
+            _format_range([row.get(score) for row in checked]) for score in _FAITH
+        ]
+        lines.append((name, str(len(seeds)), *cells))
     return lines
 
 
-def _range(values: Sequence[Any]) -> str:
-    """A median with its range, and how many are missing."""
+def _format_range(values: Sequence[Any]) -> str:
+    """Format a median with its range, and how many values are missing."""
     numbers = [float(x) for x in values if x is not None]
     if not numbers:
         return ""
@@ -88,7 +90,7 @@ def write_language(
     header: Mapping[str, Any],
     curves: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
-    """Write ``report.html``, with everything in it.
+    """Write ``report.html``, with all pictures in the file itself.
 
     Args:
       folder: an existing folder.
@@ -108,13 +110,13 @@ def write_language(
     if not evaluation and not decomposition:
         raise ValueError("write_language: there are no rows; evaluate first")
     sections = [
-        *_scores(evaluation),
-        *_training(curves or {}),
-        *_pairs(evaluation),
-        *_bases(decomposition),
+        *_score_sections(evaluation),
+        *_training_sections(curves or {}),
+        *_pair_sections(evaluation),
+        *_basis_sections(decomposition),
     ]
-    for name, found in latents.items():
-        body = [latent_html(latent) for latent in found]
+    for name, views in latents.items():
+        body = [latent_html(latent) for latent in views]
         sections.append(page.section(f"Latents of {name}", body))
     footer = ", ".join(f"{name}: {value}" for name, value in header.items())
     title = "A language model by a few latents"
@@ -122,7 +124,7 @@ def write_language(
     return folder / "report.html"
 
 
-def _scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _score_sections(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
     body = [
@@ -133,14 +135,14 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [page.section("What the model keeps", body)]
 
 
-def _training(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _training_sections(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not curves:
         return []
     image = data_uri(png(curves_figure(curves)))
     return [page.section("Training", [page.picture(image, _ABOUT_CURVES)])]
 
 
-def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _pair_sections(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not any(row.get("what") == "faithfulness" for row in rows):
         return []
     image = data_uri(png(faithfulness_figure(rows)))
@@ -148,7 +150,7 @@ def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [page.section("Attributions against leaving out", body)]
 
 
-def _bases(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _basis_sections(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
     image = data_uri(png(decomposition_figure(rows)))
@@ -164,7 +166,7 @@ def _bases(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def latent_html(latent: Latent) -> str:
-    """A latent as a part of a page."""
+    """Render a latent as a part of a page."""
     near = ", ".join(f"{index} ({cosine:.2f})" for index, cosine in latent.neighbours)
     head = (
         f"activation density {latent.frequency:.2%}, mean absolute attribution "
@@ -188,13 +190,15 @@ def latent_html(latent: Latent) -> str:
 
 
 def context_html(context: Context) -> str:
-    """Tokens, shaded by the latent's code, the one in question underlined."""
-    most = max((abs(v) for v in context.values), default=0.0) or 1.0
+    """Render tokens, shaded by the latent's code; the context's own is underlined."""
+    largest = max((abs(v) for v in context.values), default=0.0) or 1.0
     spans = []
     for i, (token, value) in enumerate(
         zip(context.tokens, context.values, strict=True)
     ):
-        style = f"background:rgba(213,94,0,{min(1.0, abs(value) / most) * 0.6:.2f})"
+        # Opaque to three fifths at most, so that the text can be read.
+        alpha = min(1.0, abs(value) / largest) * 0.6
+        style = f"background:rgba(213,94,0,{alpha:.2f})"
         if i == context.at:
             style += ";text-decoration:underline"
         spans.append(f'<span style="{style}">{html.escape(_visible(token))}</span>')
@@ -202,4 +206,5 @@ def context_html(context: Context) -> str:
 
 
 def _visible(token: str) -> str:
+    """Show line breaks as a sign."""
     return token.replace("\n", "⏎")

@@ -1,4 +1,4 @@
-"""Pictures of what became of a language model's dictionaries and bases."""
+"""Draw the scores of a language model's dictionaries and bases."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from toyfeat.language.jobs import BASES
-from toyfeat.report.figures import BLUE, GREEN, GREY, ORANGE, RED, figure
+from toyfeat.jobs.config import BASES
+from toyfeat.report.plots import BLUE, GREEN, GREY, ORANGE, RED, figure
 
 _COLOURS = {
     "acts": BLUE,
@@ -20,22 +20,22 @@ _SEED = re.compile(r"-s[0-9]+$")
 
 
 def kind_of(method: str) -> str:
-    """The kind of a method's name, ``"acts"`` of ``"acts-k8-s0"``."""
+    """Kind in the name of a method, ``"acts"`` of ``"acts-k8-s0"``."""
     return method.split("-k")[0]
 
 
-def by_seed(
+def group_seeds(
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows of methods that differ by nothing but the seed."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    """Group the rows of methods that differ by nothing but the seed."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        found.setdefault(_SEED.sub("", row["method"]), []).append(row)
-    return found
+        groups.setdefault(_SEED.sub("", row["method"]), []).append(row)
+    return groups
 
 
 def fronts_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Cross-entropy recovered and attribution L0, by activation L0.
+    """Draw cross-entropy recovered and attribution L0 by activation L0.
 
     Medians over seeds, with bars from the least to the largest.
 
@@ -46,8 +46,8 @@ def fronts_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
       ImportError: without matplotlib.
     """
     scores = [row for row in rows if row.get("what") == "scores"]
-    drawn = figure(15, 4)
-    axes = drawn.subplots(1, 4)
+    picture = figure(15, 4)
+    axes = picture.subplots(1, 4)
     kinds = list(dict.fromkeys(kind_of(row["method"]) for row in scores))
     panels = {
         "recovered": "cross-entropy recovered (mean ablation)",
@@ -56,26 +56,37 @@ def fronts_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
         "unexplained": "first-order effect that no latent has",
     }
     for kind in kinds:
-        mine = [row for row in scores if kind_of(row["method"]) == kind]
-        groups = [*by_seed(mine).values()]
+        of_kind = [row for row in scores if kind_of(row["method"]) == kind]
+        groups = [*group_seeds(of_kind).values()]
         groups.sort(key=lambda rows: np.median([row["l0"] for row in rows]))
         x = [float(np.median([row["l0"] for row in rows])) for rows in groups]
         for axis, name in zip(axes, panels, strict=True):
-            values = [[_number(row.get(name)) for row in rows] for rows in groups]
-            there = [[x for x in some if x == x] or [np.nan] for some in values]
-            middle = np.array([np.median(some) for some in there])
-            ends = np.array([(min(some), max(some)) for some in there])
-            bars = np.abs(ends.T - middle)
-            axis.errorbar(x, middle, bars, label=kind, **_style(kind, kinds))
+            medians, bars = _medians_and_bars(groups, name)
+            axis.errorbar(x, medians, bars, label=kind, **_style(kind, kinds))
     for axis, name in zip(axes, panels.values(), strict=True):
         axis.set_xlabel("latents per token")
         axis.set_ylabel(name)
         axis.set_xscale("log", base=2)
     axes[0].legend(fontsize=6)
-    return drawn
+    return picture
+
+
+def _medians_and_bars(
+    groups: Sequence[Sequence[Mapping[str, Any]]], score: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Medians of a score over seeds ``[groups]``, and bars to the ends ``[2, groups]``.
+
+    Scores that are missing are left out, NaN stands where all of them are.
+    """
+    values = [[_number(row.get(score)) for row in rows] for rows in groups]
+    values = [[x for x in seeds if x == x] or [np.nan] for seeds in values]
+    medians = np.array([np.median(seeds) for seeds in values])
+    ends = np.array([(min(seeds), max(seeds)) for seeds in values])
+    return medians, np.abs(ends.T - medians)
 
 
 def _style(kind: str, kinds: Sequence[str]) -> dict[str, Any]:
+    """Line style of a kind; kinds that share a colour differ by their markers."""
     plain = {"marker": "o", "markersize": 4, "linewidth": 1.2, "elinewidth": 0.8}
     colour, line = _colour(kind)
     if kind not in _COLOURS:
@@ -84,7 +95,7 @@ def _style(kind: str, kinds: Sequence[str]) -> dict[str, Any]:
 
 
 def _colour(kind: str) -> tuple[str, str]:
-    """Colour and line: bases grey, dashed what is not chosen or trained as usual.
+    """Colour and line of a kind: bases grey, dashed if not chosen or trained as usual.
 
     A name that is no kind's is that of a loss on attributions.
     """
@@ -100,10 +111,10 @@ def _marker(kind: str, kinds: Sequence[str]) -> str:
 
 
 def curves_figure(curves: Mapping[str, Mapping[str, Any]]) -> Any:
-    """What was measured in training, a line per dictionary.
+    """Draw the metrics of training, a line per dictionary.
 
     Args:
-      curves: of :func:`toyfeat.language.training.curves`.
+      curves: of :func:`toyfeat.jobs.train.load_curves`.
 
     Returns:
       A matplotlib figure.
@@ -116,26 +127,26 @@ def curves_figure(curves: Mapping[str, Mapping[str, Any]]) -> Any:
         "dead": "dead latents",
         "unexplained_share": "first-order effect that no latent has",
     }
-    drawn = figure(12, 3.6)
-    axes, shown = drawn.subplots(1, 3), set()
-    for name, of in curves.items():
+    picture = figure(12, 3.6)
+    axes, labelled = picture.subplots(1, 3), set()
+    for name, metrics in curves.items():
         kind = kind_of(name)
         colour, line = _colour(kind)
         for axis, metric in zip(axes, _CURVES, strict=True):
-            if metric in of:
-                label = None if (kind, metric) in shown else kind
-                shown.add((kind, metric))
+            if metric in metrics:
+                label = None if (kind, metric) in labelled else kind
+                labelled.add((kind, metric))
                 style = {"color": colour, "linestyle": line, "linewidth": 0.8}
-                axis.plot(of["step"], of[metric], label=label, **style)
+                axis.plot(metrics["step"], metrics[metric], label=label, **style)
     for axis, metric in zip(axes, _CURVES, strict=True):
         axis.set_xlabel("step")
         axis.set_ylabel(titles[metric])
     axes[0].legend(fontsize=6)
-    return drawn
+    return picture
 
 
 def faithfulness_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Predicted and true effects of leaving a latent out, a panel per dictionary.
+    """Draw predicted and true effects of leaving a latent out, a panel per dictionary.
 
     Returns:
       A matplotlib figure.
@@ -143,35 +154,37 @@ def faithfulness_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     Raises:
       ImportError: without matplotlib.
     """
-    mine = [row for row in rows if row.get("what") == "faithfulness"]
-    across = min(4, max(1, len(mine)))
-    down = -(-len(mine) // across)
-    drawn = figure(3.2 * across, 3 * down)
-    axes = np.atleast_1d(drawn.subplots(down, across)).ravel()
-    for axis, row in zip(axes, mine, strict=False):
+    checked = [row for row in rows if row.get("what") == "faithfulness"]
+    across = min(4, max(1, len(checked)))
+    down = -(-len(checked) // across)
+    picture = figure(3.2 * across, 3 * down)
+    axes = np.atleast_1d(picture.subplots(down, across)).ravel()
+    for axis, row in zip(axes, checked, strict=False):
         predicted, true = np.asarray(row["effects"]).T
         colour, _ = _colour(kind_of(row["method"]))
         axis.scatter(predicted, true, s=4, alpha=0.4, color=colour, linewidths=0)
-        most = 1.05 * max(np.abs(predicted).max(), np.abs(true).max(), 1e-12)
-        axis.plot([-most, most], [-most, most], color="black", linewidth=0.6)
-        axis.set_xscale("symlog", linthresh=most / 300)
-        axis.set_yscale("symlog", linthresh=most / 300)
-        ticks = 10.0 ** np.floor(np.log10(most)) * np.array([-1, 0, 1])
+        # A margin around the largest effect; effects span orders of magnitude, so that
+        # the axes are linear near zero only.
+        limit = 1.05 * max(np.abs(predicted).max(), np.abs(true).max(), 1e-12)
+        axis.plot([-limit, limit], [-limit, limit], color="black", linewidth=0.6)
+        axis.set_xscale("symlog", linthresh=limit / 300)
+        axis.set_yscale("symlog", linthresh=limit / 300)
+        ticks = 10.0 ** np.floor(np.log10(limit)) * np.array([-1, 0, 1])
         axis.set_xticks(ticks)
         axis.set_yticks(ticks)
         axis.minorticks_off()
         title = f"{row['method']}: r {_number(row['correlation']):.2f}"
         axis.set_title(title, size=9)
         axis.tick_params(labelsize=6)
-    for axis in axes[len(mine) :]:
+    for axis in axes[len(checked) :]:
         axis.set_visible(False)
-    drawn.supxlabel("predicted change of the loss, nats")
-    drawn.supylabel("true change")
-    return drawn
+    picture.supxlabel("predicted change of the loss, nats")
+    picture.supylabel("true change")
+    return picture
 
 
 def decomposition_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Cross-entropy recovered by directions kept, and spectra; a row per site.
+    """Draw cross-entropy recovered by number of directions, and spectra, by site.
 
     Returns:
       A matplotlib figure.
@@ -182,33 +195,43 @@ def decomposition_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     scores = [row for row in rows if row.get("what") == "scores"]
     spectra = [row for row in rows if "spectrum" in row]
     sites = list(dict.fromkeys(row["site"] for row in (*scores, *spectra)))
-    drawn = figure(10.4, 3.8 * max(1, len(sites)))
-    axes = drawn.subplots(max(1, len(sites)), 2, squeeze=False)
-    for (kept, spectrum), site in zip(axes, sites, strict=True):
-        here = [row for row in scores if row["site"] == site]
-        for basis in dict.fromkeys(row["method"].rpartition(",")[0] for row in here):
-            line = [r for r in here if r["method"].rpartition(",")[0] == basis]
-            line.sort(key=lambda row: row["l0"])
-            values = [_number(row["recovered"]) for row in line]
-            kept.plot([row["l0"] for row in line], values, marker="o", label=basis)
-        kept.set_xscale("log", base=4)
-        kept.set_ylim(-0.5, 1.05)
-        kept.set_title(site, size=9)
-        kept.set_xlabel("directions kept")
-        kept.set_ylabel("cross-entropy recovered")
-        if kept.lines:
-            kept.legend(fontsize=7)
-        for row in (r for r in spectra if r["site"] == site):
-            values = np.asarray(row["spectrum"], float)
-            values = values[values > 0] / values.max()
-            spectrum.plot(1 + np.arange(len(values)), values, label=row["basis"])
-        spectrum.set_xscale("log")
-        spectrum.set_yscale("log")
-        spectrum.set_title(f"{site}: spectra", size=9)
-        spectrum.set_xlabel("direction")
-        spectrum.set_ylabel("share of the largest")
-    return drawn
+    picture = figure(10.4, 3.8 * max(1, len(sites)))
+    axes = picture.subplots(max(1, len(sites)), 2, squeeze=False)
+    for (left, right), site in zip(axes, sites, strict=True):
+        _draw_recovered(left, [row for row in scores if row["site"] == site], site)
+        _draw_spectra(right, [row for row in spectra if row["site"] == site], site)
+    return picture
+
+
+def _draw_recovered(axis: Any, rows: Sequence[Mapping[str, Any]], site: str) -> None:
+    """Draw the cross-entropy recovered by the first directions of every basis."""
+    for basis in dict.fromkeys(row["method"].rpartition(",")[0] for row in rows):
+        line = [r for r in rows if r["method"].rpartition(",")[0] == basis]
+        line.sort(key=lambda row: row["l0"])
+        values = [_number(row["recovered"]) for row in line]
+        axis.plot([row["l0"] for row in line], values, marker="o", label=basis)
+    axis.set_xscale("log", base=4)
+    axis.set_ylim(-0.5, 1.05)
+    axis.set_title(site, size=9)
+    axis.set_xlabel("directions kept")
+    axis.set_ylabel("cross-entropy recovered")
+    if axis.lines:
+        axis.legend(fontsize=7)
+
+
+def _draw_spectra(axis: Any, rows: Sequence[Mapping[str, Any]], site: str) -> None:
+    """Draw the positive part of the spectrum of every basis, by its largest value."""
+    for row in rows:
+        values = np.asarray(row["spectrum"], float)
+        values = values[values > 0] / values.max()
+        axis.plot(1 + np.arange(len(values)), values, label=row["basis"])
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_title(f"{site}: spectra", size=9)
+    axis.set_xlabel("direction")
+    axis.set_ylabel("share of the largest")
 
 
 def _number(value: Any) -> float:
+    """Convert a score, ``None`` to NaN."""
     return float("nan") if value is None else float(value)

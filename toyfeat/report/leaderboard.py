@@ -1,4 +1,4 @@
-"""Methods times tasks: tables, a picture and a page of what each method found."""
+"""Tables, a picture and a page of the scores of methods on planted tasks."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,38 +9,52 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from toyfeat.files.atomic import write_whole
 from toyfeat.report import page
-from toyfeat.report.figures import data_uri, figure, png
-from toyfeat.report.rows import html_lines, print_lines, spread, write_whole
+from toyfeat.report.plots import data_uri, figure, png
+from toyfeat.report.tables import html_lines, print_lines, spread
 
 ORACLE = "oracle"
 """The method that starts at the truth; its coverage is a task's ceiling."""
 
-SHOWN = ("precision", "found", "random", "ignored", "preserved", "seconds")
+COLUMNS = (
+    "readers",
+    "writers",
+    "precision",
+    "found",
+    "random",
+    "ignored",
+    "preserved",
+    "seconds",
+)
+"""Fields of a row that the table of a task shows."""
+
+# Cells of the picture that are darker than this have white text (viridis).
+_DARK = 0.6
 
 
 def coverage(row: Mapping[str, Any]) -> float:
-    """Coverage of the side that the row's task is about."""
+    """Coverage of the side that is scored in the row's task."""
     return float(row[row["side"]])
 
 
 def medians(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
-    """``(task, method)`` to the median coverage over seeds."""
+    """Median coverage over seeds, by ``(task, method)``."""
     values: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         values.setdefault((row["case"], row["method"]), []).append(coverage(row))
-    return {pair: median(found) for pair, found in values.items()}
+    return {pair: median(numbers) for pair, numbers in values.items()}
 
 
 def summary_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Methods down, tasks across, median coverage of each task's side.
+    """Tabulate median coverage, methods down and tasks across.
 
     Args:
-      rows: what ``benchmarks/leaderboard.py`` writes.
+      rows: from ``benchmarks/leaderboard.py``.
 
     Returns:
-      A heading line and a line per method; the best of a column that is no oracle has
-      a star.
+      A heading line and a line per method; the best of a column, but for the oracle,
+      has a star.
     """
     table, tasks, methods = medians(rows), *_names(rows)
     best = {
@@ -60,19 +74,29 @@ def summary_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def task_lines(rows: Sequence[Mapping[str, Any]], task: str) -> list[tuple[str, ...]]:
-    """Every score of one task: medians over seeds, with their range."""
-    mine = [row for row in rows if row["case"] == task]
-    names = ("readers", "writers", *SHOWN)
-    lines: list[tuple[str, ...]] = [("method", *names)]
-    for method in _names(mine)[1]:
-        here = [row for row in mine if row["method"] == method]
-        cells = [spread([row[name] for row in here], ".3g") for name in names]
+    """Tabulate every score of a task: medians over seeds, with their range.
+
+    Args:
+      rows: from ``benchmarks/leaderboard.py``.
+      task: name.
+
+    Returns:
+      A heading line and a line per method.
+    """
+    task_rows = [row for row in rows if row["case"] == task]
+    lines: list[tuple[str, ...]] = [("method", *COLUMNS)]
+    for method in _names(task_rows)[1]:
+        seeds = [row for row in task_rows if row["method"] == method]
+        cells = [spread([row[name] for row in seeds], ".3g") for name in COLUMNS]
         lines.append((method, *cells))
     return lines
 
 
 def heat_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Median coverage of every method on every task.
+    """Draw the median coverage of every method on every task.
+
+    Args:
+      rows: from ``benchmarks/leaderboard.py``.
 
     Returns:
       A matplotlib figure, not registered with pyplot.
@@ -89,7 +113,7 @@ def heat_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     axis.set_facecolor("#e4e4e4")
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
-            colour = "white" if value < 0.6 else "black"
+            colour = "white" if value < _DARK else "black"
             axis.text(
                 j, i, f"{value:.2f}", ha="center", va="center", color=colour, size=7
             )
@@ -138,30 +162,45 @@ def write_leaderboard(
     sections = [page.section("All methods on all tasks", body)]
     if verdicts:
         sections.append(page.section("Bars", [page.table(html_lines(verdicts))]))
-    for task in _names(rows)[0]:
-        parts = []
-        if tasks and task in tasks:
-            text, drawn = tasks[task]
-            parts = [page.paragraph(text), page.picture(data_uri(png(drawn)), task)]
-        parts.append(page.table(html_lines(task_lines(rows, task))))
-        sections.append(page.section(task, parts))
+    sections += [_task_section(rows, task, tasks or {}) for task in _names(rows)[0]]
     footer = ", ".join(f"{name}: {value}" for name, value in header.items())
     title = "What every method finds in models with known features"
     page.write_page(folder / "leaderboard.html", title, sections, footer)
     if console is not None:
-        for task in _names(rows)[0]:
-            console.print(task)
-            print_lines(task_lines(rows, task), console)
-            console.print()
-        print_lines(summary_lines(rows), console)
-        if verdicts:
-            console.print()
-            print_lines(verdicts, console)
+        _print_tables(rows, verdicts, console)
     return folder / "leaderboard.html"
 
 
+def _task_section(
+    rows: Sequence[Mapping[str, Any]], task: str, pages: Mapping[str, tuple[str, Any]]
+) -> str:
+    """Section of the page: a paragraph and a picture, if there are, and the scores."""
+    parts = []
+    if task in pages:
+        text, drawn = pages[task]
+        parts = [page.paragraph(text), page.picture(data_uri(png(drawn)), task)]
+    parts.append(page.table(html_lines(task_lines(rows, task))))
+    return page.section(task, parts)
+
+
+def _print_tables(
+    rows: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[tuple[str, ...]],
+    console: Console,
+) -> None:
+    """Print the tables of all tasks, the summary and the verdicts."""
+    for task in _names(rows)[0]:
+        console.print(task)
+        print_lines(task_lines(rows, task), console)
+        console.print()
+    print_lines(summary_lines(rows), console)
+    if verdicts:
+        console.print()
+        print_lines(verdicts, console)
+
+
 def _names(rows: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """Tasks and methods, as they come; the oracle last."""
+    """Names of tasks and methods in order of appearance, the oracle last."""
     rows = list(rows)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     methods.sort(key=lambda name: name == ORACLE)

@@ -1,10 +1,10 @@
-"""One self-contained HTML page: text, tables and pictures, nothing fetched."""
+"""A self-contained HTML page: text, tables and pictures, nothing fetched."""
 
 import html
 from collections.abc import Iterable
 from pathlib import Path
 
-from toyfeat.report.rows import write_whole
+from toyfeat.files.atomic import write_whole
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -36,7 +36,7 @@ def paragraph(text: str) -> str:
 
 
 def picture(uri: str, caption: str) -> str:
-    """Return an image with its caption, which is its alternative text too."""
+    """Return an image with its caption, which is also its alternative text."""
     text = html.escape(caption, quote=True)
     return (
         f'<figure><img src="{uri}" alt="{text}"><figcaption>{text}</figcaption>'

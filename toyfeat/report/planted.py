@@ -1,4 +1,4 @@
-"""Planted tasks in words, and a page of them.  Needs matplotlib (extra ``plot``)."""
+"""Describe planted tasks, and write a page of them.  Needs matplotlib (``plot``)."""
 
 import re
 import unicodedata
@@ -7,11 +7,17 @@ from pathlib import Path
 
 import jax
 
+from toyfeat.files.atomic import output_folder
+from toyfeat.models.planted.task import Task
 from toyfeat.report import page
-from toyfeat.report.figures import data_uri, png
-from toyfeat.report.planted_figure import POINTS, groups_of, task_figure, vectors_of
-from toyfeat.report.rows import output_folder
-from toyfeat.types import Array, Task
+from toyfeat.report.planted_figure import (
+    POINTS,
+    readers_and_writers,
+    shared_rows,
+    task_figure,
+)
+from toyfeat.report.plots import data_uri, png
+from toyfeat.types import Array
 
 __all__ = ["describe", "task_figure", "write_tasks"]
 
@@ -24,12 +30,12 @@ _CAPTION = (
 
 
 def describe(task: Task, *, fit: float | None = None) -> str:
-    """Say in one paragraph what a task is.
+    """Describe a task in a paragraph.
 
     Args:
       task: what to describe.
-      fit: share of its targets' variance that the model leaves, if that was measured
-        anew; ``task.fit`` by default.
+      fit: share of its targets' variance that the model leaves; ``task.fit`` by
+        default.
 
     Returns:
       Plain text: the name, what is planted, sizes, the side that is scored, how well
@@ -44,8 +50,9 @@ def describe(task: Task, *, fit: float | None = None) -> str:
       >>> describe(planted.product_space(jax.random.key(0)))[:54]
       'product space: 10 colours times 10 shapes in 24 dimens'
     """
-    (num, width), left = vectors_of(task)[0].shape, task.fit if fit is None else fit
-    said = [
+    num, width = readers_and_writers(task)[0].shape
+    left = task.fit if fit is None else fit
+    sentences = [
         f"{task.name}: {task.about}",
         f"{_count(num, 'feature')} in {_count(width, 'dimension')} at the site "
         f"“{task.site}”; the {task.side} are scored.",
@@ -54,15 +61,15 @@ def describe(task: Task, *, fit: float | None = None) -> str:
         else f"The trained model leaves {_percent(left)} of its targets' variance.",
     ]
     if task.ignored is not None:
-        said.append(
+        sentences.append(
             f"{len(task.ignored)} of the {width} dimensions hold structure that the "
             "model reads hardly or not at all."
         )
-    shared = [rows for rows in groups_of(task) if len(rows) > 1]
+    shared = [rows for rows in shared_rows(task) if len(rows) > 1]
     shape = "plane" if all(len(rows) == 2 for rows in shared) else "subspace"
     names = ", ".join(" and ".join(map(str, rows)) for rows in shared)
-    said.append(f"Rows that share a {shape}: {names or 'none'}.")
-    return " ".join([*said, f"Limits of what can be known: {task.limits}"])
+    sentences.append(f"Rows that share a {shape}: {names or 'none'}.")
+    return " ".join([*sentences, f"Limits of what can be known: {task.limits}"])
 
 
 def write_tasks(folder: Path, tasks: Sequence[Task], key: Array) -> Path:
@@ -103,6 +110,6 @@ def _percent(share: float) -> str:
 
 
 def _slug(name: str) -> str:
-    """A name that any file system takes: ``x²`` is ``x2``."""
+    """Make a name that any file system takes: ``x2`` of ``x²``."""
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-") or "task"

@@ -1,15 +1,15 @@
-"""A picture of what a planted task has planted.  Needs matplotlib (extra ``plot``)."""
+"""Draw planted tasks.  Needs matplotlib (extra ``plot``)."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-import toyfeat as tf
-from toyfeat.consensus import half_square
-from toyfeat.report.figures import BLUE, GREY, RED, figure
-from toyfeat.types import Array, Task
+import toyfeat as ft
+from toyfeat.models.planted.task import Task
+from toyfeat.report.plots import BLUE, GREY, RED, figure
+from toyfeat.types import Array
 
-POINTS = 1200  # in every picture
+POINTS = 1200  # examples in every picture, as many as can be told apart by eye
 _ARROWS = (  # colours told apart from each other and from grey
     "#4363d8", "#f58231", "#3cb44b", "#e6194b", "#911eb4", "#9a6324", "#42d4f4",
     "#f032e6", "#808000", "#000075", "#469990", "#fa9eb4",
@@ -17,7 +17,7 @@ _ARROWS = (  # colours told apart from each other and from grey
 
 
 def task_figure(key: Array, task: Task) -> Any:
-    """Draw what is planted: activations, gradients, and readers beside writers.
+    """Draw activations, gradients, and readers beside writers of a task.
 
     Points are coloured by the strongest feature, by its size if it is the only one,
     or by the angle in the plane that gradients lie in most where rows share planes.
@@ -35,9 +35,9 @@ def task_figure(key: Array, task: Task) -> Any:
     """
     drawn = figure(15.5, 4.6)
     drawn.get_layout_engine().set(w_pad=0.1)
-    readers, writers = vectors_of(task)
+    readers, writers = readers_and_writers(task)
     acts, grads, features = _examples(key, task)
-    pairs = [rows for rows in groups_of(task) if len(rows) == 2]
+    pairs = [rows for rows in shared_rows(task) if len(rows) == 2]
     if pairs:
         view = _by_angle(grads, features, readers, pairs)
     else:
@@ -58,7 +58,7 @@ def task_figure(key: Array, task: Task) -> Any:
     return drawn
 
 
-def vectors_of(task: Task) -> tuple[np.ndarray, np.ndarray]:
+def readers_and_writers(task: Task) -> tuple[np.ndarray, np.ndarray]:
     """Readers ``[F, D]`` and writers ``[F, D]`` of a task.
 
     Raises:
@@ -67,14 +67,14 @@ def vectors_of(task: Task) -> tuple[np.ndarray, np.ndarray]:
     readers, writers = task.truth.readers, task.truth.writers
     if readers is None or writers is None:
         raise ValueError(
-            f"vectors_of: wanted the readers and writers of {task.name!r}, got "
-            f"no {'readers' if readers is None else 'writers'}"
+            "readers_and_writers: wanted the readers and writers of "
+            f"{task.name!r}, got no {'readers' if readers is None else 'writers'}"
         )
     return np.asarray(readers), np.asarray(writers)
 
 
-def groups_of(task: Task) -> list[list[int]]:
-    """Rows that share a value of the truth's group, in order."""
+def shared_rows(task: Task) -> list[list[int]]:
+    """List the rows that share a value of the truth's group, in order."""
     rows: dict[int, list[int]] = {}
     if task.truth.group is not None:
         for row, value in enumerate(np.asarray(task.truth.group).tolist()):
@@ -83,13 +83,13 @@ def groups_of(task: Task) -> list[list[int]]:
 
 
 class _View(NamedTuple):
-    """How gradients are looked at, and what colours mean.
+    """The plane of the gradients, and the meaning of colours.
 
     Attributes:
       plane: ``[2, D]``, orthonormal, in which gradients are drawn.
       sides: names of its two axes.
       arrows: the readers that are drawn, with their colours.
-      values: ``[N]``, the points in units of the map; the least are drawn last.
+      values: ``[N]``, of the points, in units of the map; the least is drawn last.
       map: matplotlib's colour map and norm.
       ticks: places on the key and their names; none for matplotlib's own.
       label: of the key.
@@ -107,6 +107,7 @@ class _View(NamedTuple):
 def _by_angle(
     grads: np.ndarray, features: np.ndarray, readers: np.ndarray, pairs: list[list[int]]
 ) -> _View:
+    """View the plane of two readers in which gradients are largest, by angle."""
     from matplotlib.colors import Normalize
 
     squares = [np.sum((grads @ readers[pair].T) ** 2) for pair in pairs]
@@ -125,6 +126,7 @@ def _by_angle(
 
 
 def _by_feature(grads: np.ndarray, features: np.ndarray, readers: np.ndarray) -> _View:
+    """View the leading plane of the gradients, by strongest feature."""
     from matplotlib.colors import ListedColormap, Normalize
 
     plane, shares = _leading(grads)
@@ -133,12 +135,15 @@ def _by_feature(grads: np.ndarray, features: np.ndarray, readers: np.ndarray) ->
     if num == 1:
         look = {"cmap": "viridis", "norm": Normalize(*np.quantile(largest, [0, 1]))}
         return _View(plane, sides, {0: RED}, largest, look, {}, "size of the feature")
+    # Colour the readers that lie in the plane most; all others share a grey.
     lengths = np.linalg.norm(_unit(readers) @ plane.T, axis=1)
     rows = np.sort(np.argsort(-lengths, kind="stable")[: len(_ARROWS)])
     place = np.full(num, len(rows))
     place[rows] = np.arange(len(rows))
+    # The first of equals: features within a thousandth of the largest.
     strongest = np.argmax(features >= 0.999 * largest[:, None], axis=1)
     values = np.where(largest > 0, place[strongest], len(rows) + (num > len(rows)))
+    # The key lists only colours that are used; "none" is last.
     names = [*map(str, rows), *["another"] * (num > len(rows)), "none"]
     shades = [*_ARROWS[: len(rows)], *["#cfcfcf"] * (num > len(rows)), "#8c8c8c"]
     used = len(names) - (largest.min() > 0)
@@ -169,6 +174,7 @@ def _draw_gradients(
 ) -> None:
     from matplotlib.colors import to_rgb
 
+    # Scale all arrows alike, the longest as long as nearly all gradients.
     points, tips = grads @ view.plane.T, _unit(readers[[*view.arrows]]) @ view.plane.T
     reach, lengths = np.linalg.norm(points, axis=1), np.linalg.norm(tips, axis=1)
     longest = max(float(lengths.max()), 1e-30)
@@ -188,15 +194,15 @@ def _draw_gradients(
 def _scatter(
     axis: Any, points: np.ndarray, view: _View, sides: list[str], tips: Any = ((0, 0),)
 ) -> None:
-    """Points in a square that holds them, the tips and the origin, to one scale."""
+    """Draw points in a square that holds them, the tips and the origin."""
     order = np.argsort(-view.values, kind="stable")
     look = {"c": view.values[order], "s": 10, "linewidths": 0, "zorder": 2}
     axis.scatter(*points[order].T, **look, **view.map)
     axis.axhline(0, color="#e4e4e4", lw=0.8, zorder=0)
     axis.axvline(0, color="#e4e4e4", lw=0.8, zorder=0)
-    every = np.concatenate([points, tips, [[0, 0]]])
-    middle = (every.min(axis=0) + every.max(axis=0)) / 2
-    half = 1.1 * np.max(np.abs(every - middle)) or 1
+    corners = np.concatenate([points, tips, [[0, 0]]])
+    middle = (corners.min(axis=0) + corners.max(axis=0)) / 2
+    half = 1.1 * np.max(np.abs(corners - middle)) or 1
     axis.set(xlim=middle[0] + [-half, half], ylim=middle[1] + [-half, half])
     axis.set(xlabel=sides[0], ylabel=sides[1], box_aspect=1)
     axis.locator_params(nbins=6)
@@ -225,10 +231,10 @@ def _draw_entries(axis: Any, reader: np.ndarray, writer: np.ndarray) -> None:
 
 
 def _examples(key: Array, task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Activations ``[N, D]``, gradients ``[N, D]`` and features ``[N, F]``."""
+    """Sample activations ``[N, D]``, gradients ``[N, D]`` and features ``[N, F]``."""
     inputs = task.sample(key, POINTS)
-    half = tf.readouts.scalar(half_square)
-    taps = tf.tap(task.probed, task.params, inputs, sites=task.site, readout=half)
+    half = ft.readouts.half_squared_norm()
+    taps = ft.tap(task.probed, task.params, inputs, sites=task.site, readout=half)
     acts, grads, *_ = map(np.asarray, taps[task.site])
     if len(acts) != POINTS:
         raise ValueError(
@@ -239,7 +245,7 @@ def _examples(key: Array, task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _leading(rows: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
-    """``[2, D]``, the leading directions, and each one's number and share."""
+    """Compute the leading directions ``[2, D]``, and number and share of each."""
     values, axes = np.linalg.svd(rows, full_matrices=False)[1:]
     shares = np.append(values, 0)[:2] ** 2 / max(np.sum(values**2), 1e-30)
     plane = np.concatenate([axes, np.zeros_like(axes[:1])])[:2]

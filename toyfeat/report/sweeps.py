@@ -1,7 +1,7 @@
-"""Sweeps as one table, two pictures and one page.  Pictures need matplotlib.
+"""Render sweeps: a table, a Pareto front, a map of scores, a page.
 
-Everything takes *families*: a name to the members of one population each, so that
-several methods can be looked at side by side.
+Pictures need matplotlib.  All functions take *families*, which map a name to the
+members of a population, so that methods can be compared side by side.
 """
 
 import json
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from toyfeat.files.atomic import write_whole
 from toyfeat.report import page
-from toyfeat.report.figures import (
+from toyfeat.report.plots import (
     BLUE,
     GREEN,
     ORANGE,
@@ -24,32 +25,34 @@ from toyfeat.report.figures import (
     plain_ticks,
     png,
 )
-from toyfeat.report.rows import html_lines, print_lines, write_whole
-from toyfeat.train.sweeps import pareto_front, value_of
-from toyfeat.types import Member
+from toyfeat.report.tables import html_lines, print_lines
+from toyfeat.train.sweeps import Row, pareto_front, value_of
 
-Families = Mapping[str, Sequence[Member]]
+Families = Mapping[str, Sequence[Row]]
+"""Name of a population to its members."""
 
 _COLOURS = (BLUE, RED, GREEN, ORANGE)
 _MARKERS = "os^D"
+_LOG_RANGE = 10  # largest / smallest value from which on an axis is logarithmic
+_FLOOR = 1e-3  # of the largest value: smaller ones are drawn at the border
 
 
 def table_lines(
     families: Families, figures: Sequence[str] | None = None
 ) -> list[tuple[str, ...]]:
-    """A heading line, then a line for every member of every family.
+    """Tabulate members: a heading line, then a line for each member of each family.
 
     Args:
       families: name to members.
-      figures: which; all of the first member by default.
+      figures: columns; by default all figures that a member has.
 
     Returns:
-      Texts for :func:`toyfeat.report.rows.print_lines` and ``html_lines``.
+      Texts for :func:`toyfeat.report.tables.print_lines` and ``html_lines``.
     """
-    every = [m for members in families.values() for m in members]
-    settings = list(dict.fromkeys(name for m in every for name in m.settings))
+    all_members = [m for members in families.values() for m in members]
+    settings = list(dict.fromkeys(name for m in all_members for name in m.settings))
     if figures is None:
-        figures = list(dict.fromkeys(name for m in every for name in m.figures))
+        figures = list(dict.fromkeys(name for m in all_members for name in m.figures))
     lines = [("family", "member", *settings, *figures, "state")]
     for family, members in families.items():
         for m in members:
@@ -62,14 +65,15 @@ def table_lines(
 def front_figure(
     families: Families, x: str, y: str, *, larger: Sequence[str] = ()
 ) -> Any:
-    """Every member as a point, the Pareto front of each family as a line.
+    """Draw every member as a point and the Pareto front of each family as a line.
 
     Args:
       families: name to members.
-      x: figure on the horizontal axis, logarithmic where it ranges far; what is next
-        to 0 is drawn at the border.
+      x: figure on the horizontal axis, logarithmic where it ranges far; values next
+        to 0 are drawn at the border.
       y: figure on the vertical axis, likewise.
-      larger: which of the two should be large, see :func:`toyfeat.pareto_front`.
+      larger: those of the two that should be large, see
+        :func:`toyfeat.sweeps.pareto_front`.
 
     Returns:
       A matplotlib figure, not registered with pyplot.
@@ -78,35 +82,38 @@ def front_figure(
       ImportError: without matplotlib, naming the extra.
       ValueError: for a figure that members do not have.
     """
-    drawn = figure(6.6, 4.6)
-    axis = drawn.subplots()
+    picture = figure(6.6, 4.6)
+    axis = picture.subplots()
     scales = [_scale(families, name) for name in (x, y)]
+    # Points (hollow if the controller was at a limit), then the front as steps.
     for i, (name, members) in enumerate(families.items()):
         look = {"color": _COLOURS[i % 4], "marker": _MARKERS[i % 4], "alpha": 0.5}
         points = _points(members, (x, y), scales)
-        whole = np.array([m.finite for m in members]) & np.isfinite(points).all(1)
-        stuck = whole & np.array([m.saturated for m in members])
-        said = f"{name}: {whole.sum()} of {len(members)} runs finite"
-        axis.scatter(*points[whole & ~stuck].T, s=26, label=said, **look)
-        if stuck.any():
-            said = f"{name}: {stuck.sum()} saturated"
-            axis.scatter(*points[stuck].T, s=40, fc="none", label=said, **look)
+        finite = np.array([m.finite for m in members]) & np.isfinite(points).all(1)
+        saturated = finite & np.array([m.saturated for m in members])
+        label = f"{name}: {finite.sum()} of {len(members)} runs finite"
+        axis.scatter(*points[finite & ~saturated].T, s=26, label=label, **look)
+        if saturated.any():
+            label = f"{name}: {saturated.sum()} saturated"
+            axis.scatter(*points[saturated].T, s=40, fc="none", label=label, **look)
         front = pareto_front(members, x, y, larger=larger)
         line = _points(front, (x, y), scales).T
         steps = "steps-pre" if x in larger else "steps-post"
         style = {"color": look["color"], "lw": 2, "drawstyle": steps}
         axis.plot(*line, label=f"{name}: Pareto front", **style)
-    sides = [
+    # Axes.
+    labels = [
         f"{n} ({'larger' if n in larger else 'smaller'} is better)" for n in (x, y)
     ]
-    axis.set(xlabel=sides[0], ylabel=sides[1], xscale=scales[0][1], yscale=scales[1][1])
+    (_, xscale), (_, yscale) = scales
+    axis.set(xlabel=labels[0], ylabel=labels[1], xscale=xscale, yscale=yscale)
     axis.set_title(f"{y} against {x}")
     for side, (_, scale) in zip((axis.xaxis, axis.yaxis), scales, strict=True):
         if scale == "log":
             plain_ticks(side)
     axis.grid(alpha=0.25, which="both", lw=0.5)
     axis.legend(fontsize=8, framealpha=0.9)
-    return drawn
+    return picture
 
 
 def brittleness_figure(
@@ -120,20 +127,21 @@ def brittleness_figure(
     middle: Callable[[Sequence[float]], Any] = np.median,
     limits: tuple[float, float] | None = None,
 ) -> Any:
-    """A score over the grid of two hyper-parameters, one panel per family.
+    """Draw a score over the grid of two hyper-parameters, one panel per family.
 
-    Both axes are logarithmic.  A cell is the middle of its members (other settings,
-    random starts); one whose members are not all finite has a cross, one with a
-    saturated controller a ring, and one without any finite member is grey.
+    Both axes are logarithmic.  The colour of a cell is the middle of the scores of
+    its members (other settings, random starts).  A cross marks cells with a member
+    that is not finite, a ring those with a saturated controller; cells without a
+    finite member are grey.
 
     Args:
       families: name to members, all with settings ``x`` and ``y``.
       x: hyper-parameter on the horizontal axis, positive.
       y: hyper-parameter on the vertical axis, positive.
-      score: figure that is the colour.
-      good: from where on the score is a success; the title has the share.
+      score: figure for the colour.
+      good: score from which on a run is a success; the title has their share.
       larger: whether a score should be large.
-      middle: of the scores of a cell; the mean of zeros and ones is a share.
+      middle: median, mean or the like; the mean of zeros and ones is a share.
       limits: of the colours, by default the least and the largest score.
 
     Returns:
@@ -146,11 +154,12 @@ def brittleness_figure(
     """
     if not families or not all(families.values()):
         raise ValueError("brittleness_figure: wanted families with members")
-    drawn = figure(1.2 + 4.6 * len(families), 4.3)
-    panels = drawn.subplots(1, len(families), squeeze=False, sharey=True)[0]
-    every = [value_of(m, score) for ms in families.values() for m in ms if m.finite]
-    every = [value for value in every if np.isfinite(value)] or [0.0, 1.0]
-    low, high = limits or (min(every), max(every))
+    picture = figure(1.2 + 4.6 * len(families), 4.3)
+    panels = picture.subplots(1, len(families), squeeze=False, sharey=True)[0]
+    # One scale of colours for all panels.
+    scores = [value_of(m, score) for ms in families.values() for m in ms if m.finite]
+    scores = [value for value in scores if np.isfinite(value)] or [0.0, 1.0]
+    low, high = limits or (min(scores), max(scores))
     look = {"vmin": low, "vmax": high, "cmap": "viridis" if larger else "viridis_r"}
     image = None
     for axis, (name, members) in zip(panels, families.items(), strict=True):
@@ -162,14 +171,27 @@ def brittleness_figure(
         )
         axis.set_xlabel(x)
     panels[0].set_ylabel(y)
-    drawn.colorbar(image, ax=list(panels), label=score, shrink=0.9)
-    return drawn
+    picture.colorbar(image, ax=list(panels), label=score, shrink=0.9)
+    return picture
 
 
 def success_share(
-    members: Sequence[Member], score: str, good: float, *, larger: bool = True
+    members: Sequence[Row], score: str, good: float, *, larger: bool = True
 ) -> float:
-    """Share of members that are finite and have a good score."""
+    """Compute the share of members that are finite and have a good score.
+
+    Args:
+      members: at least one.
+      score: a figure.
+      good: score from which on a member is a success.
+      larger: whether a score should be large.
+
+    Returns:
+      The share, in [0, 1].
+
+    Raises:
+      ValueError: if there are no members.
+    """
     if not members:
         raise ValueError("success_share: there are no members")
     values = np.array([value_of(m, score) if m.finite else np.nan for m in members])
@@ -187,7 +209,7 @@ def write_sweep(
     figures: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Write ``sweep.json``, a PNG per picture and ``sweep.html``; print the table.
+    """Write ``sweep.json``, ``sweep.html`` and a PNG per picture; print the table.
 
     Args:
       folder: an existing folder.
@@ -201,7 +223,13 @@ def write_sweep(
 
     Returns:
       The path of the page.
+
+    Raises:
+      ValueError: if a slug is not a plain file name.
     """
+    if bad := [slug for slug in pictures if not re.fullmatch(r"[\w-]+", slug)]:
+        raise ValueError(f"write_sweep: a slug must be a plain name, got {bad[0]!r}")
+    # The JSON, with all figures.
     entries = [
         {"family": family, **_plain(member._asdict())}
         for family, members in families.items()
@@ -209,12 +237,11 @@ def write_sweep(
     ]
     text = json.dumps({**header, "members": entries}, indent=1, allow_nan=False)
     write_whole(folder / "sweep.json", text + "\n")
+    # The page: argument, pictures and the table.
     lines = table_lines(families, figures)
     body = [page.paragraph(text) for text in argument]
-    if bad := [slug for slug in pictures if not re.fullmatch(r"[\w-]+", slug)]:
-        raise ValueError(f"write_sweep: a slug must be a plain name, got {bad[0]!r}")
-    for slug, (drawn, caption) in pictures.items():
-        image = png(drawn)
+    for slug, (picture, caption) in pictures.items():
+        image = png(picture)
         (folder / f"{slug}.png").write_bytes(image)
         body.append(page.picture(data_uri(image), caption))
     sections = [
@@ -230,12 +257,13 @@ def write_sweep(
 
 def _draw_cells(
     axis: Any,
-    members: Sequence[Member],
+    members: Sequence[Row],
     names: tuple[str, str],
     score: str,
     middle: Callable[[Sequence[float]], Any],
     look: dict[str, Any],
 ) -> Any:
+    """Draw the panel of a family; returns the image, for the scale of colours."""
     places = np.array([[value_of(m, name) for name in names] for m in members])
     if not np.all(places > 0):
         raise ValueError(
@@ -243,16 +271,18 @@ def _draw_cells(
             f"{names[1]} > 0, got {places.min():g}"
         )
     ticks = [np.unique(column) for column in places.T]
-    cells, cross, ring = _cells(members, places, ticks, score, middle)
+    # Colours.
+    cells, diverged, saturated = _cells(members, places, ticks, score, middle)
     edges = [_edges(values) for values in ticks]
     image = axis.pcolormesh(*edges, np.ma.masked_invalid(cells), **look)
     axis.set(xscale="log", yscale="log", facecolor="#e4e4e4")
+    # Crosses and rings, drawn twice so that they are seen on any colour.
     for marks, symbol, size, colours in (
-        (cross, "x", 9, ("white", RED)),
-        (ring, "o", 11, ("black", "white")),
+        (diverged, "x", 9, ("white", RED)),
+        (saturated, "o", 11, ("black", "white")),
     ):
         rows, columns = np.nonzero(marks)
-        for colour, width in zip(colours, (4.0, 1.8), strict=True):  # seen on any cell
+        for colour, width in zip(colours, (4.0, 1.8), strict=True):
             look = {"ms": size, "mew": width, "mfc": "none", "color": colour}
             axis.plot(ticks[0][columns], ticks[1][rows], symbol, **look)
     for side, values in ((axis.xaxis, ticks[0]), (axis.yaxis, ticks[1])):
@@ -262,57 +292,63 @@ def _draw_cells(
 
 
 def _cells(
-    members: Sequence[Member],
+    members: Sequence[Row],
     places: np.ndarray,
     ticks: list[np.ndarray],
     score: str,
     middle: Callable[[Sequence[float]], Any],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The score of every cell, whether a run of it diverged or was saturated."""
+    """Compute for every cell its score, whether a run diverged, was saturated."""
     cells = np.full((len(ticks[1]), len(ticks[0])), np.nan)
-    cross, ring = np.zeros((2, *cells.shape), bool)
+    diverged, saturated = np.zeros((2, *cells.shape), bool)
     for row, column in np.ndindex(cells.shape):
-        here = (places == [ticks[0][column], ticks[1][row]]).all(1)
-        mine = [m for m, there in zip(members, here, strict=True) if there]
-        values = [value_of(m, score) for m in mine if m.finite]
+        inside = (places == [ticks[0][column], ticks[1][row]]).all(1)
+        cell_members = [
+            m for m, is_inside in zip(members, inside, strict=True) if is_inside
+        ]
+        values = [value_of(m, score) for m in cell_members if m.finite]
         cells[row, column] = middle(values) if values else np.nan
-        cross[row, column] = any(not m.finite for m in mine)
-        ring[row, column] = any(m.saturated for m in mine)
-    return cells, cross, ring
+        diverged[row, column] = any(not m.finite for m in cell_members)
+        saturated[row, column] = any(m.saturated for m in cell_members)
+    return cells, diverged, saturated
 
 
 def _edges(values: np.ndarray) -> np.ndarray:
-    """Borders of cells around ascending values, half way in logarithms."""
+    """Compute borders of cells around ascending values, half way in logarithms."""
     logs = np.log(values)
-    middle = (logs[1:] + logs[:-1]) / 2
+    inner = (logs[1:] + logs[:-1]) / 2
+    # The outer borders are as far out; a single cell reaches from half to double.
     step = np.diff(logs)[[0, -1]] / 2 if len(logs) > 1 else np.log([2.0, 2.0])
-    return np.exp(np.concatenate([[logs[0] - step[0]], middle, [logs[-1] + step[1]]]))
+    return np.exp(np.concatenate([[logs[0] - step[0]], inner, [logs[-1] + step[1]]]))
 
 
 def _scale(families: Families, name: str) -> tuple[float, str]:
-    """The least value that is drawn, and the scale of an axis.
+    """Choose the least value that is drawn, and the scale of an axis.
 
-    Logarithmic for figures that are never negative and range over a factor of 10;
-    what is less than 1e-3 of the largest is drawn there.
+    Logarithmic for figures that are never negative and range far (``_LOG_RANGE``);
+    there a value is drawn no lower than ``_FLOOR`` of the largest.
     """
-    every = np.array([value_of(m, name) for ms in families.values() for m in ms])
-    every = every[np.isfinite(every)]
-    some = every[every > 0]
-    if not some.size or every.min() < 0 or some.max() < 10 * some.min():
+    values = np.array([value_of(m, name) for ms in families.values() for m in ms])
+    values = values[np.isfinite(values)]
+    positive = values[values > 0]
+    if not positive.size or values.min() < 0:
         return -np.inf, "linear"
-    return max(float(some.min()), 1e-3 * float(some.max())), "log"
+    if positive.max() < _LOG_RANGE * positive.min():
+        return -np.inf, "linear"
+    return max(float(positive.min()), _FLOOR * float(positive.max())), "log"
 
 
 def _points(
-    members: Sequence[Member],
+    members: Sequence[Row],
     names: tuple[str, str],
     scales: Sequence[tuple[float, str]],
 ) -> np.ndarray:
+    """Return two figures of all members ``[P, 2]``, not below the floors."""
     points = np.array([[value_of(m, name) for name in names] for m in members])
     return np.maximum(points.reshape(-1, 2), [floor for floor, _ in scales])
 
 
-def _state_of(member: Member) -> str:
+def _state_of(member: Row) -> str:
     words = [] if member.finite else ["not finite"]
     return ", ".join(words + ["saturated"] * member.saturated) or "ok"
 
@@ -322,7 +358,7 @@ def _cell(value: float | None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN; a string says it instead."""
+    """Return a value that JSON can hold: NaN and infinities as strings."""
     if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: _plain(entry) for name, entry in value.items()}
     return str(value) if isinstance(value, float) and not np.isfinite(value) else value

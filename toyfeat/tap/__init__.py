@@ -1,4 +1,4 @@
-"""Activations and activation gradients, at any site of any JAX model."""
+"""Activations and activation gradients at any site of any JAX model."""
 
 from toyfeat.tap import readouts
 from toyfeat.tap.checks import check_no_mixing, check_taps

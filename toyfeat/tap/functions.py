@@ -5,11 +5,12 @@ from typing import Any
 
 from jax.extend.core import get_opaque_trace_state
 
-from toyfeat.tap.probes import check_sites, indexed, probed_value, visit
+from toyfeat.tap.probes import apply_probe, call_name, check_sites, visit
 from toyfeat.types import Acts, Inputs, Outputs, Params, Probe, Probed
 
 
 def _trace_state() -> Any:
+    """Return a token of the JAX trace in progress, equal inside one trace."""
     return get_opaque_trace_state(convention="toyfeat")
 
 
@@ -55,6 +56,7 @@ def from_function(fn: Callable[..., Outputs]) -> Probed:
         outer = _trace_state()
 
         def tap(name: str, value: Any) -> Any:
+            # A value that belongs to an inner trace cannot be stored outside of it.
             if _trace_state() != outer:
                 raise ValueError(
                     f"from_function: tap({name!r}, ...) was called inside a jit, scan, "
@@ -63,13 +65,14 @@ def from_function(fn: Callable[..., Outputs]) -> Probed:
                     "from_linen, which lifts its sites"
                 )
 
-            def at_leaf(site: str, act: Any) -> Any:
-                acts[site] = probed_value(site, act, probes.get(site))
+            def record_leaf(site: str, act: Any) -> Any:
+                acts[site] = apply_probe(site, act, probes.get(site))
                 return acts[site]
 
+            # A repeated name is a site of its own, numbered by the call.
             call = calls.get(name, 0)
             calls[name] = call + 1
-            return visit(indexed(name, call), value, at_leaf)
+            return visit(call_name(name, call), value, record_leaf)
 
         outputs = fn(params, inputs, tap)
         check_sites(probes, acts, who="from_function")
@@ -89,7 +92,7 @@ def from_split(
     Args:
       prefix: ``prefix(params, inputs) -> acts``.
       suffix: ``suffix(params, acts) -> outputs``.
-      site: what to call the place between them.
+      site: name of the activations between the two.
 
     Returns:
       ``probed(params, inputs, probes) -> (outputs, {site: acts})``.

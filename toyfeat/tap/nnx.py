@@ -11,21 +11,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from toyfeat.tap.probes import batch_size_of, indexed, probed_value, visit
-from toyfeat.tap.slots import Slot, check_probes, slot_of
+from toyfeat.tap.probes import apply_probe, call_name, infer_batch_size, visit
+from toyfeat.tap.slots import Slot, check_probes, infer_slot
 from toyfeat.types import Acts, Array, Inputs, Outputs, Params, Probe, Probed
 
-# The functions among the probes of the call in progress.
+# The function probes of the call in progress, by site.
 _FUNCTIONS: ContextVar[Mapping[str, Probe]] = ContextVar("toyfeat_functions")
 
 
-# Types of our own, so that what a model sows and perturbs itself stays apart.
+# Private variable types, which keep the recording apart from what a model sows and
+# perturbs itself.
 class _Recorded(nnx.Intermediate):
     """The values of one method, call by call: (marker, {site: act}), ..."""
 
 
 class _Delta(nnx.Perturbation):
-    """What is added at a site."""
+    """The array probe of a site, which is added to its value."""
 
 
 def from_nnx(model: nnx.Module) -> tuple[Probed, Params]:
@@ -74,12 +75,12 @@ def from_nnx(model: nnx.Module) -> tuple[Probed, Params]:
         params: Params, inputs: Inputs, probes: Mapping[str, Probe]
     ) -> tuple[Outputs, Acts]:
         args = inputs if type(inputs) is tuple else (inputs,)
-        batch = batch_size_of(inputs)
+        batch = infer_batch_size(inputs)
         functions = {site: p for site, p in probes.items() if callable(p)}
 
         def run(functions: Mapping[str, Probe], deltas: Any) -> Any:
-            # A fresh copy of the variables belongs to the trace we are in, which
-            # is what lets nnx transforms inside the model update them.
+            # A fresh copy of the variables belongs to the trace we are in, so
+            # that nnx transforms inside the model may update them.
             clone = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, params))
             _prepare(clone, fresh=bool(functions))
             token = _FUNCTIONS.set(functions)
@@ -88,23 +89,25 @@ def from_nnx(model: nnx.Module) -> tuple[Probed, Params]:
             finally:
                 _FUNCTIONS.reset(token)
 
+        # Array probes are variables, so the shapes of their sites are needed first.
         deltas = None
         if probes:
             recorded = jax.eval_shape(lambda: run({}, None)[1])
-            slots = [(path, slot) for path, slot, _ in _slots(recorded, batch)]
+            slots = [(path, slot) for path, slot, _ in _read_slots(recorded, batch)]
             check_probes([slot for _, slot in slots], probes, "from_nnx")
-            deltas = _packed(slots, probes)
+            deltas = _pack_deltas(slots, probes)
+        # Run the model and split what was recorded into sites.
         outputs, recorded = run(functions, deltas)
         acts: Acts = {}
-        for _, slot, value in _slots(recorded, batch):
-            acts |= slot.acts(value)
+        for _, slot, value in _read_slots(recorded, batch):
+            acts |= slot.split_acts(value)
         return outputs, acts
 
     return probed, jax.tree.map(lambda leaf: leaf, state)
 
 
 def _prepare(clone: nnx.Module, *, fresh: bool) -> None:
-    """Make the methods of a clone record, and tell each module its path.
+    """Make the methods of a clone record their values, and store module paths.
 
     nnx.remat reuses a trace where the static parts of a module are equal, and a
     trace holds the functions it was made with: ``fresh`` makes them unequal.
@@ -112,75 +115,85 @@ def _prepare(clone: nnx.Module, *, fresh: bool) -> None:
     stamp = object() if fresh else None
     modules: list[tuple[Any, Any]] = list(nnx.iter_modules(clone))
     # The state of a cell is the carry of a scan, which must keep its structure.
-    carried = [
+    carried_cells = [
         (*path, "cell") for path, module in modules if isinstance(module, nnx.RNN)
     ]
     for path, module in modules:
-        if any(path[: len(cell)] == cell for cell in carried):
+        if any(path[: len(cell)] == cell for cell in carried_cells):
             continue
-        recording = _recording(type(module))
-        if recording is not type(module):
-            module.__class__ = recording
+        recording_class = _recording_class(type(module))
+        if recording_class is not type(module):
+            module.__class__ = recording_class
             module._toyfeat = ("/".join(map(str, path)), stamp)
 
 
 @functools.cache
-def _recording(cls: type) -> type:
-    """Return a subclass whose public methods record what they return."""
+def _recording_class(cls: type) -> type:
+    """Make a subclass whose public methods record their values."""
     methods = {
         name: _recording_method(getattr(cls, name), name)
         for name in dir(cls)
         if _is_site(cls, name)
     }
-    # A subclass is a pytree by default, also of a module that is none.
-    kind = {"pytree": getattr(cls, "_pytree__is_pytree", True)}
-    return types.new_class(cls.__name__, (cls,), kind, lambda ns: ns.update(methods))
+    # A subclass of a module that is no pytree would become one by default.
+    options = {"pytree": getattr(cls, "_pytree__is_pytree", True)}
+    return types.new_class(cls.__name__, (cls,), options, lambda ns: ns.update(methods))
 
 
 def _is_site(cls: type, name: str) -> bool:
+    """Return whether a method is ``__call__`` or a public one of the model's own."""
     if name == "__call__":
         return True
-    own = not hasattr(nnx.Module, name) and not name.startswith("_")
-    return own and inspect.isfunction(inspect.getattr_static(cls, name))
+    public = not hasattr(nnx.Module, name) and not name.startswith("_")
+    return public and inspect.isfunction(inspect.getattr_static(cls, name))
 
 
 def _recording_method(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Wrap a method so that its value is probed and recorded."""
+
     @functools.wraps(method)
     def recording(self: Any, *args: Any, **kwargs: Any) -> Any:
         value = method(self, *args, **kwargs)
         path, functions = self._toyfeat[0], _FUNCTIONS.get({})
         base = path if name == "__call__" and path else f"{path}.{name}".lstrip(".")
-        returned = []
+        probed_values = []
 
         # The call is counted in the recording itself, not in Python: nnx.remat
         # traces a body twice, and each time starts from the same recording.
         def append(calls: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
             acts: Acts = {}
 
-            def at_leaf(site: str, act: Array) -> Array:
+            def record_leaf(site: str, act: Array) -> Array:
                 act = self.perturb(site, act, _Delta)
-                acts[site] = probed_value(site, act, functions.get(site))
+                acts[site] = apply_probe(site, act, functions.get(site))
                 return acts[site]
 
-            returned.append(visit(indexed(base, len(calls)), value, at_leaf))
-            return (*calls, (jnp.zeros(()), acts))  # with the marker of slot_of
+            site = call_name(base, len(calls))
+            probed_values.append(visit(site, value, record_leaf))
+            return (*calls, (jnp.zeros(()), acts))  # with the marker of infer_slot
 
-        sown = self.sow(_Recorded, name, value, init_fn=tuple, reduce_fn=append)
-        return returned[0] if sown else value
+        # ``sow`` does nothing unless the model runs inside ``nnx.capture``.
+        recorded = self.sow(_Recorded, name, value, init_fn=tuple, reduce_fn=append)
+        return probed_values[0] if recorded else value
 
     return recording
 
 
-def _slots(recorded: Any, batch: int) -> Iterator[tuple[tuple[Any, ...], Slot, Any]]:
-    """Path of the module, slot and value of everything that was recorded."""
+def _read_slots(
+    recorded: Any, batch: int
+) -> Iterator[tuple[tuple[Any, ...], Slot, Any]]:
+    """Read the recording: path of the module, slot and value of every site."""
     for path, variable in nnx.to_flat_state(recorded):
         calls = variable.get_value() if isinstance(variable, nnx.Variable) else variable
         for marker, acts in calls:
             for site, value in acts.items():
-                yield path[:-1], slot_of(site, marker, value, batch), value
+                yield path[:-1], infer_slot(site, marker, value, batch), value
 
 
-def _packed(slots: list[tuple[tuple[Any, ...], Slot]], probes: Any) -> nnx.State | None:
-    deltas = [((*path, slot.site), slot.delta(probes)) for path, slot in slots]
-    given = {place: _Delta(delta) for place, delta in deltas if delta is not None}
-    return nnx.from_flat_state(given) if given else None
+def _pack_deltas(
+    slots: list[tuple[tuple[Any, ...], Slot]], probes: Any
+) -> nnx.State | None:
+    """Build the state of array probes, or ``None`` without any."""
+    stacked = [((*path, slot.site), slot.stack_deltas(probes)) for path, slot in slots]
+    deltas = {place: _Delta(delta) for place, delta in stacked if delta is not None}
+    return nnx.from_flat_state(deltas) if deltas else None

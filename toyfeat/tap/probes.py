@@ -1,4 +1,4 @@
-"""Site names, and what a probe does to a value: shared by every adapter."""
+"""Site names and the application of probes, shared by every adapter."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,36 +9,37 @@ import jax.numpy as jnp
 from toyfeat.types import Array, Inputs, Params, Probe, Probed
 
 
-def indexed(name: str, call: int) -> str:
-    """Name of the ``call``-th value at a site: the first one has no suffix."""
+def call_name(name: str, call: int) -> str:
+    """Name the site of a repeated call: ``name``, ``name#1``, ``name#2``, ..."""
     return name if call == 0 else f"{name}#{call}"
 
 
 def _leaf_name(name: str, path: tuple[Any, ...]) -> str:
+    """Name the site of a leaf of a pytree, such as ``name[0][key]``."""
     return name + "".join(f"[{jax.tree_util.keystr((k,), simple=True)}]" for k in path)
 
 
 def is_float_array(value: Any) -> bool:
-    """Whether a value can carry a gradient."""
+    """Return whether a value is an array that can carry a gradient."""
     return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)
 
 
 def visit(name: str, value: Any, visit_leaf: Callable[[str, Array], Array], /) -> Any:
-    """Pass every float array of a value through ``visit_leaf(site, leaf)``.
+    """Map ``visit_leaf(site, leaf)`` over the float arrays of a value.
 
     A plain array keeps the name; the leaves of a tuple or a dict become the
     sites ``name[0]``, ``name[key]``, ...  Everything else is returned untouched.
     """
 
-    def at(path: tuple[Any, ...], leaf: Any) -> Any:
+    def visit_path(path: tuple[Any, ...], leaf: Any) -> Any:
         return (
             visit_leaf(_leaf_name(name, path), leaf) if is_float_array(leaf) else leaf
         )
 
-    return jax.tree_util.tree_map_with_path(at, value)
+    return jax.tree_util.tree_map_with_path(visit_path, value)
 
 
-def probed_value(site: str, act: Array, probe: Probe | None) -> Array:
+def apply_probe(site: str, act: Array, probe: Probe | None) -> Array:
     """Apply one probe to one activation, keeping its shape and dtype.
 
     Args:
@@ -51,6 +52,7 @@ def probed_value(site: str, act: Array, probe: Probe | None) -> Array:
     """
     if probe is None:
         return act
+    # A function replaces the activation.
     if callable(probe):
         out = probe(act)
         if jnp.shape(out) != act.shape:
@@ -59,6 +61,7 @@ def probed_value(site: str, act: Array, probe: Probe | None) -> Array:
                 f"{act.shape}, it returned {jnp.shape(out)}"
             )
         return jnp.asarray(out).astype(act.dtype)
+    # An array is added to it.
     probe = jnp.asarray(probe)
     try:
         delta = jnp.broadcast_to(probe, act.shape)
@@ -71,7 +74,7 @@ def probed_value(site: str, act: Array, probe: Probe | None) -> Array:
     return act + delta.astype(act.dtype)
 
 
-def batch_size_of(inputs: Inputs) -> int:
+def infer_batch_size(inputs: Inputs) -> int:
     """Return the leading axis ``B`` that all leaves of the inputs share.
 
     Raises:
@@ -87,19 +90,19 @@ def batch_size_of(inputs: Inputs) -> int:
     return sizes.pop()
 
 
-def check_sites(asked: Iterable[str], known: Iterable[str], *, who: str) -> None:
-    """Raise if a site is asked for that the model does not have."""
+def check_sites(sites: Iterable[str], known: Iterable[str], *, who: str) -> None:
+    """Raise if the model does not have one of the requested sites."""
     known = list(known)
-    missing = [site for site in asked if site not in known]
+    missing = [site for site in sites if site not in known]
     if missing:
         raise ValueError(unknown_sites_message(missing, known, who=who))
 
 
 def unknown_sites_message(missing: list[str], known: list[str], *, who: str) -> str:
-    """Name the missing sites, the known ones and the usual reasons."""
-    parts = [m for m in missing if any(k.startswith(m + "[") for k in known)]
-    if parts:
-        reason = f"{parts[0]!r} is a tuple or dict: ask for one of its parts"
+    """Format an error: the missing sites, the known ones, the usual reason."""
+    trees = [m for m in missing if any(k.startswith(m + "[") for k in known)]
+    if trees:
+        reason = f"{trees[0]!r} is a tuple or dict: ask for one of its parts"
     else:
         reason = (
             "the path is misspelt, the module was not called for these inputs, or it "
@@ -115,7 +118,7 @@ def unknown_sites_message(missing: list[str], known: list[str], *, who: str) -> 
 def site_shapes(
     probed: Probed, params: Params, inputs: Inputs
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every site of a model, without running it.
+    """Return shape and dtype of every site of a model, without running it.
 
     Args:
       probed: the model.
@@ -127,9 +130,9 @@ def site_shapes(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> import toyfeat as tf
-      >>> probed = tf.from_split(lambda w, x: x @ w, lambda w, a: a.sum(-1))
-      >>> tf.site_shapes(probed, jnp.ones((2, 3)), jnp.ones((5, 2)))["acts"].shape
+      >>> import toyfeat as ft
+      >>> probed = ft.from_split(lambda w, x: x @ w, lambda w, a: a.sum(-1))
+      >>> ft.site_shapes(probed, jnp.ones((2, 3)), jnp.ones((5, 2)))["acts"].shape
       (5, 3)
     """
     return jax.eval_shape(lambda p, x: probed(p, x, {})[1], params, inputs)

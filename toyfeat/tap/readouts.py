@@ -1,16 +1,21 @@
-r"""Which gradients: scalars of a model's output, as cotangents at its output.
+r"""Readouts: what is differentiated, as cotangents at the model's output.
 
 A readout turns the outputs of a batch into ``K`` cotangents per input.  Pulled
 back to a site they are the gradients :math:`g_{nk}`, one per readout, read at
-each position of the site.  It is a pytree: labels, keys, scales and masks are
-leaves, so that one compiled :func:`toyfeat.tap` serves all batches, and the
-functions in it are static, so define them once and not inside a loop.
+each position of the site.  A gradient is a covector, like the readers of features
+(what the next layer takes the dot product with); activations are vectors, like their
+writers (what the previous layer adds).
+
+A readout is a pytree: labels, keys, scales and masks are leaves, so that one compiled
+:func:`toyfeat.tap` serves all batches.  The functions in it are static, so define
+them once and not inside a loop.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -22,20 +27,20 @@ Select = Callable[[Outputs], Outputs]
 
 @struct.dataclass
 class Readout:
-    """Cotangents at the outputs, and which examples they count for.
+    """A readout, which is differentiated: cotangents at outputs, weights of examples.
 
-    Build one with the functions of this module, or your own from a ``rule``.
+    Build one with a function of this module, or from a ``rule`` of your own.
 
     Attributes:
       rule: ``rule(options, outputs, chunk) -> cotangents``, with the structure
         of ``outputs`` and leaves ``[K, *leaf.shape]``.  Static.
       options: hashable arguments of the rule.  Static.
       labels: pytree with leading axis ``B``, split into chunks with the inputs.
-      shared: pytree that all inputs share.
+      shared: pytree that is the same for all inputs.
       key: random key, folded with the index of each input.
       mask: ``[B]`` or ``[B, positions...]``, the weights of the examples.
-      scales: ``[S]``, where along a path the gradient is taken (see
-        :func:`along_path`).
+      scales: ``[S]``, the points of a path at which the gradient is taken (see
+        :func:`along_path`), or ``None``.
     """
 
     rule: rules.Rule = struct.field(pytree_node=False)
@@ -64,14 +69,38 @@ def scalar(fn: Callable[[Outputs], Array], *, mask: Array | None = None) -> Read
 
     Example:
       >>> import jax.numpy as jnp
-      >>> import toyfeat as tf
-      >>> probed = tf.from_split(lambda p, x: x @ p, lambda p, a: a**2)
+      >>> import toyfeat as ft
+      >>> probed = ft.from_split(lambda p, x: x @ p, lambda p, a: a**2)
       >>> readout = scalar(lambda y: y[0])
       >>> x = jnp.array([[1.0, 2.0]])
-      >>> tf.tap(probed, jnp.eye(2), x, sites="acts", readout=readout)["acts"].grads
+      >>> ft.tap(probed, jnp.eye(2), x, sites="acts", readout=readout)["acts"].grads
       Array([[[2., 0.]]], dtype=float32)
     """
-    return Readout(rule=rules.terms, options=(fn,), mask=mask)
+    return Readout(rule=rules.scalar_or_loss, options=(fn,), mask=mask)
+
+
+def half_squared_norm(*, mask: Array | None = None) -> Readout:
+    r"""Gradient of half the squared norm of each input's output; ``K = 1``.
+
+    The gradient is :math:`J^\top y`: every direction that the output depends on,
+    weighed by what it adds to the output.  It needs no labels, and every model has it.
+
+    Args:
+      mask: weights, as in :func:`scalar`.
+
+    Returns:
+      A readout for :func:`toyfeat.tap`; the norm is over all arrays of the outputs.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import toyfeat as ft
+      >>> probed = ft.from_split(lambda p, x: x, lambda p, a: a @ p)
+      >>> params, x = jnp.array([[3.0], [4.0]]), jnp.array([[1.0, 0.5]])
+      >>> readout = half_squared_norm()
+      >>> ft.tap(probed, params, x, sites="acts", readout=readout)["acts"].grads
+      Array([[[15., 20.]]], dtype=float32)
+    """
+    return scalar(_half_squared_norm, mask=mask)
 
 
 def loss(
@@ -96,7 +125,7 @@ def loss(
       >>> import jax.numpy as jnp, optax
       >>> readout = loss(optax.squared_error, jnp.zeros((8, 3)))
     """
-    return Readout(rule=rules.terms, options=(fn,), labels=labels, mask=mask)
+    return Readout(rule=rules.scalar_or_loss, options=(fn,), labels=labels, mask=mask)
 
 
 def next_token_loss(
@@ -110,7 +139,7 @@ def next_token_loss(
 
     Position ``t`` predicts token ``t + 1``.  The last position has no target and
     gets weight 0.  So does the first one that is not padding, whose activations
-    are often massive outliers; ``first=True`` shows it.
+    are often massive outliers; ``first=True`` counts it.
 
     Args:
       tokens: ``[B, T]`` int.
@@ -125,7 +154,7 @@ def next_token_loss(
       ValueError: if ``tokens`` is not ``[B, T]`` with ``T >= 2``, or if ``mask``
         has another shape.
     """
-    tokens = _whole("next_token_loss: tokens", tokens)
+    tokens = _as_integers("next_token_loss: tokens", tokens)
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise ValueError(
             "next_token_loss: tokens must be [B, T] with T >= 2, got shape "
@@ -137,11 +166,13 @@ def next_token_loss(
             f"next_token_loss: mask must have the shape of tokens {tokens.shape}, got "
             f"{mask.shape}"
         )
+    # A position has a target if it and the next one are no padding.
     targets = jnp.concatenate([mask[:, :-1] * mask[:, 1:], 0 * mask[:, :1]], axis=1)
-    later = jnp.cumsum(mask > 0, axis=1) > 1
-    weights = targets if first else jnp.where(later, targets, 0)
+    # The first position that is no padding is no example, unless asked for.
+    after_first = jnp.cumsum(mask > 0, axis=1) > 1
+    weights = targets if first else jnp.where(after_first, targets, 0)
     return Readout(
-        rule=rules.next_token,
+        rule=rules.next_token_loss,
         options=(select,),
         labels=(jnp.roll(tokens, -1, axis=1), targets),
         mask=weights,
@@ -188,7 +219,7 @@ def sampled_labels(
         )
     _check_num("sampled_labels", num)
     return Readout(
-        rule=rules.sampled, options=(num, family, select), key=key, mask=mask
+        rule=rules.sampled_labels, options=(num, family, select), key=key, mask=mask
     )
 
 
@@ -211,11 +242,11 @@ def random_directions(
       key: random key; input ``i`` uses ``fold_in(key, i)``.
       num: the number ``K`` of directions.
       kind: ``"rademacher"`` (smaller variance) or ``"gaussian"``.
-      over: what is drawn together: ``"all"`` entries of an output; its
-        ``"positions"``, one unit (entry of the last axis) after the other, so
-        that ``K`` is ``num`` times the units; or its ``"units"``, one position
-        after the other, ``K`` being ``num`` times the positions.  The last two
-        cost more and vary less.
+      over: which entries of an output share a direction: ``"all"``; the
+        ``"positions"`` of one unit (entry of the last axis), so that ``K`` is
+        ``num`` times the units; or the ``"units"`` of one position, ``K`` being
+        ``num`` times the positions.  The last two cost more and have a smaller
+        variance.
       select: picks the part of the outputs to look at.
       mask: weights, as in :func:`scalar`.
 
@@ -242,7 +273,7 @@ def random_directions(
         )
     _check_num("random_directions", num)
     options = (num, kind, select, over)
-    return Readout(rule=rules.random, options=options, key=key, mask=mask)
+    return Readout(rule=rules.random_directions, options=options, key=key, mask=mask)
 
 
 def directions(
@@ -306,12 +337,14 @@ def logit_difference(
       ValueError: if an index is neither a scalar nor ``[B]``; from ``tap``, if
         the outputs do not have it (inside jit the gradients are NaN instead).
     """
-    a, b = _whole("logit_difference: a", a), _whole("logit_difference: b", b)
+    a = _as_integers("logit_difference: a", a)
+    b = _as_integers("logit_difference: b", b)
     if a.ndim > 1 or b.ndim > 1:
         raise ValueError(
             "logit_difference: a and b must be integers or [B], got shapes "
             f"{a.shape} and {b.shape}"
         )
+    # One index per input is split with the inputs, a single one is shared.
     per_input = {n: v for n, v in (("a", a), ("b", b)) if v.ndim}
     shared = {n: v for n, v in (("a", a), ("b", b)) if not v.ndim}
     return Readout(
@@ -324,7 +357,7 @@ def logit_difference(
 
 
 def along_path(readout: Readout, scales: Array) -> Readout:
-    r"""The same readout at several scalings of the activation.
+    r"""Take a readout's gradient at several scalings of the activation.
 
     The gradient of ``readout`` with respect to the activation is taken at
     ``scale * act`` for each scale, one site at a time; the activations returned
@@ -360,7 +393,13 @@ def along_path(readout: Readout, scales: Array) -> Readout:
     return dataclasses.replace(readout, scales=scales)
 
 
-def _whole(who: str, index: Array | int) -> Array:
+def _half_squared_norm(output: Outputs) -> Array:
+    """Sum over all leaves; one function, so that all such readouts share a program."""
+    return jnp.stack([jnp.sum(x**2) for x in jax.tree.leaves(output)]).sum() / 2
+
+
+def _as_integers(who: str, index: Array | int) -> Array:
+    """Convert to an integer array, or raise."""
     index = jnp.asarray(index)
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f"{who} must be integers, got {index.dtype}")
@@ -368,5 +407,6 @@ def _whole(who: str, index: Array | int) -> Array:
 
 
 def _check_num(who: str, num: int) -> None:
+    """Raise if a number of draws is not positive."""
     if num < 1:
         raise ValueError(f"{who}: num must be at least 1, got {num}")

@@ -1,4 +1,4 @@
-"""Activations and gradients at several sites, in one forward and one backward."""
+"""Activations and gradients at several sites from one forward and backward pass."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from toyfeat.tap.probes import batch_size_of, check_sites, is_float_array
+from toyfeat.tap.probes import check_sites, infer_batch_size, is_float_array
 from toyfeat.tap.readouts import Readout
 from toyfeat.tap.rules import Chunk
 from toyfeat.types import Acts, Array, Inputs, Outputs, Params, Probe, Probed, Taps
@@ -53,22 +53,24 @@ def tap(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> import toyfeat as tf
-      >>> probed = tf.from_split(lambda p, x: x @ p, lambda p, a: a.sum(-1))
-      >>> taps = tf.tap(
+      >>> import toyfeat as ft
+      >>> probed = ft.from_split(lambda p, x: x @ p, lambda p, a: a.sum(-1))
+      >>> taps = ft.tap(
       ...     probed, jnp.eye(3), jnp.ones((4, 3)),
-      ...     sites="acts", readout=tf.readouts.scalar(lambda y: y**2),
+      ...     sites="acts", readout=ft.readouts.scalar(lambda y: y**2),
       ... )["acts"]
       >>> taps.acts.shape, taps.grads.shape, taps.grads[0, 0].tolist()
       ((4, 3), (4, 1, 3), [6.0, 6.0, 6.0])
     """
     sites = (sites,) if isinstance(sites, str) else tuple(sites)
-    size = batch_size_of(inputs)
+    size = infer_batch_size(inputs)
     _check_arguments(sites, readout, size, batch_size)
+    # Check sites, mask and outputs by shape, before anything runs.
     outputs, shapes = jax.eval_shape(lambda p, x: probed(p, x, {}), params, inputs)
-    shapes = _site_shapes(sites, shapes, size, readout)
+    shapes = _select_sites(sites, shapes, size, readout)
     if readout is not None:
         _check_outputs(outputs, size)
+    # What is split into chunks: one row per input.
     per_input = (
         inputs,
         None if readout is None else readout.labels,
@@ -78,16 +80,17 @@ def tap(
 
     def taps_of(chunk: Any) -> dict[str, Taps]:
         inputs, labels, mask, index = chunk
-        return _taps(probed, params, inputs, shapes, readout, labels, mask, index)
+        return _tap_chunk(probed, params, inputs, shapes, readout, labels, mask, index)
 
     if batch_size is None or batch_size >= size:
         return taps_of(per_input)
-    return _in_chunks(taps_of, per_input, size, batch_size)
+    return _map_chunks(taps_of, per_input, size, batch_size)
 
 
 def _check_arguments(
     sites: tuple[str, ...], readout: Any, size: int, batch_size: int | None
 ) -> None:
+    """Raise if sites, sizes or the leaves of the readout do not fit the inputs."""
     if not sites:
         raise ValueError("tap: sites is empty; name at least one site")
     if size < 1:
@@ -110,26 +113,27 @@ def _check_arguments(
                 )
 
 
-def _in_chunks(
+def _map_chunks(
     taps_of: Callable[[Any], dict[str, Taps]], tree: Any, size: int, batch_size: int
 ) -> dict[str, Taps]:
-    """Map over chunks of the batch; the last one is filled up and cut off again."""
+    """Map over chunks of the batch; the padding of the last one is cut off."""
+    # The last input is repeated until the chunks are full.
     chunks = -(-size // batch_size)
     index = jnp.minimum(jnp.arange(chunks * batch_size), size - 1)
 
     def split(leaf: Array) -> Array:
         leaf = jnp.asarray(leaf)
-        full = leaf if size == chunks * batch_size else leaf[index]
-        return full.reshape((chunks, batch_size, *leaf.shape[1:]))
+        padded = leaf if size == chunks * batch_size else leaf[index]
+        return padded.reshape((chunks, batch_size, *leaf.shape[1:]))
 
-    def joined(leaf: Array) -> Array:  # [chunks, batch_size * positions, ...]
+    def join(leaf: Array) -> Array:  # [chunks, batch_size * positions, ...]
         flat = leaf.reshape((-1, *leaf.shape[2:]))
         return flat[: size * leaf.shape[1] // batch_size]
 
-    return jax.tree.map(joined, jax.lax.map(taps_of, jax.tree.map(split, tree)))
+    return jax.tree.map(join, jax.lax.map(taps_of, jax.tree.map(split, tree)))
 
 
-def _taps(
+def _tap_chunk(
     probed: Probed,
     params: Params,
     inputs: Inputs,
@@ -139,6 +143,7 @@ def _taps(
     mask: Array | None,
     index: Array,
 ) -> dict[str, Taps]:
+    """Run one chunk of inputs with zero probes and differentiate its readout."""
     zeros = {
         site: jnp.zeros((index.size, *shape.shape[1:]), shape.dtype)
         for site, shape in shapes.items()
@@ -153,6 +158,7 @@ def _taps(
     if readout is None:
         acts = run({})[1]
     else:
+        # A key per input by its index in the batch, whatever the chunk.
         fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
         keys = None if readout.key is None else fold(readout.key, index)
         chunk = Chunk(labels, readout.shared, keys)
@@ -165,17 +171,19 @@ def _taps(
         else:
             acts = run({})[1]
             grads = _path_gradients(run, zeros, cotangents, readout.scales)
+    # Flatten inputs and positions to examples; the K readouts go before the width.
     return {
         site: Taps(
-            acts=_flat(acts[site]),
-            grads=_flat(jnp.moveaxis(grads[site], 0, -2), 2) if grads else None,
-            weights=_weights(mask, zeros[site].shape),
+            acts=_flatten(acts[site]),
+            grads=_flatten(jnp.moveaxis(grads[site], 0, -2), 2) if grads else None,
+            weights=_example_weights(mask, zeros[site].shape),
         )
         for site in sites
     }
 
 
-def _flat(x: Array, trailing: int = 1) -> Array:
+def _flatten(x: Array, trailing: int = 1) -> Array:
+    """Flatten all axes but the ``trailing`` last."""
     return x.reshape((-1, *x.shape[x.ndim - trailing :]))
 
 
@@ -184,7 +192,7 @@ def _gradients(
     zeros: dict[str, Array],
     cotangents: Callable[[Outputs], Outputs],
 ) -> tuple[dict[str, Array], Acts]:
-    """Gradients ``[K, B, ..., D]`` with respect to zero probes, and the acts."""
+    """Differentiate by zero probes: gradients ``[K, B, ..., D]``, and the acts."""
 
     def forward(probes: dict[str, Array]) -> tuple[list[Array], tuple[Outputs, Acts]]:
         outputs, acts = run(probes)
@@ -192,13 +200,13 @@ def _gradients(
         return floats, (outputs, acts)
 
     _, pullback, (outputs, acts) = jax.vjp(forward, zeros, has_aux=True)
-    pulled = jax.vmap(lambda c: pullback(c)[0])(_checked(cotangents(outputs), outputs))
-    return pulled, acts
+    floats = _float_cotangents(cotangents(outputs), outputs)
+    return jax.vmap(lambda c: pullback(c)[0])(floats), acts
 
 
-def _checked(cotangents: Outputs, outputs: Outputs) -> list[Array]:
-    """The cotangents of the float leaves, in their dtypes."""
-    wanted, structure = jax.tree.flatten(outputs)
+def _float_cotangents(cotangents: Outputs, outputs: Outputs) -> list[Array]:
+    """Select and check the cotangents of float outputs, in the outputs' dtypes."""
+    leaves, structure = jax.tree.flatten(outputs)
     if jax.tree.structure(cotangents) != structure:
         raise ValueError(
             "tap: the readout's cotangents must have the structure of the outputs "
@@ -206,7 +214,7 @@ def _checked(cotangents: Outputs, outputs: Outputs) -> list[Array]:
         )
     pairs = [
         (c, y)
-        for c, y in zip(jax.tree.leaves(cotangents), wanted, strict=True)
+        for c, y in zip(jax.tree.leaves(cotangents), leaves, strict=True)
         if is_float_array(y)
     ]
     if not pairs:
@@ -230,7 +238,7 @@ def _path_gradients(
 ) -> dict[str, Array]:
     """Gradients ``[S * K, B, ..., D]`` at scaled activations, site by site."""
 
-    def at(site: str, scale: Array) -> Array:
+    def gradients_at(site: str, scale: Array) -> Array:
         def run_scaled(deltas: dict[str, Array]) -> tuple[Outputs, Acts]:
             def probe(act: Array) -> Array:
                 return act * scale.astype(act.dtype) + deltas[site]
@@ -240,13 +248,16 @@ def _path_gradients(
 
         return _gradients(run_scaled, {site: zeros[site]}, cotangents)[0][site]
 
-    stacked = {s: jax.lax.map(lambda scale, s=s: at(s, scale), scales) for s in zeros}
+    stacked = {
+        s: jax.lax.map(lambda scale, s=s: gradients_at(s, scale), scales) for s in zeros
+    }
     return {s: g.reshape((-1, *g.shape[2:])) for s, g in stacked.items()}
 
 
-def _site_shapes(
+def _select_sites(
     sites: tuple[str, ...], shapes: Any, size: int, readout: Readout | None
 ) -> dict[str, Any]:
+    """Select the shapes of the sites to tap; check them and the mask."""
     check_sites(sites, shapes, who="tap")
     for site in sites:
         shape = shapes[site].shape
@@ -261,6 +272,7 @@ def _site_shapes(
 
 
 def _check_mask(site: str, mask: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Raise if a mask does not have the leading axes of the site."""
     if len(mask) >= len(shape) or mask != shape[: len(mask)]:
         raise ValueError(
             f"tap: site {site!r} has the axes {shape[:-1]} (batch, positions), so a "
@@ -270,6 +282,7 @@ def _check_mask(site: str, mask: tuple[int, ...], shape: tuple[int, ...]) -> Non
 
 
 def _check_outputs(outputs: Outputs, size: int) -> None:
+    """Raise if a float output does not have the batch axis."""
     for leaf in jax.tree.leaves(outputs):
         if is_float_array(leaf) and leaf.shape[:1] != (size,):
             raise ValueError(
@@ -278,8 +291,8 @@ def _check_outputs(outputs: Outputs, size: int) -> None:
             )
 
 
-def _weights(mask: Array | None, shape: tuple[int, ...]) -> Array:
-    """The mask, spread over the positions it does not name, ``[N]``."""
+def _example_weights(mask: Array | None, shape: tuple[int, ...]) -> Array:
+    """Broadcast a mask over the positions that it lacks: weights ``[N]``."""
     if mask is None:
         mask = jnp.ones(shape[:1])
     mask = jnp.asarray(mask).astype(jnp.result_type(float))

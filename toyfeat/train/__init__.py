@@ -1,21 +1,27 @@
 """Training dictionaries: one, a population of them, and the loop around it."""
 
 from toyfeat.train.fit import fit
-from toyfeat.train.outliers import check_outliers
+from toyfeat.train.normalization import Normalization, denormalized, normalization
+from toyfeat.train.outliers import OutlierDims, outlier_dims
 from toyfeat.train.population import population
-from toyfeat.train.scales import folded, scales
-from toyfeat.train.sweeps import final_metrics, grid, pareto_front, sweep_table
+from toyfeat.train.sweeps import Row, final_metrics, grid, pareto_front, table
 from toyfeat.train.trainer import trainer
+from toyfeat.train.types import Trainer, TrainState
 
 __all__ = [
-    "check_outliers",
+    "Normalization",
+    "OutlierDims",
+    "Row",
+    "TrainState",
+    "Trainer",
+    "denormalized",
     "final_metrics",
     "fit",
-    "folded",
     "grid",
+    "normalization",
+    "outlier_dims",
     "pareto_front",
     "population",
-    "scales",
-    "sweep_table",
+    "table",
     "trainer",
 ]

@@ -1,4 +1,4 @@
-"""Many updates in one compiled call, on batches that are made inside or stacked."""
+"""Compile many updates into one call, on batches made inside it or stacked before."""
 
 import json
 from collections.abc import Callable
@@ -9,62 +9,70 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.types import Array, ArrayBatches, Taps, TrainState
+from toyfeat.data.batches import Batches
+from toyfeat.train.types import TrainState
+from toyfeat.types import Array, Taps
 
 RESERVED = ("step", "seconds", "examples_per_s", "finite")
-"""Names of a line of metrics that are not the trainer's."""
+"""Names in ``metrics.jsonl`` that ``fit`` writes, so that no metric may have them."""
 
 
-class Chunk(NamedTuple):
-    """The batches of some updates.
+class ChunkBatches(NamedTuple):
+    """The batches of one compiled call.
 
     Attributes:
-      source: stacked :class:`Taps`, or the data they are taken from.
-      examples: how many there are in all.
-      memory: state of the batches after the last of them, as JSON, or ``None``.
+      source: stacked :class:`Taps`, or the data that batches are taken from.
+      num_examples: of all the batches together.
+      resume_state: ``batches.state()`` after the last batch, as JSON, or ``None``.
     """
 
     source: Any
-    examples: int
-    memory: str | None
+    num_examples: int
+    resume_state: str | None
 
 
 class Feed(NamedTuple):
-    """Where batches come from.
+    """The source of batches, on the device or on the host.
 
     Attributes:
-      take: ``(data, step) -> Taps`` if batches are made inside, or ``None``.
-      fetch: ``(first, length) -> Chunk``.
-      restore: puts batches back to a state, or ``None`` if they have none.
+      take: ``(data, step) -> Taps`` if batches are made inside the compiled call, or
+        ``None``.
+      fetch: ``(first, length) -> ChunkBatches``.
+      restore: puts the batches back to a saved state, or ``None`` if they have none.
     """
 
     take: Callable[[Any, Array], Taps] | None
-    fetch: Callable[[int, int], Chunk]
+    fetch: Callable[[int, int], ChunkBatches]
     restore: Callable[[Any], Any] | None
 
 
-def _called(batches: Callable[[Array], Taps], step: Array) -> Taps:
+def _call_batches(batches: Callable[[Array], Taps], step: Array) -> Taps:
+    """Take a batch from a traceable function, as ``Batches.take`` does."""
     return batches(step)
 
 
-def feed_of(batches: ArrayBatches | Callable[[int], Taps]) -> Feed:
-    """Batches of either kind as one.
+def make_feed(batches: Batches | Callable[[int], Taps]) -> Feed:
+    """Make the feed of batches of either kind.
 
     Raises:
       TypeError: if they are not batches.
     """
+    # Batches on the device are made inside the compiled call.
     if isinstance(batches, jax.tree_util.Partial):  # of toyfeat.data.array_batches
-        batches = ArrayBatches(_called, batches)
-    if isinstance(batches, ArrayBatches):
+        batches = Batches(_call_batches, batches)
+    if isinstance(batches, Batches):
         data = jax.device_put(batches.data)  # once, not with every chunk
         shapes = jax.eval_shape(batches.take, data, jax.ShapeDtypeStruct((), jnp.int32))
-        size = _checked(shapes, "take(data, step)").acts.shape[0]
+        size = _check_taps(shapes, "take(data, step)").acts.shape[0]
         return Feed(
-            batches.take, lambda first, length: Chunk(data, size * length, None), None
+            take=batches.take,
+            fetch=lambda first, length: ChunkBatches(data, size * length, None),
+            restore=None,
         )
+    # Batches of the host are fetched and stacked, and may have a state to save.
     if not callable(batches):
         raise TypeError(
-            "fit: batches must be ArrayBatches or a function of the step that returns "
+            "fit: batches must be Batches or a function of the step that returns "
             f"Taps, got {type(batches).__name__}"
         )
     save, restore = (getattr(batches, name, None) for name in ("state", "restore"))
@@ -74,13 +82,14 @@ def feed_of(batches: ArrayBatches | Callable[[int], Taps]) -> Feed:
             f"only {'state' if callable(save) else 'restore'}"
         )
     return Feed(
-        None,
-        partial(_fetched, batches, save if callable(save) else None),
-        restore if callable(restore) else None,
+        take=None,
+        fetch=partial(_fetch_chunk, batches, save if callable(save) else None),
+        restore=restore if callable(restore) else None,
     )
 
 
-def _fetched(batches: Any, save: Any, first: int, length: int) -> Chunk:
+def _fetch_chunk(batches: Any, save: Any, first: int, length: int) -> ChunkBatches:
+    """Call host batches for every step of a chunk and stack them."""
     fetched = []
     for step in range(first, first + length):
         try:
@@ -88,19 +97,23 @@ def _fetched(batches: Any, save: Any, first: int, length: int) -> Chunk:
         except Exception as error:
             error.add_note(f"fit: raised by batches({step})")
             raise
-        fetched.append(_checked(taps, f"batches({step})"))
-        _check_same(fetched[0], taps, first, step)
-    stacked = jax.tree.map(_stacked, *fetched)
-    memory = None if save is None else _as_json(save())
-    return Chunk(stacked, fetched[0].acts.shape[0] * length, memory)
+        fetched.append(_check_taps(taps, f"batches({step})"))
+        _check_same_shapes(fetched[0], taps, first, step)
+    return ChunkBatches(
+        source=jax.tree.map(_stack, *fetched),
+        num_examples=fetched[0].acts.shape[0] * length,
+        resume_state=None if save is None else _dump_state(save()),
+    )
 
 
-def _stacked(*leaves: Any) -> Any:
+def _stack(*leaves: Any) -> Any:
+    """Stack NumPy arrays on the host and others on the device."""
     on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
     return np.stack(leaves) if on_host else jnp.stack(leaves)
 
 
-def _checked(taps: Any, who: str) -> Taps:
+def _check_taps(taps: Any, who: str) -> Taps:
+    """Return taps with the right fields and shapes, or raise."""
     if not isinstance(taps, Taps):
         raise TypeError(f"fit: {who} must return Taps, got {type(taps).__name__}")
     for name, value in taps._asdict().items():
@@ -108,26 +121,28 @@ def _checked(taps: Any, who: str) -> Taps:
         if not hasattr(value, "dtype") and not optional:
             kind = type(value).__name__
             raise TypeError(f"fit: {who} must hold arrays, got {name} = a {kind}")
+    # Gradients belong to the targets if there are any, else to the activations.
     shapes = [None if x is None else tuple(x.shape) for x in taps]
     acts, grads, weights, targets = shapes
     written = acts if targets is None else targets
-    fits = acts is not None and len(acts) == 2 and weights == acts[:1]
-    fits = fits and written is not None and written[:1] == weights
-    if grads is not None and fits:
-        fits = len(grads) == 3 and (grads[0], grads[2]) == written
-    if not fits:
-        more = "" if targets is None else f" and targets {targets}"
+    valid = acts is not None and len(acts) == 2 and weights == acts[:1]
+    valid = valid and written is not None and written[:1] == weights
+    if grads is not None and valid:
+        valid = len(grads) == 3 and (grads[0], grads[2]) == written
+    if not valid:
+        got_targets = "" if targets is None else f" and targets {targets}"
         raise ValueError(
             f"fit: {who} must return acts [N, D], grads [N, K, D] or None and weights "
-            f"[N], got shapes {acts}, {grads}, {weights}{more}"
+            f"[N], got shapes {acts}, {grads}, {weights}{got_targets}"
         )
     return taps
 
 
-def _check_same(before: Taps, taps: Taps, first: int, step: int) -> None:
+def _check_same_shapes(before: Taps, taps: Taps, first: int, step: int) -> None:
+    """Raise if the shapes or dtypes of batches change within a chunk."""
     kinds = [
-        [None if x is None else (tuple(x.shape), str(x.dtype)) for x in each]
-        for each in (before, taps)
+        [None if x is None else (tuple(x.shape), str(x.dtype)) for x in batch]
+        for batch in (before, taps)
     ]
     if kinds[0] != kinds[1]:
         raise ValueError(
@@ -137,16 +152,17 @@ def _check_same(before: Taps, taps: Taps, first: int, step: int) -> None:
         )
 
 
-def _as_json(memory: Any) -> str:
+def _dump_state(state: Any) -> str:
+    """Convert the state of batches to JSON, or raise if that would change it."""
     try:
-        text = json.dumps(memory)
-        same = json.loads(text) == memory
+        text = json.dumps(state)
+        same = json.loads(text) == state
     except (TypeError, ValueError):
         text, same = "", False
     if not same:
         raise TypeError(
             "fit: batches.state() must return JSON values (dicts with string keys, "
-            f"lists, strings, numbers, bools, None), got {memory!r}"
+            f"lists, strings, numbers, bools, None), got {state!r}"
         )
     return text
 
@@ -160,22 +176,40 @@ def run_chunk(
     source: Any,
     first: Array,
 ) -> tuple[TrainState, dict[str, Array], Array]:
-    """State, metrics of every update, and whether parameters are finite at the end."""
+    """Run ``length`` updates in one compiled scan.
 
-    def one(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+    Args:
+      update: of the trainer.
+      take: of the feed; ``None`` if ``source`` are stacked batches.
+      length: how many updates.
+      state: at the start; it is donated.
+      source: of the chunk's batches.
+      first: ``[]`` int32, the step of the first update.
+
+    Returns:
+      The state, the metrics of every update ``[length, ...]``, and whether the
+      parameters (of each member) are finite at the end.
+    """
+
+    def train_step(
+        state: TrainState, batch: Any
+    ) -> tuple[TrainState, dict[str, Array]]:
         taps = batch if take is None else take(source, batch)
         after, metrics = update(state, taps)
         _check_update(state, after, metrics)
+        # A scan needs a carry of fixed types, so weak types are made strong.
         strong = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), after)
         return strong, metrics
 
-    steps = first + jnp.arange(length, dtype=jnp.int32)
-    state, metrics = jax.lax.scan(one, state, source if take is None else steps)
-    return state, metrics, _finite(state)
+    inputs = source
+    if take is not None:
+        inputs = first + jnp.arange(length, dtype=jnp.int32)  # the steps
+    state, metrics = jax.lax.scan(train_step, state, inputs)
+    return state, metrics, _params_finite(state)
 
 
-def _finite(state: TrainState) -> Array:
-    """Whether the parameters (of each member) hold no NaN or inf."""
+def _params_finite(state: TrainState) -> Array:
+    """Return whether the parameters (of each member) are finite, ``[]`` or ``[P]``."""
     finite = jnp.ones(state.step.shape, bool)
     for leaf in jax.tree.leaves(state.params):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -185,6 +219,8 @@ def _finite(state: TrainState) -> Array:
 
 
 def _check_update(before: TrainState, after: Any, metrics: Any) -> None:
+    """Raise if an update changes the form of the state or returns wrong metrics."""
+    # Every leaf of the state must keep its path, dtype and shape.
     kinds = [
         {
             jax.tree_util.keystr(path): f"{x.dtype}{list(jnp.shape(x))}"
@@ -198,6 +234,7 @@ def _check_update(before: TrainState, after: Any, metrics: Any) -> None:
             f"fit: trainer.update must return a state like the one it got, but "
             f"{wrong[0]} went from {kinds[0].get(wrong[0])} to {kinds[1].get(wrong[0])}"
         )
+    # The metrics need a loss (of each member) and no name of a column of fit.
     loss = metrics.get("loss") if isinstance(metrics, dict) else None
     if loss is None or jnp.shape(loss) != before.step.shape:
         got = sorted(metrics) if isinstance(metrics, dict) else type(metrics).__name__

@@ -1,4 +1,4 @@
-"""The host loop of a training: chunks, checkpoints, resumption."""
+"""Run the host loop of training: chunks, checkpoints, resumption."""
 
 import json
 import operator
@@ -14,25 +14,51 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.checkpoint import checkpoints, newest_checkpoint, save_checkpoint
-from toyfeat.train.chunks import Feed, feed_of, run_chunk
-from toyfeat.train.health import check_saturated, finite_members, members_lost
+from toyfeat.data.batches import Batches
+from toyfeat.train.chunks import Feed, make_feed, run_chunk
+from toyfeat.train.health import (
+    catch_sigterm,
+    check_members,
+    finite_members,
+    warn_of_saturation,
+)
 from toyfeat.train.outliers import warn_of_outliers
-from toyfeat.train.progress import Report, reporting
-from toyfeat.train.step import recipe_of
-from toyfeat.train.termination import terminated
-from toyfeat.types import ArrayBatches, Taps, Trainer, TrainState
+from toyfeat.train.progress import Report, open_reports
+from toyfeat.train.types import Trainer, TrainState
+from toyfeat.types import Taps
 
 OnChunk = Callable[[int, dict[str, np.ndarray]], Any]
 
 
+class _Sizes(NamedTuple):
+    """The integer arguments of :func:`fit`, each at least 1."""
+
+    steps: int
+    chunk: int
+    checkpoint_every: int
+    keep: int
+
+
 class _Run(NamedTuple):
-    """What stays the same during a call of :func:`fit`."""
+    """The constants of a call of :func:`fit`.
+
+    Attributes:
+      trainer: as given.
+      feed: of the batches.
+      folder: of the run, or ``None``.
+      hyper: the state's settings as JSON values.
+      sizes: steps, chunk, checkpoint_every and keep.
+      on_chunk: as given.
+      check_data: as given.
+      start: step and checksum of the parameters that the run began from, or ``None``
+        without a folder.
+    """
 
     trainer: Trainer
     feed: Feed
     folder: Path | None
     hyper: dict[str, Any]
-    sizes: dict[str, int]
+    sizes: _Sizes
     on_chunk: OnChunk | None
     check_data: bool
     start: dict[str, int] | None
@@ -41,7 +67,7 @@ class _Run(NamedTuple):
 def fit(
     trainer: Trainer,
     state: TrainState,
-    batches: ArrayBatches | Callable[[int], Taps],
+    batches: Batches | Callable[[int], Taps],
     *,
     steps: int,
     directory: str | Path | None = None,
@@ -54,61 +80,61 @@ def fit(
     resume: bool = True,
     check_data: bool = True,
 ) -> TrainState:
-    """Train until ``steps`` updates are done, the first time or after a break.
+    """Train until ``steps`` updates are done, resuming an interrupted run.
 
     ``state = trainer.update(state, batches(step))[0]`` for every step from
     ``state.step`` to ``steps``, in compiled chunks.  With a ``directory`` the same
-    call goes on where the last one was cut off, at whatever moment, and ends with
-    the very bits of a run that was not.  On SIGTERM (main thread only) the chunk is
+    call resumes a run that was interrupted at any moment, and ends with the same bits
+    as an uninterrupted one.  On SIGTERM (main thread only) the chunk is
     finished and saved, and the process exits with status 0; inside another ``fit``
     the inner one saves, and the outer one goes back to its last checkpoint.
 
     Args:
-      trainer: as of :func:`toyfeat.trainer`.
-      state: where to start, one member or a population; it stays usable.
-      batches: :func:`toyfeat.data.array_batches` or :class:`toyfeat.ArrayBatches`,
+      trainer: from :func:`toyfeat.trainer` or :func:`toyfeat.population`.
+      state: the initial state, of one member or a population; it stays usable.
+      batches: :func:`toyfeat.data.array_batches` or :class:`toyfeat.data.Batches`,
         made on the device inside the compiled loop, or a function of the step on the
-        host, called for the next chunk while the device works on this one, whose
-        arrays keep their shapes.  If it has
-        ``state()`` and ``restore(state)``, JSON values, these go into checkpoints.
-      steps: updates in all, those before the start included.
-      directory: gets ``checkpoint/`` and ``metrics.jsonl``, one line per chunk with
-        the mean of every metric (``null`` where it is not finite) and whether each
-        member is ``finite``.  One run at a time may use it.
+        host that returns arrays of the same shapes at every step; it is called for
+        the next chunk while the device works on this one.  If it has ``state()`` and
+        ``restore(state)`` with JSON values, these go into checkpoints.
+      steps: the total number of updates, those before the start included.
+      directory: of the run, with ``checkpoint/`` and ``metrics.jsonl``, one line per
+        chunk with the mean of every metric (``null`` where it is not finite) and
+        whether each member is ``finite``.  One run at a time may use it.
       chunk: updates per compiled call.
-      checkpoint_every: chunks between checkpoints; one is written at the end too.
-      keep: how many of the last checkpoints are kept.
+      checkpoint_every: chunks between checkpoints; the last chunk is saved too.
+      keep: how many checkpoints to keep, the newest ones.
       progress: show a bar, if standard error is a terminal.
       tensorboard: write ``directory/tensorboard``.
       on_chunk: called with the step, the mean of every metric and ``finite``, after
         a chunk and its checkpoint.
-      resume: go on from the newest whole checkpoint of ``directory``, which takes
-        the place of ``state``; that the batches are those of before is not checked.
-        If false, the directory must not hold a run.
-      check_data: look at the first batch with :func:`check_outliers`, before the
-        first step of a trainer of :func:`toyfeat.trainer`.
+      resume: go on from the newest undamaged checkpoint of ``directory``, which
+        replaces ``state``; whether the batches are the same is not checked.  If
+        false, the directory must not hold a run.
+      check_data: look at the first batch with
+        :func:`toyfeat.metrics.outlier_dims`, before the first step of a trainer of
+        :func:`toyfeat.trainer`.
 
     Returns:
       The state after ``steps`` updates.  Members of a population that diverged stay
-      in it as they are; :func:`sweep_table` marks them.
+      in it as they are; :func:`table` marks them.
 
     Raises:
       FloatingPointError: if the loss or the parameters (of all members) are not
-        finite; the message has the step and the last checkpoint, which is good.
+        finite; the message has the step and the last checkpoint, which is finite.
       FileExistsError: with ``resume=False`` and a directory that holds a run.
       ValueError: if sizes, shapes, the state's tree or the settings do not fit, a
-        weight of the first batch is negative, or no checkpoint of the directory is
-        whole.
-      TypeError: if an argument is of another kind.
-      OSError: if the disk is full; the last checkpoint is good.
+        weight of the first batch is negative, or all checkpoints of the directory
+        are damaged.
+      TypeError: if an argument has the wrong type.
+      OSError: if the disk is full; the last checkpoint is undamaged.
       ImportError: with ``tensorboard`` and without tensorboardX.
 
     Warns:
-      UserWarning: for a checkpoint that is damaged and passed over, for a directory
-        whose run began from other parameters (another key), for members of a
-        population whose loss is not finite, for activations whose mean or whose
-        massive dimensions will spoil the training, and at the end for members whose
-        controller is saturated.
+      UserWarning: for a damaged checkpoint that is skipped, for a directory whose run
+        began from other parameters (another key), for members of a population whose
+        loss is not finite, for activations whose mean or massive dimensions impede
+        training, and at the end for members whose controller is saturated.
 
     Example:
       >>> def update(state, taps):
@@ -117,76 +143,89 @@ def fit(
       ...     return state._replace(step=state.step + 1, params=mean), {"loss": loss}
       >>> init = lambda key: TrainState(jnp.int32(0), jnp.zeros(3), (), (), {}, {})
       >>> ones = Taps(jnp.ones((4, 3)), None, jnp.ones(4))
-      >>> batches = ArrayBatches(lambda data, step: data, ones)
+      >>> batches = Batches(lambda data, step: data, ones)
       >>> trainer = Trainer(init, update)
       >>> done = fit(trainer, init(jax.random.key(0)), batches, steps=50, chunk=20)
       >>> int(done.step), round(float(done.params[0]), 4)
       (50, 0.9948)
     """
-    sizes = {"steps": steps, "chunk": chunk, "keep": keep}
-    sizes = _checked_sizes(sizes | {"checkpoint_every": checkpoint_every})
-    state, folder = _own(trainer, state), None if directory is None else Path(directory)
-    hyper = {name: np.asarray(x).tolist() for name, x in state.hyper.items()}
-    start = None if folder is None else _start_of(state)
-    feed = feed_of(batches)
-    run = _Run(trainer, feed, folder, hyper, sizes, on_chunk, check_data, start)
-    run, state = _begun(run, state, resume)
-    first = _step_of(state)
+    sizes = _check_sizes(
+        steps=steps, chunk=chunk, checkpoint_every=checkpoint_every, keep=keep
+    )
+    state = _copy_state(trainer, state)
+    folder = None if directory is None else Path(directory)
+    run = _Run(
+        trainer=trainer,
+        feed=make_feed(batches),
+        folder=folder,
+        hyper={name: np.asarray(x).tolist() for name, x in state.hyper.items()},
+        sizes=sizes,
+        on_chunk=on_chunk,
+        check_data=check_data,
+        start=None if folder is None else _fingerprint(state),
+    )
+    run, state = _restore(run, state, resume)
+    first = _read_step(state)
     if first >= steps:
         return state
-    look = {"bar": progress, "tensorboard": tensorboard}
+    reports = {"bar": progress, "tensorboard": tensorboard}
     with (
-        terminated(folder is not None) as asked,
-        reporting(folder, first, steps, **look) as report,
+        catch_sigterm(folder is not None) as should_stop,
+        open_reports(folder, first, steps, **reports) as report,
     ):
-        return _trained(run, state, asked, report)
+        return _train(run, state, should_stop, report)
 
 
-def _trained(
-    run: _Run, state: TrainState, asked: Callable[[], bool], report: Report
+def _train(
+    run: _Run, state: TrainState, should_stop: Callable[[], bool], report: Report
 ) -> TrainState:
-    """From border to border; the next batches are fetched while the device works."""
-    step, steps = _step_of(state), run.sizes["steps"]
+    """Train chunk by chunk; the next batches are fetched while the device works."""
+    step, steps = _read_step(state), run.sizes.steps
     warned = np.zeros(np.size(state.step), bool)
     means: dict[str, np.ndarray] = {}
     began = time.perf_counter()
-    ready = run.feed.fetch(step, _border(run, step) - step)
-    _look_at(run, ready.source, step)
+    next_batches = run.feed.fetch(step, _chunk_end(run, step) - step)
+    _check_first_batch(run, next_batches.source, step)
     while step < steps:
-        end = _border(run, step)
+        # Start the chunk; the call returns before the device has finished.
+        end = _chunk_end(run, step)
+        batches = next_batches
         state, metrics, finite = run_chunk(
             run.trainer.update,
             run.feed.take,
             end - step,
             state,
-            ready.source,
+            batches.source,
             jnp.asarray(step, jnp.int32),
         )
-        done = ready
+        # Fetch the next batches meanwhile.
         if end < steps:
-            ready = run.feed.fetch(end, _border(run, end) - end)
+            next_batches = run.feed.fetch(end, _chunk_end(run, end) - end)
+        # Wait for the metrics, average and report them.
         metrics = {name: np.asarray(x) for name, x in metrics.items()}
         finite, now = np.asarray(finite), time.perf_counter()
         means = {name: _mean(x) for name, x in metrics.items()}
         means["finite"] = finite_members(metrics["loss"], finite)
-        report(end, now - began, done.examples / (now - began), means)
+        report(end, now - began, batches.num_examples / (now - began), means)
         began = now
+        # Raise if nothing is left to train, before a bad state is saved.
         _check_step(state, end)
-        warned |= members_lost(run.folder, metrics["loss"], finite, step, warned)
-        step, stop = end, asked()
-        if stop or _is_due(run, step):
-            _save(run, state, step, done.memory)
+        warned |= check_members(run.folder, metrics["loss"], finite, step, warned)
+        # Save, call back, and stop if SIGTERM came.
+        step, stop = end, should_stop()
+        if stop or _is_checkpoint_due(run, step):
+            _save(run, state, step, batches.resume_state)
         if run.on_chunk is not None:
             run.on_chunk(step, means)
         if stop:
             return state
-    check_saturated(means)
+    warn_of_saturation(means)
     return state
 
 
-def _look_at(run: _Run, source: Any, step: int) -> None:
-    """The first batch, before the first update."""
-    recipe = recipe_of(run.trainer.update)
+def _check_first_batch(run: _Run, source: Any, step: int) -> None:
+    """Check the weights of the first batch and warn of its outlier dimensions."""
+    recipe = run.trainer.recipe
     if step or recipe is None or not run.check_data:
         return
     if run.feed.take is None:
@@ -202,27 +241,33 @@ def _look_at(run: _Run, source: Any, step: int) -> None:
     warn_of_outliers(taps, recipe.dictionary.config, recipe.center)
 
 
-def _border(run: _Run, step: int) -> int:
-    """Borders are multiples of the chunk, wherever a run began."""
-    chunk = run.sizes["chunk"]
-    return min(run.sizes["steps"], (step // chunk + 1) * chunk)
+def _chunk_end(run: _Run, step: int) -> int:
+    """Return the step after the chunk of ``step``, a multiple of the chunk or the last.
+
+    Chunks do not depend on the step that a run starts from, so that a resumed run has
+    the same ones.
+    """
+    chunk = run.sizes.chunk
+    return min(run.sizes.steps, (step // chunk + 1) * chunk)
 
 
-def _is_due(run: _Run, step: int) -> bool:
-    period = run.sizes["chunk"] * run.sizes["checkpoint_every"]
-    return step == run.sizes["steps"] or step % period == 0
+def _is_checkpoint_due(run: _Run, step: int) -> bool:
+    """Return whether the state after ``step`` updates is to be saved."""
+    period = run.sizes.chunk * run.sizes.checkpoint_every
+    return step == run.sizes.steps or step % period == 0
 
 
-def _save(run: _Run, state: TrainState, step: int, memory: str | None) -> None:
+def _save(run: _Run, state: TrainState, step: int, batches_state: str | None) -> None:
+    """Write a checkpoint, if the run has a folder."""
     if run.folder is not None:
-        about = {"hyper": run.hyper, "batches": memory, "start": run.start}
+        about = {"hyper": run.hyper, "batches": batches_state, "start": run.start}
         folder = run.folder / "checkpoint"
-        save_checkpoint(folder, step, state, about, keep=run.sizes["keep"])
+        save_checkpoint(folder, step, state, about, keep=run.sizes.keep)
 
 
-def _begun(run: _Run, state: TrainState, resume: bool) -> tuple[_Run, TrainState]:
-    """The run and the state to start from, batches put back to where they were."""
-    first, steps = _step_of(state), run.sizes["steps"]
+def _restore(run: _Run, state: TrainState, resume: bool) -> tuple[_Run, TrainState]:
+    """Load the newest checkpoint, if there is one, and restore the batches' state."""
+    first, steps = _read_step(state), run.sizes.steps
     if first > steps:
         raise ValueError(f"fit: state.step is {first}, past steps = {steps}")
     if run.folder is None:
@@ -233,25 +278,27 @@ def _begun(run: _Run, state: TrainState, resume: bool) -> tuple[_Run, TrainState
             f"fit: resume=False, but {run.folder} holds a run; choose another "
             "directory, or move that one away"
         )
-    found = newest_checkpoint(series, state)
-    if found is None:
+    restored = newest_checkpoint(series, state)
+    if restored is None:
         return run, state
-    _check_hyper(found.about["hyper"], run.hyper, run.folder)
-    if found.step > steps or found.step < first:
+    # The checkpoint must belong to a run with these settings, steps and batches.
+    _check_hyper(restored.about["hyper"], run.hyper, run.folder)
+    if restored.step > steps or restored.step < first:
         raise ValueError(
-            f"fit: the newest checkpoint in {series} has step {found.step}, but this "
-            f"call goes from step {first} to {steps}; choose another directory"
+            f"fit: the newest checkpoint in {series} has step {restored.step}, but "
+            f"this call goes from step {first} to {steps}; choose another directory"
         )
-    memory = found.about["batches"]
-    if (memory is None) != (run.feed.restore is None):
-        there = "no state" if memory is None else "a state"
+    batches_state = restored.about["batches"]
+    if (batches_state is None) != (run.feed.restore is None):
+        held = "no state" if batches_state is None else "a state"
         raise ValueError(
-            f"fit: the checkpoint of step {found.step} in {series} holds {there} of "
+            f"fit: the checkpoint of step {restored.step} in {series} holds {held} of "
             "batches, which does not fit the batches of this call"
         )
-    if run.feed.restore is not None and found.step < steps:
-        run.feed.restore(json.loads(memory))
-    start = found.about.get("start", run.start)
+    if run.feed.restore is not None and restored.step < steps:
+        run.feed.restore(json.loads(batches_state))
+    # A run that began from other parameters goes on, with a warning.
+    start = restored.about.get("start", run.start)
     if start["step"] == first and start != run.start:
         warnings.warn(
             f"fit: {run.folder} holds a run that began from other parameters (another "
@@ -259,21 +306,22 @@ def _begun(run: _Run, state: TrainState, resume: bool) -> tuple[_Run, TrainState
             "to begin from these",
             stacklevel=3,
         )
-    return run._replace(start=start), found.state
+    return run._replace(start=start), restored.state
 
 
-def _start_of(state: TrainState) -> dict[str, int]:
-    """Step and checksum of the parameters that a run began from."""
+def _fingerprint(state: TrainState) -> dict[str, int]:
+    """Compute the step and a checksum of the parameters of a state."""
     checksum = 0
     for leaf in jax.tree.leaves(state.params):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         values = np.ascontiguousarray(leaf).reshape(-1)  # bfloat16 has no buffer
         checksum = zlib.crc32(values.view(np.uint8).data, checksum)
-    return {"step": _step_of(state), "crc32": checksum}
+    return {"step": _read_step(state), "crc32": checksum}
 
 
 def _check_hyper(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raise if the settings of a run differ from those of its checkpoint."""
     wrong = [
         f"{name} was {before.get(name)} and is {now.get(name)}"
         for name in sorted(before | now)
@@ -286,7 +334,8 @@ def _check_hyper(before: dict[str, Any], now: dict[str, Any], folder: Path) -> N
         )
 
 
-def _checked_sizes(sizes: dict[str, Any]) -> dict[str, int]:
+def _check_sizes(**sizes: Any) -> _Sizes:
+    """Return the sizes as integers, or raise if one is not an int of at least 1."""
     for name, size in sizes.items():
         try:
             wrong = isinstance(size, bool) or operator.index(size) < 1
@@ -294,11 +343,11 @@ def _checked_sizes(sizes: dict[str, Any]) -> dict[str, int]:
             wrong = True
         if wrong:
             raise ValueError(f"fit: {name} must be an int of at least 1, got {size!r}")
-    return {name: operator.index(size) for name, size in sizes.items()}
+    return _Sizes(**{name: operator.index(size) for name, size in sizes.items()})
 
 
-def _own(trainer: Any, state: Any) -> TrainState:
-    """A copy that may be donated, of the types that a file gives back."""
+def _copy_state(trainer: Any, state: Any) -> TrainState:
+    """Copy a state, so that it can be donated, to the types that a file gives back."""
     for value, kind in ((trainer, Trainer), (state, TrainState)):
         if not isinstance(value, kind):
             got = type(value).__name__
@@ -307,7 +356,7 @@ def _own(trainer: Any, state: Any) -> TrainState:
     if (
         copy.step.ndim > 1
         or copy.step.size == 0
-        or not (copy.step == _step_of(copy)).all()
+        or not (copy.step == _read_step(copy)).all()
     ):
         raise ValueError(
             "fit: state.step must be [], or [P] with the same step for all members, "
@@ -316,18 +365,21 @@ def _own(trainer: Any, state: Any) -> TrainState:
     return copy
 
 
-def _step_of(state: TrainState) -> int:
+def _read_step(state: TrainState) -> int:
+    """Return the step of a state, which all members share."""
     return int(np.asarray(state.step).flat[0])
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
+    """Average a metric over the updates of a chunk, in double precision."""
     with np.errstate(all="ignore"):
         return np.asarray(values.astype(np.float64).mean(0))
 
 
 def _check_step(state: TrainState, end: int) -> None:
-    if _step_of(state) != end:
+    """Raise if the updates of a chunk did not count themselves."""
+    if _read_step(state) != end:
         raise ValueError(
             f"fit: trainer.update must add 1 to state.step; wanted {end} after the "
-            f"chunk, got {_step_of(state)}"
+            f"chunk, got {_read_step(state)}"
         )

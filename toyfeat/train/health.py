@@ -1,69 +1,95 @@
-"""Whether a training is still worth going on with."""
+"""Check the health of a training run: non-finite losses, saturation, SIGTERM."""
 
+import contextlib
+import signal
+import threading
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from toyfeat.checkpoint import checkpoints
 
+SATURATED_SHARE = 0.5
+"""Share of the updates of a chunk above which a controller counts as saturated."""
+
 
 def finite_members(loss: np.ndarray, finite: np.ndarray) -> np.ndarray:
-    """Which members ``[]`` or ``[P]`` are whole at the end of a chunk.
+    """Return which members are finite in a chunk, ``[]`` or ``[P]`` bool.
 
     Args:
       loss: of every update, ``[steps]`` or ``[steps, P]``.
-      finite: whether the parameters are, at its end.
+      finite: ``[]`` or ``[P]``, whether the parameters are finite at its end.
     """
     return np.asarray(np.isfinite(loss.astype(np.float64)).all(0) & finite)
 
 
-def members_lost(
+def check_members(
     folder: Path | None,
     loss: np.ndarray,
     finite: np.ndarray,
     first: int,
     warned: np.ndarray,
 ) -> np.ndarray:
-    """Which members are lost in a chunk; new ones are reported.
+    """Find the members that diverged in a chunk, and warn of new ones.
 
-    The others go on: members share nothing but the batch.  A member that is lost is
-    trained on with them, at the same cost, and whatever it holds is saved.
+    The others go on: members share nothing but the batch.  A diverged member is
+    trained on with them, at the same cost, and saved as it is.
+
+    Args:
+      folder: of the run, or ``None``.
+      loss: of every update, ``[steps]`` or ``[steps, P]``.
+      finite: ``[]`` or ``[P]``, whether the parameters are finite at the end.
+      first: step of the first update.
+      warned: ``[P]`` bool, the members that were reported before.
+
+    Returns:
+      ``[P]`` bool, which members diverged.
 
     Raises:
-      FloatingPointError: if all of them are.
+      FloatingPointError: if all of them did.
     """
-    good = np.isfinite(loss.astype(np.float64)).reshape(len(loss), -1)
-    whole = np.asarray(good.all(0))
-    when = first + np.where(whole, len(loss) - 1, np.argmin(good, axis=0))
-    bad = ~whole | ~finite.reshape(-1)
+    # The step of a member's first bad loss; the last one if only parameters are bad.
+    finite_loss = np.isfinite(loss.astype(np.float64)).reshape(len(loss), -1)
+    all_finite = np.asarray(finite_loss.all(0))
+    bad_step = first + np.where(
+        all_finite, len(loss) - 1, np.argmin(finite_loss, axis=0)
+    )
+    bad = ~all_finite | ~finite.reshape(-1)
+    # Nothing is left to train: raise with the earliest step and the last checkpoint.
     if bad.all():
-        which = int(np.argmin(when))
-        what = "parameters are" if whole[which] else "loss is"
+        earliest = int(np.argmin(bad_step))
+        what = "parameters are" if all_finite[earliest] else "loss is"
         saved = [] if folder is None else checkpoints(folder / "checkpoint")
         last = f"the last checkpoint is {saved[-1][1]}" if saved else "none was saved"
         members = f" for all {bad.size} members" if bad.size > 1 else ""
         raise FloatingPointError(
             f"fit: the {what} not finite{members}, first in the update of step "
-            f"{when[which]} (chunk {first} .. {first + len(loss) - 1}); {last}. Look "
-            "at that batch with check_taps, and start in another directory with a "
+            f"{bad_step[earliest]} (chunk {first} .. {first + len(loss) - 1}); {last}. "
+            "Look at that batch with check_taps, and start in another directory with a "
             "lower learning rate or clipped gradients (optax.clip_by_global_norm)"
         )
+    # Report each member once.
     new = bad & ~warned
     if new.any():
-        said = ", ".join(f"{i} (step {when[i]})" for i in np.flatnonzero(new))
+        listed = ", ".join(f"{i} (step {bad_step[i]})" for i in np.flatnonzero(new))
         warnings.warn(
-            f"fit: the loss is no longer finite for members {said} of {bad.size}; the "
-            "others go on",
+            f"fit: the loss is no longer finite for members {listed} of {bad.size}; "
+            "the others go on",
             stacklevel=4,
         )
     return bad
 
 
-def check_saturated(means: dict[str, np.ndarray]) -> None:
-    """Warn of controllers at their bounds in the last chunk."""
+def warn_of_saturation(means: dict[str, np.ndarray]) -> None:
+    """Warn if a controller was at its bounds in the last chunk.
+
+    Args:
+      means: of the metrics of the last chunk.
+    """
     share = np.atleast_1d(means.get("saturated", np.zeros(())))
-    members = np.flatnonzero(share > 0.5)
+    members = np.flatnonzero(share > SATURATED_SHARE)
     if members.size:
         of = f" of members {members.tolist()}" if share.size > 1 else ""
         warnings.warn(
@@ -71,3 +97,31 @@ def check_saturated(means: dict[str, np.ndarray]) -> None:
             "chunk, so its target was not reached; widen its bounds or move the target",
             stacklevel=4,
         )
+
+
+@contextlib.contextmanager
+def catch_sigterm(enabled: bool) -> Iterator[Callable[[], bool]]:
+    """Postpone SIGTERM to the end of the block, which then raises ``SystemExit(0)``.
+
+    The previous handler is put back.  Outside of the main thread nothing is caught,
+    because Python cannot set handlers there.
+
+    Args:
+      enabled: whether to catch the signal at all.
+
+    Yields:
+      A function that returns whether SIGTERM came.
+    """
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    signals: list[int] = []
+    previous = signal.signal(
+        signal.SIGTERM, lambda number, frame: signals.append(number)
+    )
+    try:
+        yield lambda: bool(signals)
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+    if signals:
+        raise SystemExit(0)

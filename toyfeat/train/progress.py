@@ -1,4 +1,4 @@
-"""What a person sees of a training: lines of JSON, a bar, TensorBoard."""
+"""Report the progress of a training run: JSON lines, a progress bar, TensorBoard."""
 
 import contextlib
 import importlib
@@ -12,23 +12,25 @@ from typing import Any
 
 import numpy as np
 
+from toyfeat.train.health import SATURATED_SHARE
+
 Report = Callable[[int, float, float, dict[str, np.ndarray]], None]
 """``(step, seconds, examples_per_s, means)``, once for every chunk."""
 
 
 @contextlib.contextmanager
-def reporting(
+def open_reports(
     folder: Path | None, start: int, steps: int, *, bar: bool, tensorboard: bool
 ) -> Iterator[Report]:
-    """Everything that was asked for, as one function of a chunk."""
+    """Open the requested reports and yield one function that writes them all."""
     with contextlib.ExitStack() as stack:
         sinks: list[Report] = []
         if tensorboard:
-            sinks.append(stack.enter_context(_events(folder, start)))
+            sinks.append(stack.enter_context(_tensorboard_report(folder, start)))
         if folder is not None:
-            sinks.append(_lines(folder / "metrics.jsonl", start))
+            sinks.append(_jsonl_report(folder / "metrics.jsonl", start))
         if bar and sys.stderr.isatty():
-            sinks.append(stack.enter_context(_bar(start, steps)))
+            sinks.append(stack.enter_context(_bar_report(start, steps)))
 
         def report(
             step: int, seconds: float, rate: float, means: dict[str, np.ndarray]
@@ -39,37 +41,43 @@ def reporting(
         yield report
 
 
-def _lines(path: Path, start: int) -> Report:
-    """Appends to the lines up to ``start``; later ones are of a run that was cut."""
+def _jsonl_report(path: Path, start: int) -> Report:
+    """Append a line of JSON per chunk to a file.
+
+    Lines of steps after ``start`` are dropped: the run that wrote them was cut off
+    before it saved a checkpoint of them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in old if _step_of(line) <= start]
-    if len(kept) < len(old):
-        half = path.with_name(f".{path.name}.half")
-        half.write_bytes(b"".join(kept))
-        os.replace(half, path)
+    valid = [line for line in old if _line_step(line) <= start]
+    if len(valid) < len(old):
+        draft = path.with_name(f".{path.name}.half")
+        draft.write_bytes(b"".join(valid))
+        os.replace(draft, path)
 
     def report(
         step: int, seconds: float, rate: float, means: dict[str, np.ndarray]
     ) -> None:
         row = {"step": step, "seconds": seconds, "examples_per_s": rate}
-        row |= {name: _plain(value.tolist()) for name, value in means.items()}
+        row |= {name: _to_json(value.tolist()) for name, value in means.items()}
         text = json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
+            # Unbuffered writes may be partial; an error is not delayed to the close.
             with open(path, "ab", buffering=0) as file:
                 while text:
                     text = text[file.write(text) :]
         except OSError as error:
-            said = f"fit: could not write {path}: {error.strerror}; the last checkpoint"
             raise OSError(
-                error.errno, f"{said} is whole. Make room, run again"
+                error.errno,
+                f"fit: could not write {path}: {error.strerror}; the last checkpoint "
+                "is whole. Make room, run again",
             ) from error
 
     return report
 
 
-def _step_of(line: bytes) -> float:
-    """Step of a line, inf of a part of one."""
+def _line_step(line: bytes) -> float:
+    """Parse the step of a line; inf if the line is incomplete."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
@@ -77,16 +85,16 @@ def _step_of(line: bytes) -> float:
     return step if isinstance(step, int) else math.inf
 
 
-def _plain(value: Any) -> Any:
-    """Lists and numbers, with ``None`` where JSON has no number."""
+def _to_json(value: Any) -> Any:
+    """Replace the numbers that JSON does not have (NaN, inf) by ``None``."""
     if isinstance(value, list):
-        return [_plain(each) for each in value]
+        return [_to_json(entry) for entry in value]
     return value if math.isfinite(value) else None
 
 
 @contextlib.contextmanager
-def _bar(start: int, steps: int) -> Iterator[Report]:
-    """A bar with the rate, the time left, the (lowest) loss and what is wrong."""
+def _bar_report(start: int, steps: int) -> Iterator[Report]:
+    """Show a bar with the rate, the time left, the (lowest) loss and problems."""
     progress = importlib.import_module("rich.progress")
     console = importlib.import_module("rich.console").Console(file=sys.stderr)
     columns = (
@@ -96,10 +104,10 @@ def _bar(start: int, steps: int) -> Iterator[Report]:
         progress.TimeRemainingColumn(),
         progress.TextColumn("{task.fields[rate]}"),
         progress.TextColumn("{task.fields[loss]}"),
-        progress.TextColumn("[bold red]{task.fields[trouble]}"),
+        progress.TextColumn("[bold red]{task.fields[problems]}"),
     )
     with progress.Progress(*columns, console=console) as bar:
-        empty = {"rate": "", "loss": "", "trouble": ""}
+        empty = {"rate": "", "loss": "", "problems": ""}
         task = bar.add_task("fit", total=steps, completed=start, **empty)
 
         def report(
@@ -107,24 +115,30 @@ def _bar(start: int, steps: int) -> Iterator[Report]:
         ) -> None:
             loss = means["loss"]
             lowest = np.min(loss, where=np.isfinite(loss), initial=np.inf)
-            said = "loss" if loss.ndim == 0 else "lowest loss"
-            shown = {"rate": f"{rate:,.0f} examples/s", "loss": f"{said} {lowest:.4g}"}
-            bar.update(task, completed=step, trouble=_trouble(means), **shown)
+            label = "loss" if loss.ndim == 0 else "lowest loss"
+            bar.update(
+                task,
+                completed=step,
+                rate=f"{rate:,.0f} examples/s",
+                loss=f"{label} {lowest:.4g}",
+                problems=_format_problems(means),
+            )
 
         yield report
 
 
-def _trouble(means: dict[str, np.ndarray]) -> str:
-    """Members that are lost, controllers at their limits."""
-    lost = ~np.atleast_1d(means.get("finite", np.ones((), bool))).astype(bool)
-    stuck = np.atleast_1d(means.get("saturated", np.zeros(()))) > 0.5
-    counts = {"not finite": lost.sum(), "saturated": stuck.sum()}
-    of = f" {{}} of {lost.size}" if lost.size > 1 else ""
-    return ", ".join(what + of.format(n) for what, n in counts.items() if n)
+def _format_problems(means: dict[str, np.ndarray]) -> str:
+    """Count the members that diverged and the controllers at their bounds."""
+    diverged = ~np.atleast_1d(means.get("finite", np.ones((), bool))).astype(bool)
+    saturated = np.atleast_1d(means.get("saturated", np.zeros(()))) > SATURATED_SHARE
+    counts = {"not finite": diverged.sum(), "saturated": saturated.sum()}
+    share = f" {{}} of {diverged.size}" if diverged.size > 1 else ""
+    return ", ".join(what + share.format(n) for what, n in counts.items() if n)
 
 
 @contextlib.contextmanager
-def _events(folder: Path | None, start: int) -> Iterator[Report]:
+def _tensorboard_report(folder: Path | None, start: int) -> Iterator[Report]:
+    """Write every mean of a chunk to TensorBoard; later events are purged."""
     if folder is None:
         raise ValueError("fit: tensorboard=True needs a directory to write to")
     try:

@@ -1,153 +1,194 @@
-"""Latents that never fire start again from what is reconstructed worst."""
+"""Revival of latents that never fire, from what is reconstructed worst."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from toyfeat.dictionary.coding import lengths
+from toyfeat.dictionary.base import latent_axes, lengths
+from toyfeat.dictionary.types import Architecture, Dictionary, Inputs
 from toyfeat.linalg.orthonormal import choose
-from toyfeat.types import Array, Dictionary, Params, Parts, TrainState
+from toyfeat.train.types import TrainState
+from toyfeat.types import Array, Params
 
-_FAINT = 0.2  # of an encoder that starts again, in units of the others' mean length
-_OF_COLUMNS = ("W_enc", "P")  # one latent per column; all other tensors per row
-_OF_NO_LATENT = ("b_dec", "topk_threshold")
+ENCODER_SHARE = 0.2
+"""Length of a revived encoder in units of the mean of the others, where codes do not
+compete: that of Bricken et al. (2023), appendix on neuron resampling.  Where they
+compete it is 1 (docs/decisions/train.md, "Revival follows Bricken et al.")."""
 
 
 class Directions(NamedTuple):
-    """Unit vectors for every example of a batch, ``[N, D]``, and what decides.
+    """Unit vectors for every example of a batch, ``[N, D]``, and their errors.
 
     Attributes:
-      read: for the encoder.
-      write: for the decoder.
-      grads: for readers of gradients, that of the readout where it is largest, or
+      acts: for what reads activations.
+      target: for what writes.
+      grads: for what reads gradients, that of the readout where it is largest, or
         ``None``.
       error: ``[N]``, squared error times weight.
     """
 
-    read: Array
-    write: Array
+    acts: Array
+    target: Array
     grads: Array | None
     error: Array
 
 
-def revived(
-    parts: Parts, state: TrainState, *, every: int, dead_after: int
+class _Batch(NamedTuple):
+    """Part of the inputs of the loss that revival needs; a pytree of arrays."""
+
+    acts: Array
+    target: Array
+    recon: Array
+    grads: Array | None
+    weights: Array
+
+
+def revive_dead(
+    inputs: Inputs, state: TrainState, *, every: int, dead_after: int
 ) -> tuple[TrainState, dict[str, Array]]:
-    """A state in which dead latents start again, every so many steps.
+    """Start dead latents again, every so many steps.
 
     Each dead latent is given another example of the batch, drawn with a probability
     proportional to its squared error; where fewer examples have one, the others wait.
-    Its decoder row is the example, as long as those of latents that fire are on the
-    mean; its encoder the same direction, as long as theirs or, where codes do not
-    compete, a fifth of it; everything else of it is as at the start, the optimizer's
-    memory of it 0.  In other steps, in a population those in which no member has
-    dead latents, nothing is drawn, and only a selection between old and new is left;
-    members do not see each other.
+    Its decoder row is the example, with the mean length of those of latents that
+    fire; its encoder the same direction, with their mean length or, where codes do not
+    compete, :data:`ENCODER_SHARE` of it; everything else of it is as at the start, the
+    optimizer's memory of it 0.  In other steps, in a population those in which no
+    member has dead latents, nothing is drawn, and only a selection between old and new
+    remains; members do not see each other.
 
     Args:
-      parts: of the batch, from before the update.
+      inputs: of the batch, from before the update.
       state: after the update.
       every: steps between revivals.
       dead_after: silent steps after which a latent is dead.
 
     Returns:
-      The state, and ``revived``, how many latents were.
+      The state, and ``revived``, the number of latents that were.
     """
+    dictionary = inputs.dictionary
     silent = state.running["silent"]
     dead = silent >= dead_after
-    # What follows takes part in the pass over all entries that the update makes: a
-    # condition that returned the parameters would copy them in every step.
-    again, fresh = choose(
+    # Draw examples, if it is time and there are dead latents.  What follows takes part
+    # in the pass over all entries that the update makes: a condition that returned the
+    # parameters would copy them in every step.
+    batch = _Batch(
+        acts=inputs.acts,
+        target=inputs.target,
+        recon=inputs.out.recon,
+        grads=inputs.grads,
+        weights=inputs.weights,
+    )
+    revived, rows = choose(
         (state.step % every == 0) & jnp.any(dead),
-        partial(_started, parts.dictionary),
-        _nothing,
+        partial(_draw, dictionary),
+        partial(_draw_nothing, dictionary),
         jax.random.fold_in(state.running["key"], state.step),
-        (parts.acts, parts.target, parts.out.recon, parts.grads, parts.weights),
+        batch,
         dead,
-        parts.params,
+        inputs.params,
     )
-    start = parts.dictionary.init(jax.random.key(0))  # its biases and thresholds
-    start |= {name: x for name, x in state.params.items() if x.ndim == 2} | fresh
+    # Vectors start again as they were, matrices from the examples.
+    start = dictionary.init(jax.random.key(0))
+    start |= {name: x for name, x in state.params.items() if x.ndim == 2} | rows
+    axes = latent_axes(dictionary.architecture)
     state = state._replace(
-        params={n: _put(n, again, start[n], x) for n, x in state.params.items()},
-        opt_state=_forgotten(state.opt_state, state.params, again),
-        running={**state.running, "silent": jnp.where(again, 0, silent)},
+        params={
+            name: _replace_latents(axes[name], revived, start[name], x)
+            for name, x in state.params.items()
+        },
+        opt_state=_forget(state.opt_state, state.params, axes, revived),
+        running={**state.running, "silent": jnp.where(revived, 0, silent)},
     )
-    return state, {"revived": jnp.sum(again)}
+    return state, {"revived": jnp.sum(revived)}
 
 
-def _nothing(key: Array, batch: Any, dead: Array, params: Params) -> Any:
-    """What :func:`_started` returns where no latent starts again."""
+def _sources(architecture: Architecture, batch: _Batch) -> dict[str, str]:
+    """Matrices that are set from an example, and from which of its vectors."""
+    sources = {"W_enc": "acts", "W_dec": "target", **architecture.revived_from}
+    if batch.grads is None:
+        sources = {name: x for name, x in sources.items() if x != "grads"}
+    return sources
+
+
+def _draw_nothing(
+    dictionary: Dictionary, key: Array, batch: _Batch, dead: Array, params: Params
+) -> Any:
+    """Return what :func:`_draw` returns where no latent starts again."""
     del key
-    names = _matrices(params, batch)
+    names = _sources(dictionary.architecture, batch)
     return dead & False, {name: jnp.zeros_like(params[name]) for name in names}
 
 
-def _matrices(params: Params, batch: Any) -> list[str]:
-    """Tensors of which a latent's part is set from an example."""
-    without = batch[3] is None
-    names = ["W_enc", "W_dec"] if without else ["W_enc", "W_dec", "W_read", "P"]
-    return [name for name in names if name in params]
-
-
-def _started(
-    dictionary: Dictionary, key: Array, batch: Any, dead: Array, params: Params
+def _draw(
+    dictionary: Dictionary, key: Array, batch: _Batch, dead: Array, params: Params
 ) -> tuple[Array, Params]:
-    """Which latents ``[M]`` start again, and matrices in which all of them do."""
-    found = _directions(dictionary, params, batch)
-    noise = jax.random.gumbel(key, found.error.shape, found.error.dtype)
-    score = jnp.log(found.error) + noise  # -inf without any
+    """Draw which latents ``[M]`` start again, and matrices in which all of them do."""
+    directions = _directions(dictionary, params, batch)
+    # Sample examples without replacement, by their errors: Gumbel top-k.
+    noise = jax.random.gumbel(key, directions.error.shape, directions.error.dtype)
+    score = jnp.log(directions.error) + noise  # -inf without any error
     best, order = jax.lax.top_k(score, min(len(score), len(dead)))
+    # The dead latent number i takes the example in place i, if there is one.
     place = jnp.cumsum(dead) - 1
     last = len(order) - 1
-    again = dead & (place <= last) & (best[jnp.minimum(place, last)] > -jnp.inf)
-    given = jax.tree.map(lambda x: x[order[jnp.clip(place, 0, last)]], found)
-    faint = _FAINT if dictionary.config.k is None else 1.0
-    rows = {"W_dec": given.write, "W_enc": faint * given.read}
-    if given.grads is not None:
-        rows |= {"W_read": given.grads, "P": given.grads}
-    fresh = {}
-    for name in _matrices(params, batch):
-        columns = name in _OF_COLUMNS
+    revived = dead & (place <= last) & (best[jnp.minimum(place, last)] > -jnp.inf)
+    drawn = jax.tree.map(lambda x: x[order[jnp.clip(place, 0, last)]], directions)
+    # Rows of the mean length of the latents that fire.
+    architecture = dictionary.architecture
+    axes = latent_axes(architecture)
+    share = ENCODER_SHARE if architecture.selects == "all" else 1.0
+    matrices = {}
+    for name, source in _sources(architecture, batch).items():
+        rows = getattr(drawn, source)
+        rows = share * rows if name == "W_enc" else rows
+        columns = axes[name] == 1
         old = params[name].T if columns else params[name]
-        new = (_mean_length(dead, old) * rows[name]).astype(old.dtype)
-        fresh[name] = new.T if columns else new
-    return again, fresh
+        new = (_mean_length(dead, old) * rows).astype(old.dtype)
+        matrices[name] = new.T if columns else new
+    return revived, matrices
 
 
-def _directions(dictionary: Dictionary, params: Params, batch: Any) -> Directions:
-    acts, target, recon, grads, weights = batch
+def _directions(dictionary: Dictionary, params: Params, batch: _Batch) -> Directions:
     origin = params["b_dec"][None, :]
-    write = target - origin
-    read = acts - origin if dictionary.config.apply_b_dec_to_input else acts
-    error = weights * jnp.sum((target - recon) ** 2, axis=1)
+    writes = batch.target - origin
+    reads = batch.acts
+    if dictionary.config.apply_b_dec_to_input:
+        reads = batch.acts - origin
+    error = batch.weights * jnp.sum((batch.target - batch.recon) ** 2, axis=1)
     error = jnp.where(jnp.isfinite(error), error, jnp.zeros_like(error))
-    strong = None
-    if grads is not None and "W_read" in params:
-        sizes = jnp.sum(grads**2, axis=2)
-        which = jnp.argmax(sizes, axis=1)
+    strongest = None
+    read_back = "grads" in _sources(dictionary.architecture, batch).values()
+    if batch.grads is not None and read_back:
+        # The gradient of the readout where it is largest; without one, no example.
+        sizes = jnp.sum(batch.grads**2, axis=2)
+        readout = jnp.argmax(sizes, axis=1)
         error = jnp.where(jnp.max(sizes, axis=1) > 0, error, jnp.zeros_like(error))
-        strong = _unit(jnp.take_along_axis(grads, which[:, None, None], axis=1)[:, 0])
-    return Directions(_unit(read), _unit(write), strong, error)
+        strongest = jnp.take_along_axis(batch.grads, readout[:, None, None], axis=1)
+        strongest = _unit_rows(strongest[:, 0])
+    return Directions(_unit_rows(reads), _unit_rows(writes), strongest, error)
 
 
 def _mean_length(dead: Array, rows: Array) -> Array:
-    """Of the rows of latents that fire; of all if none does."""
+    """Mean length of the rows of latents that fire; of all if none does."""
     counted = jnp.where(jnp.all(dead), jnp.ones_like(dead), ~dead)
     sizes = jnp.linalg.norm(rows, axis=1)
     total = jnp.sum(jnp.where(counted, sizes, jnp.zeros_like(sizes)))
     return total / jnp.sum(counted).astype(rows.dtype)
 
 
-def _forgotten(opt_state: Any, params: Params, again: Array) -> Any:
-    """An optimizer's state without what it holds of some latents.
+def _forget(
+    opt_state: Any, params: Params, axes: Mapping[str, int | None], revived: Array
+) -> Any:
+    """Set what an optimizer's state holds of some latents to 0.
 
     Whatever in it is a dict with the names of parameters is taken to be per entry,
     where shapes are the same: moments of Adam, a trace of momentum.
     """
-    names = {name for name in params if name not in _OF_NO_LATENT}
+    names = {name for name in params if axes[name] is not None}
 
     def is_like_params(node: Any) -> bool:
         return isinstance(node, dict) and names <= node.keys()
@@ -156,7 +197,7 @@ def _forgotten(opt_state: Any, params: Params, again: Array) -> Any:
         if not is_like_params(node):
             return node
         return {
-            name: _put(name, again, jnp.zeros_like(x), x)
+            name: _replace_latents(axes[name], revived, jnp.zeros_like(x), x)
             if name in names and jnp.shape(x) == params[name].shape
             else x
             for name, x in node.items()
@@ -165,15 +206,14 @@ def _forgotten(opt_state: Any, params: Params, again: Array) -> Any:
     return jax.tree.map(forget, opt_state, is_leaf=is_like_params)
 
 
-def _put(name: str, again: Array, new: Array, old: Array) -> Array:
-    """``new`` for the latents that start again."""
-    if name in _OF_NO_LATENT:
+def _replace_latents(axis: int | None, revived: Array, new: Array, old: Array) -> Array:
+    """Take ``new`` for the latents that start again."""
+    if axis is None:
         return old
-    if old.ndim == 1:
-        return jnp.where(again, new, old)
-    place = again[None, :] if name in _OF_COLUMNS else again[:, None]
-    return jnp.where(place, new, old)
+    shape = [1] * old.ndim
+    shape[axis] = len(revived)
+    return jnp.where(revived.reshape(shape), new, old)
 
 
-def _unit(rows: Array) -> Array:
+def _unit_rows(rows: Array) -> Array:
     return rows / lengths(rows)[:, None]

@@ -1,6 +1,5 @@
-"""One step of training: scale, differentiate, update, count, measure."""
+"""One step of training: normalize, differentiate, update, count, measure."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,45 +7,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from toyfeat.dictionary.attributions import attribution_l0, attributions, unexplained
-from toyfeat.dictionary.coding import BY_BATCH
-from toyfeat.dictionary.counting import number_of, smallest_positive
-from toyfeat.linalg.precise import nonzero
-from toyfeat.train.revival import revived
-from toyfeat.train.scales import MEMORY, gradient_scale
-from toyfeat.types import (
-    Array,
-    Controller,
-    Dictionary,
-    Objective,
-    Params,
-    Parts,
-    Taps,
-    TrainState,
+from toyfeat.dictionary.attributions import (
+    attribution_l0,
+    attributions,
+    unexplained_effect,
 )
+from toyfeat.dictionary.selection import number_of, smallest_positive
+from toyfeat.dictionary.types import Architecture, Inputs
+from toyfeat.linalg.precision import nonzero
+from toyfeat.train.normalization import MEMORY, gradient_scale
+from toyfeat.train.revival import revive_dead
+from toyfeat.train.types import Recipe, TrainState
+from toyfeat.types import Array, Params, Taps
 
-_PROBED = 64  # examples on which attributions are measured
-_THRESHOLD = "topk_threshold"  # of a batch top-k: averaged, not learned
+_PROBED = 64
+"""Examples on which attributions are measured: a mean over them is enough for a
+controller, which averages over steps, and cheap beside a batch of thousands."""
 
-
-class Recipe(NamedTuple):
-    """What :func:`toyfeat.trainer` was given."""
-
-    dictionary: Dictionary
-    objective: Objective
-    optimizer: optax.GradientTransformation
-    controller: Controller | None
-    readouts: int
-    normalize: bool
-    center: bool
-    dead_after: int
-    threshold_rate: float
-    schedule: Callable[[Array], Array] | None
-    revive: int | None = None
+_LEAST = 1e-30
+"""Keeps quotients finite where a sum of weights, a norm or a variance is 0; in
+normalized units all others are far larger."""
 
 
-class Scaled(NamedTuple):
-    """A batch in scaled units; the weights sum to 1."""
+class NormalizedBatch(NamedTuple):
+    """A batch in normalized units; the weights sum to 1."""
 
     acts: Array
     target: Array
@@ -54,108 +38,120 @@ class Scaled(NamedTuple):
     weights: Array
 
 
-def learned(params: Params) -> tuple[Params, Params]:
-    """Parameters that have a gradient, and the others."""
-    rest = {name: x for name, x in params.items() if name == _THRESHOLD}
-    return {name: x for name, x in params.items() if name != _THRESHOLD}, rest
-
-
-def recipe_of(update: Any) -> Recipe | None:
-    """What an update was made of, or ``None`` if it is another's."""
-    while isinstance(update, partial) and update.args:
-        update = update.args[0]
-    return update if isinstance(update, Recipe) else None
+def split_learned(architecture: Architecture, params: Params) -> tuple[Params, Params]:
+    """Split parameters into those with a gradient and those that are averaged."""
+    averaged = architecture.averaged_threshold
+    learned = {name: x for name, x in params.items() if name != averaged}
+    return learned, {name: x for name, x in params.items() if name == averaged}
 
 
 def update(
     recipe: Recipe, state: TrainState, taps: Taps
 ) -> tuple[TrainState, dict[str, Array]]:
-    """``(state, taps) -> (state, metrics)`` of a recipe."""
+    """Do one update, ``(state, taps) -> (state, metrics)``."""
     _check(recipe, taps)
-    state, batch = _scaled(recipe, state, taps)
-    (total, (parts, values)), slopes = _slopes(recipe, state, batch)
-    norm = optax.tree.norm(slopes)
-    slopes = jax.tree.map(partial(_clipped, state.hyper["clip"]), slopes)
-    mine, rest = learned(state.params)
+    architecture = recipe.dictionary.architecture
+    # Loss and gradients of the batch in normalized units.
+    state, batch = _normalize(recipe, state, taps)
+    (total, (inputs, losses)), grads = _loss_and_grads(recipe, state, batch)
+    norm = optax.tree.norm(grads)
+    grads = jax.tree.map(partial(_clip, state.hyper["clip"]), grads)
+    # Step of the optimizer; what is not learned is averaged.
+    learned, averaged = split_learned(architecture, state.params)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
-        changes, opt_state = recipe.optimizer.update(slopes, state.opt_state, mine)
+        changes, opt_state = recipe.optimizer.update(grads, state.opt_state, learned)
     if recipe.schedule is not None:
         pace = jnp.asarray(recipe.schedule(state.step), norm.dtype)
         changes = jax.tree.map(lambda x: pace * x, changes)
-    params: Params = optax.apply_updates(mine, changes)
-    params = _allowed(params) | _averaged(recipe, parts, rest)
-    metrics = {"loss": total, **values, **_measured(parts), "grad_norm": norm}
-    running, effects = _counted(state, parts)
+    params: Params = optax.apply_updates(learned, changes)
+    params = _clip_thresholds(architecture, params)
+    params |= _average_threshold(recipe, inputs, averaged)
+    # Metrics, and counts of how long each latent has been silent.
+    metrics = {"loss": total, **losses, **_batch_metrics(inputs), "grad_norm": norm}
+    running, effects = _update_counts(state, inputs)
     metrics |= effects | {"dead": jnp.sum(running["silent"] >= recipe.dead_after)}
-    control, running, told = _steered(recipe, state, running, metrics)
-    step = state.step + 1
-    next_state = TrainState(step, params, opt_state, control, running, state.hyper)
+    # The controller sets the factor of the next step.
+    control, running, control_metrics = _run_controller(recipe, state, running, metrics)
+    next_state = TrainState(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        controller=control,
+        running=running,
+        hyper=state.hyper,
+    )
+    # Dead latents start again.
     if recipe.revive is not None:
-        often = {"every": recipe.revive, "dead_after": recipe.dead_after}
-        next_state, more = revived(parts, next_state, **often)
-        metrics |= more
-    return next_state, metrics | told
+        next_state, revival_metrics = revive_dead(
+            inputs, next_state, every=recipe.revive, dead_after=recipe.dead_after
+        )
+        metrics |= revival_metrics
+    return next_state, metrics | control_metrics
 
 
-def _slopes(recipe: Recipe, state: TrainState, batch: Scaled) -> Any:
-    """Loss, what it was made of, and its gradient."""
-    mine, rest = learned(state.params)
+def _loss_and_grads(recipe: Recipe, state: TrainState, batch: NormalizedBatch) -> Any:
+    """Compute the loss with its inputs and terms, and its gradient."""
+    learned, averaged = split_learned(recipe.dictionary.architecture, state.params)
     coefficients = _coefficients(recipe, state)
     dead = state.running["silent"] >= recipe.dead_after
-    by_batch = recipe.dictionary.config.architecture in BY_BATCH
-    more = {"weights": batch.weights} if by_batch else {}
-    seen = 1 - MEMORY ** state.step.astype(batch.weights.dtype)
+    # The usual size of an attribution: 1 before the first, then a running mean, whose
+    # weights sum to 1 - MEMORY**step.
+    weight = 1 - MEMORY ** state.step.astype(batch.weights.dtype)
     square = state.running["attribution_square"]
-    known = (seen > 0) & (square > 0)
-    scale = jnp.sqrt(jnp.where(known, square / jnp.where(known, seen, 1), 1))
+    known = (weight > 0) & (square > 0)
+    scale = jnp.sqrt(jnp.where(known, square / jnp.where(known, weight, 1), 1))
 
-    def loss(mine: dict[str, Array]) -> tuple[Array, tuple[Parts, dict[str, Array]]]:
-        params = {**mine, **rest}
+    def loss(learned: Params) -> tuple[Array, tuple[Inputs, dict[str, Array]]]:
+        params = {**learned, **averaged}
         out = recipe.dictionary.forward(
-            params, batch.acts, grads=batch.grads, k=state.hyper.get("k"), **more
-        )
-        parts = Parts(
-            recipe.dictionary,
             params,
             batch.acts,
-            batch.target,
-            out,
-            batch.grads,
-            batch.weights,
-            dead,
-            scale,
-            coefficients,
+            grads=batch.grads,
+            k=state.hyper.get("k"),
+            weights=batch.weights,
         )
-        values = {term.name: term.loss(parts) for term in recipe.objective}
-        total = sum(coefficients[name] * value for name, value in values.items())
-        return jnp.asarray(total), (parts, values)
+        inputs = Inputs(
+            dictionary=recipe.dictionary,
+            params=params,
+            acts=batch.acts,
+            target=batch.target,
+            out=out,
+            grads=batch.grads,
+            weights=batch.weights,
+            dead=dead,
+            scale=scale,
+            coefficients=coefficients,
+        )
+        losses = {term.name: term.loss(inputs) for term in recipe.objective}
+        total = sum(coefficients[name] * value for name, value in losses.items())
+        return jnp.asarray(total), (inputs, losses)
 
-    return jax.value_and_grad(loss, has_aux=True)(mine)
+    return jax.value_and_grad(loss, has_aux=True)(learned)
 
 
 def _coefficients(recipe: Recipe, state: TrainState) -> dict[str, Array]:
-    """Of every term, with the warm-up and the controller in them."""
+    """Coefficient of every term, with warm-up and controller applied."""
     steps = state.hyper["warm_up"]
     warm = jnp.minimum(state.step.astype(steps.dtype) / jnp.maximum(steps, 1), 1)
     warm = jnp.where(steps > 0, warm, jnp.ones_like(warm))
-    steered = "" if recipe.controller is None else recipe.controller.term
+    controlled = "" if recipe.controller is None else recipe.controller.term
     values = {}
     for term in recipe.objective:
         value = state.hyper[term.name]
         value = value * warm if term.warm_up else value
-        if term.name == steered:
+        if term.name == controlled:
             value = value * state.running["factor"]
         values[term.name] = value
     return values
 
 
-def _steered(
+def _run_controller(
     recipe: Recipe,
     state: TrainState,
     running: dict[str, Array],
     metrics: dict[str, Array],
 ) -> tuple[Any, dict[str, Array], dict[str, Array]]:
-    """The controller's next state, after the warm-up, and what it says."""
+    """Run the controller after the warm-up: its state, the factor, its metrics."""
     controller = recipe.controller
     if controller is None:
         return state.controller, running, {}
@@ -164,35 +160,44 @@ def _steered(
         state.controller, measured, state.hyper["target"]
     )
     begun = state.step >= state.hyper["warm_up"].astype(state.step.dtype)
-    kept = jax.tree.map(partial(jnp.where, begun), after, state.controller)
+    control = jax.tree.map(partial(jnp.where, begun), after, state.controller)
     factor = jnp.where(begun, factor, running["factor"])
-    told = {"factor": factor, "saturated": (saturated & begun).astype(factor.dtype)}
-    return kept, {**running, "factor": factor}, told
+    saturated = (saturated & begun).astype(factor.dtype)
+    running = {**running, "factor": factor}
+    return control, running, {"factor": factor, "saturated": saturated}
 
 
-def _scaled(recipe: Recipe, state: TrainState, taps: Taps) -> tuple[TrainState, Scaled]:
-    """The batch in units of its own size, which are recorded."""
+def _normalize(
+    recipe: Recipe, state: TrainState, taps: Taps
+) -> tuple[TrainState, NormalizedBatch]:
+    """Divide a batch by its units, which the state records."""
     acts, grads = taps.acts, taps.grads
     target = acts if taps.targets is None else taps.targets
-    weights = taps.weights / jnp.maximum(jnp.sum(taps.weights), 1e-30)
-    acts, target = _counting(acts, weights), _counting(target, weights)
+    weights = taps.weights / jnp.maximum(jnp.sum(taps.weights), _LEAST)
+    acts, target = _zero_unweighted(acts, weights), _zero_unweighted(target, weights)
     running, params = dict(state.running), dict(state.params)
-    first = ~running["begun"]  # up to the first batch that varies
+    # Activations and targets: the size in the first batch whose examples differ.
+    first = ~running["begun"]
     running["begun"] = running["begun"] | _varies(acts, weights)
     if recipe.normalize:
         scale = jnp.where(first, _size(acts, weights), running["acts_scale"])
-        other = scale  # where one b_dec is in the units of both
+        target_scale = scale  # one b_dec is in the units of both
         if recipe.dictionary.config.d_out is not None:
-            other = jnp.where(first, _size(target, weights), running["target_scale"])
-        running["acts_scale"], running["target_scale"] = scale, other
-        acts, target = acts / scale, target / other
+            size = _size(target, weights)
+            target_scale = jnp.where(first, size, running["target_scale"])
+        running["acts_scale"], running["target_scale"] = scale, target_scale
+        acts, target = acts / scale, target / target_scale
+    # The decoder starts at the mean of that batch.
     if recipe.center:
         params["b_dec"] = jnp.where(first, weights @ target, params["b_dec"])
+    # Gradients: a running size per readout, in units of their first largest entry, so
+    # that squares are finite.
     if grads is not None:
-        grads = _counting(jax.lax.stop_gradient(grads), weights)
+        grads = _zero_unweighted(jax.lax.stop_gradient(grads), weights)
         if recipe.normalize:
-            most, unit = jnp.max(jnp.abs(grads), axis=(0, 2)), running["grads_unit"]
-            unit = jnp.where(unit > 0, unit, most)  # of the first that is not 0
+            largest = jnp.max(jnp.abs(grads), axis=(0, 2))
+            unit = running["grads_unit"]
+            unit = jnp.where(unit > 0, unit, largest)
             relative = grads / nonzero(unit)[None, :, None]
             square = jnp.einsum("n,nkd->k", weights, relative**2) / grads.shape[2]
             square = MEMORY * running["grads_square"] + (1 - MEMORY) * square
@@ -200,17 +205,17 @@ def _scaled(recipe: Recipe, state: TrainState, taps: Taps) -> tuple[TrainState, 
             size = gradient_scale(square, jnp.ones_like(unit), state.step + 1)
             grads = relative / size[None, :, None]
     state = state._replace(running=running, params=params)
-    return state, Scaled(acts, target, grads, weights)
+    return state, NormalizedBatch(acts, target, grads, weights)
 
 
-def _counting(values: Array, weights: Array) -> Array:
-    """0 in place of what has no weight, which may be anything."""
-    there = (weights > 0).reshape(-1, *(1,) * (values.ndim - 1))
-    return jnp.where(there, values, jnp.zeros_like(values))
+def _zero_unweighted(values: Array, weights: Array) -> Array:
+    """Put 0 in place of what has no weight, which may be NaN."""
+    counted = (weights > 0).reshape(-1, *(1,) * (values.ndim - 1))
+    return jnp.where(counted, values, jnp.zeros_like(values))
 
 
 def _varies(values: Array, weights: Array) -> Array:
-    """Whether examples that have weight differ."""
+    """Test whether examples that have weight differ."""
     first = values[jnp.argmax(weights > 0)]
     return jnp.any((values != first[None, :]) & (weights > 0)[:, None])
 
@@ -218,55 +223,60 @@ def _varies(values: Array, weights: Array) -> Array:
 def _size(values: Array, weights: Array) -> Array:
     """Root mean square entry after centring; 1 if that is 0."""
     centred = values - (weights @ values)[None, :]
-    there = jnp.where(weights[:, None] > 0, jnp.abs(centred), 0)
-    most = jnp.max(there)  # squares of what is small or large are not finite
-    most = jnp.where(most > 0, most, jnp.ones_like(most))
-    square = weights @ jnp.mean((there / most) ** 2, axis=1)
-    return most * jnp.sqrt(jnp.where(square > 0, square, jnp.ones_like(square)))
+    sizes = jnp.where(weights[:, None] > 0, jnp.abs(centred), 0)
+    largest = jnp.max(sizes)  # squares of what is small or large are not finite
+    largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    square = weights @ jnp.mean((sizes / largest) ** 2, axis=1)
+    return largest * jnp.sqrt(jnp.where(square > 0, square, jnp.ones_like(square)))
 
 
-def _clipped(most: Array, slope: Array) -> Array:
-    norm = jnp.linalg.norm(slope)
-    return slope * jnp.minimum(1, most / jnp.maximum(norm, 1e-30))
+def _clip(limit: Array, grad: Array) -> Array:
+    norm = jnp.linalg.norm(grad)
+    return grad * jnp.minimum(1, limit / jnp.maximum(norm, _LEAST))
 
 
-def _allowed(params: Params) -> Params:
-    """A threshold below 0 would count codes that are 0."""
-    if "threshold" not in params:
-        return params
-    return {**params, "threshold": jnp.maximum(params["threshold"], 0)}
+def _clip_thresholds(architecture: Architecture, params: Params) -> Params:
+    """Cut tensors off at 0 that must not be negative."""
+    return {
+        name: jnp.maximum(x, 0) if name in architecture.nonnegative else x
+        for name, x in params.items()
+    }
 
 
-def _averaged(recipe: Recipe, parts: Parts, rest: Params) -> Params:
-    """A batch top-k's threshold follows the smallest code that was kept."""
-    if recipe.dictionary.config.architecture not in BY_BATCH:
-        return rest
-    old = rest[_THRESHOLD]
-    low = smallest_positive(parts.out.codes * jnp.sign(parts.weights)[:, None])
+def _average_threshold(recipe: Recipe, inputs: Inputs, averaged: Params) -> Params:
+    """Move a threshold that is not learned towards the smallest code of the batch."""
+    name = recipe.dictionary.architecture.averaged_threshold
+    if name is None:
+        return averaged
+    old = averaged[name]
+    low = smallest_positive(inputs.out.codes * jnp.sign(inputs.weights)[:, None])
     new = old + recipe.threshold_rate * (low - old)
-    return {_THRESHOLD: jnp.where(jnp.isfinite(low), new, old)}
+    return {name: jnp.where(jnp.isfinite(low), new, old)}
 
 
-def _counted(
-    state: TrainState, parts: Parts
+def _update_counts(
+    state: TrainState, inputs: Inputs
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Running statistics, and what they say about attributions."""
-    out, running = parts.out, dict(state.running)
-    there = (out.values != 0) & (parts.weights > 0)[:, None]
+    """Update the running statistics, and measure attributions."""
+    out, running = inputs.out, dict(state.running)
+    # Steps since each latent fired.
+    active = (out.values != 0) & (inputs.weights > 0)[:, None]
     if out.index is None:
-        fired = jnp.any(there, axis=0)
+        fired = jnp.any(active, axis=0)
     else:
-        fired = jnp.zeros(len(running["silent"]), bool).at[out.index].max(there)
+        fired = jnp.zeros(len(running["silent"]), bool).at[out.index].max(active)
     running["silent"] = jnp.where(fired, 0, running["silent"] + 1)
-    if parts.grads is None:
+    if inputs.grads is None:
         return running, {}
-    few = _first(parts)
-    weights = few.weights / jnp.maximum(jnp.sum(few.weights), 1e-30)
-    sizes = attributions(few) * jnp.sign(few.weights)[:, None, None]
-    latents = parts.dictionary.config.d_sae
-    count, share = attribution_l0(sizes, unexplained(few), latents)
-    active = jnp.maximum(jnp.sum(sizes != 0), 1).astype(sizes.dtype)
-    square = jnp.sum(sizes**2) / active
+    # Attributions of a sample of the batch.
+    sample = _first_weighted(inputs, _PROBED)
+    weights = sample.weights / jnp.maximum(jnp.sum(sample.weights), _LEAST)
+    sizes = attributions(sample) * jnp.sign(sample.weights)[:, None, None]
+    latents = inputs.dictionary.config.d_sae
+    count, share = attribution_l0(sizes, unexplained_effect(sample), latents)
+    # Their mean square, of those that are not 0.
+    num_active = jnp.maximum(jnp.sum(sizes != 0), 1).astype(sizes.dtype)
+    square = jnp.sum(sizes**2) / num_active
     old = running["attribution_square"]
     running["attribution_square"] = MEMORY * old + (1 - MEMORY) * square
     effects = {
@@ -276,23 +286,23 @@ def _counted(
     return running, effects
 
 
-def _first(parts: Parts) -> Parts:
-    """The first few examples of a batch that count."""
-    few = min(_PROBED, len(parts.weights))
-    _, here = jax.lax.top_k(jnp.sign(parts.weights), few)
-    rows = {"acts", "target", "grads", "weights"}
-    kept = {name: getattr(parts, name)[here] for name in rows}
-    return parts._replace(out=jax.tree.map(lambda x: x[here], parts.out), **kept)
+def _first_weighted(inputs: Inputs, num: int) -> Inputs:
+    """Take the first ``num`` examples of a batch that have weight."""
+    num = min(num, len(inputs.weights))
+    _, index = jax.lax.top_k(jnp.sign(inputs.weights), num)
+    fields = ("acts", "target", "grads", "weights")
+    sample = {name: getattr(inputs, name)[index] for name in fields}
+    return inputs._replace(out=jax.tree.map(lambda x: x[index], inputs.out), **sample)
 
 
-def _measured(parts: Parts) -> dict[str, Array]:
-    """Codes per example and the share of the variance that is left."""
-    weights, target = parts.weights, parts.target
-    there = number_of(parts.out.values != 0).astype(target.dtype)
+def _batch_metrics(inputs: Inputs) -> dict[str, Array]:
+    """Codes per example, and the share of the variance that is not explained."""
+    weights, target = inputs.weights, inputs.target
+    counts = number_of(inputs.out.values != 0).astype(target.dtype)
     centred = target - (weights @ target)[None, :]
-    whole = jnp.sum(weights * jnp.sum(centred**2, axis=1))
-    rest = jnp.sum(weights * jnp.sum((target - parts.out.recon) ** 2, axis=1))
-    return {"l0": weights @ there, "fvu": rest / jnp.maximum(whole, 1e-30)}
+    variance = jnp.sum(weights * jnp.sum(centred**2, axis=1))
+    error = jnp.sum(weights * jnp.sum((target - inputs.out.recon) ** 2, axis=1))
+    return {"l0": weights @ counts, "fvu": error / jnp.maximum(variance, _LEAST)}
 
 
 def _check(recipe: Recipe, taps: Taps) -> None:

@@ -1,19 +1,43 @@
-"""Many settings at once: a grid that goes in, a table that comes out."""
+"""Sweeps: a grid of settings for a population, and a table of its results."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.types import Array, ArrayLike, Member, TrainState
+from toyfeat.train.health import SATURATED_SHARE
+from toyfeat.train.types import TrainState
+from toyfeat.types import Array, ArrayLike
+
+
+class Row(NamedTuple):
+    """The results of one member of a population, a row of a sweep's table.
+
+    Attributes:
+      index: of the member in the population.
+      settings: the hyper-parameters in which members differ.
+      figures: metrics at the end of training, and scores.
+      finite: whether loss and parameters stayed finite.
+      saturated: whether the controller was at a bound, so that its target was not
+        reached.
+    """
+
+    index: int
+    settings: dict[str, float]
+    figures: dict[str, float]
+    finite: bool = True
+    saturated: bool = False
+
+
+_FLOAT32_DIGITS = np.finfo(np.float32).precision  # decimal digits of a float32
 
 
 def grid(*, seed: Any = 0, **axes: Any) -> dict[str, Array]:
-    """Every combination of settings, for the ``init`` of a population.
+    """Build every combination of settings, for the ``init`` of a population.
 
     Args:
       seed: of the random start, one for all members (so that they differ by their
@@ -33,27 +57,29 @@ def grid(*, seed: Any = 0, **axes: Any) -> dict[str, Array]:
 
       ``population(trainer(...)).init(**settings)`` starts them.
     """
-    whole = {"seed": np.atleast_1d(np.asarray(seed))}
-    whole |= {name: np.atleast_1d(np.asarray(x)) for name, x in axes.items()}
-    for name, values in whole.items():
-        fits = values.ndim == 1 and values.size and values.dtype.kind in "iuf"
-        if not fits or not np.isfinite(values).all():
+    # Every axis must be a vector of finite numbers.
+    vectors = {"seed": np.atleast_1d(np.asarray(seed))}
+    vectors |= {name: np.atleast_1d(np.asarray(x)) for name, x in axes.items()}
+    for name, values in vectors.items():
+        valid = values.ndim == 1 and values.size and values.dtype.kind in "iuf"
+        if not valid or not np.isfinite(values).all():
             raise ValueError(
                 f"grid: {name} must be a number or a list of them, all finite, got "
                 f"{(axes | {'seed': seed})[name]!r}"
             )
-    if whole["seed"].dtype.kind == "f":
+    if vectors["seed"].dtype.kind == "f":
         raise ValueError(f"grid: a seed is an int, got {seed!r}")
-    if np.any(np.abs(whole["seed"]) > np.iinfo(np.int32).max):
+    if np.any(np.abs(vectors["seed"]) > np.iinfo(np.int32).max):
         raise ValueError(f"grid: a seed must fit 32 bits, got {seed!r}")
-    most = np.finfo(np.float32).max
-    for name, values in whole.items():
-        if name == "keys" or np.any(np.abs(values) > most):
+    largest = np.finfo(np.float32).max
+    for name, values in vectors.items():
+        if name == "keys" or np.any(np.abs(values) > largest):
             raise ValueError(
                 f"grid: {name} must be the name of a hyper-parameter (keys come of "
                 f"seed) with values that float32 has, got {axes.get(name)!r}"
             )
-    flat = [x.ravel() for x in np.meshgrid(*whole.values(), indexing="ij")]
+    # The seed comes first, so it is the slowest axis.
+    flat = [x.ravel() for x in np.meshgrid(*vectors.values(), indexing="ij")]
     keys = jax.vmap(jax.random.key)(jnp.asarray(flat[0]))
     return {"keys": keys} | {
         name: jnp.asarray(x, float) for name, x in zip(axes, flat[1:], strict=True)
@@ -61,12 +87,12 @@ def grid(*, seed: Any = 0, **axes: Any) -> dict[str, Array]:
 
 
 def final_metrics(directory: str | Path, *, steps: int = 100) -> dict[str, np.ndarray]:
-    """Means of the metrics over the end of a run that :func:`fit` wrote.
+    """Average the metrics of the last steps of a run.
 
     Args:
-      directory: of the run.
-      steps: how many of the last steps; a chunk that is in part among them counts
-        as a whole.
+      directory: of a run of :func:`toyfeat.fit`.
+      steps: how many of the last steps; a chunk that is partly among them counts
+        fully.
 
     Returns:
       Name to ``[]`` or ``[P]``, NaN where a metric was not finite; ``finite`` is
@@ -84,109 +110,113 @@ def final_metrics(directory: str | Path, *, steps: int = 100) -> dict[str, np.nd
         raise FileNotFoundError(
             f"final_metrics: no metrics in {path}; give fit the same directory first"
         )
+    # Every line is the mean of a chunk: weigh it by the length of the chunk.
     rows = [json.loads(line) for line in lines]
     ends = np.array([row["step"] for row in rows])
     lengths = np.diff(ends, prepend=0)
     if len(lengths) > 1:  # the first chunk may not have begun at 0
         lengths[0] = min(lengths[0], lengths[1:].max())
     last = [int(i) for i in np.flatnonzero(ends > ends[-1] - steps)]
-    found = {}
+    means = {}
     for name in (n for n in rows[-1] if n not in ("step", "seconds", "examples_per_s")):
         values = np.stack([np.asarray(rows[i][name], np.float64) for i in last])
-        found[name] = np.average(values, axis=0, weights=lengths[last])
+        means[name] = np.average(values, axis=0, weights=lengths[last])
         if name == "finite":
-            found[name] = values.min(0)
-    return found
+            means[name] = values.min(0)
+    return means
 
 
-def sweep_table(
+def table(
     state: TrainState,
     metrics: Mapping[str, ArrayLike],
     *,
     settings: Mapping[str, ArrayLike] | None = None,
     scores: Mapping[str, ArrayLike] | None = None,
-) -> list[Member]:
-    """What became of every member of a population.
+) -> list[Row]:
+    """Tabulate the settings and results of every member of a population.
 
     Args:
-      state: at the end, of :func:`fit`; of one member or ``P``.
-      metrics: name to ``[P]``: of :func:`final_metrics`, or what ``on_chunk`` was
-        given last.
-      settings: name to ``[P]``, shown beside the hyper-parameters that vary; what
-        :func:`grid` returned may be given as it is, its ``keys`` become ``start``, a
-        number for every different one.
-      scores: name to ``[P]``, figures from elsewhere, such as scores on data that
-        were held out.
+      state: the final state of :func:`toyfeat.fit`, of one member or ``P``.
+      metrics: name to ``[P]``, from :func:`final_metrics` or the last call of
+        ``on_chunk``.
+      settings: name to ``[P]``, added to the hyper-parameters that vary; may be the
+        result of :func:`grid`, whose ``keys`` become ``start``, a number for every
+        different one.
+      scores: name to ``[P]``, other figures, such as scores on held-out data.
 
     Returns:
-      One :class:`Member` per member, in order.  Figures are the metrics (``dead``
+      One :class:`Row` per member, in order.  Figures are the metrics (``dead``
       latents among them) and the scores; the metric of a term, which has the name of
       its coefficient, is called ``..._loss``.
 
     Raises:
-      ValueError: if something has not one value per member.
+      ValueError: if an entry does not have one value per member.
 
     Example:
       >>> from toyfeat import TrainState
       >>> hyper = {"rate": jnp.array([0.1, 9.0]), "clip": jnp.ones(2)}
       >>> params = {"w": jnp.array([[1.0], [jnp.nan]])}
       >>> state = TrainState(jnp.array([5, 5]), params, (), (), {}, hyper)
-      >>> rows = sweep_table(state, {"loss": np.array([0.5, np.nan])})
+      >>> rows = table(state, {"loss": np.array([0.5, np.nan])})
       >>> [row.settings["rate"] for row in rows], [row.finite for row in rows]
       ([0.1, 9.0], [True, False])
     """
+    # Settings: the hyper-parameters that vary, and what else members differ in.
     num = np.size(state.step)
     varied = {n: _per_member("hyper", n, x, num) for n, x in state.hyper.items()}
     varied = {n: x for n, x in varied.items() if len(np.unique(x)) > 1}
     for name, values in (settings or {}).items():
         if name == "keys":
-            varied["start"] = _numbered(values, num)
+            varied["start"] = _number_keys(values, num)
         elif name not in state.hyper:
             varied[name] = _per_member("settings", name, values, num)
+    # Figures: metrics and scores; the metric of a term must not hide its coefficient.
     figures = {
         f"{n}_loss" if n in state.hyper else n: _per_member("metrics", n, x, num)
         for n, x in metrics.items()
     }
     figures |= {n: _per_member("scores", n, x, num) for n, x in (scores or {}).items()}
-    finite = _finite(state, num) & np.isfinite(figures.get("loss", np.zeros(num)))
+    # Flags: a member is finite if its parameters, its loss and every chunk were.
+    loss = figures.get("loss", np.zeros(num))
+    finite = _finite_params(state, num) & np.isfinite(loss)
     finite &= figures.pop("finite", np.ones(num)) > 0
-    saturated = figures.pop("saturated", np.zeros(num)) > 0.5
+    saturated = figures.pop("saturated", np.zeros(num)) > SATURATED_SHARE
     return [
-        Member(
-            i,
-            {n: _short(x[i]) for n, x in varied.items()},
-            {n: float(x[i]) for n, x in figures.items()},
-            bool(finite[i]),
-            bool(saturated[i]),
+        Row(
+            index=i,
+            settings={n: _round_float32(x[i]) for n, x in varied.items()},
+            figures={n: float(x[i]) for n, x in figures.items()},
+            finite=bool(finite[i]),
+            saturated=bool(saturated[i]),
         )
         for i in range(num)
     ]
 
 
 def pareto_front(
-    members: Sequence[Member], x: str, y: str, *, larger: Sequence[str] = ()
-) -> list[Member]:
-    """Members that no other beats in both of two figures.
+    members: Sequence[Row], x: str, y: str, *, larger: Sequence[str] = ()
+) -> list[Row]:
+    """Select the Pareto front of two figures: members that no other one dominates.
 
-    One member beats another if it is as good in both and better in one.  Members
-    that are not finite take no part.
+    One member dominates another if it is as good in both figures and better in one.
+    Members that are not finite are left out.
 
     Args:
       members: rows of a table.
-      x: a figure or a setting.
-      y: another.
-      larger: which of the two should be large; small is good otherwise.
+      x: name of a figure or a setting.
+      y: name of another.
+      larger: which of the two are better when larger; the others when smaller.
 
     Returns:
       The front, by ascending ``x``.
 
     Raises:
-      ValueError: for a name that the members have not, or one in ``larger`` that is
-        neither.
+      ValueError: for a name that the members do not have, or one in ``larger`` that
+        is neither.
 
     Example:
       >>> pairs = [(2.0, 0.1), (1.0, 0.3), (3.0, 0.2)]
-      >>> rows = [Member(i, {}, {"l0": a, "fvu": b}) for i, (a, b) in enumerate(pairs)]
+      >>> rows = [Row(i, {}, {"l0": a, "fvu": b}) for i, (a, b) in enumerate(pairs)]
       >>> [row.index for row in pareto_front(rows, "l0", "fvu")]
       [1, 0]
     """
@@ -194,60 +224,63 @@ def pareto_front(
         raise ValueError(f"pareto_front: larger names {sorted(extra)}, not {x} or {y}")
     points = np.array([[value_of(m, x), value_of(m, y)] for m in members])
     points = points.reshape(-1, 2)
-    there = np.isfinite(points).all(1) & np.array([m.finite for m in members], bool)
+    finite = np.isfinite(points).all(1) & np.array([m.finite for m in members], bool)
+    # Turn the signs so that smaller is better in both.
     points = points * np.where(np.isin([x, y], list(larger)), -1.0, 1.0)
     front = []
-    for i in map(int, np.flatnonzero(there)):
-        others = points[there]
-        beaten = (others <= points[i]).all(1) & (others < points[i]).any(1)
-        if not beaten.any():
+    for i in map(int, np.flatnonzero(finite)):
+        others = points[finite]
+        dominates = (others <= points[i]).all(1) & (others < points[i]).any(1)
+        if not dominates.any():
             front.append(members[i])
     return sorted(front, key=lambda m: value_of(m, x))
 
 
-def value_of(member: Member, name: str) -> float:
-    """A figure or a setting of a member.
+def value_of(member: Row, name: str) -> float:
+    """Return a figure or a setting of a member by name.
 
     Raises:
-      ValueError: if it has none of that name.
+      ValueError: if the member has neither.
     """
-    known = {**member.settings, **member.figures}
-    if name not in known:
+    values = {**member.settings, **member.figures}
+    if name not in values:
         raise ValueError(
-            f"sweep: members have no {name!r}; they have {', '.join(sorted(known))}"
+            f"sweep: members have no {name!r}; they have {', '.join(sorted(values))}"
         )
-    return known[name]
+    return values[name]
 
 
 def _per_member(what: str, name: str, values: Any, num: int) -> np.ndarray:
+    """Convert to an array with one value per member, or raise."""
     array = np.atleast_1d(np.asarray(values, np.float64))
     if array.shape != (num,):
         raise ValueError(
-            f"sweep_table: {what} must have one value for each of {num} members, got "
+            f"table: {what} must have one value for each of {num} members, got "
             f"{name} of shape {array.shape}"
         )
     return array
 
 
-def _numbered(keys: Any, num: int) -> np.ndarray:
-    """Which keys are the same, numbered as they come."""
+def _number_keys(keys: Any, num: int) -> np.ndarray:
+    """Number the different keys in order of appearance, ``[P]``."""
     if keys.shape != (num,):
         raise ValueError(
-            f"sweep_table: settings must have one value for each of {num} members, got "
+            f"table: settings must have one value for each of {num} members, got "
             f"keys of shape {keys.shape}"
         )
     words = [tuple(row) for row in np.asarray(jax.random.key_data(keys)).tolist()]
-    places = {word: place for place, word in enumerate(dict.fromkeys(words))}
-    return np.array([places[word] for word in words], np.float64)
+    numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    return np.array([numbers[word] for word in words], np.float64)
 
 
-def _finite(state: TrainState, num: int) -> np.ndarray:
+def _finite_params(state: TrainState, num: int) -> np.ndarray:
+    """Return which members have finite parameters, ``[P]`` bool."""
     finite = np.ones(num, bool)
     for leaf in jax.tree.leaves(state.params):
         finite &= np.isfinite(np.asarray(leaf, np.float64).reshape(num, -1)).all(1)
     return finite
 
 
-def _short(value: float) -> float:
-    """What was meant by a number that went through single precision."""
-    return float(f"{value:.6g}")
+def _round_float32(value: float) -> float:
+    """Round to the digits of float32: 0.1 instead of 0.10000000149."""
+    return float(f"{value:.{_FLOAT32_DIGITS}g}")

@@ -1,6 +1,6 @@
-"""A dictionary, an objective and an optimizer as two pure functions."""
+"""A trainer: dictionary, loss and optimizer as two pure functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,15 +10,14 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from toyfeat.train.step import Recipe, learned, update
-from toyfeat.types import (
-    Array,
-    Controller,
-    Dictionary,
-    Objective,
-    Trainer,
-    TrainState,
-)
+from toyfeat.dictionary.controllers import Controller
+from toyfeat.dictionary.types import Dictionary, Objective
+from toyfeat.train.step import split_learned, update
+from toyfeat.train.types import Recipe, Trainer, TrainState
+from toyfeat.types import Array
+
+LEARNING_RATE = 3e-4
+"""Learning rate of Adam where no optimizer is given: SAELens' default ``lr``."""
 
 
 def trainer(
@@ -37,7 +36,7 @@ def trainer(
     schedule: Callable[[Array], Array] | None = None,
     revive: int | None = None,
 ) -> Trainer:
-    r"""Training of a dictionary as a pair of pure functions.
+    r"""Make a trainer of a dictionary: a pair of pure functions.
 
     ``init(key, **hyper)`` starts a :class:`TrainState`; ``hyper`` overrides defaults
     by name: the coefficient of every term, ``clip``, ``warm_up``, ``k`` (a dictionary
@@ -47,29 +46,31 @@ def trainer(
 
     Everything that makes training robust can be switched off: ``normalize=False``,
     ``center=False``, ``clip=inf``, ``warm_up=0``, no controller, no
-    :func:`dead_latents` term.
+    :func:`toyfeat.losses.dead_latents` term.
 
     Args:
       dictionary: what is trained.
-      objective: terms, or what :func:`attribution_objective` returns.
-      optimizer: optax; ``None`` is Adam at ``learning_rate`` 3e-4, a hyper-parameter.
-      controller: steers the coefficient of one term, after the warm-up.
-      readouts: ``K``, how many gradients an example of the taps has.
+      objective: terms, as from :func:`toyfeat.losses.default`.
+      optimizer: optax; ``None`` is Adam with the hyper-parameter ``learning_rate``,
+        :data:`LEARNING_RATE` by default.
+      controller: sets the coefficient of one term, after the warm-up.
+      readouts: ``K``, number of gradients of an example of the taps.
       normalize: divide activations by the centred root mean square of the first
         batch whose examples differ and gradients by a running one per readout;
-        :func:`toyfeat.scales` tells them and :func:`toyfeat.folded` takes them back
-        out of the parameters.
+        :func:`toyfeat.train.normalization` reads these units and
+        :func:`toyfeat.denormalized` takes them out of the parameters.
       center: start ``b_dec`` at the mean of the first batch; where sparse features
         make up most of the mean, a batch top-k loses latents by it.
       clip: largest norm of the gradient of each tensor.
       warm_up: steps in which the coefficients of sparsity terms grow from 0.
       dead_after: steps without firing after which a latent is dead.
-      threshold_rate: of the average of :func:`batch_topk`'s threshold.
+      threshold_rate: of the running average of a threshold that is not learned
+        (:func:`toyfeat.dictionaries.batch_topk`).
       schedule: step to a factor of every update: decay of the learning rate for a
         whole population.
       revive: steps between which dead latents start again from examples that are
-        reconstructed badly, beside or instead of :func:`dead_latents`; ``None`` for
-        never.
+        reconstructed badly, beside or instead of
+        :func:`toyfeat.losses.dead_latents`; ``None`` for never.
 
     Returns:
       :class:`Trainer`.  Metrics are ``loss``, every term, ``l0``, ``fvu`` (share of
@@ -78,7 +79,7 @@ def trainer(
       ``factor`` and ``saturated``, with ``revive`` the number that was ``revived``.
 
     Raises:
-      ValueError: for terms of one name, a controller of a term that is not there, a
+      ValueError: for terms of one name, a controller of an absent term, a
         ``revive`` that is not positive, an unknown hyper-parameter, a setting that
         is not finite or out of its range, and in ``update`` for taps that do not
         fit.
@@ -86,12 +87,14 @@ def trainer(
 
     Example:
       >>> import jax, optax
-      >>> from toyfeat import Taps, dictionary_objective, standard, trainer
+      >>> from toyfeat import Taps, losses, trainer
+      >>> from toyfeat.dictionary import standard
       >>> sae = standard(8, 32)
-      >>> init, update = trainer(sae, dictionary_objective(sae, sparsity=0.1))
+      >>> train = trainer(sae, losses.default(sae, sparsity=0.1))
       >>> acts = jax.random.normal(jax.random.key(0), (64, 8))
-      >>> state = init(jax.random.key(1), learning_rate=1e-2)
-      >>> state, metrics = jax.jit(update)(state, Taps(acts, None, jax.numpy.ones(64)))
+      >>> taps = Taps(acts, None, jax.numpy.ones(64))
+      >>> state = train.init(jax.random.key(1), learning_rate=1e-2)
+      >>> state, metrics = jax.jit(train.update)(state, taps)
       >>> int(state.step), bool(metrics["fvu"] < 2)
       (1, True)
 
@@ -122,20 +125,21 @@ def trainer(
             f"trainer: threshold_rate must be in (0, 1], got {threshold_rate}"
         )
     if optimizer is None:
-        optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=3e-4)
+        optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=LEARNING_RATE)
     recipe = Recipe(
-        dictionary,
-        objective,
-        optimizer,
-        controller,
-        readouts,
-        normalize,
-        center,
-        dead_after,
-        threshold_rate,
-        schedule,
-        revive,
+        dictionary=dictionary,
+        objective=objective,
+        optimizer=optimizer,
+        controller=controller,
+        readouts=readouts,
+        normalize=normalize,
+        center=center,
+        dead_after=dead_after,
+        threshold_rate=threshold_rate,
+        schedule=schedule,
+        revive=revive,
     )
+    # Hyper-parameters and their defaults.
     defaults = {term.name: term.coefficient for term in objective}
     defaults |= {"clip": clip, "warm_up": warm_up}
     if dictionary.config.k is not None:
@@ -143,7 +147,11 @@ def trainer(
     if controller is not None:
         defaults["target"] = controller.target
     _check_hyper(defaults)
-    return Trainer(partial(_init, recipe, defaults), partial(update, recipe))
+    return Trainer(
+        init=partial(_init, recipe, defaults),
+        update=partial(update, recipe),
+        recipe=recipe,
+    )
 
 
 def _init(
@@ -151,55 +159,69 @@ def _init(
 ) -> TrainState:
     dictionary, controller = recipe.dictionary, recipe.controller
     params = dictionary.init(key)
-    opt_state: Any = recipe.optimizer.init(learned(params)[0])
+    learned, _ = split_learned(dictionary.architecture, params)
+    opt_state: Any = recipe.optimizer.init(learned)
+    # Settings, those of the optimizer included.
     injected = getattr(opt_state, "hyperparams", {})
     known = {**defaults, **injected}
-    if extra := set(hyper) - set(known):
+    if unknown := set(hyper) - set(known):
         hint = "" if injected else "; wrap the optimizer in optax.inject_hyperparams"
         raise ValueError(
-            f"trainer: unknown hyper-parameters {sorted(extra)}; known are "
+            f"trainer: unknown hyper-parameters {sorted(unknown)}; known are "
             f"{sorted(known)}{hint}"
         )
     _check_k(dictionary, hyper)
     _check_hyper(hyper)
-    kind = params["W_dec"].dtype
-    full = {name: jnp.asarray(hyper.get(name, x), kind) for name, x in known.items()}
+    dtype = params["W_dec"].dtype
+    values = {name: jnp.asarray(hyper.get(name, x), dtype) for name, x in known.items()}
     if injected:
-        mine = {name: full[name] for name in injected}
-        opt_state = opt_state._replace(hyperparams=mine)
-    one = jnp.ones((), kind)
+        opt_state = opt_state._replace(
+            hyperparams={name: values[name] for name in injected}
+        )
+    # Running averages and counts.
+    unit = jnp.ones((), dtype)
     running = {
-        "acts_scale": one,
-        "target_scale": one,
+        "acts_scale": unit,
+        "target_scale": unit,
         "begun": jnp.zeros((), bool),
-        "grads_unit": jnp.zeros(recipe.readouts, kind),
-        "grads_square": jnp.zeros(recipe.readouts, kind),
-        "attribution_square": 0 * one,
+        "grads_unit": jnp.zeros(recipe.readouts, dtype),
+        "grads_square": jnp.zeros(recipe.readouts, dtype),
+        "attribution_square": 0 * unit,
         "silent": jnp.zeros(dictionary.config.d_sae, jnp.int32),
-        "factor": one,
+        "factor": unit,
     }
     if recipe.revive is not None:
         running["key"] = jax.random.fold_in(key, 1)
-    start = () if controller is None else controller.init()
-    step = jnp.zeros((), jnp.int32)
-    state = TrainState(step, params, opt_state, start, running, full)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=opt_state,
+        controller=() if controller is None else controller.init(),
+        running=running,
+        hyper=values,
+    )
     return jax.tree.map(jnp.array, state)  # no array twice: states are donated
 
 
 def _check_k(dictionary: Dictionary, hyper: dict[str, Any]) -> None:
-    most = dictionary.config.k
-    if "k" not in hyper or most is None or isinstance(hyper["k"], Tracer):
+    limit = dictionary.config.k
+    if "k" not in hyper or limit is None or isinstance(hyper["k"], Tracer):
         return
     k = np.asarray(hyper["k"])
-    if not np.all((k >= 1) & (k <= most) & (k == np.floor(k))):
+    if not np.all((k >= 1) & (k <= limit) & (k == np.floor(k))):
         raise ValueError(
-            f"trainer: k must be a whole number in 1 .. {most}, what the dictionary "
+            f"trainer: k must be a whole number in 1 .. {limit}, what the dictionary "
             f"was made with, got {hyper['k']}"
         )
 
 
 def _check_hyper(hyper: dict[str, Any]) -> None:
-    """Raises a ValueError for a value with which nothing can be trained."""
+    """Check that hyper-parameters are numbers in their ranges.
+
+    Raises:
+      ValueError: for a value out of its range.
+      TypeError: for what is not a number.
+    """
     for name, value in hyper.items():
         if isinstance(value, Tracer):
             continue
@@ -212,3 +234,12 @@ def _check_hyper(hyper: dict[str, Any]) -> None:
             raise ValueError(f"trainer: {name} must not be negative, got {value}")
         if name != "clip" and not np.all(np.isfinite(values)):
             raise ValueError(f"trainer: {name} must be finite, got {value}")
+
+
+UNSTABILIZED: Mapping[str, Any] = {
+    "normalize": False,
+    "center": False,
+    "clip": np.inf,
+    "warm_up": 0,
+}
+"""Settings of :func:`trainer` with all that makes training robust switched off."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from toyfeat.models.decoder.config import Activation, DecoderConfig, gpt2, llama, neox
 from toyfeat.models.decoder.pieces import huggingface_pieces, shapes_of
-from toyfeat.models.weights import Source, assembled, folder_source, json_of
+from toyfeat.models.decoder.weights import Source, assembled, folder_source, json_of
 from toyfeat.types import Params
 
 _WHO = "load_decoder"

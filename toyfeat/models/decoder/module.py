@@ -63,14 +63,14 @@ class Decoder(nn.Module):
         they computed.
 
     Example:
-      >>> import jax, jax.numpy as jnp, toyfeat as tf
+      >>> import jax, jax.numpy as jnp, toyfeat as ft
       >>> from toyfeat.models.decoder import Decoder, llama
       >>> model = Decoder(llama(vocab=11, layers=2, dim=8, heads=2, hidden=12))
       >>> tokens = jnp.arange(6).reshape(2, 3)
       >>> params = model.init(jax.random.key(0), tokens)
-      >>> readout = tf.readouts.next_token_loss(tokens)
-      >>> taps = tf.tap(
-      ...     tf.from_linen(model), params, tokens,
+      >>> readout = ft.readouts.next_token_loss(tokens)
+      >>> taps = ft.tap(
+      ...     ft.from_linen(model), params, tokens,
       ...     sites="blocks_1/mlp_hidden", readout=readout,
       ... )
       >>> taps["blocks_1/mlp_hidden"].grads.shape
@@ -186,7 +186,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, read: Array, past: Past | None, turns: Turns | None) -> Array:
-        """What the heads add to the residual stream."""
+        """Compute what the heads add to the residual stream."""
         config = self.config
         batch, time, _ = read.shape
 
@@ -249,7 +249,7 @@ def attended(query: Array, key: Array, value: Array) -> Array:
 
 
 def turns_of(config: DecoderConfig, num: int) -> Turns:
-    """What the first ``num`` positions are turned by.
+    """Cosines and sines of the rotations of the first ``num`` positions.
 
     Constants of the program: traced, they would be computed again in every block.
     """
@@ -280,7 +280,7 @@ class Norm(nn.Module):
     """LayerNorm or RMSNorm in float32, whatever the type of the stream.
 
     Products of rows are written as such: the sums of rows in the gradients of flax's
-    modules are slow on a CPU (``docs/decisions.md``).
+    modules are slow on a CPU (``docs/decisions/language.md``).
     """
 
     config: DecoderConfig
@@ -312,7 +312,7 @@ def _past_of(block: str, past: Mapping[str, Array]) -> Past:
 
 
 def _check_inputs(model: Decoder, inputs: Array, past: Mapping[str, Array]) -> int:
-    """How many positions were before."""
+    """Check the inputs, and count the positions of the past."""
     config, start = model.config, model.start
     shape, dtype = jnp.shape(inputs), jnp.result_type(inputs)
     if start is not None and not 0 <= start <= config.layers:

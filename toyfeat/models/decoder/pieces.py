@@ -1,4 +1,4 @@
-"""Where every parameter of a decoder is in the files of released weights."""
+"""Table of the tensors of released weights that make up a decoder's parameters."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -9,7 +9,7 @@ import numpy as np
 
 from toyfeat.models.decoder.config import DecoderConfig
 from toyfeat.models.decoder.module import Decoder
-from toyfeat.models.weights import Piece, dense, linear, plain
+from toyfeat.models.decoder.weights import Piece, dense, linear, plain
 from toyfeat.types import Params
 
 

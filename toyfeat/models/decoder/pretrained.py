@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from toyfeat.models.decoder import gguf_files, huggingface
+from toyfeat.models.decoder import gguf, huggingface
 from toyfeat.models.decoder.config import DecoderConfig
 from toyfeat.models.decoder.tokens import check_tokenizer, tokenizer_of
 from toyfeat.types import Params
@@ -67,7 +67,7 @@ def load_decoder(
         raise ValueError(
             f"load_decoder: wanted a folder or a .gguf file, got the file {path.name}"
         )
-    read = huggingface.read if of_folder else gguf_files.read
+    read = huggingface.read if of_folder else gguf.read
     config, params = read(path, dtype)
     words = tokenizer_of(path) if tokenizer else None
     if words is not None:

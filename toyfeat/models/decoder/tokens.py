@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from toyfeat.models.decoder import gguf_files
+from toyfeat.models.decoder import gguf
 
 _CONTROL, _OF_USER = 3, 4  # token types of a GGUF file that are not split
 
@@ -40,7 +40,7 @@ def tokenizer_of(path: Path) -> Any:
         found.no_truncation()
         found.no_padding()
         return found
-    fields = {name: x.contents() for name, x in gguf_files.opened(path).fields.items()}
+    fields = {name: x.contents() for name, x in gguf.opened(path).fields.items()}
     return _of_gguf(library, fields, path)
 
 

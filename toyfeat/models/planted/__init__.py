@@ -1,10 +1,10 @@
 """Models whose features are known: what a method is scored on.
 
-Every function makes a :class:`toyfeat.types.Task` from a random key; its arguments
-are the knobs.  :func:`blind` is what a method may see.
+Every function makes a :class:`Task` from a random key; its arguments are the knobs.
+:func:`subject_of` is what a method may see.
 """
 
-from toyfeat.models.planted.heads import blind
+from toyfeat.models.planted.bottleneck import superposition
 from toyfeat.models.planted.manifolds import (
     ignored_structure,
     product_space,
@@ -15,13 +15,14 @@ from toyfeat.models.planted.networks import (
     circuits,
     cross_layer,
     squares,
-    superposition,
 )
+from toyfeat.models.planted.task import Task, Truth, subject_of
 from toyfeat.models.planted.waves import modular_addition
 from toyfeat.models.planted.worlds import world_with_head
 
 __all__ = [
-    "blind",
+    "Task",
+    "Truth",
     "circuits",
     "cross_layer",
     "ignored_structure",
@@ -29,6 +30,7 @@ __all__ = [
     "product_space",
     "quiet_and_loud",
     "squares",
+    "subject_of",
     "superposition",
     "tiled_curve",
     "world_with_head",

@@ -12,42 +12,69 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.models.planted.task import Task, Truth
 from toyfeat.tap import from_split
-from toyfeat.types import Array, Params, Subject, Task, Truth
+from toyfeat.types import Array, Params
 
 SITE = "acts"
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def dot(a: Array, b: Array) -> Array:
-    """``a @ b`` without rounding the factors."""
+    """Multiply matrices in full float32 precision."""
     return jnp.matmul(a, b, precision=_HIGHEST)
 
 
 def check_ints(maker: str, **sizes: Any) -> None:
-    """Refuse sizes that are not ints."""
+    """Raise ``TypeError`` for a size that is not an int."""
     for name, size in sizes.items():
         if not isinstance(size, int | np.integer):
             raise TypeError(f"{maker}: wanted an int for {name}, got {size!r}")
 
 
 def unit(rows: Array) -> Array:
-    """Rows of length 1."""
+    """Normalize rows to length 1."""
     return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
 
 
 def rotation(key: Array, size: int) -> Array:
-    """``[size, size]``, a random orthogonal matrix."""
+    """Draw a random orthogonal matrix ``[size, size]``."""
     return jnp.linalg.qr(jax.random.normal(key, (size, size)))[0]
 
 
+def dual(readers: Array) -> Array:
+    """Dual basis ``[F, D]``: ``readers @ dual.T`` is the identity."""
+    return jnp.linalg.pinv(readers).T
+
+
+def sparse_codes(key: Array, shape: tuple[int, ...], probability: Any) -> Array:
+    """Draw independent codes, U[.5, 1.5] with a probability and 0 otherwise."""
+    active_key, size_key = jax.random.split(key)
+    sizes = jax.random.uniform(size_key, shape, minval=0.5, maxval=1.5)
+    return jnp.where(jax.random.bernoulli(active_key, probability, shape), sizes, 0.0)
+
+
+def sparse_uniform(
+    key: Array,
+    shape: tuple[int, ...],
+    probability: Any,
+    *,
+    low: Any = 0.0,
+    high: Any = 1.0,
+) -> Array:
+    """Draw independent inputs, U[low, high] with a probability and 0 otherwise."""
+    value_key, active_key = jax.random.split(key)
+    values = jax.random.uniform(value_key, shape, minval=low, maxval=high)
+    return jnp.where(jax.random.bernoulli(active_key, probability, shape), values, 0.0)
+
+
 def features(params: Params, acts: Array) -> Array:
-    """``[B, F]``, what passes the thresholds, before the gains."""
+    """Features ``[B, F]``: what passes the thresholds, before the gains."""
     return jax.nn.relu(dot(acts, params["readers"].T) - params["threshold"][None, :])
 
 
 def outputs(params: Params, acts: Array) -> Array:
-    """``[B, O]``, the features times their gains, rotated."""
+    """Outputs ``[B, O]``: the features times their gains, rotated."""
     return dot(features(params, acts) * params["gain"][None, :], params["mix"])
 
 
@@ -62,7 +89,7 @@ def head(key: Array, readers: Array, threshold: Any, gain: Any = 1.0) -> Params:
     }
 
 
-def task(
+def make_task(
     name: str,
     prefix: Callable[[Params, Any], Array],
     params: Params,
@@ -73,9 +100,22 @@ def task(
     about: str,
     limits: str,
 ) -> Task:
-    """A task of a model that is :func:`outputs` of what ``prefix`` writes.
+    """Make a task of a model that is :func:`outputs` of what ``prefix`` writes.
 
-    The truth are the first ``F`` of the features that the head reads.
+    The truth is the first ``F`` of the features that the head reads.
+
+    Args:
+      name: of the task.
+      prefix: ``(params, inputs) -> acts``.
+      params: of the head and of the prefix.
+      sample: ``(key, num) -> inputs``.
+      truth: readers, writers and frequencies.
+      ignored: structure of the activations that the model does not read.
+      about: what is planted.
+      limits: what no method could know.
+
+    Returns:
+      The task, whose readers are scored.
     """
     num = len(truth.frequency)
 
@@ -83,33 +123,16 @@ def task(
         return features(params, prefix(params, inputs))[:, :num]
 
     return Task(
-        from_split(prefix, outputs, site=SITE),
-        params,
-        sample,
-        SITE,
-        truth,
-        "readers",
-        name,
-        planted,
-        0.0,
-        ignored,
-        about,
-        limits,
+        probed=from_split(prefix, outputs, site=SITE),
+        params=params,
+        sample=sample,
+        site=SITE,
+        truth=truth,
+        side="readers",
+        name=name,
+        features=planted,
+        fit=0.0,
+        ignored=ignored,
+        about=about,
+        limits=limits,
     )
-
-
-def blind(task: Task) -> Subject:
-    """What a method may see of a task: no truth, no side, no name."""
-    return Subject(task.probed, task.params, task.sample, task.site)
-
-
-def dual(readers: Array) -> Array:
-    """``[F, D]``, vectors that each reader sees alone: ``readers @ dual.T = 1``."""
-    return jnp.linalg.pinv(readers).T
-
-
-def sparse(key: Array, shape: tuple[int, ...], probability: Any) -> Array:
-    """Independent codes, U[.5, 1.5] with a probability and 0 otherwise."""
-    there, size = jax.random.split(key)
-    size = jax.random.uniform(size, shape, minval=0.5, maxval=1.5)
-    return jnp.where(jax.random.bernoulli(there, probability, shape), size, 0.0)

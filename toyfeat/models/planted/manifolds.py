@@ -13,7 +13,10 @@ import numpy as np
 
 from toyfeat.models.planted import heads
 from toyfeat.models.planted.heads import dot, dual, unit
-from toyfeat.types import Array, Params, Task, Truth
+from toyfeat.models.planted.task import Task, Truth
+from toyfeat.types import Array, Params
+
+_GRID = 4096  # points of the curve behind thresholds: 2.5e-4 of it between two
 
 
 def ignored_structure(
@@ -28,7 +31,7 @@ def ignored_structure(
     tilt: float = 1.0,
     threshold: float = 0.1,
 ) -> Task:
-    """A surface of large variance and differences that the model does not read.
+    """Plant a surface of large variance, and differences, that the model ignores.
 
     The activations are sparse sources times their writers, plus a point of a torus
     that lives in ``manifold`` dimensions and moves independently of them.  Writers
@@ -41,14 +44,14 @@ def ignored_structure(
       features: ``F``; ``features * parts`` is at most ``dim - manifold``.
       parts: sources of a feature.
       manifold: dimensions of the surface, even.
-      probability: of a source to be there.
+      probability: of a source to be active.
       size: root mean square length of the surface, at most 1000; that of a writer's
         part outside of the surface's dimensions is 1.
       tilt: length of a writer's part in the surface's dimensions, at most 1000.
       threshold: under which a reader is silent, in 0 .. 0.5; codes are .5 at least.
 
     Returns:
-      :class:`toyfeat.types.Task`, ``ignored`` are the surface's dimensions; a
+      :class:`toyfeat.models.planted.Task`, ``ignored`` are the surface's dimensions; a
       feature's writer is the mean of its sources'.
 
     Raises:
@@ -65,25 +68,28 @@ def ignored_structure(
     _check_surface(dim, features, parts, manifold, probability, size, tilt)
     _check_threshold("ignored_structure", threshold)
     sources = features * parts
-    basis, rows, lean, mix = jax.random.split(key, 4)
-    axes = heads.rotation(basis, dim)
-    surface, rest = axes[:manifold], axes[manifold:]
-    plain = unit(dot(jax.random.normal(rows, (sources, dim - manifold)), rest))
-    leaning = unit(jax.random.normal(lean, (sources, manifold)))
-    writers = plain + tilt * dot(leaning, surface)
+    axes_key, rows_key, lean_key, mix_key = jax.random.split(key, 4)
+    # The surface has dimensions of its own; readers are orthogonal to them.
+    axes = heads.rotation(axes_key, dim)
+    surface, others = axes[:manifold], axes[manifold:]
+    plain = unit(dot(jax.random.normal(rows_key, (sources, dim - manifold)), others))
     readers = dual(plain).reshape(features, parts, dim).sum(1)
-    params = heads.head(mix, readers, threshold)
+    # Writers lean into the surface, so that its variance hides them.
+    leaning = unit(jax.random.normal(lean_key, (sources, manifold)))
+    writers = plain + tilt * dot(leaning, surface)
+    params = heads.head(mix_key, readers, threshold)
+    # A pair of cosine and sine has mean square 1/2 per dimension.
     params |= {"writers": writers, "surface": size * surface * (2 / manifold) ** 0.5}
-    chance = 1 - (1 - probability) ** parts
-    return heads.task(
+    frequency = 1 - (1 - probability) ** parts  # at least one source is active
+    return heads.make_task(
         "ignored structure",
         _on_surface,
         params,
         partial(_codes_and_angles, sources, probability),
         Truth(
-            readers,
-            writers.reshape(features, parts, dim).mean(1),
-            jnp.full(features, chance),
+            readers=readers,
+            writers=writers.reshape(features, parts, dim).mean(1),
+            frequency=jnp.full(features, frequency),
         ),
         ignored=surface,
         about=f"{features} features in {dim} dimensions, each a sum of {parts} sparse "
@@ -119,7 +125,7 @@ def _check_surface(
             f"{dim}, manifold {manifold}, features {features}, parts {parts}, "
             f"probability {probability}"
         )
-    if not (0 <= size <= 1e3 and 0 <= tilt <= 1e3):  # else rounding hides the sources
+    if not (0 <= size <= 1e3 and 0 <= tilt <= 1e3):  # beyond, rounding hides sources
         raise ValueError(
             "ignored_structure: wanted size and tilt in 0 .. 1000, got size "
             f"{size}, tilt {tilt}"
@@ -129,10 +135,10 @@ def _check_surface(
 def _codes_and_angles(
     features: int, probability: float, key: Array, num: int
 ) -> dict[str, Array]:
-    codes, angles = jax.random.split(key)
+    codes_key, angles_key = jax.random.split(key)
     return {
-        "codes": heads.sparse(codes, (num, features), probability),
-        "angles": jax.random.uniform(angles, (num, 2), maxval=2 * jnp.pi),
+        "codes": heads.sparse_codes(codes_key, (num, features), probability),
+        "angles": jax.random.uniform(angles_key, (num, 2), maxval=2 * jnp.pi),
     }
 
 
@@ -156,7 +162,7 @@ def tiled_curve(
     share: float = 0.2,
     decay: float = 0.5,
 ) -> Task:
-    """A closed curve in many dimensions, of which the model reads a few directions.
+    """Plant a closed curve in many dimensions, of which the model reads a few.
 
     The activation is a point of a curve with ``harmonics`` frequencies; each reader
     is active on the ``share`` of the curve that lies farthest along it.
@@ -170,7 +176,8 @@ def tiled_curve(
       decay: amplitude of frequency ``h`` is ``h ** -decay``; in -10 .. 10.
 
     Returns:
-      :class:`toyfeat.types.Task`; writers are the regression patterns of the readers.
+      :class:`toyfeat.models.planted.Task`; writers are the regression patterns of
+      the readers.
 
     Raises:
       ValueError: if sizes or other knobs do not fit.
@@ -187,22 +194,24 @@ def tiled_curve(
         )
     if not abs(decay) <= 10:
         raise ValueError(f"tiled_curve: wanted decay in -10 .. 10, got {decay}")
-    basis, rows, mix = jax.random.split(key, 3)
-    span = heads.rotation(basis, dim)[: 2 * harmonics]
+    axes_key, rows_key, mix_key = jax.random.split(key, 3)
+    span = heads.rotation(axes_key, dim)[: 2 * harmonics]
     order = jnp.arange(1, harmonics + 1, dtype=jnp.result_type(float))
     curve = span * jnp.tile(order**-decay, 2)[:, None]
-    readers = unit(dot(jax.random.normal(rows, (reads, 2 * harmonics)), span))
-    everywhere = _on_curve({"curve": curve}, jnp.linspace(0, 2 * jnp.pi, 4096)[:-1])
-    threshold = jnp.quantile(dot(everywhere, readers.T), 1 - share, axis=0)
-    params = heads.head(mix, readers, threshold) | {"curve": curve}
-    # The covariance is curve^T curve / 2.
+    readers = unit(dot(jax.random.normal(rows_key, (reads, 2 * harmonics)), span))
+    # Thresholds are quantiles over a grid of the whole curve.
+    angles = jnp.linspace(0, 2 * jnp.pi, _GRID)[:-1]
+    along = dot(_on_curve({"curve": curve}, angles), readers.T)
+    threshold = jnp.quantile(along, 1 - share, axis=0)
+    params = heads.head(mix_key, readers, threshold) | {"curve": curve}
+    # Regression patterns: the covariance is curve^T curve / 2.
     writers = dot(dot(readers, curve.T), curve) / 2
-    return heads.task(
+    return heads.make_task(
         "tiled curve",
         _on_curve,
         params,
         _angles,
-        Truth(readers, writers, jnp.full(reads, share)),
+        Truth(readers=readers, writers=writers, frequency=jnp.full(reads, share)),
         about=f"A closed curve through {2 * harmonics} dimensions, read along {reads} "
         f"directions, each active on {share:.0%} of it. A dictionary of the "
         "activations tiles the curve.",
@@ -231,7 +240,7 @@ def product_space(
     shapes: int = 10,
     threshold: float = 0.1,
 ) -> Task:
-    """Every example has one colour and one shape; the model reads the two apart.
+    """Plant one colour and one shape in every example, which the model reads apart.
 
     The activation is ``size (colour + shape)`` with one size for both, so that a
     dictionary with a latent for every pair uses one code where the truth uses two.
@@ -244,7 +253,7 @@ def product_space(
       threshold: under which a reader is silent, in 0 .. 0.5; codes are .5 at least.
 
     Returns:
-      :class:`toyfeat.types.Task`, colours first.
+      :class:`toyfeat.models.planted.Task`, colours first.
 
     Raises:
       ValueError: if sizes or other knobs do not fit.
@@ -258,19 +267,19 @@ def product_space(
             f"dim, got {colours}, {shapes} and dim {dim}"
         )
     _check_threshold("product_space", threshold)
-    rows, mix = jax.random.split(key)
-    writers = unit(jax.random.normal(rows, (num, dim)))
+    rows_key, mix_key = jax.random.split(key)
+    writers = unit(jax.random.normal(rows_key, (num, dim)))
     readers = dual(writers)
-    params = heads.head(mix, readers, threshold) | {"writers": writers}
+    params = heads.head(mix_key, readers, threshold) | {"writers": writers}
     frequency = jnp.concatenate(
         [jnp.full(colours, 1 / colours), jnp.full(shapes, 1 / shapes)]
     )
-    return heads.task(
+    return heads.make_task(
         "product space",
         _of_codes,
         params,
         partial(_products, colours, shapes),
-        Truth(readers, writers, frequency),
+        Truth(readers=readers, writers=writers, frequency=frequency),
         about=f"{colours} colours times {shapes} shapes in {dim} dimensions, read as "
         f"{num} features. One latent per pair is the sparser description of the "
         "activations.",
@@ -280,13 +289,13 @@ def product_space(
 
 
 def _products(colours: int, shapes: int, key: Array, num: int) -> Array:
-    size, colour, shape = jax.random.split(key, 3)
-    pairs = [
-        jax.nn.one_hot(jax.random.randint(one, (num,), 0, most), most)
-        for one, most in ((colour, colours), (shape, shapes))
+    size_key, colour_key, shape_key = jax.random.split(key, 3)
+    chosen = [
+        jax.nn.one_hot(jax.random.randint(key, (num,), 0, count), count)
+        for key, count in ((colour_key, colours), (shape_key, shapes))
     ]
-    size = jax.random.uniform(size, (num, 1), minval=0.5, maxval=1.5)
-    return size * jnp.concatenate(pairs, axis=1)
+    sizes = jax.random.uniform(size_key, (num, 1), minval=0.5, maxval=1.5)
+    return sizes * jnp.concatenate(chosen, axis=1)
 
 
 def _of_codes(params: Params, codes: Array) -> Array:
@@ -304,20 +313,20 @@ def quiet_and_loud(
     idleness: float = 0.02,
     threshold: float = 0.1,
 ) -> Task:
-    """Features of small activation and large effect among large ones of small effect.
+    """Plant features of small activation and large effect among the opposite.
 
     Args:
       key: random key of the task.
       dim: width ``D``.
       quiet: how many features matter, fewer than ``dim``.
       loud: how many large ones hardly do; with the quiet ones they may exceed ``dim``.
-      probability: of any feature to be there.
+      probability: of any feature to be active.
       quietness: length of a quiet feature's writer, in 1e-4 .. 1e4; a loud one's is 1.
       idleness: effect of a loud feature, at most 1e4; of a quiet one it is 1.
       threshold: under which a reader is silent, in 0 .. 0.5; codes are .5 at least.
 
     Returns:
-      :class:`toyfeat.types.Task` whose truth is the quiet features.
+      :class:`toyfeat.models.planted.Task` whose truth is the quiet features.
 
     Raises:
       ValueError: if sizes or other knobs do not fit.
@@ -325,27 +334,28 @@ def quiet_and_loud(
     """
     _check_loudness(dim, quiet, loud, probability, quietness, idleness)
     _check_threshold("quiet_and_loud", threshold)
-    rows, other, mix = jax.random.split(key, 3)
-    own = min(dim - 1, 3 * quiet // 2 + 1)  # dimensions of the quiet ones
-    span = heads.rotation(rows, dim)
-    noisy = unit(dot(jax.random.normal(other, (loud, dim - own)), span[own:]))
-    small = unit(dot(jax.random.normal(mix, (quiet, own)), span[:own]))
-    writers = quietness * small
+    axes_key, loud_key, quiet_key = jax.random.split(key, 3)
+    axes = heads.rotation(axes_key, dim)
+    # Quiet features have dimensions of their own, half as many again as they are.
+    own = min(dim - 1, 3 * quiet // 2 + 1)
+    loud_rows = unit(dot(jax.random.normal(loud_key, (loud, dim - own)), axes[own:]))
+    quiet_rows = unit(dot(jax.random.normal(quiet_key, (quiet, own)), axes[:own]))
+    writers = quietness * quiet_rows
     readers = dual(writers)
     params = heads.head(
-        jax.random.fold_in(mix, 1),
-        jnp.concatenate([readers, noisy]),
+        jax.random.fold_in(quiet_key, 1),
+        jnp.concatenate([readers, loud_rows]),
         threshold,
         jnp.concatenate([jnp.ones(quiet), jnp.full(loud, idleness)]),
     )
-    params |= {"writers": jnp.concatenate([writers, noisy])}
-    return heads.task(
+    params |= {"writers": jnp.concatenate([writers, loud_rows])}
+    return heads.make_task(
         "quiet but strong",
         _of_codes,
         params,
         partial(_independent, quiet + loud, probability),
-        Truth(readers, writers, jnp.full(quiet, probability)),
-        ignored=span[own:],
+        Truth(readers=readers, writers=writers, frequency=jnp.full(quiet, probability)),
+        ignored=axes[own:],
         about=f"{quiet} features {1 / quietness:g} times smaller than {loud} others, "
         + (
             f"with {1 / idleness:g} times their effect."
@@ -381,4 +391,4 @@ def _check_loudness(
 
 
 def _independent(features: int, probability: float, key: Array, num: int) -> Array:
-    return heads.sparse(key, (num, features), probability)
+    return heads.sparse_codes(key, (num, features), probability)

@@ -21,8 +21,9 @@ from toyfeat.models.planted.heads import (
     rotation,
     unit,
 )
+from toyfeat.models.planted.task import Task, Truth
 from toyfeat.tap import from_split
-from toyfeat.types import Array, Params, Task, Truth
+from toyfeat.types import Array, Params
 
 
 def modular_addition(
@@ -33,7 +34,9 @@ def modular_addition(
     dim: int = 48,
     embedding: float = 2.0,
 ) -> Task:
-    r"""Logits of :math:`(a + b) \bmod p` from a few frequencies.
+    r"""Plant planes of a few frequencies, from which the model adds modulo ``p``.
+
+    The outputs are logits of :math:`(a + b) \bmod p`.
 
     Args:
       key: random key of the task.
@@ -43,57 +46,61 @@ def modular_addition(
       embedding: length of a summand's wave, in 0 .. 1000; one that is read has 1.
 
     Returns:
-      :class:`toyfeat.types.Task` with one group per frequency.
+      :class:`toyfeat.models.planted.Task` with one group per frequency.
 
     Raises:
       ValueError: if sizes or other knobs do not fit.
       TypeError: if a size is not an int.
     """
-    _check(modulus, frequencies, dim)
-    if not 0 <= embedding <= 1e3:
-        raise ValueError(
-            f"modular_addition: wanted embedding in 0 .. 1000, got {embedding}"
-        )
-    chosen, rows, size, basis = jax.random.split(key, 4)
-    every = jnp.arange(1, (modulus - 1) // 2 + 1)
-    waves = jnp.sort(jax.random.permutation(chosen, every)[:frequencies])
+    _check(modulus, frequencies, dim, embedding)
+    waves_key, rows_key, size_key, axes_key = jax.random.split(key, 4)
+    numbers = jnp.arange(1, (modulus - 1) // 2 + 1)
+    waves = jnp.sort(jax.random.permutation(waves_key, numbers)[:frequencies])
+    # A plane per frequency; what embeds the summands is orthogonal to all of them.
     num = 2 * frequencies
-    axes = rotation(basis, dim)
-    readers = unit(
-        dot(jax.random.normal(rows, (num, dim - 2 * num)), axes[: dim - 2 * num])
-    )
-    inside = dual(readers)
-    amplitude = jax.random.uniform(size, (frequencies,), minval=0.7, maxval=1.3)
+    axes = rotation(axes_key, dim)
+    read_axes, embedding_axes = axes[: dim - 2 * num], axes[dim - 2 * num :]
+    readers = unit(dot(jax.random.normal(rows_key, (num, dim - 2 * num)), read_axes))
+    writers = dual(readers)
+    amplitude = jax.random.uniform(size_key, (frequencies,), minval=0.7, maxval=1.3)
     angle = 2 * jnp.pi / modulus * waves.astype(float)
-    angles = angle[:, None] * jnp.arange(modulus, dtype=angle.dtype)[None, :]
-    table = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)  # [K, 2, p]
-    table = (amplitude[:, None, None] * table).reshape(num, modulus)
     params = {
         "angle": angle,
-        "embed": embedding * axes[dim - 2 * num :],
-        "writers": inside,
-        "unembed": dot(readers.T, table),
+        "embed": embedding * embedding_axes,
+        "writers": writers,
+        "unembed": dot(readers.T, _logits(angle, amplitude, modulus)),
     }
-    group = jnp.repeat(jnp.arange(frequencies), 2)
     return Task(
-        _PROBED,
-        params,
-        partial(_pairs, modulus),
-        SITE,
-        Truth(readers, inside, jnp.ones(num), group),
-        "readers",
-        "modular addition",
-        _planes,
-        0.0,
-        axes[dim - 2 * num :],
-        f"Logits of a + b mod {modulus} from {frequencies} frequencies, beside the "
-        f"embeddings of a and b, {embedding:g} times as long and not read.",
-        "Features are planes: no direction inside of one is preferred, and only the "
-        "plane is scored.",
+        probed=_PROBED,
+        params=params,
+        sample=partial(_pairs, modulus),
+        site=SITE,
+        truth=Truth(
+            readers=readers,
+            writers=writers,
+            frequency=jnp.ones(num),
+            group=jnp.repeat(jnp.arange(frequencies), 2),
+        ),
+        side="readers",
+        name="modular addition",
+        features=_planes,
+        fit=0.0,
+        ignored=embedding_axes,
+        about=f"Logits of a + b mod {modulus} from {frequencies} frequencies, beside "
+        f"the embeddings of a and b, {embedding:g} times as long and not read.",
+        limits="Features are planes: no direction inside of one is preferred, and only "
+        "the plane is scored.",
     )
 
 
-def _check(modulus: int, frequencies: int, dim: int) -> None:
+def _logits(angle: Array, amplitude: Array, modulus: int) -> Array:
+    """``[2 K, p]``, what each cosine and sine adds to the logits of the answers."""
+    angles = angle[:, None] * jnp.arange(modulus, dtype=angle.dtype)[None, :]
+    waves = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)  # [K, 2, p]
+    return (amplitude[:, None, None] * waves).reshape(2 * len(angle), modulus)
+
+
+def _check(modulus: int, frequencies: int, dim: int, embedding: float) -> None:
     sizes = {"modulus": modulus, "frequencies": frequencies, "dim": dim}
     check_ints("modular_addition", **sizes)
     prime = modulus > 2 and all(modulus % n for n in range(2, modulus))
@@ -107,6 +114,10 @@ def _check(modulus: int, frequencies: int, dim: int) -> None:
             f"modular_addition: wanted dim >= 6 * frequencies = {6 * frequencies}, got "
             f"{dim}"
         )
+    if not 0 <= embedding <= 1e3:
+        raise ValueError(
+            f"modular_addition: wanted embedding in 0 .. 1000, got {embedding}"
+        )
 
 
 def _pairs(modulus: int, key: Array, num: int) -> Array:
@@ -115,8 +126,8 @@ def _pairs(modulus: int, key: Array, num: int) -> Array:
 
 def _waves(angle: Array, number: Array) -> Array:
     phase = number[:, None] * angle[None, :]
-    both = jnp.stack([jnp.cos(phase), jnp.sin(phase)], axis=2)
-    return both.reshape(len(number), -1)
+    waves = jnp.stack([jnp.cos(phase), jnp.sin(phase)], axis=2)
+    return waves.reshape(len(number), -1)
 
 
 def _planes(params: Params, pairs: Array) -> Array:
@@ -125,8 +136,8 @@ def _planes(params: Params, pairs: Array) -> Array:
 
 def _prefix(params: Params, pairs: Array) -> Array:
     numbers = pairs.astype(params["angle"].dtype)
-    of_both = [_waves(params["angle"], numbers[:, i]) for i in (0, 1)]
-    embedded = dot(jnp.concatenate(of_both, axis=1), params["embed"])
+    summands = [_waves(params["angle"], numbers[:, i]) for i in (0, 1)]
+    embedded = dot(jnp.concatenate(summands, axis=1), params["embed"])
     return dot(_planes(params, pairs), params["writers"]) + embedded
 
 

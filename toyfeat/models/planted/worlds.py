@@ -11,15 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.data import HierarchyConfig, LinearMagnitude, synthetic_world, world_codes
-from toyfeat.data.config import Firing, FoldedNormalMagnitude, ZipfianFiring
-from toyfeat.data.world import World
 from toyfeat.models.planted import heads
 from toyfeat.models.planted.heads import dot, unit
-from toyfeat.types import Array, Params, Task, Truth
+from toyfeat.models.planted.task import Task, Truth
+from toyfeat.types import Array, Params
+from toyfeat.worlds import (
+    HierarchyConfig,
+    LinearMagnitude,
+    synthetic_world,
+    world_codes,
+)
+from toyfeat.worlds.config import Firing, FoldedNormalMagnitude, ZipfianFiring
+from toyfeat.worlds.world import World
 
 _RARE = ZipfianFiring(max_prob=0.05, min_prob=0.005)
-_EXAMPLES = 20_000  # behind the frequencies, which a hierarchy makes hard to compute
+# Examples behind the frequencies, which a hierarchy makes hard to compute: a feature of
+# frequency .005 is counted 100 times, to 10 %.
+_EXAMPLES = 20_000
 
 
 def world_with_head(
@@ -34,7 +42,7 @@ def world_with_head(
     firing: Firing = _RARE,
     hierarchy: HierarchyConfig | None = None,
 ) -> Task:
-    """A hierarchical world, of which a network reads a few features and sums of others.
+    """Plant a hierarchical world, of which a network reads some features and sums.
 
     Of the world's features the network reads ``read`` alone, and ``composed`` sums of
     ``parts`` others, which it does not tell apart; what it never reads is the rest.
@@ -48,14 +56,14 @@ def world_with_head(
       parts: features in a sum.
       threshold: under which a reader is silent, so that the interference of features
         in superposition stays small.
-      firing: how often features fire, see :func:`toyfeat.data.synthetic_world`.
+      firing: how often features fire, see :func:`toyfeat.worlds.synthetic_world`.
       hierarchy: trees of the world; ``None`` for a tree of 4 branches and 2 levels
         under every 32nd feature.
 
     Returns:
-      :class:`toyfeat.types.Task`; the features of the model are the ``read``, then the
-      ``composed`` ones, with frequencies measured on a sample; ``ignored`` is
-      ``None`` as the world fills the space.
+      :class:`toyfeat.models.planted.Task`; the features of the model are the
+      ``read``, then the ``composed`` ones, with frequencies measured on a sample;
+      ``ignored`` is ``None`` as the world fills the space.
 
     Raises:
       ValueError: if the world has too few features, or the threshold silences all.
@@ -63,25 +71,27 @@ def world_with_head(
     """
     _check(features, dim, read, composed, parts, threshold)
     used = read + composed * parts
-    made, chosen, mix = jax.random.split(key, 3)
-    world = _world(made, features, dim, firing, hierarchy)
-    order = np.asarray(jax.random.permutation(chosen, features))[:used]
+    world_key, chosen_key, mix_key = jax.random.split(key, 3)
+    world = _world(world_key, features, dim, firing, hierarchy)
+    # Choose what is read alone, and what is read in sums.
+    order = np.asarray(jax.random.permutation(chosen_key, features))[:used]
     alone, sums = order[:read], order[read:].reshape(composed, parts)
     rows = world.feature_vectors
     readers = unit(jnp.concatenate([rows[alone], rows[sums].sum(1)]))
-    params = heads.head(mix, readers, threshold) | {"world": world}
-    acts = dot(_codes(world, jax.random.fold_in(mix, 1), _EXAMPLES), rows)
-    rate = jnp.mean(heads.features(params, acts) > 0, axis=0, dtype=readers.dtype)
-    if not rate.any():
+    params = heads.head(mix_key, readers, threshold) | {"world": world}
+    # Measure how often each of them passes the threshold.
+    acts = dot(_codes(world, jax.random.fold_in(mix_key, 1), _EXAMPLES), rows)
+    frequency = jnp.mean(heads.features(params, acts) > 0, axis=0, dtype=readers.dtype)
+    if not frequency.any():
         raise ValueError(
             f"world_with_head: no feature passes the threshold {threshold}; lower it"
         )
-    return heads.task(
+    return heads.make_task(
         "world with a head",
-        _of_world,
+        _world_acts,
         params,
         partial(_codes, world),
-        Truth(readers, readers, rate),
+        Truth(readers=readers, writers=readers, frequency=frequency),
         about=f"A hierarchical world of {features} features in {dim} dimensions; the "
         f"network reads {read} of them alone and {composed} sums of {parts}, "
         f"{used / features:.0%} in all.",
@@ -137,5 +147,5 @@ def _codes(world: World, key: Array, num: int) -> Array:
     return world_codes(key, world, num).astype(world.feature_vectors.dtype)
 
 
-def _of_world(params: Params, codes: Array) -> Array:
+def _world_acts(params: Params, codes: Array) -> Array:
     return dot(codes, params["world"].feature_vectors)

@@ -1,0 +1,1 @@
+"""Networks that square their inputs: what activations show, what is read."""

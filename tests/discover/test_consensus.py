@@ -1,0 +1,482 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import toyfeat as ft
+from toyfeat.discover import ConsensusConfig
+from toyfeat.discover.agreement import (
+    GradientDictionaries,
+    _outside_planes,
+    agree_and_refine,
+    shared_directions,
+)
+from toyfeat.discover.consensus import train_gradient_dictionaries
+from toyfeat.discover.gradients import acts_covariance, gradient_rows
+from toyfeat.discover.training import train_dictionaries
+from toyfeat.models import planted
+
+SHORT = ConsensusConfig(examples=1000, steps=300, batch_size=64, learning_rate=1e-2)
+TASKS = {
+    "product_space": {"dim": 8, "colours": 3, "shapes": 3},
+    "quiet_and_loud": {"dim": 10, "quiet": 4, "loud": 6, "probability": 0.15},
+}
+
+
+def train(key, rows, config, *, signed, settings=None):
+    """Train the dictionaries of a config, for one setting or several."""
+    fields = config._asdict()
+    for name in ("examples", "num_directions"):
+        del fields[name]
+    rate = {"learning_rate": fields.pop("learning_rate")}
+    settings = {**rate, **(settings or {})}
+    return train_dictionaries(key, rows, settings=settings, signed=signed, **fields)
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def by_loops(sets, support, cosine):
+    """Direction by direction, as it is described."""
+    left = [(i, row) for i, rows in enumerate(sets) for row in rows]
+    found, supports = [], []
+    while left:
+        near = [
+            [other for other in left if abs(row @ other[1]) >= cosine]
+            for _, row in left
+        ]
+        most = [len({i for i, _ in others}) for others in near]
+        best = int(np.argmax(most))
+        if most[best] < support:
+            break
+        rows = np.array([row for _, row in near[best]])
+        found.append(np.linalg.eigh(rows.T @ rows)[1][:, -1])
+        supports.append(most[best])
+        gone = {id(other[1]) for other in near[best]}
+        left = [other for other in left if id(other[1]) not in gone]
+    return np.array(found), supports
+
+
+@pytest.mark.parametrize("support", [1, 2, 3])
+@pytest.mark.parametrize("cosine", [0.7, 0.95])
+@pytest.mark.parametrize("seed", range(3))
+def test_shared_directions_equal_a_search_in_loops(seed, cosine, support):
+    rng = np.random.default_rng(seed)
+    sets = [unit(rng.normal(size=(num, 3))) for num in (5, 9, 7, 0, 6)]
+    oracle, supports = by_loops(sets, support, cosine)
+    found, counts = shared_directions(sets, support=support, cosine=cosine)
+    assert counts.tolist() == supports
+    assert found.shape == (len(supports), 3)
+    if supports:
+        same = np.abs(np.sum(found * oracle, axis=1))
+        np.testing.assert_allclose(same, 1, rtol=1e-9)
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-9)
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_directions_of_a_plane_are_told_apart_36_degrees_apart(width):
+    """Of a pentagon, whose lines lie 36 degrees apart."""
+
+    def at(*degrees):
+        angles = np.radians(degrees)
+        rows = np.zeros((len(degrees), width))
+        rows[:, 0], rows[:, 1] = np.cos(angles), np.sin(angles)
+        return rows
+
+    sets = [at(0, 30, 90), at(0, 30, 90), at(15), at(15), at(15)]
+    found, counts = shared_directions(sets, support=2, cosine=0.95)
+    assert counts.tolist() == [3, 2, 2, 2]
+    cosines = np.abs(found @ at(15, 0, 30, 90).T)
+    np.testing.assert_allclose(np.sort(cosines.max(axis=0)), 1, atol=1e-6)
+
+
+def test_a_direction_and_its_negative_are_the_same():
+    rng = np.random.default_rng(0)
+    rows = unit(rng.normal(size=(4, 6)))
+    sets = [rows, unit(-rows + 0.01 * rng.normal(size=rows.shape))]
+    found, counts = shared_directions(sets, support=2, cosine=0.95)
+    assert counts.tolist() == [2] * 4
+    assert np.abs(found @ rows.T).max(0).min() > 0.999
+
+
+def test_support_counts_dictionaries_and_not_rows():
+    rows = np.eye(3)
+    found, counts = shared_directions(
+        [rows[[0, 0, 0, 1]], rows[[1, 2, 2]]], support=2, cosine=0.9
+    )
+    assert counts.tolist() == [2]
+    np.testing.assert_allclose(np.abs(found), rows[1:2], atol=1e-12)
+
+
+@pytest.mark.parametrize(("most", "least"), [(2, 2), (5, 2), (8, 2), (9, 3), (12, 4)])
+def test_the_default_support_is_a_third_of_the_largest(most, least):
+    rows = np.eye(12)
+    sets = [rows[:1]] * most + [np.zeros((0, 12))] * (12 - most)
+    for i, often in enumerate(range(1, most), start=1):
+        for j in range(often):
+            sets[j] = np.concatenate([sets[j], rows[i : i + 1]])
+    _, counts = shared_directions(sets, support=None, cosine=0.9)
+    assert counts.tolist() == list(range(most, least - 1, -1))
+
+
+def test_directions_are_sorted_by_support():
+    rows = np.eye(4)
+    sets = [rows[[0, 1, 2]], rows[[1, 2]], rows[[2, 3]]]
+    found, counts = shared_directions(sets, support=1, cosine=0.9)
+    assert counts.tolist() == [3, 2, 1, 1]
+    np.testing.assert_allclose(np.abs(found), rows[[2, 1, 0, 3]], atol=1e-12)
+
+
+def test_a_shared_direction_is_the_middle_of_its_neighbours():
+    turn = np.array([0.1, 0.2, 0.3])
+    rows = np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    found, counts = shared_directions(
+        [rows[:1], rows[1:2], rows[2:]], support=3, cosine=0.99
+    )
+    assert counts.tolist() == [3]
+    np.testing.assert_allclose(np.abs(found @ rows.T), np.cos([[0.1, 0, 0.1]]))
+
+
+@pytest.mark.parametrize("support", [2, None])
+def test_without_shared_directions_there_are_no_rows(support):
+    rows = np.eye(4)
+    found, counts = shared_directions([rows[:2], rows[2:]], support=support, cosine=0.9)
+    assert found.shape == (0, 4)
+    assert counts.shape == (0,)
+
+
+def taps(grads, dtype=jnp.float32):
+    grads = jnp.asarray(grads, dtype)
+    return ft.Taps(
+        jnp.zeros((len(grads), grads.shape[-1])), grads, jnp.ones(len(grads))
+    )
+
+
+@pytest.fixture
+def grads():
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(30, 2, 5))
+    grads[3] = grads[7, 1] = 0
+    grads[9, 0] *= 1e-9
+    return grads
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_nonzero_gradients_have_unit_entries_at_any_scale(scale, grads):
+    rows = grads.reshape(-1, 5)
+    rows = rows[np.linalg.norm(rows, axis=1) > 1e-6]
+    assert len(rows) == 60 - 4
+    found = gradient_rows(taps(scale * grads))
+    oracle = rows / np.sqrt(np.mean(rows**2))
+    np.testing.assert_allclose(found, oracle, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_gradients_must_be_finite_and_not_all_zero(bad, grads):
+    grads = 0 * grads
+    grads[5, 1, 2] = bad
+    with pytest.raises(ValueError, match="gradients must be finite and not all 0"):
+        gradient_rows(taps(grads))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_dictionaries_are_unit_rows_of_latents_that_are_used(signed, key):
+    rng = np.random.default_rng(0)
+    true = np.linalg.qr(rng.normal(size=(6, 6)))[0][:4]
+    codes = rng.uniform(0.5, 1.5, (1000, 1)) * np.eye(4)[rng.integers(4, size=1000)]
+    if signed:
+        codes *= rng.choice([-1, 1], size=(1000, 1))
+    short = SHORT._replace(ks=(1, 30), starts=2, latents_per_dim=1)
+    (trained,) = train(key, jnp.asarray(codes @ true, float), short, signed=signed)
+    assert len(trained) == 4
+    for atoms in trained:
+        assert atoms.shape[1] == 6
+        assert 1 <= len(atoms) <= 16
+        np.testing.assert_allclose(np.linalg.norm(atoms, axis=1), 1, rtol=1e-5)
+    near = np.abs(np.concatenate(trained[:2]) @ true.T)  # those of one code each
+    assert near.max(0).min() > 0.99
+    assert max(len(atoms) for atoms in trained[:2]) < 16
+    assert np.abs(trained[2][0] - trained[3][0]).max() > 1e-3
+
+
+def test_every_setting_has_dictionaries_of_both_readouts(key):
+    subject = planted.subject_of(planted.product_space(key, dim=8, colours=3, shapes=3))
+    short = SHORT._replace(examples=200, steps=3, ks=(1, 2), latents_per_dim=1)
+    single = train_gradient_dictionaries(key, subject, short)
+    (alone,) = single.dictionaries
+    rates = [short.learning_rate, 1e-4]
+    settings = {"learning_rate": rates}
+    both, *_ = train_gradient_dictionaries(key, subject, short, settings=settings)
+    assert [len(sets) for sets in both] == [len(alone)] * 2 == [8, 8]
+    for one, other in zip(alone, both[0], strict=True):
+        # Adam begins by signs, and a latent at the edge of use may be in one alone.
+        assert abs(len(one) - len(other)) <= 1
+        distance = np.abs(one[:, None] - other[None]).max(axis=2)
+        assert distance.min(axis=int(len(one) <= len(other))).max() <= 0.02
+    changed = [
+        np.abs(one[:4] - slow[:4]).max() for one, slow in zip(*both, strict=True)
+    ]
+    assert np.median(changed) > 0.02
+    inputs = subject.sample(jax.random.split(key, 4)[0], short.examples)
+    gradients = jax.vmap(jax.grad(lambda a, x: half_of(subject, a, x)), (None, 0))
+    oracle = gradients(jnp.zeros(8), inputs)
+    taps = single.taps
+    assert taps.grads.shape == (200, 1, 8)
+    assert len(single.norm_grads) == 200
+    assert len(single.direction_grads) == 200 * short.num_directions
+    assert single.planes.shape == (0, 8)
+    np.testing.assert_array_equal(single.norm_grads, gradient_rows(taps))
+    np.testing.assert_allclose(taps.grads[:, 0], oracle, rtol=1e-4, atol=1e-5)
+    acts = np.asarray(taps.acts, np.float64)
+    np.testing.assert_allclose(acts_covariance(taps), np.cov(acts.T, ddof=0), atol=1e-4)
+
+
+def half_of(subject, shift, one):
+    probes = {subject.site: shift[None]}
+    inputs = jax.tree.map(lambda x: x[None], one)
+    return jnp.sum(subject.probed(subject.params, inputs, probes)[0] ** 2) / 2
+
+
+def test_the_loss_of_dead_latents_is_an_unknown_setting(key):
+    rows = jax.random.normal(key, (50, 4))
+    settings = {"dead_latents": [1.0]}
+    with pytest.raises(ValueError, match=r"unknown hyper-parameters .*dead_latents"):
+        train(key, rows, SHORT, signed=False, settings=settings)
+
+
+def test_the_learning_rate_is_bounded_by_the_step_of_a_row(key):
+    rows = jax.random.normal(key, (100, 16))
+
+    def at(rate):
+        short = SHORT._replace(steps=3, ks=(1,), starts=1, latents_per_dim=1)
+        short = short._replace(learning_rate=rate)
+        ((atoms,),) = train(key, rows, short, signed=True)
+        return atoms
+
+    most = at(0.05 / 4)
+    np.testing.assert_allclose(at(100.0), most, atol=1e-6)
+    assert np.abs(at(0.04 / 4) - most).max() > 1e-3
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-2])
+def test_five_readers_in_a_plane_of_a_wider_layer_are_found(rate, key):
+    """A pentagon, 36 degrees from line to line, in 16 dimensions."""
+    rng = np.random.default_rng(0)
+    angles = 2 * np.pi / 5 * np.arange(5)
+    plane = np.linalg.qr(rng.normal(size=(16, 16)))[0][:2]
+    true = np.stack([np.cos(angles), np.sin(angles)], axis=1) @ plane
+    sizes = rng.uniform(0.5, 1.5, (3000, 1))
+    rows = jnp.asarray(sizes * true[rng.integers(5, size=3000)], float)
+    short = SHORT._replace(ks=(1, 2), steps=500, learning_rate=rate)
+    (trained,) = train(key, rows, short, signed=False)
+    for atoms in trained:
+        np.testing.assert_allclose(atoms, atoms @ plane.T @ plane, atol=1e-6)
+    found, _ = shared_directions(trained, support=None, cosine=0.95)
+    assert ft.metrics.match_features(found, true).coverage >= 0.97
+
+
+def test_the_span_includes_directions_of_the_last_rows_only(key):
+    rows = np.zeros((25_000, 3))
+    rows[:, 0], rows[-25:, 1] = 1.0, 1.0
+    short = SHORT._replace(ks=(2,), starts=1, steps=5)
+    ((atoms,),) = train(key, jnp.asarray(rows, float), short, signed=False)
+    assert np.linalg.matrix_rank(atoms, tol=1e-3) == 2
+
+
+@functools.cache
+def task(name):
+    return getattr(planted, name)(jax.random.key(0), **TASKS[name])
+
+
+def scaled(subject, factor):
+    def probed(params, inputs, probes):
+        outputs, acts = subject.probed(params, inputs, probes)
+        return factor * outputs, acts
+
+    return subject._replace(probed=probed)
+
+
+def recorded(subject, seen):
+    def sample(key, num):
+        seen.append(subject.sample(key, num))
+        return seen[-1]
+
+    return subject._replace(sample=sample)
+
+
+@functools.cache
+def found(name):
+    """What is found, and the inputs it was found with."""
+    seen = []
+    subject = recorded(planted.subject_of(task(name)), seen)
+    return ft.consensus(jax.random.key(1), subject, config=SHORT), seen[0]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_consensus_finds_the_readers(name):
+    result, truth = found(name)[0], task(name).truth
+    assert (
+        ft.metrics.match_features(result.features.readers, truth.readers).coverage
+        >= 0.95
+    )
+    assert result.num_dictionaries == 12
+    assert result.features.readers.shape == result.features.writers.shape
+    assert result.support.shape == result.features.readers.shape[:1]
+    assert np.all(np.diff(result.support) <= 0)
+    assert result.support.max() <= 12
+    assert result.support.min() >= max(2, result.support.max() // 3)
+    lengths = np.linalg.norm(result.features.readers, axis=1)
+    np.testing.assert_allclose(lengths, 1, rtol=1e-5)
+
+
+def test_a_larger_support_returns_the_readers_that_have_it():
+    (usual, _), subject = (
+        found("product_space"),
+        planted.subject_of(task("product_space")),
+    )
+    demanding = ft.consensus(jax.random.key(1), subject, config=SHORT, support=6)
+    there = usual.support >= 6
+    assert 0 < there.sum() < len(there)
+    np.testing.assert_array_equal(demanding.support, usual.support[there])
+    cosines = np.sum(
+        np.asarray(demanding.features.readers * usual.features.readers[there]), axis=1
+    )
+    assert cosines.min() >= 2 * 0.95**2 - 1  # each is .95 from what recurs at least
+
+
+def test_shared_directions_are_refined_on_the_gradients():
+    name = "quiet_and_loud"
+    subject, true = planted.subject_of(task(name)), np.asarray(task(name).truth.readers)
+    gradients = train_gradient_dictionaries(jax.random.key(1), subject, SHORT)
+    near, counts = shared_directions(gradients.dictionaries[0])
+    fitted, same = agree_and_refine(gradients.dictionaries[0], gradients)
+    np.testing.assert_array_equal(counts, same)
+    assert np.abs(np.sum(near * fitted, axis=1)).min() >= 0.95
+    lost = [
+        1 - ft.metrics.match_features(rows, true).coverage for rows in (near, fitted)
+    ]
+    assert lost[1] < 0.5 * lost[0]
+    (result, _), num = found(name), len(fitted)
+    np.testing.assert_allclose(result.features.readers[:num], fitted, atol=1e-4)
+
+
+@pytest.mark.parametrize(("often", "kept"), [(5, False), (8, True)])
+def test_a_sum_is_left_out_unless_its_support_is_large(often, kept):
+    """Of 10 in 16 dimensions; its support stands between those of readers."""
+    rng = np.random.default_rng(0)
+    true = np.linalg.qr(rng.normal(size=(16, 16)))[0][:10]
+    chosen = rng.permuted(np.tile(np.arange(10), (2000, 1)), axis=1)[:, :2]
+    codes = np.zeros((2000, 10))
+    np.put_along_axis(codes, chosen, rng.normal(size=(2000, 2)), axis=1)
+    rows = np.concatenate([codes @ true, np.repeat([true[0] + true[1]], 30, axis=0)])
+    between = unit(true[:1] + true[1:2])
+    sets = [
+        np.concatenate([true[: 10 if i < 4 else 5], between[: int(i < often)]])
+        for i in range(12)
+    ]
+    rows = jnp.asarray(rows, float)
+    dense = jnp.asarray(rng.normal(size=(500, 16)), float)
+    for half, random in ((dense, rows), (rows, dense)):
+        gradients = GradientDictionaries(
+            dictionaries=[sets],
+            norm_grads=half,
+            direction_grads=random,
+            planes=np.zeros((0, 16)),
+            taps=None,
+        )
+        found, counts = agree_and_refine(sets, gradients)
+        assert counts.tolist() == [12] * 5 + [often] * kept + [4] * 5
+        cosines = np.abs(found @ true.T)
+        assert np.sum(cosines.max(1) > 0.999) == 10
+        assert cosines.max(0).min() > 0.999
+        assert (cosines[5].max() < 0.8) == kept
+
+
+def test_mixtures_of_circles_are_left_out():
+    planes = unit(np.random.default_rng(0).normal(size=(4, 9)))
+    mixed = unit(np.random.default_rng(1).normal(size=(5, 4)) @ planes)
+    beside = np.linalg.svd(planes)[2][4:]
+    tilted = unit(mixed[0] + 0.2 * beside[0])  # .981 of it inside
+    nearly = unit(mixed[0] + 0.1 * beside[0])  # .995
+    rows = np.concatenate([mixed, beside, [tilted, nearly]])
+    assert _outside_planes(rows, planes).tolist() == [False] * 5 + [True] * 6 + [False]
+    assert _outside_planes(rows, planes[:0]).all()
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1.0])
+def test_readers_are_found_at_a_slow_and_at_a_fast_learning_rate(rate):
+    short = SHORT._replace(learning_rate=rate)
+    subject = planted.subject_of(task("product_space"))
+    result = ft.consensus(jax.random.key(1), subject, config=short)
+    truth = task("product_space").truth
+    assert (
+        ft.metrics.match_features(result.features.readers, truth.readers).coverage
+        >= 0.95
+    )
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_writers_are_the_readers_times_the_covariance(name):
+    (result, inputs), subject = found(name), planted.subject_of(task(name))
+    acts = subject.probed(subject.params, inputs, {})[1][subject.site]
+    assert acts.shape == (SHORT.examples, TASKS[name]["dim"])
+    spread = np.cov(np.asarray(acts, np.float64).T, bias=True)
+    oracle = np.asarray(result.features.readers, np.float64) @ spread
+    close = {"rtol": 1e-3, "atol": 1e-5 * np.abs(spread).max()}
+    np.testing.assert_allclose(result.features.writers, oracle, **close)
+
+
+@pytest.mark.parametrize("power", [0, -20, 20])
+def test_the_unit_of_the_outputs_does_not_matter(power):
+    result, _ = found("quiet_and_loud")
+    subject = scaled(planted.subject_of(task("quiet_and_loud")), 2.0**power)
+    again = ft.consensus(jax.random.key(1), subject, config=SHORT)
+    np.testing.assert_array_equal(result.support, again.support)
+    for one, two in zip(result.features, again.features, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_planes_come_last_and_have_no_support():
+    waves = planted.modular_addition(
+        jax.random.key(2), modulus=13, frequencies=2, dim=12
+    )
+    short = SHORT._replace(steps=20, starts=1)
+    result = ft.consensus(jax.random.key(1), planted.subject_of(waves), config=short)
+    assert result.num_dictionaries == 6
+    assert result.support[-4:].tolist() == [0] * 4
+    assert np.all(result.support[:-4] >= 2)
+    planes, truth = result.features.readers[-4:], waves.truth
+    inside = np.linalg.svd(planes, full_matrices=False)[2]
+    others = np.linalg.norm(result.features.readers[:-4] @ inside.T, axis=1)
+    assert others.max(initial=0.0) < 0.99
+    assert (
+        ft.metrics.match_features(planes, truth.readers, group=truth.group).coverage
+        > 0.95
+    )
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ({"support": 0}, r"wanted support in 1 \.\. 12.* got 0 and 0.95"),
+        ({"support": 13}, "got 13 and 0.95"),
+        ({"cosine": 0.0}, r"cosine in \(0, 1\), got None and 0.0"),
+        ({"cosine": 1.0}, "got None and 1.0"),
+    ],
+)
+def test_support_and_cosine_must_be_in_range(bad, match, key):
+    with pytest.raises(ValueError, match=f"^consensus: .*{match}"):
+        ft.consensus(
+            key, planted.subject_of(task("product_space")), config=SHORT, **bad
+        )
+
+
+@pytest.mark.parametrize("factor", [0.0, np.nan])
+def test_a_model_without_gradients_is_refused(factor, key):
+    subject = scaled(planted.subject_of(task("product_space")), factor)
+    short = SHORT._replace(examples=20)
+    with pytest.raises(ValueError, match="consensus: gradients must be finite and not"):
+        ft.consensus(key, subject, config=short)

@@ -1,0 +1,151 @@
+import numpy as np
+import pytest
+
+from toyfeat.discover.refinement import refine_directions
+from toyfeat.discover.sparse_coding import needed_atoms
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def planted(seed=0, *, dim=32, num=40, active=2, rows=3000):
+    """Unit atoms and rows that are combinations of ``active`` of them."""
+    rng = np.random.default_rng(seed)
+    atoms = unit(rng.normal(size=(num, dim)))
+    chosen = rng.permuted(np.tile(np.arange(num), (rows, 1)), axis=1)[:, :active]
+    codes = np.zeros((rows, num))
+    values = rng.choice([-1, 1], (rows, active)) * rng.uniform(0.5, 2, (rows, active))
+    np.put_along_axis(codes, chosen, values, axis=1)
+    return atoms, codes, codes @ atoms
+
+
+def turned(atoms, angle, seed=1):
+    """Every atom by the same angle, in a direction of its own."""
+    beside = np.random.default_rng(seed).normal(size=atoms.shape)
+    beside = unit(beside - np.sum(beside * atoms, axis=1, keepdims=True) * atoms)
+    return np.cos(angle) * atoms + np.sin(angle) * beside
+
+
+def dense(atoms):
+    return np.random.default_rng(5).normal(size=(800, len(atoms))) @ atoms
+
+
+def with_sums(atoms, num=10):
+    """Unit sums of neighbours after the atoms themselves."""
+    return np.concatenate([atoms, unit(atoms[:num] + atoms[1 : num + 1])])
+
+
+def test_arguments_are_not_written_to():
+    atoms, _, rows = planted()
+    near = turned(atoms, 0.2)
+    before = near.copy()
+    refine_directions(near, [rows], cosine=0.9)
+    np.testing.assert_array_equal(near, before)
+
+
+def test_certain_directions_are_kept():
+    atoms, _, rows = planted()
+    every = with_sums(atoms)
+    certain = np.arange(50) >= 48
+    assert refine_directions(every, [rows], cosine=0.9, certain=certain)[1][48:].all()
+    assert not refine_directions(every, [rows], cosine=0.9)[1][48:].any()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_directions_are_fitted_to_the_sparse_table(place):
+    atoms, _, rows = planted()
+    tables = [dense(atoms)]
+    tables.insert(place, rows)
+    near = turned(atoms, 0.2)
+    moved, kept = refine_directions(near, tables, cosine=0.9)
+    assert kept.all()
+    assert np.abs(np.sum(near * atoms, axis=1)).max() < 0.99
+    assert np.abs(np.sum(moved * atoms, axis=1)).min() > 0.999
+
+
+@pytest.mark.parametrize("place", [0, 39])
+def test_directions_that_are_not_needed_are_left_out(place):
+    atoms, _, rows = planted()
+    near = turned(atoms, 0.1)
+    more = np.insert(near, place, unit(near[3] + near[4]), axis=0)
+    moved, kept = refine_directions(more, [rows], cosine=0.9)
+    assert np.flatnonzero(~kept).tolist() == [place]
+    assert np.abs(np.sum(moved * atoms, axis=1)).min() > 0.9999
+
+
+def test_the_first_table_counts_unless_directions_move_less_in_another():
+    angles = {"near": 0.15, "far": 0.2, "nearly as far": 0.18}
+    bases = {name: turned(np.eye(8), angle) for name, angle in angles.items()}
+    codes = planted(active=2, num=8)[1]
+    for names, counts in {
+        ("far", "near"): "near",
+        ("near", "far"): "near",
+        ("far", "nearly as far"): "far",
+        ("far", "nearly as far", "near"): "near",
+    }.items():
+        tables = [codes @ bases[name] for name in names]
+        moved, _ = refine_directions(np.eye(8), tables, cosine=0.9)
+        assert np.abs(np.sum(moved * bases[counts], axis=1)).min() > 0.9999
+
+
+@pytest.mark.parametrize(("num", "kept"), [(7, 8), (8, 8)])
+def test_nothing_is_left_out_with_fewer_than_four_dimensions_per_code(num, kept):
+    """Rows are two of seven or eight; the sum of two is in the way."""
+    _, codes, _ = planted(num=num)
+    every = np.concatenate([np.eye(num), unit(np.eye(num)[:1] + np.eye(num)[1:2])])
+    rows = np.concatenate([codes, np.tile(every[-1:], (50, 1))])
+    assert not needed_atoms(rows, every, 2)[-1]
+    assert refine_directions(every, [rows], cosine=0.9)[1].sum() == kept
+    wide = rows @ np.eye(num, 20)
+    wide += 0.01 * np.random.default_rng(2).normal(size=wide.shape)  # not dimensions
+    assert (
+        refine_directions(every @ np.eye(num, 20), [wide], cosine=0.9)[1].sum() == kept
+    )
+
+
+def test_nothing_is_left_out_where_one_code_is_enough():
+    """Every row is a pair, and no row uses what pairs are made of."""
+    pairs = unit(np.eye(8)[0::2] + np.eye(8)[1::2])
+    every = np.concatenate([np.eye(8), pairs])
+    rows = np.repeat(pairs, 50, axis=0)
+    assert needed_atoms(rows, every, 1).tolist() == [False] * 8 + [True] * 4
+    assert refine_directions(every, [rows], cosine=0.9)[1].all()
+
+
+def test_directions_stay_where_no_table_is_sparse():
+    atoms, _, _ = planted()
+    near = turned(atoms, 0.2)
+    for tables in ([dense(atoms)], [], [np.zeros((5, 32))]):
+        moved, kept = refine_directions(near, tables, cosine=0.9)
+        np.testing.assert_array_equal(moved, near)
+        assert kept.all()
+    none, kept = refine_directions(np.zeros((0, 32)), [dense(atoms)], cosine=0.9)
+    assert (none.shape, kept.shape) == ((0, 32), (0,))
+
+
+def test_a_table_of_zeros_does_not_count():
+    atoms, _, rows = planted()
+    near = turned(atoms, 0.2)
+    alone, _ = refine_directions(near, [rows], cosine=0.9)
+    assert np.any(alone != near)
+    both, _ = refine_directions(near, [np.zeros((5, 32)), rows], cosine=0.9)
+    np.testing.assert_array_equal(both, alone)
+
+
+def test_a_direction_that_would_move_too_far_stays():
+    rows = np.repeat(np.eye(4), 50, axis=0)
+    near = turned(np.eye(4), 0.1)
+    near[0] = unit(np.array([0.8, 0.6, 0.0, 0.0]))
+    moved, _ = refine_directions(near, [rows], cosine=0.95)
+    np.testing.assert_array_equal(moved[0], near[0])
+    np.testing.assert_allclose(np.abs(moved[1:]), np.eye(4)[1:], atol=1e-6)
+
+
+@pytest.mark.parametrize(("noise", "moves"), [(0.001, True), (0.1, False)])
+def test_a_table_is_sparse_if_half_a_percent_is_left(noise, moves):
+    rng = np.random.default_rng(0)
+    rows = np.repeat(np.eye(32), 100, axis=0)
+    rows += noise**0.5 * unit(rng.normal(size=rows.shape))  # nearly all of it is left
+    near = turned(np.eye(32), 0.2)
+    assert np.any(refine_directions(near, [rows], cosine=0.9)[0] != near) == moves

@@ -1,0 +1,97 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_decoder import CONFIG, logits_with, weights, whole, windows
+
+from toyfeat.lm.split import split_at
+from toyfeat.models.decoder import SITES, Decoder, gpt2, neox
+from toyfeat.tap import from_linen
+
+
+@functools.cache
+def plain():
+    return jax.jit(lambda p, tokens: whole()(p, tokens, {}))(weights(), windows()[:2])
+
+
+@pytest.mark.parametrize("layer", range(CONFIG.layers))
+@pytest.mark.parametrize("name", SITES)
+def test_run_is_the_model_behind_the_site(name, layer):
+    site, tokens = f"blocks_{layer}/{name}", windows()[:2]
+    split = split_at(CONFIG, site)
+    assert split.site == site
+    assert split.entry == (site if "resid" in name else f"blocks_{layer}/resid_pre")
+    logits, acts = plain()
+    found = split.run(weights(), acts[split.entry], acts[site])
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+    value = acts[site] + jax.random.normal(jax.random.key(layer), acts[site].shape)
+    found = split.run(weights(), acts[split.entry], value)
+    wanted = logits_with(site, value, tokens)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert np.abs(wanted - np.asarray(logits)).max() > 0.1
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("name", SITES)
+def test_run_behind_cached_positions_is_the_rest_of_the_window(name, layer):
+    site, tokens, num = f"blocks_{layer}/{name}", windows()[:2], 3
+    split = split_at(CONFIG, site)
+    _, acts = plain()
+    value = acts[site].at[:, num:].multiply(-2)
+    wanted = logits_with(site, value, tokens)[:, num:]
+    logits, past = split.run_with_cache(weights(), acts[split.entry], acts[site])
+    np.testing.assert_allclose(logits, plain()[0], atol=1e-5)
+    blocks = range(layer + (name == "resid_post"), CONFIG.layers)
+    assert len(past) == 2 * len(blocks)
+    past = {name: x[:, :num] for name, x in past.items()}
+    found = split.run(weights(), acts[split.entry][:, num:], value[:, num:], past=past)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [gpt2, neox])
+@pytest.mark.parametrize("name", ["resid_pre", "attn_out", "mlp_hidden"])
+def test_run_with_gpt2_and_neox_decoders(make, name):
+    more = {"context": 16} if make is gpt2 else {"rotary_share": 0.5}
+    config = make(vocab=5, layers=2, dim=8, heads=2, hidden=12, **more)
+    tokens = jnp.array([[0, 3, 1, 4], [2, 2, 1, 0]])
+    model = Decoder(config)
+    params = model.init(jax.random.key(0), tokens)
+    site = f"blocks_1/{name}"
+    split = split_at(config, site)
+    _, acts = from_linen(model)(params, tokens, {})
+    value = 2 * acts[site] + 1
+    wanted = from_linen(model)(params, tokens, {site: lambda _: value})[0]
+    found = split.run(params, acts[split.entry], value)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_run_in_bfloat16_gives_float32_logits():
+    site = "blocks_1/mlp_out"
+    split = split_at(CONFIG, site, dtype=jnp.bfloat16)
+    logits, acts = split.model(weights(), windows()[:2], {})
+    found = split.run(weights(), acts[split.entry], acts[site])
+    assert acts[site].dtype == jnp.bfloat16
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, logits)
+
+
+@pytest.mark.parametrize(
+    "site",
+    [
+        "blocks_3/resid_pre",
+        "blocks_-1/resid_pre",
+        "blocks_01/resid_pre",
+        "blocks_٢/resid_pre",
+        "blocks_1/resid",
+        "blocks_1/attn/query",
+        "blocks_1/resid_pre#1",
+        "block_1/resid_pre",
+        "embed",
+        "",
+    ],
+)
+def test_a_site_that_is_not_there_is_refused(site):
+    with pytest.raises(ValueError, match=r"site: wanted 'blocks_<0 \.\. 2>/<name>'"):
+        split_at(CONFIG, site)

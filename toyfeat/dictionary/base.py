@@ -1,0 +1,314 @@
+r"""Architectures as records, and the parts that all dictionaries share.
+
+Every dictionary reads ``pre = (acts - b_dec) @ W_enc + b_enc`` and writes ``codes @
+W_dec + b_dec``.  What differs between architectures is in an :class:`Architecture`;
+:func:`make_dictionary` makes the functions of a dictionary from it.  Parameters are a
+dict of tensors with the names of SAELens, rows of ``W_dec`` are the features.
+
+References:
+  Bloom et al., SAELens 6, for the tensors and conventions; the paper of each
+  architecture is cited at its function.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from toyfeat.dictionary.gather import affine, decode_dense, scatter, weighted_rows
+from toyfeat.dictionary.types import (
+    Architecture,
+    Codes,
+    Config,
+    Dictionary,
+    Inputs,
+    Output,
+    RuleInputs,
+)
+from toyfeat.types import Array, Params
+
+SHARED_AXES: Mapping[str, int | None] = {"W_enc": 1, "W_dec": 0, "b_dec": None}
+"""Axes of the latents of the tensors that every dictionary has."""
+
+DECODER_NORM = 0.1
+"""Length of the rows of ``W_dec`` at the start: SAELens' ``decoder_init_norm``."""
+
+
+def make_dictionary(
+    architecture: Architecture,
+    config: Config,
+    *,
+    decoder_norm: float = DECODER_NORM,
+    **start: Any,
+) -> Dictionary:
+    """Make a dictionary from an architecture and settings.
+
+    Args:
+      architecture: the record.
+      config: settings; ``config.architecture`` is the name of the record.
+      decoder_norm: length of the rows of ``W_dec`` at the start.
+      start: keywords of ``architecture.tensors``.
+
+    Returns:
+      :class:`Dictionary`.
+
+    Raises:
+      ValueError: if the sizes do not fit or the configuration is of another
+        architecture.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> soft = Architecture(
+      ...     name="soft", rule=lambda config, params, batch: Codes(
+      ...         jax.nn.softplus(batch.pre)
+      ...     )
+      ... )
+      >>> sae = make_dictionary(soft, Config("soft", d_in=4, d_sae=16))
+      >>> sae.encode(sae.init(jax.random.key(0)), jnp.ones((2, 4))).shape
+      (2, 16)
+    """
+    _check(architecture, config)
+    return Dictionary(
+        init=partial(_init, architecture, config, decoder_norm, start),
+        encode=partial(_encode, architecture, config),
+        decode=partial(_decode, architecture, config),
+        forward=partial(_forward, architecture, config),
+        config=config,
+        architecture=architecture,
+    )
+
+
+def factory_config(
+    architecture: Architecture,
+    dim: int,
+    latents: int,
+    target_dim: int | None = None,
+    **settings: Any,
+) -> Config:
+    """Configuration from the arguments of a factory; a transcoder has no ``b_dec``."""
+    return Config(
+        architecture=architecture.name,
+        d_in=dim,
+        d_sae=latents,
+        d_out=target_dim,
+        apply_b_dec_to_input=target_dim is None,
+        **settings,
+    )
+
+
+def latent_axes(architecture: Architecture) -> dict[str, int | None]:
+    """Axis of the latents of every tensor, shared ones included."""
+    return {**SHARED_AXES, **architecture.latent_axes}
+
+
+def required_k(config: Config) -> int:
+    """Return ``config.k``.
+
+    Raises:
+      ValueError: if it is ``None``.
+    """
+    if config.k is None:
+        raise ValueError(f"{config.architecture}: k must be set, got None")
+    return config.k
+
+
+def required_grads(inputs: Inputs) -> Array:
+    """Return ``inputs.grads``.
+
+    Raises:
+      ValueError: if it is ``None``.
+    """
+    if inputs.grads is None:
+        raise ValueError("losses: this needs taps with gradients, got none")
+    return inputs.grads
+
+
+def weighted_mean(inputs: Inputs, values: Array) -> Array:
+    """Mean of ``values [N]`` over the examples, by their weights."""
+    return jnp.sum(inputs.weights * values)
+
+
+def origin(config: Config, params: Params) -> Array:
+    """Vector that is subtracted from the input, ``[D]``."""
+    if config.apply_b_dec_to_input:
+        return params["b_dec"]
+    return jnp.zeros(config.d_in, params["b_dec"].dtype)
+
+
+def code_units(config: Config, params: Params) -> Array:
+    """Codes of a value of 1 in units of the rows of ``W_dec``, ``[M]``."""
+    if config.rescale_acts_by_decoder_norm:
+        return lengths(params["W_dec"])
+    return jnp.ones(config.d_sae, params["W_dec"].dtype)
+
+
+def lengths(rows: Array) -> Array:
+    """Euclidean lengths of rows of any scale; 1 where a row is zero."""
+    # Squares of the relative entries neither overflow nor underflow.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(rows), axis=1))
+    largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    squares = jnp.sum((rows / largest[:, None]) ** 2, axis=1)
+    return largest * jnp.sqrt(jnp.where(squares > 0, squares, jnp.ones_like(squares)))
+
+
+def normalized_grads(params: Params, grads: Array) -> Array:
+    """Divide gradients ``[N, K, D]`` by ``params["grad_scale"]``, if it is there.
+
+    Raises:
+      ValueError: if the scales are of another number of readouts.
+    """
+    scale = params.get("grad_scale")
+    if scale is None:
+        return grads
+    if grads.ndim != 3 or scale.shape not in ((1,), (grads.shape[1],)):
+        raise ValueError(
+            f"encode: the parameters hold grad_scale {scale.shape}, one per readout, "
+            f"and gradients are {grads.shape}; set grad_scale to the root mean square "
+            "of each of these readouts, [K] or [1]"
+        )
+    return grads / scale[None, :, None]
+
+
+def _check(architecture: Architecture, config: Config) -> None:
+    name, latents = architecture.name, config.d_sae
+    if config.architecture != name:
+        raise ValueError(
+            f"make_dictionary: the architecture is {name!r}, the configuration is of "
+            f"{config.architecture!r}"
+        )
+    sizes = {"dim": config.d_in, "latents": latents, "target_dim": config.d_out}
+    for argument, size in sizes.items():
+        if size is not None and not (isinstance(size, int) and size > 0):
+            raise ValueError(
+                f"{name}: {argument} must be an int of at least 1, got {size!r}"
+            )
+    by_k = architecture.selects != "all"
+    if by_k and not (isinstance(config.k, int) and 1 <= config.k <= latents):
+        raise ValueError(
+            f"{name}: k must be an int in 1 .. latents = {latents}, got {config.k!r}"
+        )
+    if config.d_out is None:
+        return
+    if config.apply_b_dec_to_input:
+        raise ValueError(
+            f"{name}: a transcoder has no b_dec to subtract from its input"
+        )
+    if not architecture.transcodes:
+        raise ValueError(f"{name}: there are no transcoders of this architecture")
+
+
+def _init(
+    architecture: Architecture,
+    config: Config,
+    decoder_norm: float,
+    start: dict[str, Any],
+    key: Array,
+) -> Params:
+    """Make rows of one length in random directions, the encoder their transpose."""
+    out = config.d_in if config.d_out is None else config.d_out
+    rows = _random_rows(key, config.d_sae, out, decoder_norm)
+    reads = rows
+    if config.d_out is not None:  # another width needs an encoder of its own
+        encoder_key = jax.random.fold_in(key, 1)
+        reads = _random_rows(encoder_key, config.d_sae, config.d_in, decoder_norm)
+    shared = {"W_enc": reads.T, "W_dec": rows, "b_dec": jnp.zeros(out)}
+    own_key = jax.random.fold_in(key, 2)
+    params = shared | architecture.tensors(own_key, config, shared, **start)
+    if unlisted := set(params) - set(latent_axes(architecture)):
+        raise ValueError(
+            f"{architecture.name}: latent_axes must name every tensor, missing are "
+            f"{sorted(unlisted)}"
+        )
+    return params
+
+
+def _random_rows(key: Array, num: int, dim: int, norm: float) -> Array:
+    rows = jax.random.normal(key, (num, dim))
+    return norm * rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def _pre(
+    architecture: Architecture, config: Config, params: Params, acts: Array
+) -> Array:
+    if acts.ndim != 2 or acts.shape[1] != config.d_in:
+        raise ValueError(
+            f"encode: wanted acts [N, {config.d_in}], got shape {acts.shape}"
+        )
+    if architecture.read is not None:
+        return architecture.read(config, params, acts)
+    bias = params.get("b_enc", jnp.zeros(config.d_sae, acts.dtype))
+    return affine(acts, origin(config, params), params["W_enc"], bias)
+
+
+def _encode(
+    architecture: Architecture,
+    config: Config,
+    params: Params,
+    acts: Array,
+    *,
+    grads: Array | None = None,
+    train: bool = False,
+    k: Array | None = None,
+) -> Array:
+    batch = RuleInputs(acts, _pre(architecture, config, params, acts), grads, k)
+    rule = architecture.rule
+    if not train and architecture.rule_after_training is not None:
+        rule = architecture.rule_after_training
+    return _all_codes(config, params, rule(config, params, batch))
+
+
+def _forward(
+    architecture: Architecture,
+    config: Config,
+    params: Params,
+    acts: Array,
+    *,
+    grads: Array | None = None,
+    k: Array | None = None,
+    weights: Array | None = None,
+) -> Output:
+    pre = _pre(architecture, config, params, acts)
+    batch = RuleInputs(acts, pre, grads, k, weights)
+    codes = architecture.rule(config, params, batch)
+    return Output(
+        codes=_all_codes(config, params, codes),
+        hidden_pre=pre if codes.hidden_pre is None else codes.hidden_pre,
+        recon=_recon(architecture, params, codes),
+        values=codes.values,
+        index=codes.index,
+        grad_recon=codes.grad_recon,
+    )
+
+
+def _recon(architecture: Architecture, params: Params, codes: Codes) -> Array:
+    rows, bias = params["W_dec"], params["b_dec"]
+    if codes.index is not None:
+        return weighted_rows(codes.values, codes.index, rows) + bias[None, :]
+    if architecture.write is not None:
+        return architecture.write(params, codes.values)
+    return decode_dense(codes.values, rows) + bias[None, :]
+
+
+def _all_codes(config: Config, params: Params, codes: Codes) -> Array:
+    """Codes ``[N, M]`` in the units of the configuration."""
+    units = code_units(config, params)
+    if codes.index is None:
+        return codes.values * units[None, :]
+    return scatter(codes.values * units[codes.index], codes.index, config.d_sae)
+
+
+def _decode(
+    architecture: Architecture, config: Config, params: Params, codes: Array
+) -> Array:
+    if codes.ndim != 2 or codes.shape[1] != config.d_sae:
+        raise ValueError(
+            f"decode: wanted codes [N, {config.d_sae}], got shape {codes.shape}"
+        )
+    values = codes
+    if config.rescale_acts_by_decoder_norm:
+        values = codes / code_units(config, params)[None, :]
+    if architecture.write is not None:
+        return architecture.write(params, values)
+    return values @ params["W_dec"] + params["b_dec"][None, :]

@@ -1,0 +1,6 @@
+"""Methods that find the features of a model: from a subject to readers and writers."""
+
+from toyfeat.discover.circles import circular_planes
+from toyfeat.discover.consensus import ConsensusConfig, ConsensusResult, consensus
+
+__all__ = ["ConsensusConfig", "ConsensusResult", "circular_planes", "consensus"]

@@ -1,0 +1,238 @@
+"""Planes in which vectors run along a circle."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.types import Array, ArrayLike
+
+# Smallest eigenvalue of the second moment that counts, as a share of the largest.
+# Circles whose lengths differ by more than a thousand are lost with it.
+_MIN_EIGENVALUE = 1e-6
+
+# Rows that planes descend on, and as many to test them on; a fourth moment needs no
+# more.  docs/research.md, section 4.
+_MAX_ROWS = 4000
+
+# Share of the rows that planes descend on, as numerator and denominator; the others
+# test them.  Not tuned.
+_DESCENT_SHARE = 3, 4
+
+# Fewest rows in which a circle can be told from chance: the circle in 80 rows of 8
+# dimensions of docs/research.md, section 4.
+_MIN_ROWS = 80
+
+# Largest principal cosine of two planes that count as different.  Mixed planes of
+# resonant frequencies lie between true ones (docs/research.md, section 4).
+_MAX_OVERLAP = 0.5
+
+# Most searches.  Each one starts from new random planes, since which circles random
+# planes reach is luck (docs/research.md, section 4).
+_MAX_SEARCHES = 3
+
+
+def circular_planes(
+    key: Array,
+    rows: ArrayLike,
+    *,
+    starts: int = 256,
+    steps: int = 400,
+    tolerance: float = 1.1,
+) -> Array:
+    r"""Find planes on which the length of a vector's part is constant.
+
+    In coordinates :math:`z` of unit second moment, a plane :math:`P` is circular if
+    :math:`E |P z|^4 / (E |P z|^2)^2 = 1`, the least it can be; it is 2 for normal
+    vectors and more for sparse ones.  Many random planes descend, each by its own
+    fixed step.  Then planes beside the circular ones are searched, too.  Of all planes
+    with a ratio of at most ``tolerance``, the set of different planes that is roundest
+    in sum is kept, and of these the planes that are round on held-out rows as well: few
+    rows in many dimensions lie on circles whatever they are.
+
+    Inside a plane no direction is preferred.  Circles can be missed beside several very
+    sparse directions, at frequencies with :math:`a + b = 2 c` (where the minimum is
+    flat) and where the lengths of what is mixed differ by orders of magnitude.
+
+    Args:
+      key: random key.
+      rows: ``[N, D]``, such as gradients; not centred.  If there are too few to tell a
+        circle from chance, no plane is returned.
+      starts: random planes to begin with, at every search.
+      steps: of the fixed point, 0 for none.
+      tolerance: largest ratio that counts as circular.
+
+    Returns:
+      ``[2 P, D]`` unit rows, two for every plane, the roundest first; the rows that
+      the circles are made of, not those that measure them.
+
+    Raises:
+      ValueError: if the rows are not a finite matrix, or an option is out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> turn = jnp.arange(500.0)
+      >>> rows = jnp.stack([jnp.cos(turn), jnp.sin(turn), 0 * turn], axis=1)
+      >>> circular_planes(jax.random.key(0), rows, starts=4).shape
+      (2, 3)
+
+    References:
+      Hyvärinen (1999), "Fast and robust fixed-point algorithms for independent
+      component analysis", for the fixed point, here with a step small enough to
+      descend; Engels et al. (2024), "Not all language model features are
+      linear", arXiv 2405.14860, for circular features; ``docs/research.md``, section 4.
+    """
+    table = np.asarray(rows, np.float64)
+    if table.ndim != 2 or not np.isfinite(table).all():
+        raise ValueError(
+            f"circular_planes: wanted finite rows [N, D], got shape {table.shape}"
+        )
+    if not (starts >= 1 and steps >= 0 and tolerance >= 1):
+        raise ValueError(
+            "circular_planes: wanted starts >= 1, steps >= 0 and tolerance >= 1, got "
+            f"{starts}, {steps} and {tolerance}"
+        )
+    no_planes = jnp.zeros((0, table.shape[1]))
+    if len(table) < _MIN_ROWS:
+        return no_planes
+
+    # Rows to descend on, and others to test on.
+    numerator, denominator = _DESCENT_SHARE
+    index = np.arange(len(table))
+    num_descent = min(len(table) * numerator // denominator, _MAX_ROWS)
+    descent = _spread(index, num_descent)
+    held_out = _spread(np.delete(index, descent), _MAX_ROWS)
+
+    # Coordinates of unit second moment, in the span of the rows.
+    whiten, unwhiten = _whitening(table[descent])
+    rank = len(unwhiten)
+    if rank < 2:
+        return no_planes
+
+    # Search, then keep what is round on the other rows, too.
+    white = jnp.asarray(table[descent] @ whiten, float)
+    planes = _search(key, starts, steps, white, tolerance)
+    planes = planes[_ratios(planes, table[held_out] @ whiten) <= tolerance]
+
+    # Back to the rows that circles are made of, at unit length.
+    directions = planes.reshape(-1, rank) @ unwhiten
+    lengths = np.linalg.norm(directions, axis=1, keepdims=True)
+    return jnp.asarray(directions / np.where(lengths > 0, lengths, 1), float)
+
+
+def _spread(index: np.ndarray, num: int) -> np.ndarray:
+    """Take at most ``num`` evenly spaced entries of an index."""
+    return index[np.linspace(0, len(index) - 1, min(len(index), num)).astype(int)]
+
+
+def _search(
+    key: Array, starts: int, steps: int, rows: Array, tolerance: float
+) -> np.ndarray:
+    """Find circular planes ``[P, 2, R]`` of white rows, different ones, roundest first.
+
+    Which planes random ones reach is luck, so the complement of the planes that are
+    known, of all but one at most, is searched as well; and everything several times,
+    until planes that are round enough fill the space.
+    """
+    rank = rows.shape[1]
+    reached: list[tuple[Array, Array]] = []
+    planes = np.zeros((0, 2, rank))
+    for search_key in jax.random.split(key, _MAX_SEARCHES):
+        # Random planes of the whole space.
+        space_key, complement_key = jax.random.split(search_key)
+        initial = jax.random.normal(space_key, (starts, 2, rank))
+        reached.append(_descend(steps, initial, rows))
+
+        # Random planes beside the known ones, in coordinates of that complement: beside
+        # it, rounding errors double at every step.
+        known, _ = _roundest_set(reached, tolerance, rank // 2 - 1)
+        if len(known):
+            span = known.reshape(-1, rank)
+            basis = jnp.asarray(np.linalg.svd(span)[2][len(span) :], rows.dtype)
+            num = 1 if len(basis) == 2 else starts  # there is one plane in a plane
+            initial = jax.random.normal(complement_key, (num, 2, len(basis)))
+            inside, ratios = _descend(steps, initial, rows @ basis.T)
+            reached.append((inside @ basis, ratios))
+            reached.append(_descend(steps, inside @ basis, rows))
+
+        # Stop where there are no circles, or where round ones fill the space.
+        planes, ratios = _roundest_set(reached, tolerance, rank // 2)
+        full = len(planes) == rank // 2
+        if not len(planes) or (full and ratios[-1] <= (1 + tolerance) / 2):
+            break
+    return planes
+
+
+def _roundest_set(
+    reached: Sequence[tuple[ArrayLike, ArrayLike]], tolerance: float, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose at most ``size`` different planes, roundest in sum, and their ratios.
+
+    Where frequencies make the minimum flat, mixed planes are nearly as round as true
+    ones, and two of them can take the place of one: their number alone decides nothing.
+    """
+    # All planes that are round enough, roundest first.
+    planes, ratios = (
+        np.concatenate([np.asarray(part, np.float64) for part in parts])
+        for parts in zip(*reached, strict=True)
+    )
+    order = np.argsort(ratios)[: np.sum(ratios <= tolerance)]
+    planes, ratios = planes[order], ratios[order]
+
+    # From each of them, a greedy set of planes that differ from one another.
+    overlaps = np.einsum("apr,bqr->abpq", planes, planes)
+    different = np.linalg.norm(overlaps, 2, axis=(2, 3)) < _MAX_OVERLAP
+    sets = []
+    for first in range(len(planes)):
+        chosen, free = [first], different[first].copy()
+        while free.any():
+            chosen.append(int(free.argmax()))  # the roundest that is free
+            free &= different[chosen[-1]]
+        sets.append(sorted(chosen[:size]))
+
+    # The roundest set in sum, the larger one of equals.
+    best = max(
+        sets,
+        key=lambda chosen: (np.sum(tolerance - ratios[chosen]), len(chosen)),
+        default=[],
+    )
+    return planes[best], ratios[best]
+
+
+def _whitening(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return maps to coordinates of unit second moment ``[D, R]`` and back ``[R, D]``.
+
+    Eigenvalues that are rounding are left out.
+    """
+    values, vectors = np.linalg.eigh(rows.T @ rows / max(1, len(rows)))
+    floor = _MIN_EIGENVALUE * values.max(initial=np.finfo(np.float64).tiny)
+    spanned = values > floor
+    std, vectors = np.sqrt(values[spanned]), vectors[:, spanned]
+    return vectors / std, (vectors * std).T
+
+
+@partial(jax.jit, static_argnums=0)
+def _descend(steps: int, planes: Array, rows: Array) -> tuple[Array, Array]:
+    """Run the fixed point; return planes ``[S, 2, R]`` and their ratios ``[S]``."""
+
+    def step(planes: Array, _: Any) -> tuple[Array, None]:
+        inside = jnp.einsum("spr,nr->snp", planes, rows)
+        square = jnp.sum(inside**2, axis=2)
+        pull = jnp.einsum("snp,sn,nr->spr", inside, square, rows) / len(rows)
+        fourth = jnp.mean(square**2, axis=1)[:, None, None]
+        # The nearest orthonormal pair of rows.
+        u, _, vt = jnp.linalg.svd(fourth * planes - pull, full_matrices=False)
+        return u @ vt, None
+
+    u, _, vt = jnp.linalg.svd(planes, full_matrices=False)
+    planes = jax.lax.scan(step, u @ vt, None, length=steps)[0]
+    return planes, _ratios(planes, rows)
+
+
+def _ratios(planes: ArrayLike, rows: ArrayLike) -> Array:
+    """Return the moment ratios of rows ``[N, R]`` in planes ``[S, 2, R]``."""
+    square = jnp.sum(jnp.einsum("spr,nr->snp", planes, rows) ** 2, axis=2)
+    return jnp.mean(square**2, axis=1) / jnp.mean(square, axis=1) ** 2

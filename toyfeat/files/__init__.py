@@ -1,0 +1,4 @@
+"""Files: atomic writes, and arrays that other libraries wrote.
+
+Safetensors and pickles of torch are read without torch.
+"""

@@ -1,0 +1,142 @@
+"""Tensors and settings that SAELens' files have no place for.
+
+An architecture may be another one to SAELens (:class:`toyfeat.dictionary.SavedAs`).
+Tensors that SAELens does not know go to a file of their own; ``cfg.json`` holds the
+settings and the digest of all tensors in its metadata, so that a file that is left
+from another dictionary is never taken for this one's.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toyfeat.dictionary.types import Architecture, Config, SavedAs
+from toyfeat.files.safetensors import tensors_of
+
+FILE = "toyfeat.safetensors"
+"""Name of the file of the tensors that SAELens does not know."""
+
+_DETAILS = "training_architecture_details"
+_DIGEST = "tensors_sha256"
+_DEFAULTS = Config._field_defaults
+
+
+def split_extra(
+    architecture: Architecture,
+    saved_as: SavedAs,
+    config: Config,
+    tensors: dict[str, np.ndarray],
+) -> tuple[Config, dict[str, np.ndarray], dict[str, Any]]:
+    """Split a dictionary into what SAELens reads and what it does not know.
+
+    Args:
+      architecture: of the dictionary.
+      saved_as: how it is saved.
+      config: its configuration.
+      tensors: all of its tensors.
+
+    Returns:
+      The configuration that SAELens reads, the tensors that it does not know, and
+      metadata from which :func:`join_extra` restores the rest.
+    """
+    if saved_as.fold is not None or saved_as.architecture == architecture.name:
+        return config, {}, {}
+    plain = _as_saelens(saved_as, config)
+    details = {name: getattr(config, name) for name in saved_as.metadata}
+    extra = {name: tensors[name] for name in saved_as.extra_tensors if name in tensors}
+    if extra or not details:
+        details[_DIGEST] = digest(tensors)
+    return plain, extra, {_DETAILS: details}
+
+
+def join_extra(
+    folder: Path,
+    config: Config,
+    tensors: dict[str, np.ndarray],
+    metadata: dict[str, Any],
+    known: dict[str, Architecture],
+) -> tuple[Config, dict[str, np.ndarray]]:
+    """Put together what :func:`split_extra` was given.
+
+    Files that it did not make stay as they are.
+
+    Args:
+      folder: with the files.
+      config: from ``cfg.json``.
+      tensors: from SAELens' file.
+      metadata: from ``cfg.json``.
+      known: architectures by name.
+
+    Returns:
+      The configuration and all tensors.
+
+    Raises:
+      FileNotFoundError: if the file of the extra tensors is missing.
+      ValueError: if it or the weights are of another dictionary, or of an
+        architecture that is not known.
+    """
+    name = metadata.get("training_architecture")
+    details = metadata.get(_DETAILS)
+    details = details if isinstance(details, dict) else {}
+    if not isinstance(name, str):
+        return config, tensors
+    architecture = known.get(name)
+    if architecture is None and _DIGEST in details:
+        raise ValueError(
+            f"load_saelens: the files in {folder} are of the architecture {name!r}, "
+            "which is not known here; pass its record, architectures=(...,)"
+        )
+    saved_as = None if architecture is None else architecture.saved_as
+    if architecture is None or saved_as is None:
+        return config, tensors
+    if saved_as.fold is not None or saved_as.architecture == name:
+        return config, tensors
+    if not set(details) & {_DIGEST, *saved_as.metadata}:
+        return config, tensors
+    # The configuration that was saved: its settings are in the metadata, what SAELens
+    # was told instead is a default.
+    full = config._replace(
+        architecture=architecture.name,
+        **{key: details.get(key, _DEFAULTS[key]) for key in saved_as.metadata},
+        **{key: _DEFAULTS[key] for key in saved_as.overrides},
+    )
+    # All of its tensors; those of SAELens' file are all if the digest is theirs.
+    way_out = (
+        "save the dictionary again, or, to read what SAELens reads, take "
+        "training_architecture out of the metadata in cfg.json"
+    )
+    if _DIGEST in details and details[_DIGEST] != digest(tensors):
+        if not (folder / FILE).exists():
+            raise FileNotFoundError(
+                f"load_saelens: there is no {folder / FILE}, which holds tensors of "
+                f"this {name} dictionary that SAELens does not know; {way_out}"
+            )
+        tensors = tensors | tensors_of(folder / FILE, "load_saelens")
+    # Files of two dictionaries have another digest, or other settings.
+    same = _DIGEST not in details or details[_DIGEST] == digest(tensors)
+    if not same or _as_saelens(saved_as, full) != config:
+        raise ValueError(
+            f"load_saelens: the files in {folder} are not of one {name} dictionary: "
+            f"weights or settings were changed after it was saved; {way_out}"
+        )
+    return full, tensors
+
+
+def _as_saelens(saved_as: SavedAs, config: Config) -> Config:
+    return config._replace(
+        architecture=saved_as.architecture,
+        **{name: _DEFAULTS[name] for name in saved_as.metadata},
+        **saved_as.overrides,
+    )
+
+
+def digest(tensors: dict[str, np.ndarray]) -> str:
+    """SHA-256 of names, shapes and float32 values, in whatever order they are."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        values = np.ascontiguousarray(tensors[name], np.dtype("<f4"))
+        sha.update(f"{name} {values.shape}\n".encode())
+        sha.update(values.data)
+    return sha.hexdigest()

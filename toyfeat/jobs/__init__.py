@@ -1,0 +1,42 @@
+"""Jobs on language models: one TOML file, run step by step."""
+
+from toyfeat.jobs.config import (
+    Attribution,
+    Collect,
+    Decompose,
+    Evaluate,
+    Job,
+    Train,
+    read_job,
+)
+from toyfeat.jobs.sources import PACKAGES, cache_folder, fetch, locate, read_texts
+from toyfeat.jobs.steps import (
+    collect_taps,
+    decompose_job,
+    evaluate_job,
+    inspect_latents,
+    train_job,
+)
+from toyfeat.jobs.workspace import open_job, open_site
+
+__all__ = [
+    "PACKAGES",
+    "Attribution",
+    "Collect",
+    "Decompose",
+    "Evaluate",
+    "Job",
+    "Train",
+    "cache_folder",
+    "collect_taps",
+    "decompose_job",
+    "evaluate_job",
+    "fetch",
+    "inspect_latents",
+    "locate",
+    "open_job",
+    "open_site",
+    "read_job",
+    "read_texts",
+    "train_job",
+]

@@ -1,0 +1,225 @@
+"""Sources of activations and gradients of a site: a store, or the model itself."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.checkpoint import load_tree
+from toyfeat.data import array_batches, store_batches
+from toyfeat.data.batches import Batches as DeviceBatches
+from toyfeat.data.store import Store, shard_taps
+from toyfeat.lm.collect import read_chunks
+from toyfeat.types import Array, Moments, Params, Taps
+
+Batches = DeviceBatches | Callable[[int], Taps]
+TapWindows = Callable[[Params, Array, Array | int], Taps]
+"""``(params, tokens [B, T], index of the first window or of each) -> Taps``."""
+
+# Bytes of taps that are held in memory at once: a fourth of a machine with 8 GiB, so
+# that a copy in float32 and the model fit beside them.
+MAX_BYTES_IN_MEMORY = 2**31
+
+
+class TapSource(NamedTuple):
+    """Source of the activations and gradients of a site.
+
+    Attributes:
+      dim: ``D``.
+      readouts: ``K``, 0 without gradients.
+      metadata: JSON values that say which model, text and settings made the taps.
+      batches: ``(seed, of_gradients) -> Batches`` for :func:`toyfeat.fit`, in random
+        order; with ``of_gradients`` the gradients take the place of the activations.
+      chunks: iterate over all taps in the order of the text, ``[rows, ...]`` at a time.
+    """
+
+    dim: int
+    readouts: int
+    metadata: Mapping[str, Any]
+    batches: Callable[[int, bool], Batches]
+    chunks: Callable[[], Iterator[Taps]]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Size of the taps of one token in float32."""
+        return 4 * self.dim * (1 + self.readouts)
+
+
+def from_store(store: Store, batch: int) -> TapSource:
+    """Make a source from collected taps.
+
+    Args:
+      store: of a site.
+      batch: tokens per training step.
+
+    Returns:
+      :class:`TapSource`.
+    """
+    return TapSource(
+        dim=store.dim,
+        readouts=store.readouts or 0,
+        metadata=store.metadata,
+        batches=partial(shuffled_batches, store, batch),
+        chunks=partial(read_chunks, store),
+    )
+
+
+def shuffled_batches(
+    store: Store, batch: int, seed: int, of_gradients: bool
+) -> Batches:
+    """Shuffle the tokens of a store into batches.
+
+    A store that fits into memory is held there, without the tokens of weight 0; a
+    larger one is read during training, tokens of weight 0 included.
+
+    Args:
+      store: of a site.
+      batch: tokens per training step.
+      seed: of the order.
+      of_gradients: whether gradients take the place of the activations.
+
+    Returns:
+      Batches for :func:`toyfeat.fit`.
+    """
+    size = sum((store.path / shard.file).stat().st_size for shard in store.shards)
+    if size <= MAX_BYTES_IN_MEMORY:
+        shards = (shard_taps(store, i) for i in range(len(store.shards)))
+        parts = [_nonzero_weight(shard) for shard in shards]
+        taps = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+        taps = grads_as_acts(taps) if of_gradients else taps
+        return array_batches(taps, batch=min(batch, len(taps.weights)), seed=seed)
+    batches = store_batches(store, batch=batch, seed=seed)
+    return lambda step: grads_as_acts(batches(step)) if of_gradients else batches(step)
+
+
+def from_model(
+    tap_windows: TapWindows,
+    params: Params,
+    tokens: np.ndarray,
+    *,
+    dim: int,
+    readouts: int,
+    metadata: Mapping[str, Any],
+    train_batch: int,
+    chunk_windows: int,
+) -> TapSource:
+    """Make a source that runs the model whenever taps are needed and stores nothing.
+
+    Batches for training are whole windows in random order, tapped on the device inside
+    the training loop; tokens that do not count have weight 0 in them.
+
+    Args:
+      tap_windows: taps of a batch of windows at the site.
+      params: of the model.
+      tokens: ``[num, T]``, the training text.
+      dim: width of the site.
+      readouts: ``K``.
+      metadata: JSON values that say which model, text and settings make the taps.
+      train_batch: tokens per training step, whole windows.
+      chunk_windows: windows at a time where all taps are read in order.
+
+    Returns:
+      :class:`TapSource`.
+
+    Raises:
+      ValueError: if ``train_batch`` is not of whole windows.
+    """
+    length = tokens.shape[1]
+    if train_batch % length or train_batch > tokens.size:
+        raise ValueError(
+            f"job: train.batch must be whole windows of {length} tokens, at most the "
+            f"{tokens.size} there are, got {train_batch}"
+        )
+    windows = train_batch // length
+    return TapSource(
+        dim=dim,
+        readouts=readouts,
+        metadata=metadata,
+        batches=partial(_model_batches, tap_windows, params, tokens, windows),
+        chunks=partial(_model_chunks, tap_windows, params, tokens, chunk_windows),
+    )
+
+
+def _model_chunks(
+    tap_windows: TapWindows, params: Params, tokens: np.ndarray, batch: int
+) -> Iterator[Taps]:
+    """Tap the windows in order; the rows that fill up the last batch are dropped."""
+    batch = min(batch, len(tokens))
+    for first in range(0, len(tokens), batch):
+        part = tokens[first : first + batch]
+        full = jnp.asarray(np.resize(part, (batch, part.shape[1])))
+        taps = tap_windows(params, full, first)
+        yield jax.tree.map(lambda x, n=part.size: np.asarray(x, np.float32)[:n], taps)
+
+
+def _model_batches(
+    tap_windows: TapWindows,
+    params: Params,
+    tokens: np.ndarray,
+    windows: int,
+    seed: int,
+    of_gradients: bool,
+) -> DeviceBatches:
+    """Draw windows in random order and tap them on the device."""
+    num = len(tokens)
+    # Windows travel as activations and their indices as gradients, so that the order
+    # is that of any other array.
+    rows = Taps(jnp.asarray(tokens, jnp.int32), jnp.arange(num), jnp.ones(num))
+    order = array_batches(rows, batch=windows, seed=seed)
+
+    def take(data: Any, step: Array) -> Taps:
+        params, order = data
+        chosen = order(step)
+        taps = tap_windows(params, chosen.acts, chosen.grads)
+        taps = jax.tree.map(lambda x: x.astype(jnp.float32), taps)
+        return grads_as_acts(taps) if of_gradients else taps
+
+    return DeviceBatches(take, (params, order))
+
+
+def grads_as_acts(taps: Taps) -> Taps:
+    """Put gradients in the place of activations, every draw an example of its own.
+
+    Raises:
+      ValueError: if there are no gradients.
+    """
+    if taps.grads is None:
+        raise ValueError("train: a dictionary of gradients wants a store with some")
+    num, draws, dim = taps.grads.shape
+    rows: Any = taps.grads.reshape(num * draws, dim)
+    rows = rows * np.sqrt(draws).astype(rows.dtype)  # draws are scaled by 1 / sqrt(K)
+    weights: Array = taps.weights
+    return Taps(rows, None, weights.repeat(draws))
+
+
+def _nonzero_weight(taps: Taps) -> Taps:
+    """Select the tokens that count, in float32."""
+    index = np.flatnonzero(np.asarray(taps.weights))
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x[index], np.float32)), taps)
+
+
+def load_moments(path: Path, dim: int) -> Moments:
+    """Read the saved second moments of a site of width ``dim``."""
+
+    def zero_moments() -> Moments:
+        zeros = jnp.zeros((dim, dim))
+        return Moments(jnp.zeros(()), zeros[0], zeros, zeros[0], zeros)
+
+    return load_tree(path, jax.eval_shape(zero_moments))
+
+
+def count_massive(store: Store) -> int:
+    """Count the tokens that do not count because their activation is massive.
+
+    The first and the last token of a window, which never count, are not among them.
+    """
+    zeros = sum(
+        int(np.sum(np.asarray(shard_taps(store, index).weights) == 0))
+        for index in range(len(store.shards))
+    )
+    windows = store.rows // store.metadata["length"]
+    return zeros - 2 * windows

@@ -1,0 +1,244 @@
+"""Train the dictionaries of a job, one by one or as populations."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.dictionary import losses, paired, topk
+from toyfeat.dictionary.types import Dictionary, Objective
+from toyfeat.files.atomic import write_whole
+from toyfeat.interop import save_saelens
+from toyfeat.jobs.config import Attribution, Train
+from toyfeat.jobs.runs import Run, finished_runs
+from toyfeat.jobs.taps import TapSource
+from toyfeat.train import denormalized, fit, population, trainer
+from toyfeat.train.types import Trainer, TrainState
+
+OnChunk = Callable[..., None]
+
+
+def design(
+    kind: str, dim: int, latents: int, k: int, loss: Attribution | None = None
+) -> tuple[Dictionary, Objective, bool]:
+    """Make the dictionary and the objective of a kind.
+
+    Args:
+      kind: ``"acts"``, a TopK dictionary of activations; ``"attribution"``, the same
+        with the four-term attribution loss; ``"gradients"``, a signed TopK
+        dictionary of the gradients; ``"paired"``, latents with a writer and a reader.
+      dim: width of the site.
+      latents: of the dictionary.
+      k: active latents per token.
+      loss: of ``"attribution"``.
+
+    Returns:
+      Dictionary, objective, and whether they are of gradients.
+    """
+    if kind == "paired":
+        sae = paired(dim, latents, k)
+    else:
+        sae = topk(dim, latents, k, signed=kind == "gradients")
+    objective = losses.default(sae)
+    if kind == "attribution":
+        loss = loss or Attribution()
+        objective = losses.attribution(
+            sae,
+            attribution_sparsity=loss.attribution_sparsity,
+            unexplained=loss.unexplained,
+            penalty=loss.penalty,
+            form=loss.form,
+            dead_latents=1.0,
+        )
+    return sae, objective, kind == "gradients"
+
+
+def train_one(
+    run: Run,
+    train: Train,
+    source: TapSource,
+    folder: Path,
+    *,
+    on_chunk: OnChunk | None = None,
+) -> None:
+    """Train a dictionary, or resume its training.
+
+    Args:
+      run: which dictionary.
+      train: settings.
+      source: of the site.
+      folder: gets a folder for each run, with ``checkpoint/``, ``metrics.jsonl`` and
+        ``features/``, the latter in SAELens' format.
+      on_chunk: as of :func:`toyfeat.fit`.
+    """
+    run_trainer, of_gradients = _make_trainer(run, train, source, run.k)
+    state = run_trainer.init(
+        jax.random.key(run.seed), learning_rate=train.learning_rate
+    )
+    state = fit(
+        run_trainer,
+        state,
+        source.batches(run.seed, of_gradients),
+        steps=train.steps,
+        directory=folder / run.name,
+        on_chunk=on_chunk,
+        check_data=False,
+    )
+    _save_features(run, train, source, folder, state)
+
+
+def train_together(
+    runs: Sequence[Run],
+    train: Train,
+    source: TapSource,
+    folder: Path,
+    *,
+    on_chunk: OnChunk | None = None,
+) -> None:
+    """Train dictionaries of one kind side by side, on the same batches.
+
+    A population that was cut off is resumed with the members it was started with.
+
+    Args:
+      runs: of one kind, with any ``k`` and seeds.
+      train: settings.
+      source: of the site.
+      folder: gets a folder for the population with checkpoints, and one for each run
+        with ``metrics.jsonl`` and ``features/``.
+      on_chunk: as of :func:`toyfeat.fit`, with a value per run of every metric.
+
+    Raises:
+      FloatingPointError: if a member diverged; those that did not are saved.
+    """
+    shared, members = _find_population(runs, folder)
+    run_trainer, of_gradients = _make_trainer(
+        members[0], train, source, max(run.k for run in members)
+    )
+    run_trainer = population(run_trainer)
+    keys = jax.vmap(jax.random.key)(jnp.array([run.seed for run in members]))
+    ks = jnp.array([float(run.k) for run in members])
+    state = run_trainer.init(keys, k=ks, learning_rate=train.learning_rate)
+    state = fit(
+        run_trainer,
+        state,
+        source.batches(min(run.seed for run in members), of_gradients),
+        steps=train.steps,
+        directory=shared,
+        on_chunk=on_chunk,
+        check_data=False,
+    )
+    diverged = []
+    for i, run in enumerate(members):
+        member = jax.tree.map(lambda x, i=i: x[i], state)
+        if not all(bool(jnp.isfinite(x).all()) for x in member.params.values()):
+            diverged.append(run.name)
+        elif run in runs:
+            _save_metrics(i, shared, folder / run.name)
+            _save_features(run, train, source, folder, member)
+    if diverged:
+        raise FloatingPointError(
+            f"train: {', '.join(diverged)} diverged in {shared}; lower "
+            "train.learning_rate (in another folder), or leave them out"
+        )
+
+
+def _find_population(runs: Sequence[Run], folder: Path) -> tuple[Path, list[Run]]:
+    """Find or make the population that has these runs among its members.
+
+    Returns:
+      Its folder, and all its members.
+    """
+    number = 0
+    while (path := _members_path(runs[0], folder, number)).exists():
+        members = [
+            runs[0]._replace(k=k, seed=seed)
+            for k, seed in json.loads(path.read_text(encoding="utf-8"))
+        ]
+        if set(runs) <= set(members):
+            return path.parent, members
+        number += 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps([(run.k, run.seed) for run in runs]))
+    return path.parent, list(runs)
+
+
+def _members_path(run: Run, folder: Path, number: int) -> Path:
+    return folder / f"{run.label} together {number}" / "members.json"
+
+
+def _save_metrics(member: int, shared: Path, folder: Path) -> None:
+    """Save the metrics of one member of a population into its own folder."""
+    lines = (shared / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [
+        {
+            name: value[member] if isinstance(value, list) else value
+            for name, value in json.loads(line).items()
+        }
+        for line in lines
+    ]
+    folder.mkdir(exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(folder / "metrics.jsonl", text)
+
+
+def load_curves(train: Train, folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Read the metrics of the training of the finished dictionaries of a job.
+
+    Args:
+      train: settings.
+      folder: of :func:`train_one`.
+
+    Returns:
+      Name of a run to metric to ``[chunks]``; ``step`` is one of them.
+    """
+    curves = {}
+    for run, features in finished_runs(train, folder):
+        path = features.parent / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        rows = [json.loads(line) for line in text.splitlines()]
+        if rows:
+            names = [n for n, x in rows[-1].items() if isinstance(x, int | float)]
+            curves[run.name] = {
+                n: np.array([row.get(n) for row in rows], np.float64) for n in names
+            }
+    return curves
+
+
+def _make_trainer(
+    run: Run, train: Train, source: TapSource, k: int
+) -> tuple[Trainer, bool]:
+    """Make the trainer of a run, and say whether it is one of gradients."""
+    sae, objective, of_gradients = design(
+        run.kind, source.dim, train.latents, k, run.loss
+    )
+    # Shares of the training: a tenth warms up, a latent that was active nowhere in a
+    # tenth counts as dead.  The lower bounds are for trainings of a few steps.
+    run_trainer = trainer(
+        sae,
+        objective,
+        readouts=1 if of_gradients else source.readouts or 1,
+        center=not of_gradients,
+        warm_up=max(1, train.steps // 10),
+        dead_after=max(20, train.steps // 10),
+        # Half of a paired dictionary dies early, and its auxiliary loss, which only
+        # looks at activations, does not bring it back.
+        revive=max(10, train.steps // 20) if run.kind == "paired" else None,
+    )
+    return run_trainer, of_gradients
+
+
+def _save_features(
+    run: Run, train: Train, source: TapSource, folder: Path, state: TrainState
+) -> None:
+    """Save the dictionary for taps as they are, in SAELens' format."""
+    sae, *_ = design(run.kind, source.dim, train.latents, run.k, run.loss)
+    metadata: dict[str, Any] = {"kind": run.kind, "seed": run.seed, **source.metadata}
+    if run.loss:
+        metadata["loss"] = asdict(run.loss)
+    path = folder / run.name / "features"
+    save_saelens(path, sae, denormalized(sae, state), metadata=metadata)

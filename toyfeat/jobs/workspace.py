@@ -1,0 +1,463 @@
+"""Open a job and its sites: model, text, taps and the folder of results."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.checkpoint import save_tree
+from toyfeat.data.store import Store, open_store
+from toyfeat.decompose.second_moments import covariance
+from toyfeat.files.atomic import write_whole
+from toyfeat.jobs.config import Attribution, Job
+from toyfeat.jobs.hub import hub_commit, is_hub
+from toyfeat.jobs.runs import list_runs
+from toyfeat.jobs.sources import locate, read_texts
+from toyfeat.jobs.taps import TapSource, from_model, from_store, load_moments
+from toyfeat.lm.collect import (
+    ReadoutOf,
+    accumulate_moments,
+    fingerprint,
+    make_readout,
+    site_folder,
+    tap_windows,
+)
+from toyfeat.lm.split import check_site
+from toyfeat.models.decoder import (
+    Decoder,
+    DecoderConfig,
+    Pretrained,
+    load_decoder,
+    token_windows,
+)
+from toyfeat.tap import from_linen
+from toyfeat.types import Array, Moments, Params, Probed, Taps
+
+Log = Callable[[str], None]
+
+# Entries that may be extended in a folder that has results already.
+_EXTENDABLE = {
+    "train": ("kinds", "ks", "seeds"),
+    "decompose": ("bases", "ranks"),
+}
+# Values of entries that older folders do not have.
+_FORMER_TRAIN_DEFAULTS = {
+    "train.population": False,
+    "train.source": "store",
+    "train.attribution.attribution": asdict(Attribution()),
+}
+_FORMER_DEFAULTS = {"weights": "float32"}
+
+
+class Workspace(NamedTuple):
+    """A job with its model and its text.
+
+    Attributes:
+      job: settings.
+      model: as it was released.
+      tokens: ``[num, T]``, windows to train on.
+      held_out: ``[num, T]``, windows of other texts.
+      weights: :func:`toyfeat.lm.fingerprint` of the model's parameters.
+    """
+
+    job: Job
+    model: Pretrained
+    tokens: np.ndarray
+    held_out: np.ndarray
+    weights: str
+
+
+class Site(NamedTuple):
+    """All that is known of a site of a model.
+
+    Attributes:
+      work: the job that it belongs to, with the model.
+      name: ``"blocks_<i>/<name>"``.
+      width: ``D``.
+      stats: second moments of the training text.
+      mean: ``[D]``, of the activations.
+      covariance: ``[D, D]``, of the activations.
+      taps: source of activations and gradients of the training text.
+    """
+
+    work: Workspace
+    name: str
+    width: int
+    stats: Moments
+    mean: Array
+    covariance: Array
+    taps: TapSource
+
+
+def open_job(job: Job) -> Workspace:
+    """Read the model of a job and cut its text into windows.
+
+    Args:
+      job: settings.
+
+    Returns:
+      :class:`Workspace`.
+
+    Raises:
+      FileNotFoundError: if the model or the text does not exist.
+      ValueError: for a model that cannot be read or has no tokenizer, a site or a
+        token that it does not have, or too little text.
+    """
+    path = locate(job.model)
+    model = load_decoder(path, dtype=jnp.dtype(job.weights))
+    if is_hub(job.model):  # the folder is named after a commit
+        model = model._replace(name=hub_commit(job.model, path))
+    _check_job(job, model)
+    tokens, held_out = _cut_windows(job, model)
+    return Workspace(
+        job=job,
+        model=model,
+        tokens=tokens,
+        held_out=held_out,
+        weights=fingerprint(model.params),
+    )
+
+
+def _check_job(job: Job, model: Pretrained) -> None:
+    """Refuse a job that its model cannot do."""
+    settings, vocab = job.collect, model.config.vocab
+    if model.tokenizer is None:
+        raise ValueError(f"job: {job.model} has no tokenizer")
+    for site in settings.sites:
+        check_site(model.config, site)
+    if job.site not in settings.sites:
+        raise ValueError(
+            f"job: train.site {job.site!r} is not one of collect.sites, "
+            f"{', '.join(settings.sites)}"
+        )
+    list_runs(job.train)
+    if settings.start >= vocab:
+        raise ValueError(
+            f"job: collect.start must be a token of the model, 0 .. {vocab - 1}, or -1 "
+            f"for none, got {settings.start}"
+        )
+
+
+def _cut_windows(job: Job, model: Pretrained) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the texts of a job into windows to train on and held-out windows.
+
+    One text of every ``job.collect.every`` is held out; the windows of either part are
+    in random order, the same for the same seed.
+    """
+    settings = job.collect
+    texts = [text for _, text in read_texts(locate(job.text))]
+    if settings.every < 2 or len(texts) < settings.every:
+        raise ValueError(
+            f"job: one of every {settings.every} texts is to be held out, there are "
+            f"{len(texts)}; give more of them, or set collect.every from 2 to that"
+        )
+    # The middle one of every group, so that neither end of a sorted series is missing.
+    held_out = set(range(settings.every // 2, len(texts), settings.every))
+    start = None if settings.start < 0 else settings.start
+    parts = []
+    for num_tokens, part in (
+        (settings.tokens, [t for i, t in enumerate(texts) if i not in held_out]),
+        (settings.held_out, [t for i, t in enumerate(texts) if i in held_out]),
+    ):
+        windows = token_windows(model.tokenizer, part, settings.length, start=start)
+        num = -(-num_tokens // settings.length)
+        if len(windows) < num:
+            raise ValueError(
+                f"job: wanted {num_tokens} tokens in windows of {settings.length}, the "
+                f"text has {windows.size}; lower collect.tokens or collect.held_out"
+            )
+        order = np.random.default_rng(settings.seed).permutation(len(windows))
+        parts.append(windows[order[:num]])
+    return parts[0], parts[1]
+
+
+def open_site(work: Workspace, name: str, log: Log = print) -> Site:
+    """Open what is known of a site, made by the very weights that are open.
+
+    Second moments of a job without a store are computed once and kept in its folder.
+
+    Args:
+      work: from :func:`open_job`.
+      name: of a site of the job.
+      log: called with a line if moments have to be computed.
+
+    Returns:
+      :class:`Site`.
+
+    Raises:
+      FileNotFoundError: if nothing was collected, of a job with a store.
+      ValueError: as :func:`open_taps`.
+    """
+    source = open_taps(work, name)
+    path = moments_path(work.job, name)
+    if path.exists():
+        stats = load_moments(path, source.dim)
+    else:
+        log(f"{name}: {work.tokens.size:,} tokens straight from the model")
+        stats = accumulate_moments(source.chunks(), source.dim)
+        save_tree(path, stats)
+    return Site(
+        work=work,
+        name=name,
+        width=source.dim,
+        stats=stats,
+        mean=jnp.asarray(stats.mean),
+        covariance=covariance(stats),
+        taps=source,
+    )
+
+
+def open_taps(work: Workspace, name: str) -> TapSource:
+    """Open the taps of a site, made by the very weights that are open.
+
+    A job without a store keeps which weights and text it was begun with.
+
+    Args:
+      work: from :func:`open_job`.
+      name: of a site of the job.
+
+    Returns:
+      :class:`TapSource`.
+
+    Raises:
+      FileNotFoundError: if nothing was collected, of a job with a store.
+      ValueError: if what was kept is of other weights or another text, or a batch of a
+        job without a store is not of whole windows.
+    """
+    if work.job.source == "model":
+        source = model_taps(work, name)
+        _claim_model_and_text(work)
+        return source
+    store = open_collected(work.job, name)
+    _check_weights(work, store.path, store.metadata["weights"])
+    return from_store(store, work.job.train.batch)
+
+
+def model_taps(work: Workspace, name: str) -> TapSource:
+    """Make taps of the training text straight from the model of a job."""
+    job = work.job
+    tap_site = partial(
+        tap_windows, probed_from(work), (name,), readout_from(job), job.collect.massive
+    )
+
+    def tap_one(params: Params, tokens: Array, index: Array | int) -> Taps:
+        return tap_site(params, tokens, index)[name]
+
+    return from_model(
+        tap_one,
+        work.model.params,
+        work.tokens,
+        dim=site_width(work.model.config, name),
+        readouts=num_readouts(job),
+        metadata=provenance(work, name),
+        train_batch=job.train.batch,
+        chunk_windows=job.collect.batch,
+    )
+
+
+def open_collected(job: Job, site: str) -> Store:
+    """Open the store of a site.
+
+    Raises:
+      FileNotFoundError: if nothing was collected there.
+    """
+    require_collected(job, site)
+    return open_store(Path(job.out) / "stores" / site_folder(site))
+
+
+def moments_path(job: Job, site: str) -> Path:
+    """Folder of the second moments of a site."""
+    folder = "moments" if job.source == "store" else "moments of the model"
+    return Path(job.out) / folder / site_folder(site)
+
+
+def require_collected(job: Job, site: str) -> None:
+    """Refuse a step that comes before collecting.
+
+    Raises:
+      FileNotFoundError: if nothing was collected, of a job with a store.
+    """
+    if job.source == "store" and not moments_path(job, site).exists():
+        raise FileNotFoundError(
+            f"job: {job.out} has nothing of {site!r} yet; run scripts/collect.py first"
+        )
+
+
+def require_store(job: Job) -> None:
+    """Refuse to collect for a job without a store.
+
+    Raises:
+      ValueError: for a job without a store.
+    """
+    if job.source != "store":
+        raise ValueError(
+            f"job: source is {job.source!r}, so that nothing is stored; leave this "
+            'step out, or set source = "store"'
+        )
+
+
+def _claim_model_and_text(work: Workspace) -> None:
+    """Keep which weights and text the folder of a job without a store is of."""
+    path = Path(work.job.out) / "model and text.json"
+    text = hashlib.sha256(np.ascontiguousarray(work.tokens, np.int32).data).hexdigest()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"weights": work.weights, "tokens": text}) + "\n")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    _check_weights(work, path.parent, saved["weights"])
+    if saved["tokens"] != text:
+        raise ValueError(
+            f"job: {path.parent} has work on another text than {work.job.text} is now; "
+            "give another folder as out"
+        )
+
+
+def _check_weights(work: Workspace, path: Path, saved: str) -> None:
+    """Refuse what other weights than those of the open model wrote."""
+    if saved != work.weights:
+        raise ValueError(
+            f"job: {path} was written by other weights than those of {work.job.model} "
+            f"in {work.job.weights}; give the model it was, or another folder as out"
+        )
+
+
+def provenance(work: Workspace, site: str | None = None) -> dict[str, Any]:
+    """JSON values that say which model and settings made the taps of a job."""
+    settings = work.job.collect
+    values: dict[str, Any] = {
+        "model_name": work.model.name,
+        "weights": work.weights,
+        "readout": settings.readout,
+        "draws": num_readouts(work.job),
+        "compute": settings.compute,
+    }
+    return (
+        values if site is None else values | {"site": site, "length": settings.length}
+    )
+
+
+def probed_from(work: Workspace) -> Probed:
+    """Make the probed model, with products in the dtype of the job."""
+    return _cached_probed(work.model.config, work.job.collect.compute)
+
+
+def readout_from(job: Job) -> ReadoutOf:
+    """Make the readout of a job."""
+    settings = job.collect
+    return _cached_readout(settings.readout, settings.draws, settings.seed)
+
+
+# The same objects for the same settings, so that what they are in is compiled once.
+@cache
+def _cached_probed(config: DecoderConfig, compute: str) -> Probed:
+    return from_linen(Decoder(config, dtype=jnp.dtype(compute)))
+
+
+@cache
+def _cached_readout(kind: str, draws: int, seed: int) -> ReadoutOf:
+    return make_readout(kind, draws=draws, seed=seed)
+
+
+def num_readouts(job: Job) -> int:
+    """``K``, gradients per token."""
+    return job.collect.draws if job.collect.readout == "sampled" else 1
+
+
+def site_width(config: DecoderConfig, site: str) -> int:
+    """``D`` of a site."""
+    return config.hidden if site.endswith("mlp_hidden") else config.dim
+
+
+def claim_folder(job: Job, *parts: str) -> Path:
+    """Make the folder of a job and keep the settings of its results in ``job.json``.
+
+    Args:
+      job: settings.
+      parts: of the job that the results depend on, ``"collect"`` and so on.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: if it has results of other settings; says what differs.
+    """
+    folder = Path(job.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "job.json"
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if saved:
+        saved = _FORMER_DEFAULTS | saved
+    if "train.steps" in saved:
+        saved = _FORMER_TRAIN_DEFAULTS | saved
+    settings = _flat_settings(job, parts)
+    for name in sorted(saved.keys() & settings.keys()):
+        if saved[name] != settings[name]:
+            raise ValueError(
+                f"job: {folder} has work with {name} = {saved[name]!r}, not "
+                f"{settings[name]!r}; give another folder as out, or move it away"
+            )
+    if settings.keys() - saved.keys():
+        write_whole(path, json.dumps(saved | settings, indent=1) + "\n")
+    return folder
+
+
+def _flat_settings(job: Job, parts: Iterable[str]) -> dict[str, Any]:
+    """Flatten the settings that results depend on, ``"part.entry"`` to value."""
+    settings = asdict(job)
+    for part, names in _EXTENDABLE.items():
+        settings[part] = {n: x for n, x in settings[part].items() if n not in names}
+    settings["train"]["site"] = job.site
+    settings["train"]["source"] = job.source
+    for loss in settings["train"].pop("attribution"):  # losses may be added, by name
+        settings["train"][f"attribution.{loss['name']}"] = loss
+    flat = {name: settings[name] for name in ("model", "text", "weights")}
+    for part in parts:
+        flat |= {f"{part}.{name}": value for name, value in settings[part].items()}
+    return json.loads(json.dumps(flat))  # turns tuples into lists, as in the file
+
+
+class Rows:
+    """Results in a file of JSON lines, each result once.
+
+    A line that a kill cut off is dropped when the file is opened.  A number that is
+    not finite is ``null`` in the file and ``None`` here.
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = [x for x in text.splitlines(keepends=True) if x.endswith("}\n")]
+        if "".join(lines) != text:
+            write_whole(path, "".join(lines))
+        self._path, self.rows = path, [json.loads(line) for line in lines]
+
+    def has(self, key: dict[str, Any]) -> bool:
+        """Check whether a row has these entries."""
+        return any(key.items() <= row.items() for row in self._hashable_entries())
+
+    def add(self, key: dict[str, Any], values: dict[str, Any]) -> bool:
+        """Write a row, unless one has the entries of ``key`` already."""
+        if self.has(key):
+            return False
+        row = {**key, **{name: _finite_or_none(x) for name, x in values.items()}}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+        self.rows.append(row)
+        return True
+
+    def _hashable_entries(self) -> Iterator[dict[str, Any]]:
+        for row in self.rows:
+            yield {k: v for k, v in row.items() if isinstance(v, str | int)}
+
+
+def _finite_or_none(value: Any) -> Any:
+    """Replace a number that JSON does not have by ``None``."""
+    is_bad = isinstance(value, float) and not math.isfinite(value)
+    return None if is_bad else value

@@ -1,0 +1,321 @@
+"""Collect activations and gradients of a language model on disk."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.data.store import Store, open_store, shard_taps
+from toyfeat.data.writing import StoreWriter, store_writer
+from toyfeat.moments import moments
+from toyfeat.tap import readouts, rules, tap
+from toyfeat.tap.readouts import Readout
+from toyfeat.types import Array, Moments, Outputs, Params, Probed, Taps
+
+ReadoutOf = Callable[[Array, Array], Readout]
+"""``(tokens [B, T], index of the first window [], or of each [B]) -> Readout``."""
+
+
+def make_readout(kind: str, *, draws: int = 1, seed: int = 0) -> ReadoutOf:
+    """Make a readout of a language model, by name.
+
+    Args:
+      kind: ``"loss"``, :func:`toyfeat.readouts.next_token_loss`; ``"sampled"``,
+        :func:`toyfeat.readouts.sampled_labels` with the same weights.
+      draws: of ``"sampled"``; gives ``K``.
+      seed: of the draws.
+
+    Returns:
+      :data:`ReadoutOf`; what is drawn for a window depends on its index and not on the
+      batch it is in.
+
+    Raises:
+      ValueError: for another kind.
+    """
+    if kind == "loss":
+        return lambda tokens, _: readouts.next_token_loss(tokens)
+    if kind != "sampled":
+        raise ValueError(f"readout: wanted 'loss' or 'sampled', got {kind!r}")
+
+    def sampled(tokens: Array, index: Array) -> Readout:
+        weights = readouts.next_token_loss(tokens).mask
+        readout = readouts.sampled_labels(jax.random.key(seed), num=draws, mask=weights)
+        if not jnp.ndim(index):
+            index = index + jnp.arange(len(tokens))
+        return dataclasses.replace(
+            readout, rule=_sampled_by_window, labels=index, shared=readout.key
+        )
+
+    return sampled
+
+
+def _sampled_by_window(
+    options: tuple[Any, ...], outputs: Outputs, chunk: rules.Chunk
+) -> Outputs:
+    """Draw labels with a key for each window, folded from its index (the labels)."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(chunk.shared, chunk.labels)
+    return rules.sampled_labels(options, outputs, chunk._replace(keys=keys))
+
+
+def collect(
+    probed: Probed,
+    params: Params,
+    tokens: np.ndarray,
+    sites: Sequence[str],
+    folder: str | Path,
+    *,
+    readout: ReadoutOf,
+    batch: int = 8,
+    dtype: str = "float32",
+    rows_per_shard: int = 8192,
+    massive: float = 10.0,
+    metadata: Mapping[str, Any] | None = None,
+    report: Callable[[int, int], None] = lambda done, rows: None,
+) -> dict[str, Store]:
+    """Tap windows of tokens at several sites and store all of it.
+
+    While a batch is written the next is computed.  Two batches are in memory and one
+    shard a site.  The same call again resumes after the last complete shard.
+
+    Args:
+      probed: tokens to logits.
+      params: parameters of the model.
+      tokens: ``[num, T]`` int.
+      sites: with positions ``[T]``.
+      folder: a store for each site is made in it, named by :func:`site_folder`.
+      readout: from :func:`make_readout`, or another :data:`ReadoutOf`.
+      batch: windows at a time.
+      dtype: of the stores.
+      rows_per_shard: tokens of a shard.
+      massive: tokens whose activation is longer than this multiple of the median one
+        of their window get weight 0.  Models keep such activations at tokens without
+        meaning, most often but not only the first, and they would dominate second
+        moments (docs/decisions/language.md, "Massive activations are found by their
+        length").  ``inf`` keeps all weights.
+      metadata: JSON values that describe the model and the text; a store with other
+        values is refused.
+      report: called with the tokens done and all of them, after every batch.
+
+    Returns:
+      Site to :class:`Store`, rows window by window.
+
+    Raises:
+      ValueError: for tokens that are not ``[num, T]`` with ``T >= 2``, unknown sites,
+        or a store that exists with other settings or metadata.
+      OSError: if the disk is full; complete shards stay.
+    """
+    tokens = _check_tokens(np.asarray(tokens), batch)
+    batch = min(batch, len(tokens))
+    tap_batch = partial(tap_windows, probed, tuple(sites), readout, float(massive))
+    shapes = jax.eval_shape(tap_batch, params, jnp.asarray(tokens[:batch]), 0)
+    content = hashlib.sha256(np.ascontiguousarray(tokens, np.int32).data).hexdigest()
+    provenance = {
+        **(metadata or {}),
+        "tokens": content,
+        "length": tokens.shape[1],
+        "massive": str(float(massive)),
+    }
+    options = {"dtype": dtype, "rows_per_shard": rows_per_shard}
+    with ExitStack() as closing:  # all writers, even if one of them fails
+        writers = _open_writers(Path(folder), shapes, provenance, closing, **options)
+        _write_windows(partial(tap_batch, params), tokens, batch, writers, report)
+    report(tokens.size, tokens.size)
+    return {site: open_store(Path(folder) / site_folder(site)) for site in shapes}
+
+
+def _check_tokens(tokens: np.ndarray, batch: int) -> np.ndarray:
+    """Raise unless there are windows to collect in batches."""
+    if tokens.ndim != 2 or tokens.shape[1] < 2 or not len(tokens):
+        raise ValueError(
+            f"collect: wanted tokens [num, T] with T >= 2, got shape {tokens.shape}"
+        )
+    if batch < 1:
+        raise ValueError(f"collect: batch must be at least 1, got {batch}")
+    return tokens
+
+
+def _open_writers(
+    folder: Path,
+    shapes: Mapping[str, Taps],
+    provenance: Mapping[str, Any],
+    closing: ExitStack,
+    **options: Any,
+) -> dict[str, StoreWriter]:
+    """Open writers of every site, those of existing stores first.
+
+    So a store with other settings is refused before any new one is begun.
+    """
+
+    def is_new(site: str) -> bool:
+        return not (folder / site_folder(site) / "store.json").exists()
+
+    writers = {}
+    for site in sorted(shapes, key=is_new):
+        taps = shapes[site]
+        writers[site] = store_writer(
+            folder / site_folder(site),
+            dim=taps.acts.shape[1],
+            readouts=None if taps.grads is None else taps.grads.shape[1],
+            metadata={**provenance, "site": site},
+            **options,
+        )
+        closing.enter_context(writers[site])
+    return writers
+
+
+def _write_windows(
+    tap_batch: Callable[[Array, int], dict[str, Taps]],
+    tokens: np.ndarray,
+    batch: int,
+    writers: Mapping[str, StoreWriter],
+    report: Callable[[int, int], None],
+) -> None:
+    """Tap batches of windows, and write each while the next is computed."""
+    length = tokens.shape[1]
+    pending: Future[None] | None = None
+    with ThreadPoolExecutor(1) as disk:
+        # Resume with the batch of the first window that some store does not have.
+        done = min(writer.rows for writer in writers.values()) // length
+        for first in range(done // batch * batch, len(tokens), batch):
+            windows = tokens[first : first + batch]
+            # The last batch is filled up, so that one program serves all batches.
+            filled = np.resize(windows, (batch, length))
+            taps = tap_batch(jnp.asarray(filled), first)
+            if pending is not None:
+                pending.result()
+                report(first * length, tokens.size)
+            rows = slice(first * length, (first + len(windows)) * length)
+            pending = disk.submit(_append, writers, taps, rows)
+        if pending is not None:
+            pending.result()
+
+
+def _append(
+    writers: Mapping[str, StoreWriter], taps: Mapping[str, Taps], rows: slice
+) -> None:
+    """Append the rows that a store does not have yet."""
+    for site, writer in writers.items():
+        part = slice(max(0, writer.rows - rows.start), rows.stop - rows.start)
+        if part.start < part.stop:
+            writer.append(jax.tree.map(lambda x, p=part: np.asarray(x)[p], taps[site]))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def tap_windows(
+    probed: Probed,
+    sites: tuple[str, ...],
+    readout: ReadoutOf,
+    massive: float,
+    params: Params,
+    tokens: Array,
+    index: Array,
+) -> dict[str, Taps]:
+    """Tap a batch of windows, compiled once for a model.
+
+    Args:
+      probed: tokens to logits.
+      sites: with positions ``[T]``.
+      readout: from :func:`make_readout`.
+      massive: as of :func:`collect`.
+      params: parameters of the model.
+      tokens: ``[B, T]``.
+      index: of the first window ``[]``, or of each ``[B]``.
+
+    Returns:
+      Site to taps, rows window by window.
+    """
+    taps = tap(probed, params, tokens, sites=sites, readout=readout(tokens, index))
+    length = tokens.shape[1]
+    return {site: exclude_massive(x, length, massive) for site, x in taps.items()}
+
+
+def exclude_massive(taps: Taps, length: int, factor: float) -> Taps:
+    """Set the weights of massive activations to 0.
+
+    Args:
+      taps: rows window by window.
+      length: tokens of a window.
+      factor: multiple of the median length in a window from which on an activation is
+        massive, ``inf`` for none.
+
+    Returns:
+      The taps with other weights.
+    """
+    acts = taps.acts.astype(jnp.float32).reshape(-1, length, taps.acts.shape[1])
+    norms = jnp.linalg.norm(acts, axis=2)
+    median = jnp.median(norms, axis=1, keepdims=True)
+    counts = (norms <= factor * median).reshape(-1)
+    return taps._replace(weights=taps.weights * counts.astype(taps.weights.dtype))
+
+
+def site_folder(site: str) -> str:
+    """Folder name of a site's store.
+
+    Example:
+      >>> site_folder("blocks_15/resid_post")
+      'blocks_15-resid_post'
+    """
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in site)
+
+
+def read_chunks(store: Store, *, rows: int = 4096) -> Iterator[Taps]:
+    """Read a store in order, as float32.
+
+    Args:
+      store: from :func:`collect`.
+      rows: at a time; fewer at the end of a shard.
+
+    Yields:
+      Taps of host arrays.
+    """
+    for index in range(len(store.shards)):
+        taps = shard_taps(store, index)
+        for start in range(0, len(taps.weights), rows):
+            part = slice(start, start + rows)
+            yield jax.tree.map(lambda x, p=part: np.asarray(x[p], np.float32), taps)
+
+
+def accumulate_moments(
+    chunks: Iterable[Taps], dim: int, *, grads: bool = True
+) -> Moments:
+    """Accumulate second moments over chunks of taps.
+
+    Args:
+      chunks: of one site.
+      dim: ``D``.
+      grads: whether they have gradients.
+
+    Returns:
+      :class:`Moments`.
+    """
+    stats = moments(dim, grads=grads)
+    update = jax.jit(stats.update)
+    state = stats.init()
+    for taps in chunks:
+        state = update(state, jax.tree.map(jnp.asarray, taps))
+    return stats.finish(state)
+
+
+def store_moments(store: Store, *, rows: int = 4096) -> Moments:
+    """Second moments of a store, read ``rows`` at a time."""
+    grads = store.readouts is not None
+    return accumulate_moments(read_chunks(store, rows=rows), store.dim, grads=grads)
+
+
+def fingerprint(params: Params) -> str:
+    """SHA-256 of all parameters, with their paths, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(np.asarray(leaf))
+        head = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
+        digest.update(head.encode())
+        digest.update(array.view(np.uint8).data)
+    return digest.hexdigest()

@@ -1,0 +1,179 @@
+"""Ablate directions at a site, or edges between features, and measure the model."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from toyfeat.decompose import decode, encode
+from toyfeat.types import Array, Basis, Inputs, Outputs, Params, Probed
+
+
+def ablation_curve(
+    probed: Probed,
+    params: Params,
+    inputs: Inputs,
+    metric: Callable[[Outputs], Array],
+    *,
+    site: str,
+    basis: Basis,
+    ranks: Sequence[int] | None = None,
+) -> Array:
+    """Measure a metric of the outputs as directions at a site are removed.
+
+    At each rank ``r`` the activation at the site is replaced by what its first
+    ``r`` coordinates decode to; what lies outside the basis is removed too.  All
+    ranks run in one vmapped call.
+
+    Args:
+      probed: the model.
+      params: its parameters.
+      inputs: pytree with leading axis ``B``.
+      metric: outputs to an array, such as an accuracy or a loss.
+      site: where the directions live.
+      basis: from any decomposition.
+      ranks: how many directions are kept, ``0 .. R`` each by default.
+
+    Returns:
+      ``[len(ranks), *metric]``.
+
+    Raises:
+      ValueError: if a rank is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import toyfeat as ft
+      >>> probed = ft.from_split(lambda p, x: x, lambda p, a: a @ jnp.array([1.0, 0.1]))
+      >>> x = jnp.array([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+      >>> stats = ft.Moments(jnp.array(4.0), jnp.zeros(2), 4 * jnp.eye(2),
+      ...     jnp.array([1.0, 0.1]), jnp.array([[1.0, 0.1], [0.1, 0.01]]))
+      >>> basis = ft.joint_pca(stats, 1)
+      >>> ablation_curve(
+      ...     probed, None, x, lambda y: jnp.var(y), site="acts", basis=basis
+      ... ).round(3).tolist()
+      [0.0, 1.0099999904632568]
+
+    References:
+      Bushnaq et al. (2024), arXiv 2405.10928, section 4: "node ablation".
+    """
+    width = basis.writers.shape[0]
+    ranks = list(range(width + 1) if ranks is None else ranks)
+    if any(not 0 <= r <= width for r in ranks):
+        raise ValueError(
+            f"ablation_curve: ranks must be in 0 .. {width}, the rank of the basis, "
+            f"got {ranks}"
+        )
+    counts = jnp.asarray(ranks, jnp.int32)
+    masks = (jnp.arange(width)[None, :] < counts[:, None]).astype(basis.mean.dtype)
+
+    def metric_with(mask: Array) -> Array:
+        outputs, _ = probed(params, inputs, {site: _masked(basis, mask)})
+        return metric(outputs)
+
+    return jax.vmap(metric_with)(masks)
+
+
+def edge_ablation(
+    probed: Probed,
+    params: Params,
+    inputs: Inputs,
+    metric: Callable[[Outputs], Array],
+    *,
+    source: tuple[str, Basis],
+    target: tuple[str, Basis] | None,
+    kept: Array,
+) -> Array:
+    """Measure a metric of the outputs when some edges between features are removed.
+
+    Every feature of the target is computed anew, from the source's activation
+    with the features that have no edge to it at their mean.
+
+    Args:
+      probed: the model.
+      params: its parameters.
+      inputs: pytree with leading axis ``B``.
+      metric: outputs to an array.
+      source: site and basis that edges come from.
+      target: site and basis that they go to; ``None`` for the outputs, an array
+        whose last axis holds the features.
+      kept: ``[R', R]`` bool, which edges are kept.
+
+    Returns:
+      The metric.
+
+    References:
+      Bushnaq et al. (2024), arXiv 2405.10928, section 4: "edge ablation".
+    """
+    site, basis = source
+
+    def target_feature(mask: Array, index: Array) -> Array:
+        mask = mask.astype(basis.mean.dtype)
+        outputs, acts = probed(params, inputs, {site: _masked(basis, mask)})
+        codes = outputs if target is None else encode(target[1], acts[target[0]])
+        return jax.lax.dynamic_index_in_dim(codes, index, axis=-1, keepdims=False)
+
+    # One run of the model per target feature, each with its own sources.
+    pairs = kept, jnp.arange(len(kept))
+    codes = jax.lax.map(lambda pair: target_feature(*pair), pairs)
+    codes = jnp.moveaxis(codes, 0, -1)
+    if target is None:
+        return metric(codes)
+
+    # The rest of the model, from the target's features on.
+    target_site, target_basis = target
+    probes = {target_site: lambda _: decode(target_basis, codes)}
+    return metric(probed(params, inputs, probes)[0])
+
+
+def edges_needed(
+    metric_at: Callable[[Array], Array], edges: Array, *, least: float
+) -> int:
+    """Find the fewest edges, strongest first, that keep a metric.
+
+    Bisection takes the metric to grow with the number of edges.  Where it does not,
+    this is one crossing of several.
+
+    Args:
+      metric_at: kept edges ``[R', R]`` bool to the metric, as
+        :func:`edge_ablation` with everything else given.
+      edges: ``[R', R]`` strengths, from :func:`toyfeat.decompose.interaction_edges`.
+      least: what the metric must reach.
+
+    Returns:
+      How many edges, or one more than there are if all of them do not do.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> strengths = jnp.array([[4.0, 1.0], [3.0, 2.0]])
+      >>> metric = lambda kept: jnp.where(kept, strengths, 0.0).sum()
+      >>> edges_needed(metric, strengths, least=6.5)
+      2
+    """
+    # The place of every edge in the order of strength.
+    order = jnp.argsort(-edges.ravel())
+    place = jnp.zeros(edges.size, jnp.int32).at[order].set(jnp.arange(edges.size))
+
+    def is_enough(count: int) -> bool:
+        return bool(metric_at((place < count).reshape(edges.shape)) >= least)
+
+    # Bisect; one more than all edges stands for "never".
+    low, high = 0, edges.size + 1
+    while low < high:
+        middle = (low + high) // 2
+        if middle > edges.size or is_enough(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _masked(basis: Basis, mask: Array) -> Callable[[Array], Array]:
+    """Make a probe that decodes the masked coordinates of an activation."""
+
+    def probe(act: Array) -> Array:
+        codes = encode(basis, act)
+        return decode(basis, codes * jnp.broadcast_to(mask, codes.shape)).astype(
+            act.dtype
+        )
+
+    return probe

@@ -1,0 +1,202 @@
+"""Score features against the planted truth of a task."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from toyfeat.metrics.matching import match_features, random_coverage
+from toyfeat.metrics.preservation import preserved_share
+from toyfeat.models.planted.task import Task
+from toyfeat.types import Array, Features
+
+# Length of a unit row's part in ignored structure from which the row is a part of it.
+_INSIDE_LENGTH = 0.9
+
+# Smallest singular value of such parts that counts as a dimension of its own.
+_RANK_TOLERANCE = 0.1
+
+# Activation of a feature, as a share of the largest, below which it is float rounding.
+_MIN_ACTIVATION = 1e-6
+
+# Sets of random directions for the floor of coverage.  Fewer where there are many
+# directions, whose matching is slow and whose coverage hardly varies.
+_RANDOM_DRAWS, _RANDOM_DRAWS_OF_MANY, _MANY_DIRECTIONS = 8, 2, 200
+
+
+class TaskScores(NamedTuple):
+    """Scores of the features that a method found in a task.
+
+    Attributes:
+      readers: coverage of the true readers by the found ones.
+      writers: coverage of the true writers.
+      precision: share of the found rows, on the side of the task, that are near a
+        truth, as in :class:`toyfeat.metrics.Match`.
+      num_found: ``R``, how many pairs.
+      random_coverage: coverage of the task's side by as many random directions.
+      ignored_share: share of the dimensions of ignored structure that were returned.
+      preserved: share of the variance of the output that is left when every
+        activation is replaced by its part along a few of the found writers, or by its
+        best guess from a few of the found readers; the larger one.
+    """
+
+    readers: float
+    writers: float
+    precision: float
+    num_found: int
+    random_coverage: float
+    ignored_share: float
+    preserved: float
+
+
+def score_task(
+    key: Array, task: Task, features: Features, *, examples: int = 1000
+) -> TaskScores:
+    r"""Score features against the planted truth of a task.
+
+    Coverage of the readers and the writers, and how much of the model's output they
+    preserve (:func:`toyfeat.metrics.preservation.preserved_share`).  That is measured
+    at matched sparsity: as many rows per example as the task has features at a time,
+    the same number for all methods.
+
+    Args:
+      key: random key of the inputs and of random directions.
+      task: with its truth.
+      features: readers and writers ``[R, D]``; rows of 0 are left out.
+      examples: inputs on which ``preserved`` is measured; where the output is the same
+        on all of them it is 1 if that is kept and 0 if not.
+
+    Returns:
+      :class:`toyfeat.metrics.TaskScores`; all 0 if there are no features.
+
+    Raises:
+      ValueError: if readers and writers do not have one shape ``[R, D]`` that fits
+        the task, or are not finite, the truth lacks the task's side, or there are no
+        examples.
+
+    Example:
+      >>> import jax
+      >>> from toyfeat.models import planted
+      >>> task = planted.product_space(jax.random.key(0))
+      >>> truth = Features(task.truth.readers, task.truth.writers)
+      >>> scores = score_task(jax.random.key(1), task, truth)
+      >>> round(scores.readers, 3), round(scores.writers, 3), scores.num_found
+      (1.0, 1.0, 20)
+    """
+    _check_examples("score_task", examples)
+    truths = {"readers": task.truth.readers, "writers": task.truth.writers}
+    side = truths.get(task.side)
+    if side is None:
+        raise ValueError(
+            "score_task: wanted a truth with the side of the task, got "
+            f"{task.side!r} and "
+            f"{[name for name, rows in truths.items() if rows is not None]}"
+        )
+    readers, writers = _check_features(features, np.shape(side)[1])
+    num = len(readers)
+    if not num:
+        return TaskScores(
+            readers=0.0,
+            writers=0.0,
+            precision=0.0,
+            num_found=0,
+            random_coverage=0.0,
+            ignored_share=0.0,
+            preserved=0.0,
+        )
+
+    # Readers against true readers, writers against true writers.
+    group = task.truth.group
+    rows = {"readers": readers, "writers": writers}
+    matches = {
+        name: match_features(rows[name], truth, group=group)
+        for name, truth in truths.items()
+        if truth is not None
+    }
+    coverage = {name: match.coverage for name, match in matches.items()}
+
+    # The floor of coverage, and what the features preserve of the model.
+    inputs_key, draws_key = jax.random.split(key)
+    draws = _RANDOM_DRAWS if num <= _MANY_DIRECTIONS else _RANDOM_DRAWS_OF_MANY
+    rows_per_example = mean_active_features(inputs_key, task, examples)
+    return TaskScores(
+        readers=coverage.get("readers", 0.0),
+        writers=coverage.get("writers", 0.0),
+        precision=matches[task.side].precision,
+        num_found=num,
+        random_coverage=random_coverage(
+            draws_key, num, np.asarray(side, np.float64), group=group, draws=draws
+        ),
+        ignored_share=_ignored_share(rows[task.side], task),
+        preserved=preserved_share(
+            inputs_key,
+            task,
+            readers,
+            writers,
+            num=min(rows_per_example, num),
+            examples=examples,
+        ),
+    )
+
+
+def mean_active_features(key: Array, task: Task, examples: int = 1000) -> int:
+    """Count the planted features of an example, the mean over those that have any.
+
+    Args:
+      key: random key of the inputs.
+      task: with its truth.
+      examples: how many inputs.
+
+    Returns:
+      Rounded up, and 1 at least.
+
+    Raises:
+      ValueError: if there are no examples.
+
+    Example:
+      >>> import jax
+      >>> from toyfeat.models import planted
+      >>> task = planted.product_space(jax.random.key(0))
+      >>> mean_active_features(jax.random.key(0), task)
+      2
+    """
+    _check_examples("mean_active_features", examples)
+    values = np.asarray(task.features(task.params, task.sample(key, examples)))
+    size = np.abs(values)
+    counts = np.sum(size > _MIN_ACTIVATION * size.max(initial=1e-30), axis=1)
+    return max(1, math.ceil(counts[counts > 0].mean())) if counts.any() else 1
+
+
+def _check_examples(name: str, examples: int) -> None:
+    if not isinstance(examples, int) or examples < 1:
+        raise ValueError(
+            f"{name}: wanted an int of at least 1 examples, got {examples}"
+        )
+
+
+def _check_features(features: Features, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return float64 readers and writers without the pairs that have a row of 0."""
+    readers, writers = (np.asarray(rows, np.float64) for rows in features)
+    if readers.shape != writers.shape or readers.ndim != 2 or readers.shape[1] != width:
+        raise ValueError(
+            f"score_task: wanted readers and writers [R, {width}], got shapes "
+            f"{readers.shape} and {writers.shape}"
+        )
+    lengths = [np.linalg.norm(rows, axis=1) for rows in (readers, writers)]
+    if not np.isfinite(lengths).all():
+        raise ValueError("score_task: readers and writers must be finite")
+    nonzero = np.all(np.array(lengths) > 0, axis=0)
+    return readers[nonzero], writers[nonzero]
+
+
+def _ignored_share(rows: np.ndarray, task: Task) -> float:
+    """Return the share of the ignored dimensions that rows inside of them span."""
+    if task.ignored is None:
+        return 0.0
+    basis = np.asarray(task.ignored, np.float64)
+    inside = rows / np.linalg.norm(rows, axis=1, keepdims=True) @ basis.T
+    inside = inside[np.linalg.norm(inside, axis=1) >= _INSIDE_LENGTH]
+    if not len(inside):
+        return 0.0
+    return float(np.linalg.matrix_rank(inside, tol=_RANK_TOLERANCE) / len(basis))

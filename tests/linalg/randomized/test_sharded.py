@@ -18,7 +18,7 @@ import functools, json, re, sys
 import numpy as np
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from toyfeat import randomized_svd
+from toyfeat.linalg import randomized_svd
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

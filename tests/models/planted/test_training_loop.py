@@ -18,7 +18,7 @@ def loss(params, batch):
 
 def sample(step):
     x = jax.random.normal(jax.random.fold_in(jax.random.key(3), step), (16, 2))
-    return x, 1.0 / (1 + step)
+    return x, 1.0 / (1.0 + jnp.asarray(step, jnp.float32))
 
 
 def test_training_is_the_loop_that_one_would_write():

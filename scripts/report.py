@@ -12,8 +12,8 @@ from pathlib import Path
 
 from toyfeat.jobs import Job, open_job, steps
 from toyfeat.jobs.command import run_job_script
+from toyfeat.jobs.results import Rows
 from toyfeat.jobs.train import load_curves
-from toyfeat.jobs.workspace import Rows
 from toyfeat.report.language import write_language
 
 

@@ -28,7 +28,8 @@ from toyfeat.jobs import (
     steps,
 )
 from toyfeat.jobs.bases import compute_bases
-from toyfeat.jobs.workspace import Rows, model_taps, open_job, open_site, open_taps
+from toyfeat.jobs.results import Rows
+from toyfeat.jobs.workspace import model_taps, open_job, open_site, open_taps
 from toyfeat.lm.collect import fingerprint, read_chunks, site_folder
 from toyfeat.models.decoder import Decoder
 

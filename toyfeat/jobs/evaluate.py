@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toyfeat.interop import load_saelens
+from toyfeat.jobs.results import Rows
 from toyfeat.jobs.runs import Run
-from toyfeat.jobs.workspace import Log, Rows, Site
+from toyfeat.jobs.workspace import Log, Site
 from toyfeat.linalg.precision import norm
 from toyfeat.lm.collect import make_readout
 from toyfeat.lm.evaluate import evaluate_replacements, reference_losses

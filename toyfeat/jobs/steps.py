@@ -23,15 +23,14 @@ from toyfeat.jobs.evaluate import (
     open_held_out,
     score_methods,
 )
+from toyfeat.jobs.results import Rows, claim_folder
 from toyfeat.jobs.runs import Run, finished_runs, is_finished, list_runs
 from toyfeat.jobs.taps import MAX_BYTES_IN_MEMORY, TapSource, from_store
 from toyfeat.jobs.train import train_one, train_together
 from toyfeat.jobs.workspace import (
     Log,
-    Rows,
     Site,
     Workspace,
-    claim_folder,
     moments_path,
     num_readouts,
     open_collected,

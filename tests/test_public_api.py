@@ -9,8 +9,10 @@ import pytest
 
 import toyfeat as ft
 
-CONTRACTS = "Taps Probed Accumulator Moments Basis Dictionary Trainer TrainState"
-CONTRACTS = [*CONTRACTS.split(), "Subject", "Features"]
+CONTRACTS = """
+    Taps Probed Accumulator Moments Basis Dictionary Trainer TrainState Subject Features
+"""
+CONTRACTS = CONTRACTS.split()
 FUNCTIONS = """
     from_function from_split from_linen from_nnx tap site_shapes check_taps
     check_no_mixing moments moments_of pca gradient_pca joint_pca

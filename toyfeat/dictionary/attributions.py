@@ -36,8 +36,10 @@ def attributions(inputs: Inputs) -> Array:
     """
     grads, rows = required_grads(inputs), inputs.params["W_dec"]
     values, index = inputs.out.values, inputs.out.index
+    # All latents: one product of gradients and rows.
     if index is None:
         return values[:, None, :] * (grads @ rows.T)
+    # A few latents of each example: only their rows, readout by readout.
     if grads.shape[1] == 1:
         slopes = row_products(grads[:, 0], index, rows)[:, None]
     else:
@@ -75,10 +77,12 @@ def _mean_penalty_forward(penalty: Penalty, *args: Array) -> tuple:
     share = weights / grads.shape[1]
 
     def by_readout(grads: Array) -> tuple[Array, Array, Array]:
+        # Attributions of this readout, and what they cost.
         slopes = grads @ rows.T
         sizes = values * slopes
         penalties = penalty.value(sizes)
         loss = share @ jnp.sum(penalties, axis=1)
+        # The chain rule: A = f (w . g) by f is w . g, by w it is f g.
         by_size = share[:, None] * penalty.slope(sizes, penalties)
         by_rows = transposed_product(by_size * values, grads)
         return loss, by_size * slopes, by_rows
@@ -90,6 +94,7 @@ def _mean_penalty_forward(penalty: Penalty, *args: Array) -> tuple:
     def add(total: tuple, grads: Array) -> tuple:
         return jax.tree.map(jnp.add, total, by_readout(grads)), None
 
+    # Add up loss and derivatives over the readouts, one [N, M] at a time.
     start = jax.tree.map(jnp.zeros_like, (weights[0], values, rows))
     loss, *by_both = jax.lax.scan(add, start, jnp.swapaxes(grads, 0, 1))[0]
     return loss, tuple(by_both)

@@ -208,12 +208,14 @@ def _init(
 ) -> Params:
     """Make rows of one length in random directions, the encoder their transpose."""
     out = config.d_in if config.d_out is None else config.d_out
+    # Random rows of one length; the encoder starts as their transpose.
     rows = _random_rows(key, config.d_sae, out, decoder_norm)
     reads = rows
     if config.d_out is not None:  # another width needs an encoder of its own
         encoder_key = jax.random.fold_in(key, 1)
         reads = _random_rows(encoder_key, config.d_sae, config.d_in, decoder_norm)
     shared = {"W_enc": reads.T, "W_dec": rows, "b_dec": jnp.zeros(out)}
+    # Tensors of this architecture, from a key of their own.
     own_key = jax.random.fold_in(key, 2)
     params = shared | architecture.tensors(own_key, config, shared, **start)
     if unlisted := set(params) - set(latent_axes(architecture)):
@@ -306,6 +308,7 @@ def _decode(
         raise ValueError(
             f"decode: wanted codes [N, {config.d_sae}], got shape {codes.shape}"
         )
+    # Back to units of the rows of W_dec.
     values = codes
     if config.rescale_acts_by_decoder_norm:
         values = codes / code_units(config, params)[None, :]

@@ -135,6 +135,7 @@ def _rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
     if batch.weights is not None:  # examples of weight 0 have no codes to choose
         codes = codes * jnp.sign(batch.weights)[:, None]
         num = jnp.sum(batch.weights > 0)
+    # Codes at the cut are kept, too, so that equal examples have equal codes.
     above = codes >= cut_of_batch(codes, required_k(config), batch.k, num)
     return Codes(jnp.where(above, values, jnp.zeros_like(values)))
 
@@ -147,8 +148,10 @@ def _rule_after_training(config: Config, params: Params, batch: RuleInputs) -> C
 
 def _reconstruction(inputs: Inputs) -> Array:
     """Sum of the errors of all widths, each with the latents before it."""
+    # All latents; their reconstruction is there already.
     error = jnp.sum((inputs.target - inputs.out.recon) ** 2, axis=1)
     total = weighted_mean(inputs, error)
+    # Then every prefix, each made from the one before by the latents between them.
     widths = inputs.dictionary.config.matryoshka_widths
     values, rows = inputs.out.values, inputs.params["W_dec"]
     recon = inputs.params["b_dec"][None, :]
@@ -168,6 +171,7 @@ def _denormalize(config: Config, params: Params, units: Any) -> Params:
 
 def _fold(config: Config, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """JumpReLU with the same codes: rows of length 1, one threshold for all."""
+    # Codes are compared in units of the output: rows of length 1 make it the same.
     norm = np.ones(config.d_sae, np.float32)
     if config.rescale_acts_by_decoder_norm:
         norm = np.linalg.norm(tensors["W_dec"].astype(np.float64), axis=1)

@@ -25,6 +25,7 @@ _SMALL = 2**18  # M D below which dense products are faster, and transposed
 @jax.custom_vjp
 def weighted_rows(values: Array, index: Array, rows: Array) -> Array:
     """Compute ``sum_i values[n, i] rows[index[n, i]]``, ``[N, D]``."""
+    # Few rows of a large matrix are gathered on a CPU; anything else is dense.
     if _is_sparse(index, *rows.shape):
         sparse = partial(_sequential, _weighted_rows)
         return jax.lax.platform_dependent(
@@ -57,6 +58,7 @@ def scatter(values: Array, index: Array, num: int) -> Array:
     """Scatter ``values [N, k]`` to ``index`` of zeros ``[N, num]``."""
     examples = jnp.arange(len(values))[:, None]
     zeros = jnp.zeros((len(values), num), values.dtype)
+    # An example names no latent twice, so XLA need not order the writes.
     return zeros.at[examples, index].set(values, unique_indices=True)
 
 
@@ -115,6 +117,7 @@ def transposed_product(values: Array, x: Array) -> Array:
     by 32; transposing a large result takes what was gained.  Without the barrier XLA
     would simplify the two transpositions away.
     """
+    # Transposing a large result would take what was gained.
     if values.shape[1] * x.shape[1] >= _SMALL:
         return values.T @ x
     return jax.lax.optimization_barrier(x.T @ values).T
@@ -142,8 +145,11 @@ def _take_forward(
 def _take_backward(saved: tuple, change: Array) -> tuple:
     centred, matrix, index = saved
     latents = matrix.shape[1]
+    # By the bias: changes of all examples, summed latent by latent.
     total = jnp.zeros(latents, change.dtype).at[index].add(change)
+    # By the matrix: every latent's sum of the inputs that took it.
     by_matrix = row_sums(change, index, centred, latents).T
+    # By the input: the columns that it took.  The origin has the opposite sign.
     by_x = weighted_rows(change, index, matrix.T)
     return by_x, -(matrix @ total), by_matrix, total, None, None
 
@@ -165,10 +171,12 @@ def _in_chunks(fn: Callable[..., Array], *arrays: Array) -> Array:
     num = len(arrays[0])
     end = num - num % _CHUNK  # of the full chunks
     parts = []
+    # Full chunks, one after another: the rows of each stay in the cache.
     if end:
         chunks = tuple(a[:end].reshape(-1, _CHUNK, *a.shape[1:]) for a in arrays)
         results = jax.lax.map(lambda chunk: fn(*chunk), chunks)
         parts.append(results.reshape(end, *results.shape[2:]))
+    # The examples that fill no chunk.
     if num > end:
         parts.append(fn(*(a[end:] for a in arrays)))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
@@ -191,6 +199,7 @@ def _row_products_dense(x: Array, index: Array, rows: Array) -> Array:
 
 
 def _row_sums(num: int, values: Array, index: Array, x: Array) -> Array:
+    # One example adds to its own k rows: no array [N, k, D] is made.
     def add(n: Array, total: Array) -> Array:
         step = values[n][:, None] * x[n][None, :]
         return total.at[index[n]].add(step, unique_indices=True)

@@ -63,10 +63,13 @@ def default(
       >>> [term.name for term in default(gated(4, 16))]
       ['reconstruction', 'sparsity', 'gate', 'dead_latents']
     """
+    # Every dictionary reconstructs.
     terms = [_reconstruction_term()]
     if dictionary.architecture.selects == "all":  # otherwise k makes codes sparse
         terms.append(_sparsity_term()._replace(coefficient=sparsity))
+    # What only this architecture is trained with, such as the gate's error.
     terms += dictionary.architecture.losses
+    # Revival of silent latents.
     if dead_latents:
         terms.append(_dead_latents_term()._replace(coefficient=dead_latents))
     return tuple(terms)
@@ -112,6 +115,7 @@ def attribution(
       Olah, Templeton, Bricken and Jermyn (April 2024), "Attribution dictionary
       learning".
     """
+    # The terms of the activations; revival comes last, as its own coefficient.
     if dictionary is None:
         terms = (
             _reconstruction_term(),
@@ -119,6 +123,7 @@ def attribution(
         )
     else:
         terms = default(dictionary, sparsity=sparsity, dead_latents=0)
+    # The terms of the gradients: few latents have an effect, the error has none.
     terms += (
         _attribution_sparsity_term(penalty)._replace(coefficient=attribution_sparsity),
         _unexplained_term(form)._replace(coefficient=unexplained),
@@ -227,6 +232,8 @@ def attribution_sparsity(penalty: str = "l1", *, gamma: float = GAMMA) -> Term:
     form = _PENALTIES[penalty](gamma)
 
     def loss(inputs: Inputs) -> Array:
+        # The published penalty is in units of the attributions, bounded ones in units
+        # of their running size.
         plain = penalty == "l1"
         scale = jnp.ones_like(inputs.scale) if plain else inputs.scale
         return mean_penalty(inputs, form, scale)
@@ -261,6 +268,7 @@ def unexplained(form: str = "positive") -> Term:
 
     def loss(inputs: Inputs) -> Array:
         effect = unexplained_effect(inputs)
+        # Errors of one sign cancel those of the other unless they are squared.
         size = jnp.abs(effect) if form == "signed" else effect**2
         return weighted_mean(inputs, jnp.mean(size, axis=1))
 
@@ -280,10 +288,12 @@ def _sparsity(inputs: Inputs) -> Array:
     if architecture.sparsity is not None:
         return architecture.sparsity(inputs)
     values, index = inputs.out.values, inputs.out.index
+    # Codes of all latents: sum over examples first, then one product with the lengths.
     if index is None:
         sizes = jnp.abs(values) if architecture.signed else values
         by_latent = inputs.weights @ sizes
         return jnp.sum(by_latent * lengths(inputs.params["W_dec"]))
+    # Codes of a few latents: the lengths of the rows that they use.
     length = lengths(inputs.params["W_dec"])[index]
     return weighted_mean(inputs, jnp.sum(jnp.abs(values) * length, axis=1))
 
@@ -333,11 +343,13 @@ def _dead_latents_error(
     score = pre * lengths(rows)[None, :]
     if dictionary.architecture.signed:
         score = jnp.abs(score)
+    # Living latents are never chosen: their score is minus infinity.
     score = jnp.where(dead[None, :], score, jnp.full_like(score, -jnp.inf))
     index, filled = best_of_each(score, min(half, len(rows)))
     # Their reconstruction of what the others leave.
     values = jnp.take_along_axis(pre, index, axis=1)
     recon = weighted_rows(jnp.where(filled, values, 0 * values), index, rows)
+    # Few dead latents explain little, so their error counts for less.
     share = jnp.minimum(jnp.sum(dead).astype(residual.dtype) / half, 1)
     return share * jnp.sum(weights * jnp.sum((residual - recon) ** 2, axis=1))
 

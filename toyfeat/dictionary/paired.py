@@ -114,9 +114,11 @@ def _rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
 
 def _grad_recon(params: Params, grads: Array, index: Array, filled: Array) -> Array:
     """Gradients ``[N, K, D]`` from the codes ``h`` of the support."""
+    # Every readout of an example is a row of its own, with the example's support.
     num, readouts, dim = grads.shape
     flat = grads.reshape(-1, dim)
     index = jnp.repeat(index, readouts, axis=0)
+    # Codes of the gradients, 0 at places that are not filled.
     codes = row_products(flat, index, params["P"].T)
     filled = jnp.repeat(filled, readouts, axis=0)
     codes = jnp.where(filled, codes, jnp.zeros_like(codes))

@@ -42,6 +42,7 @@ def first_of(num: int, fewer: Array) -> Array:
 
 def number_of(mask: Array) -> Array:
     """Count the true entries of each row of ``mask [N, M]``, ``[N]`` int32."""
+    # Bytes hold the count of a window; only the windows' counts are 32 bits wide.
     rows, columns = mask.shape
     window = _window(columns)
     split = mask.reshape(rows, window, columns // window)
@@ -123,6 +124,7 @@ def _num_reaching(codes: Array, level: Array) -> Array:
 def _narrowed(codes: Array, wanted: Array, sides: _Sides, level: Array) -> _Sides:
     """Replace one of the sides by a level between them."""
     count = _num_reaching(codes, level)
+    # A level outside, such as a suggestion that missed the cut, changes nothing.
     inside = (level > sides.low) & (level < sides.high)
     up, down = inside & (count >= wanted), inside & (count < wanted)
     return _Sides(
@@ -136,7 +138,9 @@ def _narrowed(codes: Array, wanted: Array, sides: _Sides, level: Array) -> _Side
 def _interpolated(sides: _Sides, wanted: Array) -> Array:
     """Place a level where a straight line of counts has it, strictly inside."""
     low = sides.low
+    # While nothing is known above, a level twice as high stands in.
     high = jnp.where(jnp.isfinite(sides.high), sides.high, 2 * low)
+    # Aim between the last code that is wanted and the one after it.
     share = (sides.num_low - wanted).astype(low.dtype) + 0.5
     share = share / (sides.num_low - sides.num_high).astype(low.dtype)
     level = low + share * (high - low)
@@ -145,6 +149,7 @@ def _interpolated(sides: _Sides, wanted: Array) -> Array:
 
 def _middle(sides: _Sides) -> Array:
     """Place a level half way between the bits of the sides."""
+    # Bits of non-negative floats, read as integers, are in the order of the floats.
     low, high = _bits(sides.low), _bits(sides.high)
     return _float(low + (high - low) // 2, sides.low.dtype)
 
@@ -159,6 +164,7 @@ def _levels(codes: Array, wanted: Array, least: Array) -> tuple[Array, Array]:
     A fifth more and a fifth less than the share of the sample leaves room for its
     error; levels that miss the cut only cost further passes.
     """
+    # Evenly spaced examples, and how many codes of theirs would be wanted.
     sample = codes[:: max(1, len(codes) // _SAMPLED)]
     share = wanted.astype(codes.dtype) * (sample.size / codes.size)
     around = jnp.stack([1.2 * share + 1, 0.8 * share - 1]).astype(jnp.int32)
@@ -169,6 +175,7 @@ def _levels(codes: Array, wanted: Array, least: Array) -> tuple[Array, Array]:
         counts = [jnp.sum(flat >= level, dtype=jnp.int32) for level in levels]
         return jnp.stack(counts) >= around
 
+    # The two levels, at once.
     low, high = jnp.maximum(largest_level(enough, around.shape, codes.dtype), least)
     return low, high
 
@@ -183,6 +190,7 @@ def largest_level(
     steps = jnp.finfo(dtype).bits - 1  # the sign is 0
     zeros = jnp.zeros(shape, jnp.uint32 if steps < 32 else jnp.uint64)
 
+    # Set one bit after another, from the largest, where that is not too high.
     def halve(step: Array, low: Array) -> Array:
         bit = jnp.asarray(1, low.dtype) << (steps - 1 - step).astype(low.dtype)
         higher = low | bit
@@ -239,7 +247,9 @@ def _jump_forward(
 
 def _jump_backward(bandwidth: float, saved: tuple, change: Array) -> tuple:
     pre, threshold = saved
+    # By the input: that of a ReLU above the threshold.
     above = ((pre > threshold[None, :]) & (pre > 0)).astype(pre.dtype)
+    # By the threshold: the kernel counts what is within half a bandwidth of it.
     total = jnp.sum(_near(pre, threshold, bandwidth) * change, axis=0)
     return above * change, -(threshold / bandwidth) * total
 

@@ -152,10 +152,12 @@ def keep_largest(
     Returns:
       Values ``[N, k]``, the latents they belong to, and which places are filled.
     """
+    # Places are static; a smaller k, which may be traced, empties the last of them.
     num = required_k(config)
     index, filled = best_of_each(score, num)
     if batch.k is not None:
         filled = filled & first_of(num, batch.k)
+    # Take the chosen codes so that the derivative costs k rows per example, not M.
     bias, start = params["b_enc"], origin(config, params)
     values = take(batch.acts, start, params["W_enc"], bias, batch.pre, index)
     if not signed:
@@ -179,9 +181,11 @@ def _gradient_topk_rule(config: Config, params: Params, batch: RuleInputs) -> Co
     units = code_units(config, params)
     score = batch.pre * units[None, :]
     if batch.grads is not None:
+        # Root mean square effect of every latent's writer on the readouts.
         grads = normalized_grads(params, batch.grads)
         slopes = jnp.einsum("nkd,md->nkm", grads, params["W_dec"]) / units[None, None]
         effect = jnp.sqrt(jnp.mean(slopes**2, axis=1))
+        # Codes that are off stay off, whatever effect they would have.
         score = jax.nn.relu(score) * (1 + config.gradient_weight * effect)
     values, index, _ = keep_largest(config, params, batch, score)
     return Codes(values, index)

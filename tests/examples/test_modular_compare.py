@@ -8,29 +8,20 @@ from examples.modular.network import SITES, Modular
 TASK = Modular(modulus=59, d_model=64, heads=4, d_mlp=256)
 
 
-@pytest.fixture(scope="module")
-def rows():
-    """Of a transformer, by basis and site."""
+@pytest.mark.slow  # compiling the bases and edges of all sites takes over a minute
+def test_lib_needs_no_more_than_pca_where_addition_is_learned():
     settings = {"fraction": 0.8, "steps": 2000, "learning_rate": 2e-3, "batch": 512}
     key = jax.random.key(0)
     params = modular.train(key, TASK, weight_decay=1.0, **settings)
     assert modular.accuracy(params, *modular.pairs(TASK)) > 0.999
-    rows = compare_bases(key, TASK, params, num=2048)
-    return {(row["basis"], row["site"]): row for row in rows}
-
-
-def test_counts_are_within_what_there_is(rows):
-    for row in rows.values():
+    table = compare_bases(key, TASK, params, num=2048)
+    rows = {(row["basis"], row["site"]): row for row in table}
+    assert set(rows) == {(basis, site) for basis in ("PCA", "LIB") for site in SITES}
+    for row in table:
         assert 1 <= row["features"] <= TASK.d_model
         assert 0 < row["edges"] <= row["of"]
-
-
-@pytest.mark.parametrize("site", SITES)
-def test_lib_needs_no_more_features_than_pca(rows, site):
-    assert rows["LIB", site]["features"] <= rows["PCA", site]["features"]
-
-
-def test_lib_needs_fewer_edges_than_pca(rows):
+    for site in SITES:
+        assert rows["LIB", site]["features"] <= rows["PCA", site]["features"]
     edges = {
         basis: sum(rows[basis, site]["edges"] for site in SITES)
         for basis in ("PCA", "LIB")
@@ -38,18 +29,21 @@ def test_lib_needs_fewer_edges_than_pca(rows):
     assert edges["LIB"] < edges["PCA"]
 
 
-def test_the_table_holds_the_means(rows):
-    one = list(rows.values())
-    other = [{**row, "features": row["features"] + 3, "edges": 7} for row in one]
-    words = mean_table(one + other).splitlines()[1].split()
-    for word, (figure, basis) in zip(
-        words[1:],
-        [(f, b) for f in ("features", "edges") for b in ("PCA", "LIB")],
-        strict=True,
-    ):
-        here = [
-            row[figure]
-            for row in one + other
-            if (row["basis"], row["site"]) == (basis, SITES[0])
-        ]
-        assert float(word) == pytest.approx(sum(here) / 2, abs=0.051)
+def test_the_table_holds_the_means():
+    figures = {("PCA", "features"): 9, ("LIB", "features"): 5}
+    figures |= {("PCA", "edges"): 40, ("LIB", "edges"): 12}
+    first = [
+        {"basis": basis, "site": site}
+        | {name: figures[basis, name] + place for name in ("features", "edges")}
+        for basis in ("PCA", "LIB")
+        for place, site in enumerate(SITES)
+    ]
+    second = [{**row, "features": row["features"] + 3, "edges": 7} for row in first]
+    for place, line in enumerate(mean_table(first + second).splitlines()[1:]):
+        site, *words = line.split()
+        expected = [9 + 1.5, 5 + 1.5, (40 + 7) / 2, (12 + 7) / 2]
+        shift = [place, place, place / 2, place / 2]
+        assert site == SITES[place]
+        assert [float(word) for word in words] == pytest.approx(
+            [x + y for x, y in zip(expected, shift, strict=True)], abs=0.051
+        )

@@ -1,4 +1,4 @@
-"""Files: atomic writes, and arrays that other libraries wrote.
+"""Files: atomic writes, JSON, and arrays that other libraries wrote.
 
 Safetensors and pickles of torch are read without torch.
 """

@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+import os
 import resource
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from toyfeat.data import store_batches
 from toyfeat.data.store import open_store, shard_taps, store_size, verify_store
 from toyfeat.data.writing import store_writer
+from toyfeat.lm.collect import read_chunks
 from toyfeat.types import Taps
 
 D, K = 3, 2
@@ -128,11 +132,160 @@ def test_a_writer_that_is_dropped_loses_only_what_filled_no_shard(tmp_path):
     assert writer.rows == 25
     del writer
     assert open_store(tmp_path).rows == 20
-    (tmp_path / "shard-000002-10.bin").write_bytes(b"renamed, not recorded")
-    (tmp_path / "shard-000003-10.bin.tmp").write_bytes(b"half")
     with store_writer(tmp_path, **settings) as writer:
         assert writer.rows == 20
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_a_killed_writer_left_is_finished(tmp_path):
+    settings = {"dim": D, "readouts": K, "rows_per_shard": 10}
+    taps = random_taps(30)
+    with store_writer(tmp_path / "once", **settings) as writer:
+        writer.append(taps)
+    with store_writer(tmp_path / "killed", **settings) as writer:
+        writer.append(Taps(*(x[:20] for x in taps[:3])))
+    # A kill leaves the beginning of a shard, or of store.json.
+    for name, draft in (("shard-000002-10.bin",) * 2, ("store.json", "store.json.tmp")):
+        content = (tmp_path / "once" / name).read_bytes()
+        (tmp_path / "killed" / draft).write_bytes(content[: len(content) // 2])
+    with store_writer(tmp_path / "killed", **settings) as writer:
+        writer.append(Taps(*(x[20:] for x in taps[:3])))
+    same_files(tmp_path / "once", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_files_of_others_stay_as_they_are(link, tmp_path):
+    settings = {"dim": D, "readouts": K, "rows_per_shard": 10}
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    folder = tmp_path / "store"
+    folder.mkdir()
+    names = "thesis.tmp", "shard-of-another-tool.bin", "store.json.tmp", "notes"
+    others = {folder / name: f"mine: {name}" for name in names}
+    for file, text in others.items():
+        if link:
+            file.symlink_to(outside)
+            others[file] = "mine"
+        else:
+            file.write_text(text)
+    with store_writer(folder, **settings) as writer:
+        writer.append(random_taps(5))
+    late = folder / "shard-000001-10.bin"  # and one that comes later
+    late.write_text("mine, too")
+    with store_writer(folder, **settings) as writer:
+        writer.append(random_taps(20))
+    verify_store(folder)
+    store = open_store(folder)
+    assert store.rows == 25
+    assert [s.file for s in store.shards][1] == "shard-000001-10-1.bin"
+    assert late.read_text() == "mine, too"
+    assert {file: file.read_text() for file in others} == others
+    assert all(file.is_symlink() == link for file in others)
+    assert outside.read_text() == "mine"
+
+
+@pytest.mark.parametrize("lost", ["gone", "link", "empty", "bit", "list"])
+def test_without_its_record_a_store_loses_no_shard(lost, tmp_path):
+    settings = {"dim": D, "readouts": K, "rows_per_shard": 10}
+    folder = tmp_path / "store"
+    with store_writer(folder, **settings) as writer:
+        writer.append(random_taps(25))
+    file = folder / "store.json"
+    text = file.read_text()
+    file.unlink()
+    if lost == "link":
+        file.symlink_to(tmp_path / "nowhere")
+    elif lost != "gone":
+        bit = text.replace("shard-000001-10", "shard-000001-11")
+        file.write_text({"empty": "", "bit": bit, "list": "[]"}[lost])
+    before = {f.name: f.read_bytes() for f in folder.glob("*.bin")}
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=rf"store_writer: .*{folder}"
+    ):
+        store_writer(folder, **settings)
+    assert {f.name: f.read_bytes() for f in folder.glob("*.bin")} == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../victim.bin", "/tmp/shard-000002-5.bin", "sub/shard-000002-5.bin", "..", ""],
+)
+def test_a_shard_outside_of_the_folder_is_refused(name, tmp_path):
+    settings = {"dim": D, "readouts": K, "rows_per_shard": 10}
+    folder = tmp_path / "store"
+    with store_writer(folder, **settings) as writer:
+        writer.append(random_taps(25))
+    victim = tmp_path / "victim.bin"
+    victim.write_bytes((folder / "shard-000002-5.bin").read_bytes())
+    file = folder / "store.json"
+    file.write_text(file.read_text().replace("shard-000002-5.bin", name))
+    for act in (open_store, partial(store_writer, **settings)):
+        with pytest.raises(ValueError, match=r"store.json names a shard '.*a name in"):
+            act(folder)
+    assert victim.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"rows_per_shard": "eight"}, "'rows_per_shard' in .* must be an int"),
+        ({"dim": True}, "'dim' in .* must be an int"),
+        ({"dim": None}, "'dim' in .* must be an int"),
+        ({"readouts": -1}, "'readouts' in .* at least 1"),
+        ({"dtype": {}}, "'dtype' in .* must be a string"),
+        ({"dtype": "float8"}, "dtype in .* must be one of"),
+        ({"metadata": "x"}, "'metadata' in .* must be an object"),
+        ({"shards": [5]}, "shards in .* must be objects, got 5"),
+        ({"shards": [{"file": "a", "rows": 1}]}, "'sha256' in .* got nothing"),
+        ({"shards": {}}, "'shards' in .* must be a list"),
+        ({"rows_per_shard": 9}, ".* must be different files of 9 rows"),
+    ],
+)
+def test_wrong_values_in_the_record_are_named(change, match, tmp_path):
+    settings = {"dim": D, "readouts": K, "rows_per_shard": 10}
+    with store_writer(tmp_path, **settings) as writer:
+        writer.append(random_taps(25))
+    file = tmp_path / "store.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"open_store: {match}"):
+        open_store(tmp_path)
+
+
+def test_a_shard_that_is_cut_short_is_named_and_ends_nothing(tmp_path):
+    with store_writer(tmp_path, dim=64, rows_per_shard=100) as writer:
+        writer.append(Taps(np.ones((200, 64)), None, np.ones(200)))
+    store = open_store(tmp_path)
+    batches = store_batches(store, batch=50, seed=0)
+    chunks = read_chunks(store, rows=10)
+    batches(0), next(chunks)
+    os.truncate(tmp_path / "shard-000000-100.bin", 100)
+    with pytest.raises(ValueError, match=r"shard-000000-100.bin must have .* got 100"):
+        [batches(step) for step in range(4)]
+    with pytest.raises(ValueError, match=r"shard-000000-100.bin must have .* got 100"):
+        list(chunks)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("acts", np.nan),
+        ("acts", 1e300),
+        ("grads", -np.inf),
+        ("grads", np.nan),
+        ("weights", np.nan),
+        ("weights", -1.0),
+        ("weights", np.inf),
+    ],
+)
+def test_values_that_a_store_cannot_hold_are_refused(name, value, tmp_path):
+    taps = random_taps(7)
+    fields = {x: np.array(getattr(taps, x), np.float64) for x in taps._fields[:3]}
+    fields[name][(3,) + (0,) * (fields[name].ndim - 1)] = value
+    settings = {"dim": D, "readouts": K, "rows_per_shard": 10}
+    with store_writer(tmp_path, **settings) as writer:
+        with pytest.raises(ValueError, match=rf"append: {name} must be finite numbers"):
+            writer.append(Taps(**fields))
+        assert writer.rows == 0
 
 
 KILLED = """

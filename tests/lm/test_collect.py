@@ -146,7 +146,6 @@ def test_a_killed_collection_resumes(once, tmp_path):
     assert done.returncode == -9, done.stderr
     left = {site: open_store(tmp_path / site_folder(site)).rows for site in SITES}
     assert left == dict.fromkeys(SITES, 20)  # whole shards of the 28 rows
-    (tmp_path / "b" / "shard-000002-10.bin.tmp").write_bytes(b"half")
     collected(tmp_path)
     assert content(tmp_path) == content(once[0])
 
@@ -157,7 +156,7 @@ def test_a_full_disk_closes_every_writer(once, tmp_path, monkeypatch):
     def full(store, name, content):
         if name.endswith("-9.bin"):  # the last ones
             raise OSError(28, "No space left on device")
-        write(store, name, content)
+        return write(store, name, content)
 
     monkeypatch.setattr(writing, "_write_file", full)
     with pytest.raises(OSError, match="No space left") as error:
@@ -315,14 +314,34 @@ def test_a_fingerprint_tells_weights_apart():
 @pytest.mark.parametrize(
     ("site", "name"),
     [
-        ("blocks/resid_pre@3", "blocks-resid_pre-3"),
-        ("gru[0]", "gru-0-"),
-        ("shared#1", "shared-1"),
-        ("a.b_c-d", "a.b_c-d"),
+        ("blocks_3/resid_pre", "blocks_3-resid_pre"),
+        ("a.b_c/d", "a.b_c-d"),
     ],
 )
 def test_names_of_folders(site, name):
     assert site_folder(site) == name
+
+
+def test_every_site_has_a_folder_of_its_own(tmp_path):
+    sites = [
+        "a/b",
+        "a-b",
+        "a@b",
+        "a#b",
+        "..",
+        ".",
+        "../a",
+        "/a",
+        "a/",
+        "",
+        "é",
+        "a" * 300,
+    ]
+    folders = [site_folder(site) for site in sites]
+    assert len({folder.lower() for folder in folders}) == len(sites)
+    for folder in folders:
+        assert (tmp_path / folder).resolve().parent == tmp_path.resolve()
+        (tmp_path / folder).mkdir()
 
 
 def test_the_metadata_of_a_store_is_json(once):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.data.permutation import LARGEST, epoch_words, host_words, permute_index
-from toyfeat.data.store import ALIGN, Store, shard_taps
+from toyfeat.data.store import ALIGN, Store, check_shard, shard_taps
 from toyfeat.types import Array, Taps
 
 
@@ -59,7 +59,7 @@ def store_batches(
 
     Raises:
       ValueError: if the batch is larger than the store, or the seed or window is
-        out of range.
+        out of range; from the function that is returned, if a shard was cut short.
     """
     rows = store.rows
     _check_batch("store_batches", batch, rows)
@@ -73,8 +73,12 @@ def store_batches(
             f"shards of {store.rows_per_shard}"
         )
     # A batch may cross the border of two windows and of two epochs.
-    open_shard = lru_cache(maxsize=2 * window)(partial(shard_taps, store))
+    map_shard = lru_cache(maxsize=2 * window)(partial(shard_taps, store))
     epoch_order = lru_cache(maxsize=2)(partial(_epoch_order, store, seed, window))
+
+    def open_shard(index: int) -> Taps:
+        check_shard(store, store.shards[index], "store_batches")
+        return map_shard(index)
 
     def batches(step: int) -> Taps:
         if step < 0:

@@ -2,17 +2,22 @@
 
 import hashlib
 import json
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.files.json import field, read_json
 from toyfeat.types import Taps
 
 VERSION = 1  # of the format of store.json
 ALIGN = 64  # bytes; JAX on a CPU uses host memory of this alignment without a copy
 _DTYPES = ("float32", "bfloat16")
+_SHARD_NAME = re.compile(r"shard-\d{6,9}-\d{1,10}(-\d{1,6})?\.bin")
+_AGAIN = "restore the store from a copy, or collect it again in another folder"
 
 
 class Shard(NamedTuple):
@@ -119,17 +124,45 @@ def open_store(path: str | Path) -> Store:
       ValueError: if the format is not known, or a shard has the wrong size.
     """
     store = read_store(path, "open_store")
-    for shard in store.shards:
-        file = store.path / shard.file
-        if not file.exists():
-            raise FileNotFoundError(f"open_store: shard {file} is missing")
-        wanted, size = shard_bytes(store, shard.rows), file.stat().st_size
-        if size != wanted:
-            raise ValueError(
-                f"open_store: {file} must have {wanted} bytes for {shard.rows} rows, "
-                f"got {size}; copy it again, or collect again without it"
-            )
+    check_shards(store, "open_store")
     return store
+
+
+def check_shards(store: Store, who: str) -> None:
+    """Check that all shards of a store exist and have the right size.
+
+    Raises:
+      FileNotFoundError: if a shard is missing.
+      ValueError: if a shard has the wrong size.
+    """
+    for shard in store.shards:
+        check_shard(store, shard, who)
+
+
+def check_shard(store: Store, shard: Shard, who: str) -> None:
+    """Check that a shard exists and has the right size.
+
+    Cheap, so readers do it before every access: a process that reads a memory map
+    beyond the end of a file that was cut short is ended by the system.
+
+    Raises:
+      FileNotFoundError: if the shard is missing.
+      ValueError: if it has the wrong size.
+    """
+    file = store.path / shard.file
+    try:
+        size = file.stat().st_size
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{who}: shard {file} is missing; bring it back, or take its entry out of "
+            "store.json and collect its rows again"
+        ) from None
+    wanted = shard_bytes(store, shard.rows)
+    if size != wanted:
+        raise ValueError(
+            f"{who}: {file} must have {wanted} bytes for {shard.rows} rows, got "
+            f"{size}; copy it again, or collect again without it"
+        )
 
 
 def verify_store(path: str | Path) -> None:
@@ -163,8 +196,13 @@ def shard_taps(store: Store, index: int) -> Taps:
     Returns:
       :class:`Taps` of ``acts [n, D]``, ``grads [n, K, D]`` or ``None``, ``weights
       [n]``.
+
+    Raises:
+      FileNotFoundError: if the file is missing.
+      ValueError: if it has the wrong size.
     """
     shard = store.shards[index]
+    check_shard(store, shard, "shard_taps")
     mapped = np.memmap(store.path / shard.file, np.uint8, mode="r")
     return split_blocks(store, shard.rows, mapped)
 
@@ -204,19 +242,76 @@ def empty_store(
 
 
 def read_store(path: str | Path, who: str) -> Store:
-    """Read ``store.json``, without looking at the shards."""
+    """Read ``store.json``, without looking at the shards.
+
+    Raises:
+      FileNotFoundError: if there is no ``store.json``.
+      ValueError: if it is damaged, of another format, or names files outside.
+    """
     file = Path(path) / "store.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{who}: there is no {file}")
-    saved = json.loads(file.read_text(encoding="utf-8"))
+    saved = read_json(file, who, advice=_AGAIN)
     if saved.get("format") != "toyfeat store" or saved.get("version") != VERSION:
         raise ValueError(
             f"{who}: wanted a toyfeat store of version {VERSION}, {file} says "
-            f"{saved.get('format')!r}, version {saved.get('version')!r}"
+            f"{saved.get('format')!r:.80}, version {saved.get('version')!r:.80}; "
+            f"{_AGAIN}"
         )
-    settings = {name: saved[name] for name in Store._fields[1:-1]}
-    shards = tuple(Shard(**shard) for shard in saved["shards"])
-    return Store(Path(path), **settings, shards=shards)
+    read = partial(field, saved, source=file, who=who)
+    store = Store(
+        path=Path(path),
+        dim=read("dim", kind=int, low=1),
+        readouts=read("readouts", kind=int, low=1, default=None),
+        dtype=read("dtype", kind=str),
+        rows_per_shard=read("rows_per_shard", kind=int, low=1),
+        metadata=read("metadata", kind=dict),
+        shards=tuple(
+            _read_shard(entry, file, who) for entry in read("shards", kind=list)
+        ),
+    )
+    if store.dtype not in _DTYPES:
+        raise ValueError(
+            f"{who}: dtype in {file} must be one of {_DTYPES}, got "
+            f"{store.dtype!r:.80}; {_AGAIN}"
+        )
+    _check_numbers(store, file, who)
+    return store
+
+
+def is_shard_name(name: str) -> bool:
+    """Return whether a file name is one that a writer gives to shards."""
+    return _SHARD_NAME.fullmatch(name) is not None
+
+
+def _read_shard(entry: Any, file: Path, who: str) -> Shard:
+    """Read the entry of a shard in ``store.json``."""
+    if not isinstance(entry, dict):
+        raise ValueError(
+            f"{who}: shards in {file} must be objects, got {entry!r:.80}; {_AGAIN}"
+        )
+    read = partial(field, entry, source=file, who=who)
+    shard = Shard(
+        file=read("file", kind=str),
+        rows=read("rows", kind=int, low=1),
+        sha256=read("sha256", kind=str),
+    )
+    if not is_shard_name(shard.file):
+        raise ValueError(
+            f"{who}: {file} names a shard {shard.file!r:.80}, wanted a name in its "
+            f"folder such as shard-000000-8.bin; {_AGAIN}"
+        )
+    return shard
+
+
+def _check_numbers(store: Store, file: Path, who: str) -> None:
+    """Raise a ValueError for shards that are not full, or twice the same."""
+    *full, _ = [shard.rows for shard in store.shards] or [0]
+    fits = all(rows == store.rows_per_shard for rows in full)
+    fits = fits and all(s.rows <= store.rows_per_shard for s in store.shards)
+    if not fits or len({shard.file for shard in store.shards}) < len(store.shards):
+        raise ValueError(
+            f"{who}: shards in {file} must be different files of "
+            f"{store.rows_per_shard} rows, the last one of no more; {_AGAIN}"
+        )
 
 
 def store_json(store: Store) -> bytes:

@@ -15,8 +15,10 @@ import numpy as np
 from toyfeat.data.store import (
     Shard,
     Store,
+    check_shards,
     empty_store,
     file_sha256,
+    is_shard_name,
     read_store,
     shard_bytes,
     shard_taps,
@@ -37,12 +39,15 @@ def store_writer(
 ) -> "StoreWriter":
     """Open a store of activations and gradients for writing, or for appending.
 
-    A shard is collected in memory, written to a temporary file, synced and renamed,
-    and only then recorded in ``store.json``, which is replaced atomically.  So a
-    process that is killed loses only the rows of the shard in memory.  A writer that
-    opens the store again continues after the last complete shard, and the result is
-    the same, bit for bit, as without the interruption.  Rows of weight 0 are stored
-    like others, so that ``rows`` tells the progress of a job.
+    A shard is collected in memory, written and synced, and only then recorded in
+    ``store.json``, which is replaced atomically.  So a process that is killed loses
+    only the rows of the shard in memory.  A writer that opens the store again continues
+    after the last complete shard, and the result is the same, bit for bit, as without
+    the interruption.  Rows of weight 0 are stored like others, so that ``rows`` tells
+    the progress of a job.
+
+    Files that are not recorded are never deleted and never overwritten, except by bytes
+    that they begin with: what a killed writer left is finished by the same rows.
 
     Args:
       path: the folder, created if it does not exist.
@@ -57,7 +62,9 @@ def store_writer(
 
     Raises:
       ValueError: if a setting is not valid or differs from those of an existing
-        store, or if the short last shard of that store is damaged.
+        store, if a shard of that store has the wrong size or its short last shard is
+        damaged, or if there are shards and no ``store.json``.
+      FileNotFoundError: if a shard that ``store.json`` records is missing.
       BlockingIOError: if another process is writing to the store.
 
     Example:
@@ -102,13 +109,14 @@ class StoreWriter:
     def _open(self, wanted: Store) -> None:
         """Create the store or continue the one in the folder, and allocate a shard."""
         store, path = wanted, wanted.path
-        if (path / "store.json").exists():
+        if os.path.lexists(path / "store.json"):  # also a link that leads nowhere
             store = read_store(path, "store_writer")
             _check_settings(store, wanted)
+            check_shards(store, "store_writer")
         else:
-            _write_file(store, "store.json", store_json(store))
+            _check_no_shards(path)
+            _replace_json(store, store)
         self._store, self._closed = store, False
-        _remove_unrecorded(store)
         # The bytes of a full shard, and the arrays that they are views of.
         self._raw = np.zeros(shard_bytes(store, store.rows_per_shard), np.uint8)
         self._buffer = split_blocks(store, store.rows_per_shard, self._raw)
@@ -199,39 +207,42 @@ class StoreWriter:
             raw = np.zeros(shard_bytes(store, rows), np.uint8)
             short = split_blocks(store, rows, raw)
             jax.tree.map(lambda block, x: _assign(block, x[:rows]), short, self._buffer)
-        shard = Shard(name, rows, hashlib.sha256(raw.data).hexdigest())
-        new = store._replace(shards=(*store.shards, shard))
         try:
-            _write_file(store, name, raw)
-            _write_file(store, "store.json", store_json(new))
+            file = _write_file(store, name, raw)
+            shard = Shard(file.name, rows, hashlib.sha256(raw.data).hexdigest())
+            new = store._replace(shards=(*store.shards, shard))
+            _replace_json(store, new)
         except OSError:
             self._closed = True
             self._release()
             raise
         self._store, self._num_buffered = new, 0
-        # The shard that this one replaces is no longer recorded.
+        # The shard that this one replaces is no longer recorded.  Its rows, whose
+        # checksum was verified, begin the new one.
         if self._short_shard is not None:
             (store.path / self._short_shard.file).unlink()
             self._short_shard = None
 
 
-def _write_file(store: Store, name: str, content: Any) -> None:
-    """Write a file of a store atomically, and sync it.
+def _write_file(store: Store, name: str, content: Any) -> Path:
+    """Write a file of a store next to what is there, and sync it.
+
+    Returns:
+      The file, of another name if that one is taken by other bytes.
 
     Raises:
       OSError: if it cannot be written; the message names the free space.
     """
-    draft = store.path / f"{name}.tmp"
+    file = _free_file(store.path, name, content)
     try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(store.path / name)
+        with file.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
         _sync_folder(store.path)
     except OSError as error:
         free = shutil.disk_usage(store.path).free
-        draft.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
         raise OSError(
             error.errno,
             f"store_writer: could not write {len(content)} bytes of {name} in "
@@ -239,6 +250,35 @@ def _write_file(store: Store, name: str, content: Any) -> None:
             f"{store.rows} rows of earlier shards are whole: make room and open the "
             "store again",
         ) from error
+    return file
+
+
+def _replace_json(store: Store, new: Store) -> None:
+    """Replace ``store.json`` atomically by that of a store with other shards."""
+    draft = _write_file(store, "store.json.tmp", store_json(new))
+    draft.replace(store.path / "store.json")
+    _sync_folder(store.path)
+
+
+def _free_file(folder: Path, name: str, content: Any) -> Path:
+    """Find a name that is free, or whose file is a beginning of the content.
+
+    A killed writer leaves such a beginning.  Other files, and links, are a stranger's.
+    """
+    file, number = folder / name, 0
+    while os.path.lexists(file) and not _begins(file, content):
+        number += 1
+        stem, _, suffix = name.rpartition(".")
+        file = folder / f"{stem}-{number}.{suffix}"
+    return file
+
+
+def _begins(file: Path, content: Any) -> bool:
+    """Return whether a regular file holds the first bytes of a content."""
+    if file.is_symlink() or not file.is_file() or file.stat().st_nlink > 1:
+        return False
+    size = file.stat().st_size
+    return size <= len(content) and file.read_bytes() == bytes(content[:size])
 
 
 def _sync_folder(path: Path) -> None:
@@ -288,12 +328,14 @@ def _check_settings(store: Store, wanted: Store) -> None:
             )
 
 
-def _remove_unrecorded(store: Store) -> None:
-    """Delete temporary files and unrecorded shards that a killed process left."""
-    known = {shard.file for shard in store.shards}
-    for file in (*store.path.glob("shard-*.bin"), *store.path.glob("*.tmp")):
-        if file.name not in known:
-            file.unlink()
+def _check_no_shards(path: Path) -> None:
+    """Raise a ValueError for shards without the ``store.json`` that records them."""
+    shards = [file.name for file in path.iterdir() if is_shard_name(file.name)]
+    if shards:
+        raise ValueError(
+            f"store_writer: {path} has {len(shards)} shards, such as {min(shards)}, "
+            "and no store.json that records them; restore it, or give another folder"
+        )
 
 
 def _assign(block: np.ndarray, values: np.ndarray) -> None:
@@ -319,3 +361,21 @@ def _check_taps(store: Store, taps: Taps) -> None:
     for name, x in taps._asdict().items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"append: {name} must be floating-point, got {x.dtype}")
+    # Values that the store can hold.  A NaN is neither at least nor at most anything.
+    largest = float(jnp.finfo(store.dtype).max)
+    bounds = {
+        "acts": (-largest, largest),
+        "grads": (-largest, largest),
+        "weights": (0.0, float(np.finfo(np.float32).max)),
+    }
+    for name, (low, high) in bounds.items():
+        x = getattr(taps, name)
+        if x is None or not x.size:
+            continue
+        least, most = float(x.min()), float(x.max())
+        if not (low <= least and most <= high):
+            raise ValueError(
+                f"append: {name} must be finite numbers in {low:.3g} .. {high:.3g}, "
+                f"which {store.dtype} holds, got {least} .. {most}; leave out the rows "
+                "that are not, or give them activations of 0 and weight 0"
+            )

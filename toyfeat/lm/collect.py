@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,12 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.data.store import Store, open_store, shard_taps
+from toyfeat.data.store import Store, check_shard, open_store, shard_taps
 from toyfeat.data.writing import StoreWriter, store_writer
 from toyfeat.moments import moments
 from toyfeat.tap import readouts, rules, tap
 from toyfeat.tap.readouts import Readout
 from toyfeat.types import Array, Moments, Outputs, Params, Probed, Taps
+
+_PLAIN_SITE = re.compile(r"\w+([./]\w+)*", re.ASCII)
+_MAX_NAME = 200  # letters; file systems allow 255 bytes
 
 ReadoutOf = Callable[[Array, Array], Readout]
 """``(tokens [B, T], index of the first window [], or of each [B]) -> Readout``."""
@@ -257,13 +261,22 @@ def exclude_massive(taps: Taps, length: int, factor: float) -> Taps:
 
 
 def site_folder(site: str) -> str:
-    """Folder name of a site's store.
+    """Name the folder of a site, another one for every site.
+
+    Slashes become dashes.  A name with anything but letters, digits, underscores,
+    slashes and inner dots gets a checksum behind it, which keeps ``a-b`` apart from
+    ``a/b`` and ``..`` inside the folder.
 
     Example:
       >>> site_folder("blocks_15/resid_post")
       'blocks_15-resid_post'
+      >>> site_folder("blocks/resid_post@15")
+      'blocks-resid_post-15-7f5ab2b3'
     """
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in site)
+    name = re.sub(r"[^A-Za-z0-9_.]", "-", site)
+    if _PLAIN_SITE.fullmatch(site) and len(site) <= _MAX_NAME:
+        return name
+    return f"{name[:_MAX_NAME]}-{hashlib.sha256(site.encode()).hexdigest()[:8]}"
 
 
 def read_chunks(store: Store, *, rows: int = 4096) -> Iterator[Taps]:
@@ -279,6 +292,7 @@ def read_chunks(store: Store, *, rows: int = 4096) -> Iterator[Taps]:
     for index in range(len(store.shards)):
         taps = shard_taps(store, index)
         for start in range(0, len(taps.weights), rows):
+            check_shard(store, store.shards[index], "read_chunks")
             part = slice(start, start + rows)
             yield jax.tree.map(lambda x, p=part: np.asarray(x[p], np.float32), taps)
 

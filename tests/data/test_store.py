@@ -316,8 +316,9 @@ while True:
     if child == 0:
         collect(path)
         os._exit(0)
-    if kills < 25:
-        time.sleep(random.uniform(0, 0.02))
+    # On a busy machine a child takes longer to get anywhere.
+    if kills < 25 or (len(seen) < 4 and kills < 100):
+        time.sleep(random.uniform(0, 0.02) * (1 + kills / 10))
         os.kill(child, signal.SIGKILL)
     kills += 1
     _, status = os.waitpid(child, 0)

@@ -1,5 +1,7 @@
 """An architecture that is defined here goes through all that the library's do."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,5 +198,55 @@ def test_what_cannot_be_saved_is_named(tmp_path):
         sae.init(jax.random.key(0))
     plain = Architecture(name="plain", rule=lambda c, p, batch: Codes(batch.pre))
     sae = make_dictionary(plain, Config("plain", D, M))
-    with pytest.raises(ValueError, match="SAELens has no plain architecture"):
+    match = "SAELens has no plain architecture; .* set saved_as if the architecture is"
+    with pytest.raises(ValueError, match=match):
         ft.interop.save_saelens(tmp_path, sae, sae.init(jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        (
+            {"nonnegative": ("shrnk",)},
+            r"nonnegative names \['shrnk'\]; .* b_enc, shrink",
+        ),
+        ({"revived_from": {"P": "acts"}}, r"revived_from names \['P'\]; the tensors"),
+        ({"averaged_threshold": "low"}, r"averaged_threshold names \['low'\]"),
+        (
+            {"latent_axes": {"b_enc": 0, "shrink": 1}},
+            rf"axis 1 of shrink is that of the {M} latents, got shape \({M},\)",
+        ),
+        (
+            {"tensors": lambda *_: {"b_enc": jnp.zeros(M), "shrink": jnp.zeros(())}},
+            rf"axis 0 of shrink is that of the {M} latents, got shape \(\)",
+        ),
+    ],
+)
+def test_a_record_that_does_not_fit_its_tensors_is_refused(fields, match):
+    record = dataclasses.replace(SOFT, **fields)
+    with pytest.raises(ValueError, match=f"^soft_threshold: .*{match}"):
+        make_dictionary(record, Config(SOFT.name, D, M)).init(jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "match"),
+    [
+        (lambda c, p, b: b.pre, TypeError, "a rule returns Codes, got ArrayImpl"),
+        (
+            lambda c, p, b: Codes(b.pre[:, :3]),
+            ValueError,
+            rf"must be \({N}, {M}\), got shape \({N}, 3\)",
+        ),
+        (
+            lambda c, p, b: Codes(b.pre, jnp.zeros((len(b.pre), 2), int)),
+            ValueError,
+            rf"must be \({N}, 2\), got shape \({N}, {M}\)",
+        ),
+    ],
+)
+def test_a_rule_that_returns_no_codes_is_refused(rule, error, match):
+    sae = make_dictionary(dataclasses.replace(SOFT, rule=rule), Config(SOFT.name, D, M))
+    params, acts = sae.init(jax.random.key(0)), jnp.ones((N, D))
+    for function in (sae.encode, sae.forward):
+        with pytest.raises(error, match=f"^soft_threshold: .*{match}"):
+            function(params, acts)

@@ -218,12 +218,36 @@ def _init(
     # Tensors of this architecture, from a key of their own.
     own_key = jax.random.fold_in(key, 2)
     params = shared | architecture.tensors(own_key, config, shared, **start)
-    if unlisted := set(params) - set(latent_axes(architecture)):
+    _check_tensors(architecture, config, params)
+    return params
+
+
+def _check_tensors(architecture: Architecture, config: Config, params: Params) -> None:
+    """Check what the record says about its tensors."""
+    name, axes = architecture.name, latent_axes(architecture)
+    if unlisted := set(params) - set(axes):
         raise ValueError(
-            f"{architecture.name}: latent_axes must name every tensor, missing are "
+            f"{name}: latent_axes must name every tensor, missing are "
             f"{sorted(unlisted)}"
         )
-    return params
+    for tensor, x in params.items():
+        axis, shape = axes[tensor], jnp.shape(x)
+        if axis is not None and shape[axis : axis + 1] != (config.d_sae,):
+            raise ValueError(
+                f"{name}: latent_axes says that axis {axis} of {tensor} is that of the "
+                f"{config.d_sae} latents, got shape {shape}"
+            )
+    averaged = architecture.averaged_threshold
+    for field, tensors in (
+        ("nonnegative", architecture.nonnegative),
+        ("revived_from", architecture.revived_from),
+        ("averaged_threshold", () if averaged is None else (averaged,)),
+    ):
+        if unknown := set(tensors) - set(params):
+            raise ValueError(
+                f"{name}: {field} names {sorted(unknown)}; the tensors are "
+                f"{', '.join(sorted(params))}"
+            )
 
 
 def _random_rows(key: Array, num: int, dim: int, norm: float) -> Array:
@@ -258,7 +282,8 @@ def _encode(
     rule = architecture.rule
     if not train and architecture.rule_after_training is not None:
         rule = architecture.rule_after_training
-    return _all_codes(config, params, rule(config, params, batch))
+    codes = _checked(architecture, config, batch, rule(config, params, batch))
+    return _all_codes(config, params, codes)
 
 
 def _forward(
@@ -274,6 +299,7 @@ def _forward(
     pre = _pre(architecture, config, params, acts)
     batch = RuleInputs(acts, pre, grads, k, weights)
     codes = architecture.rule(config, params, batch)
+    codes = _checked(architecture, config, batch, codes)
     return Output(
         codes=_all_codes(config, params, codes),
         hidden_pre=pre if codes.hidden_pre is None else codes.hidden_pre,
@@ -282,6 +308,25 @@ def _forward(
         index=codes.index,
         grad_recon=codes.grad_recon,
     )
+
+
+def _checked(
+    architecture: Architecture, config: Config, batch: RuleInputs, codes: Codes
+) -> Codes:
+    """Return the result of a rule if it has the type and the shape of codes."""
+    if not isinstance(codes, Codes):
+        raise TypeError(
+            f"{architecture.name}: a rule returns Codes, got {type(codes).__name__}"
+        )
+    wanted = (len(batch.acts), config.d_sae)
+    if codes.index is not None:
+        wanted = codes.index.shape
+    if codes.values.shape != wanted:
+        raise ValueError(
+            f"{architecture.name}: the values of the rule's Codes must be {wanted}, "
+            f"got shape {codes.values.shape}"
+        )
+    return codes
 
 
 def _recon(architecture: Architecture, params: Params, codes: Codes) -> Array:

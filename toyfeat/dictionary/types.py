@@ -105,10 +105,12 @@ class SavedAs(NamedTuple):
     """Form of an architecture in files of SAELens.
 
     Attributes:
-      architecture: name of the architecture that SAELens reads from the files.
+      architecture: name of the architecture that SAELens reads from the files, or the
+        own name of an architecture that only this library reads.
       transcoder: whether SAELens has a transcoder of it.
       extra_tensors: tensors that SAELens has no place for; they are written to a file
-        of their own and read back by :func:`toyfeat.interop.load_saelens`.
+        of their own and read back by :func:`toyfeat.interop.load_saelens`.  SAELens
+        computes codes without them.
       metadata: fields of :class:`Config` that go into the metadata.
       overrides: fields of :class:`Config` with the values that SAELens reads; they
         are the defaults of :class:`Config` in the dictionary itself.
@@ -211,7 +213,8 @@ class Architecture:
         b_dec``.
       selects: where the largest codes are chosen: in each ``"example"`` or in a whole
         ``"batch"``, both by ``config.k``, or ``"all"`` if codes do not compete.
-      signed: whether codes have either sign.
+      signed: whether codes have either sign; must be set for a rule that makes
+        negative ones, as the sparsity term else takes codes for their sizes.
       reads_gradients: whether ``grads`` take part in the choice; parameters may then
         hold ``grad_scale [K]``, see :func:`normalized_grads`.
       transcodes: whether it can write another activation than it reads.

@@ -168,7 +168,8 @@ def _config(settings: dict[str, Any], known: dict[str, Architecture]) -> Config:
     if architecture is None or (out is not None and not architecture.transcodes):
         raise ValueError(
             f"load_saelens: architecture {full!r} is not known here; known are "
-            f"{', '.join(readable)}, and transcoders of {', '.join(transcoders)}"
+            f"{', '.join(readable)}, and transcoders of {', '.join(transcoders)}; pass "
+            "records of your own, architectures=(...,)"
         )
     return Config(
         architecture=name,
@@ -194,7 +195,8 @@ def _saved_as(architecture: Architecture, config: Config) -> SavedAs:
     if saved_as is None:
         raise ValueError(
             f"save_saelens: SAELens has no {architecture.name} architecture; write the "
-            "parameters, or the basis they are from, with toyfeat.save_tree"
+            "parameters, or the basis they are from, with toyfeat.save_tree, or set "
+            "saved_as if the architecture is your own"
         )
     if config.d_out is not None and not saved_as.transcoder:
         raise ValueError(

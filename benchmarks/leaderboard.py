@@ -1,7 +1,7 @@
 """Every method on every planted task, scored against the truth.
 
-    python benchmarks/leaderboard.py [--quick | --shapes] [--seeds N] [--jobs N]
-        [--tasks A,B] [--methods A,B]
+    python benchmarks/leaderboard.py [--quick | --shapes | --tiny] [--seeds N]
+        [--jobs N] [--tasks A,B] [--methods A,B]
 
 Prints coverage of each task's side (median over seeds) and the bars, and writes
 ``out/leaderboard/leaderboard.html`` with all scores, the same as JSON, and a picture.
@@ -263,19 +263,23 @@ def parse_options() -> Options:
         seeds=seeds,
         jobs=jobs,
         root=config.root,
-        tasks=_names("tasks", config.tasks, list(SIZES[size].tasks)),
+        tasks=_names(
+            "tasks", config.tasks, list(SIZES[size].tasks), f" at size {size}"
+        ),
         methods=_names("methods", config.methods, [*METHODS, leaderboard.ORACLE]),
         out=config.out or Path("out", folder),
         json=config.json,
     )
 
 
-def _names(flag: str, text: str | None, known: list[str]) -> list[str]:
+def _names(flag: str, text: str | None, known: list[str], size: str = "") -> list[str]:
     """Names that a flag lists, each of them once; all of them without the flag."""
     names = known if text is None else list(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in known:
-            _refuse(f"--{flag}: there is no {name!r}; there are {', '.join(known)}")
+            _refuse(
+                f"--{flag}: there is no {name!r}{size}; there are {', '.join(known)}"
+            )
     return names
 
 

@@ -145,7 +145,7 @@ def test_other_makers_of_tensors_are_refused(torch, tmp_path):
         ({"offset": -1}, "'w' has no sound description"),
         ({"offset": 0.0}, "'w' has no sound description"),
         ({"shape": (2,)}, "'w' has no sound description"),
-        ({"shape": 6, "strides": 1}, "not iterable|after \\* must be"),
+        ({"shape": 6, "strides": 1}, "'w' has no sound description"),
         ({"size": 7}, "'w' has 24 bytes for 7 numbers"),
         ({"size": 10**15, "shape": (10**15,), "strides": (1,)}, "has 24 bytes for"),
         ({"key": "../../secret"}, "no item named 'ae/data/../../secret'"),
@@ -176,4 +176,77 @@ def test_a_damaged_file_is_named(tmp_path):
     start = content.index(b"\x80\x02}")
     path.write_bytes(content[:start] + b"\x80\x02." + content[start + 3 :])
     with pytest.raises(ValueError, match=r"ae\.pt is not a state dict"):
+        state_dict(path, "reader")
+
+
+def doubled(times):
+    """Opcodes of a tuple of two tuples of two tuples ..., in a few bytes each."""
+    steps = (b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(times))
+    return b")q\x00" + b"".join(steps)
+
+
+NESTED = b")" + b"\x85" * 1000
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "match"),
+    [
+        # Python's own unpickler crashes where it hashes what is nested deep.
+        (b"})" + b"\x85" * 200_000 + b"K\x01s.", "got int under a tuple"),
+        (b"}X\x01\0\0\0w" + NESTED + b"s.", "got tuple under 'w'"),
+        (NESTED + b".", "wanted a dict of tensors, got tuple"),
+        (NESTED + b"Q.", "asks for another object, and only storages"),
+        (b"}" * 1000 + b".", "damaged at byte"),
+        (b"}" + b"(" * 1000 + b".", None),
+        # It never ends to hash or to print what is shared often enough.
+        (b"}(" + doubled(60) + b"K\x01u.", "got tuple under a tuple"),
+        (doubled(60) + b"Q.", "asks for another object, and only storages"),
+        # Counts are those of the file, whatever it claims.
+        (b"}r\xff\xff\xff\x7f.", None),
+        (b"X\xff\xff\xff\x7fabc.", "expected 2147483647 bytes"),
+        (b"\x8e" + b"\xff" * 7 + b"\x7f.", "bytes in a bytes8"),
+        (b"\x8b\xff\xff\xff\x7f1.", "not enough data"),
+        (b"I" + b"9" * 100_000 + b"\n.", "100000 digits"),
+        (b"}" * 2**18 + b".", "wanted at most 262144 bytes of data.pkl"),
+        # Long names are cut.
+        (b"}X\0\0\1\0" + b"a" * 2**16 + b"K\x01s.", "under 'a{80}\\.\\.\\.'"),
+        (b"c" + b"a" * 2**16 + b"\nb\n.", "asks for a{80}\\.\\.\\., and only plain"),
+    ],
+)
+def test_no_pickle_crashes_or_fills_the_memory(opcodes, match, tmp_path):
+    path = tmp_path / "ae.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("ae/data.pkl", b"\x80\x02" + opcodes)
+    if match is None:
+        assert state_dict(path, "reader") == {}
+        return
+    with pytest.raises(ValueError, match=f"reader: .*{match}") as caught:
+        state_dict(path, "reader")
+    assert len(str(caught.value)) < 1000
+
+
+def test_tensors_may_share_a_storage_but_not_make_much_of_it(torch, tmp_path):
+    views = {f"w{i}": tensor(torch, shape=(3,), strides=(2,)) for i in range(16)}
+    arrays = state_dict(write_archive(tmp_path / "ae.pt", views), "reader")
+    for array in arrays.values():
+        np.testing.assert_array_equal(array, [0, 2, 4])
+    views["w16"] = views["w0"]
+    # Claims about this storage or another do not make up for it.
+    views = {
+        "claim": tensor(torch, shape=(0,), strides=(1,), size=10**9),
+        **views,
+        "other": tensor(torch, key="1", size=10**9),
+    }
+    with pytest.raises(ValueError, match=r"have 51 numbers of one storage, .* 6"):
+        state_dict(write_archive(tmp_path / "ae.pt", views), "reader")
+
+
+def test_archives_that_zipfile_cannot_judge_are_named(torch, tmp_path):
+    path = write_archive(tmp_path / "ae.pt", {"w": tensor(torch)})
+    content = bytearray(path.read_bytes())
+    end = content.rindex(b"PK\x05\x06")
+    # A locator of the large format's directory, which says that there are two disks.
+    locator = b"PK\x06\x07" + bytes(12) + b"\2\0\0\0"
+    path.write_bytes(bytes(content[:end]) + locator + bytes(content[end:]))
+    with pytest.raises(ValueError, match=r"ae\.pt is not a state .* multiple disks"):
         state_dict(path, "reader")

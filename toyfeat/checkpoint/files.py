@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import zipfile
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 
 from toyfeat.checkpoint.leaves import check_leaf, encode_leaf
+from toyfeat.files.archives import array_from_npy, open_archive
 
 _FORMAT = 1  # version of the manifest
 _MANIFEST = "manifest.json"
@@ -106,10 +106,13 @@ def read_file(path: Path, who: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_members(file: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the manifest and every array that it lists."""
-    with zipfile.ZipFile(file) as members:
+    with open_archive(file) as members:
         manifest = json.loads(members.read(_MANIFEST))
         if manifest["format"] != _FORMAT:
             raise ValueError(f"format {manifest['format']} is not known here")
+        # Leaves of one member would make much of a small file.
+        if len({x["member"] for x in manifest["leaves"]}) < len(manifest["leaves"]):
+            raise ValueError("two leaves are in one member of the archive")
         leaves = {
             entry["path"]: (entry, _read_verified(members, entry))
             for entry in manifest["leaves"]
@@ -119,8 +122,7 @@ def _read_members(file: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_verified(members: zipfile.ZipFile, entry: dict[str, Any]) -> np.ndarray:
     """Read an array, compare its checksum and restore its dtype."""
-    data = io.BytesIO(members.read(entry["member"]))
-    value = np.lib.format.read_array(data, allow_pickle=False)
+    value = array_from_npy(members.read(entry["member"]))
     if _digest(value) != entry["sha256"]:
         raise ValueError(f"{entry['path']} does not have the SHA-256 it was saved with")
     if "impl" not in entry:

@@ -1,22 +1,23 @@
 """First and second moments of taps, exactly weighted, in one pass."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from toyfeat.linalg.checks import check_int
 from toyfeat.linalg.compensated import (
     RowMoments,
     empty_moments,
     merge_moments,
-    outer,
-    ratio,
     row_moments,
     to_float,
 )
-from toyfeat.linalg.streams import StreamMethod, stream_svd
+from toyfeat.linalg.finished import moments_from_rows
+from toyfeat.linalg.streams import StreamMethod, make_stream
 from toyfeat.linalg.svd import SVD
-from toyfeat.types import Accumulator, Array, ArrayLike, Moments, Taps
+from toyfeat.types import Accumulator, ArrayLike, Moments, Taps
 
 
 class SketchedMoments(NamedTuple):
@@ -73,10 +74,17 @@ def moments(dim: int, *, grads: bool = True) -> Accumulator:
       ``finish(state) -> Moments``.  Pure and jit-able; a state has a fixed shape
       and can be carried through ``lax.scan``.
 
+    Activations and gradients may have any size between 1e-14 and 1e16, where their
+    squares fit float32, and weights any between 1e-30 and 1e30.
+
     Raises:
       ValueError: from ``update``, if a batch has another width, no gradients
         where they are wanted, or a shape that is not ``[N, D]``, ``[N, K, D]``,
-        ``[N]``; from the factory, if ``dim < 1``.
+        ``[N]``; from the factory, if ``dim < 1``; from ``finish``, outside of a
+        trace (inside, the statistics are NaN), if an entry of a row that counts was
+        not finite, a weight negative or not finite, or if squares leave the range.
+      TypeError: if ``dim`` is not an int; from ``update``, if a batch is not
+        :class:`toyfeat.Taps` of arrays.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,20 +100,19 @@ def moments(dim: int, *, grads: bool = True) -> Accumulator:
       Chan, Golub and LeVeque (1983), on merging sample variances; Knuth, TAOCP
       volume 2, section 4.2.2, theorem B, on the exact sum.
     """
-    if dim < 1:
-        raise ValueError(f"moments: dim must be at least 1, got {dim}")
+    dim = check_int("moments", "dim", dim, 1)
 
     def init() -> MomentsState:
         return MomentsState(empty_moments(dim), empty_moments(dim) if grads else None)
 
     def update(state: MomentsState, taps: Taps) -> MomentsState:
-        _check_batch(taps, dim, grads)
-        batch = _batch_moments(taps if grads else taps._replace(grads=None))
-        return _merge_states(state, batch)
+        taps = _check_batch("moments", taps, dim, grads)
+        return _merge_states(state, _batch_moments(taps))
 
-    return Accumulator(
-        init=init, update=update, merge=_merge_states, finish=_finish_state
-    )
+    def finish(state: MomentsState) -> Moments:
+        return moments_from_rows("moments", state.acts, state.grads)
+
+    return Accumulator(init=init, update=update, merge=_merge_states, finish=finish)
 
 
 def moments_of(taps: Taps | Mapping[str, Taps]) -> Moments:
@@ -205,14 +212,15 @@ def sketched_moments(
       >>> (stats.acts.s**2 / stats.weight).round(4).tolist()
       [4.0]
     """
-    acts_svd = stream_svd(dim, rank, center=True, method=method, width=width)
-    grads_svd = stream_svd(dim, rank, method=method, width=width)
+    stream = partial(make_stream, "sketched_moments", dim, rank)
+    acts_svd = stream(center=True, method=method, width=width)
+    grads_svd = stream(center=False, method=method, width=width)
 
     def init() -> SketchState:
         return SketchState(acts_svd.init(), grads_svd.init() if grads else None)
 
     def update(state: SketchState, taps: Taps) -> SketchState:
-        _check_batch(taps, dim, grads)
+        taps = _check_batch("sketched_moments", taps, dim, grads)
         acts = acts_svd.update(state.acts, taps.acts, taps.weights)
         if not grads or taps.grads is None:
             return SketchState(acts, None)
@@ -229,8 +237,8 @@ def sketched_moments(
 
     def finish(state: SketchState) -> SketchedMoments:
         return SketchedMoments(
-            weight=to_float(state.acts.weight),
-            mean=to_float(state.acts.mean),
+            weight=to_float(state.acts.weight) * state.acts.mass,
+            mean=to_float(state.acts.mean) * state.acts.unit,
             acts=acts_svd.finish(state.acts),
             grads=grads_svd.finish(state.grads) if grads else None,
         )
@@ -246,31 +254,14 @@ def _merge_states(left: MomentsState, right: MomentsState) -> MomentsState:
     return MomentsState(acts, merge_moments(left.grads, right.grads))
 
 
-def _finish_state(state: MomentsState) -> Moments:
-    """Round the pairs of floats, and add back the mean of the gradients."""
-    weight = to_float(state.acts.weight)
-    stats = Moments(weight, to_float(state.acts.mean), to_float(state.acts.scatter))
-    if state.grads is None:
-        return stats
-    # Per example, not per row: each example has a row per readout.
-    mean = to_float(state.grads.mean)
-    readouts = ratio(to_float(state.grads.weight), weight)
-    centred = ratio(to_float(state.grads.scatter), weight)
-    return stats._replace(
-        grad_mean=mean,
-        grad_second=centred + readouts * outer(mean),
-        readouts=readouts,
-    )
-
-
 def _batch_moments(taps: Taps) -> MomentsState:
     """Moments of one batch, with a row per example and per gradient."""
     weights = taps.weights.astype(_dtype())
-    acts = row_moments(_zero_unweighted(taps.acts, weights), weights)
+    acts = row_moments(taps.acts.astype(_dtype()), weights)
     if taps.grads is None:
         return MomentsState(acts, None)
     _, num, dim = taps.grads.shape
-    rows = _zero_unweighted(taps.grads, weights).reshape(-1, dim)
+    rows = taps.grads.astype(_dtype()).reshape(-1, dim)
     return MomentsState(acts, row_moments(rows, jnp.repeat(weights, num)))
 
 
@@ -279,34 +270,47 @@ def _dtype() -> jnp.dtype:
     return jnp.result_type(float)
 
 
-def _zero_unweighted(x: Array, weights: Array) -> Array:
-    """Set rows of weight 0 to zeros, so that their entries cannot matter."""
-    mask = (weights != 0).reshape((-1,) + (1,) * (x.ndim - 1))
-    return jnp.where(mask, x.astype(_dtype()), jnp.zeros((), _dtype()))
-
-
-def _check_batch(taps: Taps, dim: int, grads: bool) -> None:
-    """Check the shapes of a batch."""
+def _check_batch(who: str, taps: Taps, dim: int, grads: bool) -> Taps:
+    """Check the types and shapes of a batch; gradients that are not wanted go."""
+    if not isinstance(taps, Taps):
+        hint = (
+            "pass the taps of one site, taps[site]" if isinstance(taps, Mapping) else ""
+        )
+        hint = hint or "toyfeat.tap returns a dict of them"
+        raise TypeError(f"{who}: wanted Taps, got {type(taps).__name__}; {hint}")
+    for name in ("acts", "weights", "grads"):
+        value = getattr(taps, name)
+        if not hasattr(value, "dtype") and not (name == "grads" and value is None):
+            raise TypeError(
+                f"{who}: {name} must be an array, got {type(value).__name__}; convert "
+                "it with jnp.asarray"
+            )
+        if value is not None and jnp.issubdtype(value.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{who}: {name} must be real, got {value.dtype}; join real and "
+                "imaginary parts in one array"
+            )
     acts, gradients, weights = taps.acts, taps.grads, taps.weights
     if acts.ndim != 2 or acts.shape[1] != dim:
         raise ValueError(
-            f"moments: wanted acts [N, {dim}], got shape {acts.shape}; the accumulator "
+            f"{who}: wanted acts [N, {dim}], got shape {acts.shape}; the accumulator "
             "is made for one site's width"
         )
     if weights.shape != acts.shape[:1]:
         raise ValueError(
-            f"moments: wanted one weight per example {acts.shape[:1]}, got shape "
+            f"{who}: wanted one weight per example {acts.shape[:1]}, got shape "
             f"{weights.shape}"
         )
     if not grads:
-        return
+        return taps._replace(grads=None)
     if gradients is None:
         raise ValueError(
-            "moments: the taps carry no gradients; tap with a readout, or use "
-            "moments(dim, grads=False)"
+            f"{who}: the taps carry no gradients; tap with a readout, or use "
+            f"{who}(..., grads=False)"
         )
     if gradients.ndim != 3 or gradients.shape[::2] != acts.shape:
         raise ValueError(
-            f"moments: wanted grads [{acts.shape[0]}, K, {dim}], got shape "
+            f"{who}: wanted grads [{acts.shape[0]}, K, {dim}], got shape "
             f"{gradients.shape}"
         )
+    return taps

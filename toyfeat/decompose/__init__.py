@@ -1,10 +1,8 @@
 """Bases from statistics: PCA, gradient PCA, joint PCA, local interaction basis."""
 
 from toyfeat.decompose.basis import decode, describe, eigengaps, encode, truncated
-from toyfeat.decompose.interaction import (
-    interaction_edges,
-    local_interaction_basis,
-)
+from toyfeat.decompose.edges import interaction_edges
+from toyfeat.decompose.interaction import local_interaction_basis
 from toyfeat.decompose.second_moments import (
     covariance,
     gradient_pca,

@@ -1,30 +1,29 @@
-"""Local interaction basis of a model, and the interaction edges between sites."""
+"""Local interaction basis of a model."""
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from toyfeat.decompose.basis import encode, truncated
-from toyfeat.decompose.second_moments import joint_pca
+from toyfeat.decompose.second_moments import joint_basis
+from toyfeat.linalg.checks import check_int, check_key
 from toyfeat.linalg.compensated import (
+    RowMoments,
     empty_moments,
     merge_moments,
-    outer,
-    ratio,
     row_moments,
-    to_float,
 )
+from toyfeat.linalg.finished import moments_from_rows
 from toyfeat.tap import readouts, site_shapes, tap
-from toyfeat.types import Array, Basis, Inputs, Moments, Params, Probed, Taps
+from toyfeat.types import Array, Basis, Inputs, Params, Probed, Taps
 
 Batches = Callable[[], Iterator[Inputs]]
 """Function that returns a fresh iterator over batches of inputs."""
+
+_WHO = "local_interaction_basis"
 
 
 class _Target(NamedTuple):
@@ -87,8 +86,9 @@ def local_interaction_basis(
       share a value.
 
     Raises:
-      ValueError: if sites are missing, repeated or unknown, there is no batch,
-        a rank is out of range, or ``sources`` comes without a key.
+      ValueError: if sites are missing, repeated or unknown, there is no batch or not
+        the same number at every call, a rank is out of range, ``sources`` comes
+        without a key, or activations or gradients are not finite.
       TypeError: if ``batches`` is not a function.
 
     Example:
@@ -108,8 +108,9 @@ def local_interaction_basis(
       sections 3.1-3.3, with the plain Jacobian at the data; activations are
       centred, which stands for their constant direction.
     """
-    sites = _check_sites(batches, sites, sources, key)
-    stats = _acts_moments(probed, params, batches, sites, mask, batch_size)
+    sites, rank, sources = _check_options(batches, sites, rank, sources, key)
+    # Activations at all sites, in one pass over the batches.
+    acts, num = _acts_moments(probed, params, batches, sites, mask, batch_size)
     bases: dict[str, Basis] = {}
     target: _Target | None = None
     key = jax.random.key(0) if key is None else key
@@ -125,129 +126,36 @@ def local_interaction_basis(
             mask=mask,
             batch_size=batch_size,
         )
-        state = empty_moments(len(stats[site].mean))
+        grads, count = empty_moments(len(acts[site].mean.high)), 0
         site_key = jax.random.fold_in(key, index)
         basis = None if target is None else target.basis
-        for count, inputs in enumerate(batches()):
+        for inputs in batches():
             batch_key = jax.random.fold_in(site_key, count)
-            state = step(state, params, inputs, batch_key, basis)
+            grads = step(grads, params, inputs, batch_key, basis)
+            count += 1
+        if count != num:
+            raise ValueError(
+                f"{_WHO}: batches must return a fresh iterator over the same batches "
+                f"at every call, got {num} batches at first and {count} later"
+            )
         # The basis of this site, and the target of the one before it.
-        moments = _join_gradients(stats[site], state)
-        full = len(moments.mean) if rank is None else rank
-        bases[site] = _scale_by_effect(joint_pca(moments, full))
+        stats = moments_from_rows(_WHO, acts[site], grads)
+        full = len(stats.mean) if rank is None else rank
+        bases[site] = _scale_by_effect(joint_basis(_WHO, stats, full))
         # Columns past the numerical rank would only cost time.
         numerical_rank = max(1, int(bases[site].diagnostics.rank))
         target = _Target(site, truncated(bases[site], numerical_rank))
     return {site: bases[site] for site in sites}
 
 
-def interaction_edges(
-    probed: Probed,
-    params: Params,
-    batches: Batches,
-    bases: dict[str, Basis],
-    *,
-    batch_size: int | None = None,
-) -> dict[tuple[str, str], Array]:
-    r"""Compute how strongly features of a site act on those of the next.
-
-    .. math:: E_{ij} = \frac{1}{N} \sum_x \sum_t \Big( \sum_s
-       \frac{\partial f'_{t,i}}{\partial f_{s,j}} f_{s,j} \Big)^2
-
-    with :math:`f` the codes of a site at its positions :math:`s`, and :math:`f'`
-    the codes of the next site at its positions :math:`t`.
-
-    Args:
-      probed: the model.
-      params: its parameters.
-      batches: returns a fresh iterator over batches of inputs; called once per
-        site.
-      bases: site to basis, from input to output.
-      batch_size: inputs run at a time; memory grows with it, the positions and
-        the square of the ranks.
-
-    Returns:
-      ``(site, next site)`` to ``[R', R]``; the last site's next one is
-      ``"outputs"``, whose features are the entries of the last axis.
-
-    Raises:
-      ValueError: if there is no batch, or a site is unknown.
-
-    Warns:
-      UserWarning: if all edges between two sites are 0, as they are where
-        ``bases`` is not in the order in which the model runs.
-
-    References:
-      Bushnaq et al. (2024), arXiv 2405.10928, section 3.4, "squared" edges with
-      the gradient at the data in place of the integral along a path.
-    """
-    edges = {}
-    for site, name in pairwise([*bases, "outputs"]):
-        # Sum squared effects over the batches.
-        step = partial(
-            _squared_effects,
-            probed=probed,
-            site=site,
-            next_site=name,
-            batch_size=batch_size,
-        )
-        next_basis = bases.get(name)
-        total, count = None, 0
-        for inputs in batches():
-            part = step(params, inputs, bases[site], next_basis)
-            total = part if total is None else total + part
-            count += len(jax.tree.leaves(inputs)[0])
-        if total is None:
-            raise ValueError("interaction_edges: batches() gave no batch")
-        if not isinstance(total, Tracer) and not jnp.any(total != 0):
-            warnings.warn(
-                f"interaction_edges: nothing at {site!r} acts on {name!r}; bases must "
-                "be in order from input to output (jax.jit sorts a dict by its keys)",
-                stacklevel=2,
-            )
-        edges[site, name] = total / count
-    return edges
-
-
-@partial(jax.jit, static_argnames=("probed", "site", "next_site", "batch_size"))
-def _squared_effects(
-    params: Params,
-    inputs: Inputs,
-    basis: Basis,
-    next_basis: Basis | None,
-    *,
-    probed: Probed,
-    site: str,
-    next_site: str,
-    batch_size: int | None,
-) -> Array:
-    """Sum squared effects over inputs and positions of the next site, ``[R', R]``."""
-    # The full Jacobian of the next site's codes.
-    model = _truncate_model(probed, next_site, next_basis)
-    readout = readouts.jacobian()
-    taps = tap(
-        model, params, inputs, sites=site, readout=readout, batch_size=batch_size
-    )[site]
-    size = len(jax.tree.leaves(inputs)[0])
-    units = jax.eval_shape(lambda: model(params, inputs, {})[0]).shape[-1]
-    # Slopes times codes, summed over positions of this site.
-    codes = encode(basis, taps.acts)
-    slopes = jnp.matmul(_grads(taps), basis.writers.T, precision="highest")
-    effects = (slopes * codes[:, None, :]).reshape(size, -1, *slopes.shape[1:])
-    # Squares, summed over inputs and positions of the next site.
-    squares = jnp.sum(effects, axis=1) ** 2  # [B, T' R', R]
-    squares = squares.reshape(size, -1, units, codes.shape[1])
-    return jnp.sum(squares, axis=(0, 1))
-
-
-def _grads(taps: Taps) -> Array:
+def required_grads(taps: Taps) -> Array:
     """Gradients of taps, which must have some."""
     if taps.grads is None:
         raise ValueError("interaction: the taps carry no gradients; tap with a readout")
     return taps.grads
 
 
-def _truncate_model(probed: Probed, site: str | None, basis: Basis | None) -> Probed:
+def truncate_model(probed: Probed, site: str | None, basis: Basis | None) -> Probed:
     """Make the codes of a site the output of the model.
 
     Without a site, or without a basis, the output stays that of the model.
@@ -262,26 +170,39 @@ def _truncate_model(probed: Probed, site: str | None, basis: Basis | None) -> Pr
     return run
 
 
-def _check_sites(
-    batches: Any, sites: Sequence[str], sources: int | None, key: Array | None
-) -> tuple[str, ...]:
+def _check_options(
+    batches: Any,
+    sites: Sequence[str],
+    rank: int | None,
+    sources: int | None,
+    key: Array | None,
+) -> tuple[tuple[str, ...], int | None, int | None]:
     """Check the arguments that need no model, and return the sites as a tuple."""
     if not callable(batches):
         raise TypeError(
-            "local_interaction_basis: batches must be a function that returns a fresh "
-            f"iterator, got {type(batches).__name__}; write lambda: iter(batches)"
+            f"{_WHO}: batches must be a function that returns a fresh iterator, got "
+            f"{type(batches).__name__}; write lambda: iter(batches)"
         )
-    sites = (sites,) if isinstance(sites, str) else tuple(sites)
+    sites = (sites,) if isinstance(sites, str) else sites
+    if not isinstance(sites, Iterable) or not all(isinstance(s, str) for s in sites):
+        raise TypeError(
+            f"{_WHO}: sites must be names of sites, got {sites!r}; "
+            "toyfeat.site_shapes lists them"
+        )
+    sites = tuple(sites)
     if not sites or len(set(sites)) != len(sites):
-        raise ValueError(
-            f"local_interaction_basis: wanted distinct sites, got {list(sites)}"
-        )
-    if sources is not None and key is None:
-        raise ValueError(
-            "local_interaction_basis: random sources want a key, such as "
-            "key=jax.random.key(0)"
-        )
-    return sites
+        raise ValueError(f"{_WHO}: wanted distinct sites, got {list(sites)}")
+    # Numbers, and the key that random sources need.
+    rank = None if rank is None else check_int(_WHO, "rank", rank, 1)
+    if sources is not None:
+        sources = check_int(_WHO, "sources", sources, 1)
+        if key is None:
+            raise ValueError(
+                f"{_WHO}: random sources want a key, such as key=jax.random.key(0)"
+            )
+    if key is not None:
+        check_key(_WHO, key)
+    return sites, rank, sources
 
 
 def _acts_moments(
@@ -291,10 +212,10 @@ def _acts_moments(
     sites: tuple[str, ...],
     mask: Callable[[Inputs], Array] | None,
     batch_size: int | None,
-) -> dict[str, Moments]:
-    """Mean and scatter of the activations at all sites, in one pass."""
-    states = None
-    for inputs in batches():
+) -> tuple[dict[str, RowMoments], int]:
+    """Moments of the activations at all sites, and the number of batches."""
+    states, count = None, 0
+    for inputs in _iterate(batches):
         # The first batch shows the widths, and whether the sites exist.
         if states is None:
             shapes = site_shapes(probed, params, inputs)
@@ -314,16 +235,24 @@ def _acts_moments(
             mask=mask,
             batch_size=batch_size,
         )
+        count += 1
     if states is None:
-        raise ValueError("local_interaction_basis: batches() gave no batch")
-    return {
-        site: Moments(
-            weight=to_float(state.weight),
-            mean=to_float(state.mean),
-            scatter=to_float(state.scatter),
+        raise ValueError(
+            f"{_WHO}: batches() must give at least one batch, got none; return a fresh "
+            "iterator at every call"
         )
-        for site, state in states.items()
-    }
+    return states, count
+
+
+def _iterate(batches: Batches) -> Iterator[Inputs]:
+    """Iterate over the batches that a function returns."""
+    result = batches()
+    if not isinstance(result, Iterable):
+        raise TypeError(
+            f"{_WHO}: batches() must return an iterator over inputs, got "
+            f"{type(result).__name__}; write lambda: iter(batches)"
+        )
+    return iter(result)
 
 
 @partial(
@@ -353,24 +282,16 @@ def _add_gradients(
     readout = readouts.jacobian(mask=weights)
     if sources is not None:
         readout = readouts.random_directions(key, sources, over=over, mask=weights)
-    model = _truncate_model(probed, next_site, basis)
+    model = truncate_model(probed, next_site, basis)
     taps = tap(
         model, params, inputs, sites=site, readout=readout, batch_size=batch_size
     )[site]
     # One row per readout, each with the weight of its example.
-    grads = _grads(taps)
+    grads = required_grads(taps)
     rows = grads.reshape(-1, grads.shape[-1])
     weights = jnp.repeat(taps.weights, grads.shape[1])
     dtype = jnp.result_type(float)
     return merge_moments(state, row_moments(rows.astype(dtype), weights.astype(dtype)))
-
-
-def _join_gradients(stats: Moments, state: Any) -> Moments:
-    """Join moments of the gradients of a target to those of the activations."""
-    weight, mean = jnp.asarray(stats.weight), to_float(state.mean)
-    num = ratio(to_float(state.weight), weight)
-    second = ratio(to_float(state.scatter), weight) + num * outer(mean)
-    return stats._replace(grad_mean=mean, grad_second=second, readouts=num)
 
 
 @partial(jax.jit, static_argnames=("probed", "sites", "mask", "batch_size"))

@@ -6,18 +6,20 @@ second moment of their gradients.
 
 import jax.numpy as jnp
 
+from toyfeat.decompose.units import (
+    NO_GRADS,
+    Stats,
+    check_rank,
+    check_stats,
+    in_units,
+    out_of_units,
+    width,
+)
 from toyfeat.linalg import Spectrum, column_signs, psd_inverse, psd_spectrum
 from toyfeat.linalg.precision import dot, nonzero
 from toyfeat.linalg.svd import SVD
 from toyfeat.moments import SketchedMoments
 from toyfeat.types import Array, Basis, Diagnostics, Moments
-
-Stats = Moments | SketchedMoments
-
-_NO_GRADS = (
-    "the moments hold no gradients; tap with a readout and fold with "
-    "moments(dim, grads=True)"
-)
 
 
 def pca(stats: Stats, rank: int) -> Basis:
@@ -48,15 +50,20 @@ def pca(stats: Stats, rank: int) -> Basis:
     References:
       Jolliffe (2002), "Principal component analysis", chapter 2.
     """
-    spectrum, mean = _acts_spectrum("pca", stats, rank), jnp.asarray(stats.mean)
-    total = _acts_energy(stats)
-    return Basis(
-        mean=mean,
+    check_stats("pca", stats)
+    rank = check_rank("pca", stats, rank)
+    scaled, units = in_units(stats)
+    # Eigenvectors of the covariance.
+    spectrum, mean = _acts_spectrum(scaled, rank), jnp.asarray(scaled.mean)
+    total = _acts_energy(scaled)
+    basis = Basis(
+        mean=jnp.asarray(stats.mean),
         readers=spectrum.vectors,
         writers=spectrum.vectors.T,
         spectrum=spectrum.values,
         diagnostics=_diagnostics(spectrum, total, total + jnp.sum(mean**2)),
     )
+    return out_of_units("pca", stats, basis, units, units.acts)
 
 
 def gradient_pca(stats: Stats, rank: int, *, center: bool = False) -> Basis:
@@ -100,17 +107,21 @@ def gradient_pca(stats: Stats, rank: int, *, center: bool = False) -> Basis:
       Constantine, Dow and Wang (2014), "Active subspace methods", for the matrix
       :math:`G`; Haufe et al. (2014), for writers as the pattern of a reader.
     """
+    check_stats("gradient_pca", stats, grads=True)
+    rank = check_rank("gradient_pca", stats, rank)
+    scaled, units = in_units(stats)
     # Readers are eigenvectors of G, writers the regression on V^T a.
-    spectrum, total, uncentred = _grads_spectrum("gradient_pca", stats, rank, center)
+    spectrum, total, uncentred = _grads_spectrum(scaled, rank, center)
     readers = spectrum.vectors
-    cross = _multiply_covariance(readers.T, stats)
-    return Basis(
+    cross = _multiply_covariance(readers.T, scaled)
+    basis = Basis(
         mean=jnp.asarray(stats.mean),
         readers=readers,
         writers=dot(psd_inverse(dot(cross, readers)), cross),
         spectrum=spectrum.values,
         diagnostics=_diagnostics(spectrum, total, uncentred),
     )
+    return out_of_units("gradient_pca", stats, basis, units, units.grads)
 
 
 def joint_pca(stats: Stats, rank: int) -> Basis:
@@ -152,27 +163,33 @@ def joint_pca(stats: Stats, rank: int) -> Basis:
       Bushnaq et al. (2024), "The local interaction basis", arXiv 2405.10928, for
       one layer and without its last scaling.
     """
-    width = _width(stats)
-    _check_rank("joint_pca", rank, width)
-    _check_grads("joint_pca", stats)
+    return joint_basis("joint_pca", stats, rank)
+
+
+def joint_basis(who: str, stats: Stats, rank: int) -> Basis:
+    """Compute :func:`joint_pca` for a public function ``who``."""
+    check_stats(who, stats, grads=True)
+    rank = check_rank(who, stats, rank)
+    scaled, units = in_units(stats)
     # A root of S in its own eigenvectors, and G seen through it.
-    acts = _acts_spectrum("joint_pca", stats, width)
+    acts = _acts_spectrum(scaled, width(scaled))
     root = jnp.sqrt(acts.values)
     rooted = acts.vectors * root[None, :]
-    inner = _gradient_form(rooted, stats)
+    inner = _gradient_form(rooted, scaled)
     spectrum = psd_spectrum(inner, rank)
     # Readers undo the root, writers apply it.
     whitener = acts.vectors / nonzero(root)[None, :]
     readers, writers = dot(whitener, spectrum.vectors), dot(rooted, spectrum.vectors)
     signs = column_signs(readers)
     total = jnp.maximum(jnp.trace(inner), 0)
-    return Basis(
+    basis = Basis(
         mean=jnp.asarray(stats.mean),
-        readers=readers * signs[None, :],
-        writers=(writers * signs[None, :]).T,
+        readers=readers * signs[None, :] / units.acts,
+        writers=(writers * signs[None, :]).T * units.acts,
         spectrum=spectrum.values,
         diagnostics=_diagnostics(spectrum, total, total),
     )
+    return out_of_units(who, stats, basis, units, units.acts * units.grads)
 
 
 def covariance(stats: Moments) -> Array:
@@ -180,9 +197,8 @@ def covariance(stats: Moments) -> Array:
     return jnp.asarray(stats.scatter) / nonzero(jnp.asarray(stats.weight))
 
 
-def _acts_spectrum(who: str, stats: Stats, rank: int) -> Spectrum:
+def _acts_spectrum(stats: Stats, rank: int) -> Spectrum:
     """Leading eigenpairs of the covariance of the activations."""
-    _check_rank(who, rank, _width(stats))
     mean = jnp.asarray(stats.mean)
     # Activations are known to the rounding of their mean, and no better.
     floor = (jnp.finfo(mean.dtype).eps * jnp.linalg.norm(mean)) ** 2
@@ -192,17 +208,16 @@ def _acts_spectrum(who: str, stats: Stats, rank: int) -> Spectrum:
 
 
 def _grads_spectrum(
-    who: str, stats: Stats, rank: int, center: bool
+    stats: Stats, rank: int, center: bool
 ) -> tuple[Spectrum, Array, Array]:
     """Leading eigenpairs of G, its trace, and the trace before it was centred."""
-    _check_rank(who, rank, _width(stats))
-    _check_grads(who, stats)
     if isinstance(stats, SketchedMoments):
         if center:
             raise ValueError(
-                f"{who}: sketched gradients are not centred; use toyfeat.moments"
+                "gradient_pca: center must be False for sketched gradients, which are "
+                "not centred, got True; use toyfeat.moments"
             )
-        svd = _grads_sketch(who, stats)
+        svd = _grads_sketch(stats)
         spectrum = _sketch_spectrum(svd, stats, rank)
         total = _sketch_energy(svd, stats)
         return spectrum, total, total
@@ -238,17 +253,17 @@ def _sketch_spectrum(
     )
 
 
-def _grads_sketch(who: str, stats: SketchedMoments) -> SVD:
-    """The sketch of the gradients."""
+def _grads_sketch(stats: SketchedMoments) -> SVD:
+    """The sketch of the gradients, which was checked to be there."""
     if stats.grads is None:
-        raise ValueError(f"{who}: {_NO_GRADS}")
+        raise ValueError(f"gradient_pca: {NO_GRADS}")
     return stats.grads
 
 
 def _gradient_form(columns: Array, stats: Stats) -> Array:
     """Quadratic form ``x^T G x`` for columns ``x``."""
     if isinstance(stats, SketchedMoments):
-        svd = _grads_sketch("joint_pca", stats)
+        svd = _grads_sketch(stats)
         slopes = dot(svd.vt, columns) * svd.s[:, None]
         return dot(slopes.T, slopes) / nonzero(jnp.asarray(stats.weight))
     return dot(columns.T, dot(jnp.asarray(stats.grad_second), columns))
@@ -273,29 +288,6 @@ def _sketch_energy(svd: SVD, stats: SketchedMoments) -> Array:
     """Trace of a second moment: the sketch's part and the estimated residual."""
     energy = jnp.sum(svd.s**2) + svd.info.residual**2
     return energy / nonzero(jnp.asarray(stats.weight))
-
-
-def _width(stats: Stats) -> int:
-    """Largest possible number of directions."""
-    if isinstance(stats, SketchedMoments):
-        return len(stats.acts.s)
-    return len(jnp.asarray(stats.mean))
-
-
-def _check_rank(who: str, rank: int, width: int) -> None:
-    """Check that the rank is in range."""
-    if not 1 <= rank <= width:
-        raise ValueError(
-            f"{who}: rank must be in 1 .. {width}, the width of the site (or of its "
-            f"sketch), got {rank}"
-        )
-
-
-def _check_grads(who: str, stats: Stats) -> None:
-    """Check that the moments hold gradients."""
-    sketched = isinstance(stats, SketchedMoments)
-    if (stats.grads if sketched else stats.grad_second) is None:
-        raise ValueError(f"{who}: {_NO_GRADS}")
 
 
 def _diagnostics(spectrum: Spectrum, total: Array, uncentred: Array) -> Diagnostics:

@@ -7,7 +7,8 @@ from toyfeat.linalg.psd import (
     psd_inverse,
     psd_spectrum,
 )
-from toyfeat.linalg.randomized.svd import LinearMap, randomized_svd
+from toyfeat.linalg.randomized.linear_maps import LinearMap
+from toyfeat.linalg.randomized.svd import randomized_svd
 from toyfeat.linalg.streams import stream_svd
 from toyfeat.linalg.svd import SVD, SVDInfo
 

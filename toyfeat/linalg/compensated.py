@@ -3,6 +3,9 @@ r"""Compensated running moments: pairs of floats, rows centred before squaring.
 Every sum is held in two floats (Knuth's two-sum), and rows are centred before
 they are squared.  So a stream of 1e9 rows loses no more than one of 1e3, and a
 mean of 1e4 standard deviations costs nothing.
+
+Rows and weights are held in units, powers of two near the largest so far.  So rows of
+1e-36 to 1e36 have squares like those of rows of 1.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.linalg.gram import shifted_gram
-from toyfeat.linalg.precision import dot
+from toyfeat.linalg.precision import (
+    dot,
+    largest_size,
+    power_of_four,
+    power_of_two,
+)
 from toyfeat.types import Array
 
 _WEIGHTED_ROWS = 512
@@ -46,17 +54,21 @@ class Pair(NamedTuple):
 
 
 class RowMoments(NamedTuple):
-    """Running moments of weighted rows.
+    """Running moments of weighted rows, in units.
 
     Attributes:
-      weight: ``[]``, sum of the weights.
-      mean: ``[D]``.
-      scatter: ``[D, D]`` about ``mean``.
+      weight: ``[]``, sum of the weights over ``mass``.
+      mean: ``[D]``, over ``unit``.
+      scatter: ``[D, D]`` about the mean, over ``mass * unit**2``.
+      unit: ``[]``, a power of two near the largest entry of a row.
+      mass: ``[]``, a power of four near the largest weight.
     """
 
     weight: Pair
     mean: Pair
     scatter: Pair
+    unit: Array
+    mass: Array
 
 
 def merge_moments(left: RowMoments, right: RowMoments) -> RowMoments:
@@ -69,6 +81,11 @@ def merge_moments(left: RowMoments, right: RowMoments) -> RowMoments:
     Returns:
       Moments of the union.
     """
+    # Both in the larger units.
+    unit = jnp.maximum(left.unit, right.unit)
+    mass = jnp.maximum(left.mass, right.mass)
+    left, right = _in_units(left, unit, mass), _in_units(right, unit, mass)
+    # Weights, and the distance of the two means.
     weight = add_pairs(left.weight, right.weight)
     step = add_pairs(right.mean, Pair(-left.mean.high, -left.mean.low))
     share = ratio(to_float(right.weight), to_float(weight))
@@ -78,6 +95,20 @@ def merge_moments(left: RowMoments, right: RowMoments) -> RowMoments:
         weight=weight,
         mean=add_float(add_float(left.mean, share * step.high), share * step.low),
         scatter=add_float(add_pairs(left.scatter, right.scatter), between),
+        unit=unit,
+        mass=mass,
+    )
+
+
+def _in_units(moments: RowMoments, unit: Array, mass: Array) -> RowMoments:
+    """Change the units of moments, exactly."""
+    size, share = moments.unit / unit, moments.mass / mass
+    return RowMoments(
+        weight=scale_pair(moments.weight, share),
+        mean=scale_pair(moments.mean, size),
+        scatter=scale_pair(moments.scatter, size**2 * share),
+        unit=unit,
+        mass=mass,
     )
 
 
@@ -87,19 +118,48 @@ def row_moments(rows: Array, weights: Array) -> RowMoments:
     Rows are centred twice: by a rounded mean, and by the tiny mean of the result.
 
     Args:
+      rows: ``[n, D]``; what a row of weight 0 holds does not matter.
+      weights: ``[n]``.
+
+    Returns:
+      Moments of the batch; weight and scatter are NaN if a weight is negative or not
+      finite, or if a row that counts is not finite.
+    """
+    rows, weights, unit, mass = units_of_rows(rows, weights)
+    total = jnp.sum(weights)
+    # Centre by a rounded mean, then by the mean of what is left.
+    rough = drop_last_bits(ratio(dot(weights, rows), total))
+    centred = rows - rough[None, :]
+    drift = ratio(dot(weights, centred), total)
+    # Squares of the rows, less those of the second mean.
+    gram = _weighted_gram(centred, weights)
+    scatter = add_float(gram, -total * outer(drift))
+    return RowMoments(
+        weight=from_float(total),
+        mean=add_float(from_float(rough), drift),
+        scatter=scatter,
+        unit=unit,
+        mass=mass,
+    )
+
+
+def units_of_rows(rows: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
+    """Bring rows and weights to units, and poison weights that are none.
+
+    Args:
       rows: ``[n, D]``.
       weights: ``[n]``.
 
     Returns:
-      Moments of the batch.
+      Rows over their unit, zeros where the weight is 0; weights over their mass, NaN
+      where they are negative or not finite; the unit and the mass.
     """
-    total = jnp.sum(weights)
-    rough = _drop_last_bits(ratio(dot(weights, rows), total))
-    centred = rows - rough[None, :]
-    drift = ratio(dot(weights, centred), total)
-    gram = _weighted_gram(centred, weights)
-    scatter = add_float(gram, -total * outer(drift))
-    return RowMoments(from_float(total), add_float(from_float(rough), drift), scatter)
+    valid = (weights >= 0) & (weights < jnp.inf)
+    weights = jnp.where(valid, weights, jnp.nan)
+    rows = jnp.where(weights[:, None] != 0, rows, jnp.zeros_like(rows))
+    unit = power_of_two(largest_size(rows))
+    mass = power_of_four(largest_size(weights))
+    return rows / unit, weights / mass, unit, mass
 
 
 @jax.jit
@@ -114,28 +174,43 @@ def unweighted_moments(rows: Array) -> RowMoments:
     Returns:
       Moments of the rows.
     """
-    shift = _drop_last_bits(jnp.mean(rows[:_SHIFT_ROWS], axis=0))
+    # The shift, averaged in the unit of the first rows.
+    first = power_of_two(largest_size(rows[:_SHIFT_ROWS]))
+    shift = drop_last_bits(jnp.mean(rows[:_SHIFT_ROWS] / first, axis=0)) * first
     total = jnp.full((), len(rows), rows.dtype)
     chunks, remainder = divmod(len(rows), _PLAIN_ROWS)
     dim = rows.shape[1]
 
-    def add(sums: tuple[Pair, Pair], start: Array | int, size: int) -> Any:
-        return tuple(map(add_float, sums, shifted_gram(rows, shift, start, size)))
+    def add(sums: tuple[Pair, Pair, Array], start: Array | int, size: int) -> Any:
+        gram, total, unit = sums
+        new_gram, new_total, new_unit = shifted_gram(rows, shift, start, size)
+        larger = jnp.maximum(unit, new_unit)
+        ours, theirs = unit / larger, new_unit / larger
+        gram = add_float(scale_pair(gram, ours**2), new_gram * theirs**2)
+        total = add_float(scale_pair(total, ours), new_total * theirs)
+        return gram, total, larger
 
     # The Gram matrix and the sums of shifted rows, chunk by chunk.
-    both = (_zero_pair(dim, dim), _zero_pair(dim))
+    sums = (_zero_pair(dim, dim), _zero_pair(dim), smallest_unit())
     if chunks:
-        both = jax.lax.fori_loop(
-            0, chunks, lambda i, both: add(both, i * _PLAIN_ROWS, _PLAIN_ROWS), both
+        sums = jax.lax.fori_loop(
+            0, chunks, lambda i, sums: add(sums, i * _PLAIN_ROWS, _PLAIN_ROWS), sums
         )
     if remainder:
-        both = add(both, chunks * _PLAIN_ROWS, remainder)
+        sums = add(sums, chunks * _PLAIN_ROWS, remainder)
 
-    # From moments about the shift to moments about the mean.
-    gram, sums = both
-    drift = to_float(sums) / total
+    # From moments about the shift to moments about the mean, in a unit for both.
+    gram, shifted, small = sums
+    unit = jnp.maximum(small, power_of_two(largest_size(shift)))
+    drift = to_float(shifted) / total
     scatter = add_float(gram, -total * outer(drift))
-    return RowMoments(from_float(total), add_float(from_float(shift), drift), scatter)
+    return RowMoments(
+        weight=from_float(total),
+        mean=add_float(from_float(shift / unit), drift * (small / unit)),
+        scatter=scale_pair(scatter, (small / unit) ** 2),
+        unit=unit,
+        mass=jnp.ones((), rows.dtype),
+    )
 
 
 def _weighted_gram(rows: Array, weights: Array) -> Pair:
@@ -156,7 +231,7 @@ def _weighted_gram(rows: Array, weights: Array) -> Pair:
     return jax.lax.scan(add, _zero_pair(dim, dim), (rows, weights))[0]
 
 
-def _drop_last_bits(x: Array) -> Array:
+def drop_last_bits(x: Array) -> Array:
     """Round to a shorter mantissa: any number near the mean will do.
 
     A compiler may fuse ``rows - a * b`` without rounding the product, and use
@@ -168,7 +243,19 @@ def _drop_last_bits(x: Array) -> Array:
 
 def empty_moments(dim: int) -> RowMoments:
     """Moments of no rows, the identity of :func:`merge_moments`."""
-    return RowMoments(_zero_pair(), _zero_pair(dim), _zero_pair(dim, dim))
+    return RowMoments(
+        weight=_zero_pair(),
+        mean=_zero_pair(dim),
+        scatter=_zero_pair(dim, dim),
+        unit=smallest_unit(),
+        mass=smallest_unit(four=True),
+    )
+
+
+def smallest_unit(*, four: bool = False) -> Array:
+    """Unit of nothing, below all others."""
+    zero = jnp.zeros((), jnp.result_type(float))
+    return power_of_four(zero) if four else power_of_two(zero)
 
 
 def outer(x: Array) -> Array:
@@ -191,6 +278,11 @@ def _zero_pair(*shape: int) -> Pair:
 def from_float(x: Array) -> Pair:
     """Pair that holds one float."""
     return Pair(x, jnp.zeros_like(x))
+
+
+def scale_pair(x: Pair, factor: Array) -> Pair:
+    """Multiply a pair by a power of two."""
+    return Pair(x.high * factor, x.low * factor)
 
 
 def to_float(x: Pair) -> Array:

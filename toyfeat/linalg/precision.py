@@ -1,4 +1,10 @@
-"""Full-precision products, safe scales, and the limit of squared numbers."""
+"""Full-precision products, safe scales, and the limit of squared numbers.
+
+Sums and products here work in *units*: a power of two near the largest entry is taken
+out first and put back last.  Both steps are exact, so that results between 1e-30 and
+1e30 (1e-36 and 1e36 where their squares are not part of the result) are those of the
+same data at 1, and ordinary results have the same bits as without.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +31,13 @@ The root of this cutoff, 6.3e-3, is where that error reaches 5e-6.  See "The Gra
 matrix up to a smaller side of ten block widths" in docs/decisions/linalg.md.
 """
 
+_MARGIN = 8
+"""Distance of a unit from the ends of the float's range.
+
+Numbers in such a unit are at most ``2 * _MARGIN``, and the inverse of the unit is at
+least ``tiny * _MARGIN / 4``, hence a normal number.
+"""
+
 
 def dot(a: Array, b: Array) -> Array:
     """Multiply ``a @ b`` in full precision on every platform."""
@@ -40,6 +53,49 @@ def across(a: Array, b: Array) -> Array:
 def nonzero(x: Array) -> Array:
     """Replace zeros by ones, to divide by the result."""
     return jnp.where(x == 0, jnp.ones_like(x), x)
+
+
+def power_of_two(x: Array) -> Array:
+    """Round sizes to powers of two, whose inverse is a normal number as well.
+
+    Args:
+      x: not negative.  Sizes near the ends of the range are moved inwards.
+
+    Returns:
+      Powers of two, constant for derivatives; 1 where ``x`` is not finite, so that
+      data in such units stay not finite.
+    """
+    info = jnp.finfo(x.dtype)
+    inside = jnp.clip(x, float(info.tiny) * _MARGIN, float(info.max) / _MARGIN)
+    unit = jax.lax.reduce_precision(inside, info.nexp, 0)
+    return jax.lax.stop_gradient(jnp.where(x < jnp.inf, unit, jnp.ones_like(unit)))
+
+
+def power_of_four(x: Array) -> Array:
+    """Round sizes to powers of four, which have exact roots (see power_of_two)."""
+    return power_of_two(jnp.sqrt(power_of_two(x))) ** 2
+
+
+def largest_size(x: Array) -> Array:
+    """Largest entry by magnitude; 0 of nothing."""
+    return jnp.max(jnp.abs(x), initial=0)
+
+
+def split_scale(scale: Array) -> tuple[Array, Array, Array]:
+    """Split a scale into three factors, two of them powers of two.
+
+    A product of huge or tiny numbers stays in range if it is divided by the second
+    factor before it is summed, and by the third after it.
+
+    Args:
+      scale: positive.
+
+    Returns:
+      A number near 1, and two powers of two of about the same size.
+    """
+    unit = power_of_two(scale)
+    inner = power_of_two(jnp.sqrt(unit))
+    return scale / unit, inner, unit / inner
 
 
 def norm(x: Array) -> Array:

@@ -2,9 +2,16 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from flax import struct
 
 from toyfeat.types import Array
+
+ACCURACY = 5e-6
+"""Error of a singular value, as a share of the first, that ``"auto"`` aims at.
+
+It is the error at which the Gram matrix is not trusted any more (``GRAM_CUTOFF``).
+"""
 
 
 @struct.dataclass
@@ -23,7 +30,12 @@ class SVDInfo:
       fallback: ``[]`` bool, whether a fast step failed its check and was replaced
         by a slower, safe one.
       finite: ``[]`` bool; if it is false the matrix holds NaN or inf (or its
-        products overflow), and ``u``, ``s``, ``vt`` are NaN.
+        values leave the float's range), and ``u``, ``s``, ``vt`` are NaN.
+      error: ``[]``, estimate of the largest error of ``s`` beyond rounding, a share of
+        ``s[0]``: of iterations that were stopped (in memory), of what was dropped (a
+        bound, streams).
+      accurate: ``[]`` bool, whether ``error`` is at most ``ACCURACY``.  Spectra that
+        fall slowly want more: a larger ``power_iters``, ``width`` or ``oversample``.
     """
 
     method: str = struct.field(pytree_node=False)
@@ -33,6 +45,8 @@ class SVDInfo:
     orthogonality: Array
     fallback: Array
     finite: Array
+    error: Array
+    accurate: Array
 
 
 class SVD(NamedTuple):
@@ -51,3 +65,8 @@ class SVD(NamedTuple):
     s: Array
     vt: Array
     info: SVDInfo
+
+
+def is_accurate(error: Array) -> Array:
+    """Whether an error is as small as promised; not if it is NaN."""
+    return error <= jnp.asarray(ACCURACY, error.dtype)

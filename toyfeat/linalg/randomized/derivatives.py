@@ -6,7 +6,15 @@ from typing import overload
 import jax
 import jax.numpy as jnp
 
-from toyfeat.linalg.precision import Axis, dot, nonzero, sum_over_devices
+from toyfeat.linalg.precision import (
+    Axis,
+    dot,
+    largest_size,
+    nonzero,
+    power_of_two,
+    split_scale,
+    sum_over_devices,
+)
 from toyfeat.types import Array
 
 _EQUAL_ULPS = 32
@@ -66,51 +74,96 @@ def svd_jvp(
     Returns:
       Tangents of ``u`` (``None`` if it was), ``s`` and ``vt``.
     """
-    # Work in units of the first value, and guard the division by small ones.
+    # Work in units of the first value; tangents stay in those of ``change``.
     level = _EQUAL_ULPS * float(jnp.finfo(s.dtype).eps)
-    size = nonzero(s[0])
-    unit, v, zero = s / size, vt.T, jnp.zeros((), s.dtype)
+    first = nonzero(s[0])
+    size, inner, outer = split_scale(first)
+    unit, v, zero = s / first, vt.T, jnp.zeros((), s.dtype)
     safe = jnp.where(unit > level, unit, jnp.ones_like(unit))
     inverse = jnp.where(unit > level, 1 / safe, zero)
-
-    def forward(a: Array, x: Array) -> Array:
-        return dot(a, x / size)
-
-    def backward(y: Array, a: Array) -> Array:
-        return sum_over_devices(dot(y.T, a), axis).T / size
+    forward, backward = _unit_products(matrix, (size, inner, outer), axis)
 
     # Tangents of the values, and the right-hand side R.
-    left = forward(matrix, v) * inverse[None, :] if u is None else u
-    moved = forward(change, v)
+    left = forward(v) * inverse[None, :] if u is None else u
+    moved = dot(change, v / size)
     slope = sum_over_devices(jnp.sum(left * moved, axis=0), axis)
-    rhs = backward(left * unit[None, :], change) + backward(moved, matrix)
+    pulled = sum_over_devices(dot((left * unit[None, :]).T, change), axis).T / size
+    rhs = pulled + backward(moved)
 
     # The part inside the span: a rotation of the right vectors.
-    inside = dot(vt, rhs)
-    gap = unit[None, :] ** 2 - unit[:, None] ** 2
-    apart = jnp.abs(gap) > level
-    turn = jnp.where(apart, inside / jnp.where(apart, gap, jnp.ones_like(gap)), zero)
+    turn = _rotation(dot(vt, rhs), unit, level)
 
     # The part outside: one symmetric linear system per right vector.
     def project(x: Array) -> Array:
         return x - dot(v, dot(vt, x))
 
     def system(x: Array) -> Array:
-        image = project(backward(forward(matrix, project(x)), matrix))
+        image = project(backward(forward(project(x))))
         return (unit**2 + level)[None, :] * x - image
 
-    def solve(system: Callable[[Array], Array], rhs: Array) -> Array:
-        eps = float(jnp.finfo(rhs.dtype).eps)
-        return jax.scipy.sparse.linalg.cg(system, rhs, tol=eps, maxiter=_MAX_CG_STEPS)[
-            0
-        ]
-
     # This replaces the solver's own rule, which cannot be transposed inside jit.
-    outside = jax.lax.custom_linear_solve(system, project(rhs), solve, symmetric=True)
+    outside = jax.lax.custom_linear_solve(
+        system, project(rhs), _conjugate_gradients, symmetric=True
+    )
     dv = dot(v, turn) + project(outside)
+    dvt = (dv / inner / outer).T
 
     # Left vectors follow from A v = u s.
     if u is None:
-        return None, slope * size, dv.T
-    du = (moved + forward(matrix, dv) - u * slope[None, :]) * inverse[None, :]
-    return du, slope * size, dv.T
+        return None, slope * size, dvt
+    du = (moved + forward(dv) - u * slope[None, :]) * inverse[None, :]
+    return du / inner / outer, slope * size, dvt
+
+
+def _unit_products(
+    matrix: Array, scale: tuple[Array, Array, Array], axis: Axis
+) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """Products with a matrix and its transpose, over a scale.
+
+    Args:
+      matrix: ``[n, D]``, this device's rows.
+      scale: in three factors, from :func:`split_scale`.
+      axis: the mesh axis of the rows.
+
+    Returns:
+      ``x [D, R] -> A x / scale`` and ``y [n, R] -> A^T y / scale``.
+    """
+    near_one, inner, outer = scale
+
+    def forward(x: Array) -> Array:
+        return dot(matrix, x / near_one / inner) / outer
+
+    def backward(y: Array) -> Array:
+        w = dot((y / inner).T, matrix) / outer
+        return sum_over_devices(w, axis).T / near_one
+
+    return forward, backward
+
+
+def _rotation(inside: Array, unit: Array, level: float) -> Array:
+    """Rotation of the right vectors, with none between equal values.
+
+    Args:
+      inside: ``[R, R]``, the right-hand sides in the span of the vectors.
+      unit: ``[R]``, the values over the first.
+      level: difference of squared values below which they are equal.
+
+    Returns:
+      ``[R, R]``.
+    """
+    gap = unit[None, :] ** 2 - unit[:, None] ** 2
+    apart = jnp.abs(gap) > level
+    quotient = inside / jnp.where(apart, gap, jnp.ones_like(gap))
+    return jnp.where(apart, quotient, jnp.zeros_like(quotient))
+
+
+def _conjugate_gradients(system: Callable[[Array], Array], rhs: Array) -> Array:
+    """Solve a symmetric positive definite system, with a right-hand side of any size.
+
+    The solver squares its residuals, so they are brought near 1 and back.
+    """
+    eps, unit = float(jnp.finfo(rhs.dtype).eps), power_of_two(largest_size(rhs))
+    solution, _ = jax.scipy.sparse.linalg.cg(
+        system, rhs / unit, tol=eps, maxiter=_MAX_CG_STEPS
+    )
+    return solution * unit

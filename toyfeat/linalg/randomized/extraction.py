@@ -33,6 +33,10 @@ chosen by trial.
 """
 
 
+_SLOWEST = 0.99
+"""Largest ratio of two steps that is believed; one of 1 would never end."""
+
+
 class Triplets(NamedTuple):
     """Leading singular triplets of a matrix on a subspace.
 
@@ -43,6 +47,8 @@ class Triplets(NamedTuple):
       residual: ``[]``, estimate of ``|A - u s vt|_F``.
       fallback: ``[]`` bool, whether Householder QR was used.
       orthogonality: ``[]``, how far ``u`` and ``vt`` are from orthonormal.
+      error: ``[]``, estimate of the largest error of ``s``, a share of the first; NaN
+        if the subspace tells nothing of it.
     """
 
     u: Tall | None
@@ -51,6 +57,7 @@ class Triplets(NamedTuple):
     residual: Array
     fallback: Array
     orthogonality: Array
+    error: Array
 
 
 @partial(jax.jit, static_argnames=("rank", "axis", "with_u"))
@@ -95,50 +102,8 @@ def rayleigh_ritz(space: Subspace, rank: int, axis: Axis, *, with_u: bool) -> Tr
     # Are the squares good enough for one Cholesky factor?
     trusted = values[rank - 1] > GRAM_CUTOFF * values[0]
     low = ~(trusted & (deviation(gram) < _MAX_DEVIATION))
-
-    def orient(y: Tall, mix: Array, s: Array, turn: Array, z: Array) -> tuple:
-        """Turn ``y`` and ``z`` into signed vectors, and check them."""
-        vt = polish_columns(dot(turn, z).T).T
-        off = deviation(dot(vt, vt.T))
-        signs = column_signs(vt.T)
-        if not with_u:
-            return [], s, vt * signs[:, None], off
-        # Signs and NaN go into the small factor, so that u is not touched again.
-        finite = jnp.isfinite(jnp.sum(s)) & jnp.isfinite(jnp.sum(vt))
-        mix = mix * jnp.where(finite, signs, jnp.nan)[None, :]
-        u = combine_columns([y], mix)
-        off = jnp.maximum(off, deviation(inner(u, u, axis)))
-        return u, s, vt * signs[:, None], off
-
-    def quick(
-        space: Subspace,
-        vectors: Array,
-        coded: Array,
-        y: Tall,
-        gram: Array,
-        size: Array,
-        gap: Array,
-    ) -> Any:
-        """One Cholesky factor of the turned images."""
-        del coded
-        inverse = inverse_factor(gram)
-        left, s, right = _svd(dot(inverse, gram) * size[None, :])
-        turn = dot(right, vectors[:, :rank].T)
-        triplets = orient(y, dot(inverse.T, left), s, turn, space.z)
-        return *triplets, gap, jnp.zeros((), bool)
-
-    def careful(space: Subspace, vectors: Array, coded: Array, *unused: Any) -> Any:
-        """QR of all turned images; the probes are compared once more."""
-        del unused
-        images = combine_columns(space.images, vectors)
-        q, r, bad = orthonormal_columns(images, axis)
-        left, s, right = _svd(r)
-        turn = dot(right[:rank], vectors.T)
-        triplets = orient(q, left[:, :rank], s[:rank], turn, space.z)
-        factor = dot(turn.T, dot(turn, coded))
-        _, _, gap = combine_and_compare(space.images, factor, space.probe_images, axis)
-        return *triplets, gap, bad
-
+    careful = partial(_by_qr, rank=rank, axis=axis, with_u=with_u)
+    quick = partial(_by_one_cholesky_factor, rank=rank, axis=axis, with_u=with_u)
     operands = (space, vectors, coded, y, gram, size, gap)
     u, s, vt, off, gap, bad = choose(low, careful, quick, *operands)
 
@@ -151,7 +116,123 @@ def rayleigh_ritz(space: Subspace, rank: int, axis: Axis, *, with_u: bool) -> Tr
         residual=error * space.scale,
         fallback=space.fallback | bad,
         orthogonality=off,
+        error=_error_of_values(space, values, leading),
     )
+
+
+def _by_one_cholesky_factor(
+    space: Subspace,
+    vectors: Array,
+    coded: Array,
+    y: Tall,
+    gram: Array,
+    size: Array,
+    gap: Array,
+    *,
+    rank: int,
+    axis: Axis,
+    with_u: bool,
+) -> Any:
+    """Triplets from one Cholesky factor of the turned images."""
+    del coded
+    inverse = inverse_factor(gram)
+    left, s, right = _svd(dot(inverse, gram) * size[None, :])
+    turn = dot(right, vectors[:, :rank].T)
+    mix = dot(inverse.T, left)
+    triplets = _orient(y, mix, s, turn, space.z, axis=axis, with_u=with_u)
+    return *triplets, gap, jnp.zeros((), bool)
+
+
+def _by_qr(
+    space: Subspace,
+    vectors: Array,
+    coded: Array,
+    *unused: Any,
+    rank: int,
+    axis: Axis,
+    with_u: bool,
+) -> Any:
+    """Triplets from a QR of all turned images; the probes are compared once more."""
+    del unused
+    # Decompose the triangular factor.
+    images = combine_columns(space.images, vectors)
+    q, r, bad = orthonormal_columns(images, axis)
+    left, s, right = _svd(r)
+    # Its leading vectors, back in the space.
+    turn = dot(right[:rank], vectors.T)
+    mix = left[:, :rank]
+    triplets = _orient(q, mix, s[:rank], turn, space.z, axis=axis, with_u=with_u)
+    # What the projection leaves of the probes.
+    factor = dot(turn.T, dot(turn, coded))
+    _, _, gap = combine_and_compare(space.images, factor, space.probe_images, axis)
+    return *triplets, gap, bad
+
+
+def _orient(
+    y: Tall,
+    mix: Array,
+    s: Array,
+    turn: Array,
+    z: Array,
+    *,
+    axis: Axis,
+    with_u: bool,
+) -> tuple:
+    """Turn ``y`` and ``z`` into signed vectors, and check them."""
+    vt = polish_columns(dot(turn, z).T).T
+    off = deviation(dot(vt, vt.T))
+    signs = column_signs(vt.T)
+    if not with_u:
+        return [], s, vt * signs[:, None], off
+    # Signs and NaN go into the small factor, so that u is not touched again.
+    finite = jnp.isfinite(jnp.sum(s)) & jnp.isfinite(jnp.sum(vt))
+    mix = mix * jnp.where(finite, signs, jnp.nan)[None, :]
+    u = combine_columns([y], mix)
+    off = jnp.maximum(off, deviation(inner(u, u, axis)))
+    return u, s, vt * signs[:, None], off
+
+
+def _error_of_values(space: Subspace, values: Array, leading: Array) -> Array:
+    r"""Estimate the largest error of the singular values, a share of the first.
+
+    The last step of an iteration tells how far it is from its end.  In a Krylov space
+    a vector whose last block holds a share ``f`` of its square had, without that
+    block, a squared value that was wrong by about ``f``.  If the last two blocks
+    hold ``g``, a step takes that error down by ``f / g``, and the next one would by
+    at least as much: what is left is ``f^2 / g``.  An iteration tells the same by
+    the growth of its values.
+
+    Args:
+      space: the subspace.
+      values: ``[L]``, squared singular values on it, largest first.
+      leading: ``[L, R]``, eigenvectors of the leading ones.
+
+    Returns:
+      ``[]``; 0 if the space is complete, NaN if there was no step.
+    """
+    zero, rank = jnp.zeros((), values.dtype), leading.shape[1]
+    tiny = float(jnp.finfo(values.dtype).tiny)
+    if len(space.z) == space.z.shape[1]:
+        return zero
+    first = jnp.maximum(values[0], tiny)
+    if len(space.images) > 1:
+        # Weights of the last block, and of the last two.
+        width = space.images[-1][0].shape[1]
+        last = jnp.sum(leading[-width:] ** 2, axis=0)
+        both = jnp.sum(leading[-2 * width :] ** 2, axis=0)
+        share = last**2 / jnp.maximum(both, tiny)
+        return jnp.max(share * jnp.sqrt(jnp.maximum(values[:rank], 0) / first)) / 2
+    if not space.history:
+        return zero * jnp.nan
+    # Growth in the last step, and in the one before it.
+    steps = jnp.stack([x[:rank] for x in space.history] + [values[:rank]])
+    growth = jnp.maximum(jnp.diff(steps, axis=0), 0)
+    ratio = growth[-1] / jnp.maximum(growth[max(len(growth) - 2, 0)], tiny)
+    ratio = jnp.clip(ratio, 0.5, _SLOWEST)
+    left = growth[-1] * ratio / (1 - ratio)
+    # Squares of small values are known to the rounding of the first only.
+    floor = jnp.maximum(values[:rank], GRAM_CUTOFF * first)
+    return jnp.max(left / jnp.sqrt(floor * first)) / 2
 
 
 def _svd(square: Array) -> tuple[Array, Array, Array]:

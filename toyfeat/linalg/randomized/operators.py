@@ -5,10 +5,18 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.core import Tracer
 
-from toyfeat.linalg.gram import safe_gram, scaled_gram
-from toyfeat.linalg.precision import HIGHEST, Axis, nonzero, sum_over_devices
+from toyfeat.linalg.gram import normalized_gram, unit_gram
+from toyfeat.linalg.orthonormal import choose
+from toyfeat.linalg.precision import (
+    HIGHEST,
+    Axis,
+    largest_size,
+    power_of_two,
+    split_scale,
+    sum_over_devices,
+)
 from toyfeat.linalg.randomized.tall import Tall
 from toyfeat.types import Array
 
@@ -30,28 +38,13 @@ measurement is kept).
 """
 
 
-class LinearMap(NamedTuple):
-    """A linear map, given by its products with blocks of vectors.
-
-    Attributes:
-      matvec: ``[D, l] -> [N, l]``, the product with the matrix.
-      rmatvec: ``[N, l] -> [D, l]``, the product with its transpose.
-      shape: ``(N, D)``.
-      dtype: of the vectors, ``float32`` or ``float64``.
-    """
-
-    matvec: Callable[[Array], Array]
-    rmatvec: Callable[[Array], Array]
-    shape: tuple[int, int]
-    dtype: Any = np.float32
-
-
 class Operator(NamedTuple):
     """Products of a matrix ``[n, dim]``, the face that all algorithms use.
 
     Attributes:
-      forward: ``z [l, dim] -> A z^T``, tall.
-      backward: ``y`` tall ``-> y^T A``, ``[l, dim]``, summed over devices.
+      forward: ``(z [l, dim], scale []) -> A z^T / scale``, tall.
+      backward: ``(y, scale) -> y^T A / scale``, ``y`` tall, ``[l, dim]``, summed over
+        devices.
       gram: ``() -> (A^T A / size^2, size)``, ``size`` being that of the entries.
       materialize: ``() -> A``, tall.
       shape: ``(n, dim)``, over all devices.
@@ -61,8 +54,8 @@ class Operator(NamedTuple):
       rebuild: makes the same operator of another such array.
     """
 
-    forward: Callable[[Array], Tall]
-    backward: Callable[[Tall], Array]
+    forward: Callable[[Array, Array], Tall]
+    backward: Callable[[Tall, Array], Array]
     gram: Callable[[], tuple[Array, Array]]
     materialize: Callable[[], Tall]
     shape: tuple[int, int]
@@ -87,16 +80,19 @@ def from_array(
       The operator; the small side of its products is stored as ``[l, dim]``.
     """
 
-    def forward(z: Array) -> Tall:
-        return [_wide_product(matrix, z, sketch)]
+    def forward(z: Array, scale: Array) -> Tall:
+        near_one, inner, outer = split_scale(scale)
+        return [_wide_product(matrix, z / near_one / inner, sketch) / outer]
 
-    def backward(y: Tall) -> Array:
-        return sum_over_devices(_product(y[0], matrix, 0, 0, sketch), axis)
+    def backward(y: Tall, scale: Array) -> Array:
+        near_one, inner, outer = split_scale(scale)
+        w = _product(y[0] / inner, matrix, 0, 0, sketch) / outer
+        return sum_over_devices(w, axis) / near_one
 
     return Operator(
         forward=forward,
         backward=backward,
-        gram=lambda: safe_gram(matrix, scaled_gram, axis),
+        gram=lambda: normalized_gram(*unit_gram(matrix), axis),
         materialize=lambda: [matrix],
         shape=(rows, matrix.shape[1]),
         dtype=matrix.dtype,
@@ -120,75 +116,30 @@ def from_wide_array(matrix: Array, sketch: Sketch = "float32") -> Operator:
       The operator of ``[n, dim]``.
     """
 
-    def forward(z: Array) -> Tall:
-        y = _product(z, matrix, 1, 0, sketch)
-        return [jax.lax.optimization_barrier(y).T]
+    def forward(z: Array, scale: Array) -> Tall:
+        near_one, inner, outer = split_scale(scale)
+        y = _product(z / near_one / inner, matrix, 1, 0, sketch)
+        return [jax.lax.optimization_barrier(y).T / outer]
 
-    def backward(y: Tall) -> Array:
-        w = _product(matrix, y[0], 1, 0, sketch)
-        return jax.lax.optimization_barrier(w).T
+    def backward(y: Tall, scale: Array) -> Array:
+        near_one, inner, outer = split_scale(scale)
+        w = _product(matrix, y[0] / inner, 1, 0, sketch)
+        return jax.lax.optimization_barrier(w).T / outer / near_one
 
-    def outer_gram(matrix: Array, factor: Array) -> Array:
-        scaled = matrix * factor
-        return _product(scaled, scaled, 1, 1, "float32")
+    def outer_gram() -> tuple[Array, Array]:
+        unit = power_of_two(largest_size(matrix))
+        scaled = matrix / unit
+        return normalized_gram(_product(scaled, scaled, 1, 1, "float32"), unit)
 
     return Operator(
         forward=forward,
         backward=backward,
-        gram=lambda: safe_gram(matrix, outer_gram),
+        gram=outer_gram,
         materialize=lambda: [matrix.T],
         shape=(matrix.shape[1], matrix.shape[0]),
         dtype=matrix.dtype,
         matrix=matrix,
         rebuild=lambda m: from_wide_array(m, sketch),
-    )
-
-
-def from_linear_map(products: LinearMap) -> Operator:
-    """Operator of a matrix that is given by its products.
-
-    Args:
-      products: the two products, the shape and the dtype.
-
-    Returns:
-      The operator; its Gram matrix takes ``dim`` products.
-    """
-    rows, dim = products.shape
-    dtype = jnp.dtype(products.dtype)
-
-    def forward(z: Array) -> Tall:
-        y = products.matvec(z.T)
-        return [_check_product("matvec", y, (rows, len(z)), dtype)]
-
-    def backward(y: Tall) -> Array:
-        w = products.rmatvec(y[0])
-        return _check_product("rmatvec", w, (dim, y[0].shape[1]), dtype).T
-
-    def materialize() -> Tall:
-        return forward(jnp.eye(dim, dtype=dtype))
-
-    def gram() -> tuple[Array, Array]:
-        y = materialize()
-        size = nonzero(jnp.max(jnp.abs(y[0])))
-        return backward([y[0] / size]) / size, size
-
-    return Operator(
-        forward=forward,
-        backward=backward,
-        gram=gram,
-        materialize=materialize,
-        shape=(rows, dim),
-        dtype=dtype,
-    )
-
-
-def transpose(products: LinearMap) -> LinearMap:
-    """Transpose a linear map by swapping its two products."""
-    return LinearMap(
-        matvec=products.rmatvec,
-        rmatvec=products.matvec,
-        shape=(products.shape[1], products.shape[0]),
-        dtype=products.dtype,
     )
 
 
@@ -206,21 +157,24 @@ def from_blocks(
       The operator; it holds one block in memory at a time.
     """
 
-    def forward(z: Array) -> Tall:
-        return [_forward_block(block, z) for block in blocks()]
+    def forward(z: Array, scale: Array) -> Tall:
+        near_one, inner, outer = split_scale(scale)
+        z = z / near_one / inner
+        return [_forward_block(block, z) / outer for block in blocks()]
 
-    def backward(y: Tall) -> Array:
+    def backward(y: Tall, scale: Array) -> Array:
+        near_one, inner, outer = split_scale(scale)
         total = jnp.zeros((y[0].shape[1], shape[1]), dtype)
         for block, part in zip(blocks(), y, strict=True):
-            total = _backward_block(total, part, block)
-        return total
+            total = _backward_block(total, part / inner, block)
+        return total / outer / near_one
 
     def gram() -> tuple[Array, Array]:
         total = jnp.zeros((shape[1], shape[1]), dtype)
-        size = jnp.zeros((), dtype)
+        unit = power_of_two(jnp.zeros((), dtype))
         for block in blocks():
-            total, size = _gram_block(total, size, block)
-        return total, nonzero(size)
+            total, unit = _gram_block(total, unit, block)
+        return normalized_gram(total, unit)
 
     def materialize() -> Tall:
         return [jnp.asarray(block, dtype) for block in blocks()]
@@ -248,12 +202,11 @@ def _backward_block(total: Array, part: Array, block: Array) -> Array:
 
 
 @jax.jit
-def _gram_block(total: Array, size: Array, block: Array) -> tuple[Array, Array]:
-    """Add a block's Gram matrix in units of the largest entry so far."""
-    block = block.astype(total.dtype)
-    larger = jnp.maximum(size, jnp.max(jnp.abs(block), initial=0))
-    inverse = 1 / nonzero(larger)
-    return total * (size * inverse) ** 2 + scaled_gram(block, inverse), larger
+def _gram_block(total: Array, unit: Array, block: Array) -> tuple[Array, Array]:
+    """Add a block's Gram matrix in the larger of two units."""
+    gram, size = unit_gram(block.astype(total.dtype))
+    larger = jnp.maximum(unit, size)
+    return total * (unit / larger) ** 2 + gram * (size / larger) ** 2, larger
 
 
 def _wide_product(matrix: Array, z: Array, sketch: Sketch) -> Array:
@@ -280,11 +233,46 @@ def _product(a: Array, b: Array, i: int, j: int, sketch: Sketch) -> Array:
     return jax.lax.dot_general(a, b, dims, precision=precision)
 
 
-def _check_product(name: str, x: Array, shape: tuple[int, int], dtype: Any) -> Array:
-    """Check the shape of a product that the caller's function returned."""
-    if jnp.shape(x) != shape:
-        raise ValueError(
-            f"randomized_svd: wanted {name} to return shape {shape}, got "
-            f"{jnp.shape(x)}; the products act on blocks of column vectors"
+def largest_entry(op: Operator, y: Tall) -> Array:
+    """Largest entry of a tall matrix by magnitude, over all devices."""
+    size = jnp.stack([largest_size(block) for block in y]).max()
+    return size if op.axis is None else jax.lax.pmax(size, op.axis)
+
+
+def choose_route(
+    op: Operator,
+    pred: Array,
+    careful: Callable[..., Any],
+    quick: Callable[..., Any],
+    *operands: Any,
+) -> Any:
+    """Run one of two functions ``(op, *operands)``.
+
+    The array behind the operator, if there is one, is an operand of the condition,
+    so that ``vmap`` can batch it.  Without one, the condition is decided in Python
+    where it is known.
+
+    Args:
+      op: the matrix.
+      pred: ``[]`` bool, whether ``careful`` is needed.
+      careful: it must not close over arrays.
+      quick: likewise, with a result of the same shapes.
+      operands: arrays, or trees of arrays.
+
+    Returns:
+      The result of one of the two.
+    """
+    if op.rebuild is not None:
+        rebuild = op.rebuild
+        return choose(
+            pred,
+            lambda matrix, *ops: careful(rebuild(matrix), *ops),
+            lambda matrix, *ops: quick(rebuild(matrix), *ops),
+            op.matrix,
+            *operands,
         )
-    return jnp.asarray(x, dtype)
+    if not isinstance(pred, Tracer):
+        return (careful if pred else quick)(op, *operands)
+    return jax.lax.cond(
+        pred, lambda *ops: careful(op, *ops), lambda *ops: quick(op, *ops), *operands
+    )

@@ -1,8 +1,10 @@
 """Choice of a route, a width and the iterations from the shapes alone."""
 
-import operator
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
+
+from toyfeat.linalg.checks import check_int
 from toyfeat.linalg.precision import Axis
 from toyfeat.linalg.randomized.operators import Sketch
 
@@ -103,21 +105,24 @@ def check_request(request: Request) -> Request:
       request: the options of a call.
 
     Returns:
-      The same options.
+      The same options, numbers as Python ints.
 
     Raises:
+      TypeError: if a number is no int.
       ValueError: if a number is too small or a name unknown.
     """
-    oversample = 0 if request.oversample is None else request.oversample
-    for name, value, least in (
-        ("rank", request.rank, 1),
-        ("oversample", oversample, 0),
-        ("power_iters", request.power_iters, 0),
-    ):
-        if operator.index(value) < least:
-            raise ValueError(
-                f"randomized_svd: {name} must be at least {least}, got {value}"
-            )
+    who, oversample = "randomized_svd", request.oversample
+    if oversample is not None:
+        oversample = check_int(who, "oversample", oversample, 0)
+    request = request._replace(
+        rank=check_int(who, "rank", request.rank, 1),
+        oversample=oversample,
+        power_iters=check_int(who, "power_iters", request.power_iters, 0),
+    )
+    if not isinstance(request.with_u, bool | np.bool_):
+        raise TypeError(
+            f"randomized_svd: compute_u must be True or False, got {request.with_u!r}"
+        )
     for name, value, known in (
         ("method", request.method, get_args(Method)),
         ("sketch", request.sketch, get_args(Sketch)),

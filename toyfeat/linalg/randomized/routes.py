@@ -1,14 +1,18 @@
 """Routes from a matrix to its leading singular triplets."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from toyfeat.linalg.orthonormal import choose, deviation, orthonormal_rows
-from toyfeat.linalg.precision import GRAM_CUTOFF, dot, nonzero, norm
+from toyfeat.linalg.orthonormal import deviation, orthonormal_rows
+from toyfeat.linalg.precision import (
+    GRAM_CUTOFF,
+    dot,
+    nonzero,
+    norm,
+    power_of_two,
+)
 from toyfeat.linalg.psd import column_signs
 from toyfeat.linalg.randomized.extraction import (
     Triplets,
@@ -16,7 +20,7 @@ from toyfeat.linalg.randomized.extraction import (
     rayleigh_ritz,
 )
 from toyfeat.linalg.randomized.leading import leading_eigenvectors
-from toyfeat.linalg.randomized.operators import Operator
+from toyfeat.linalg.randomized.operators import Operator, choose_route, largest_entry
 from toyfeat.linalg.randomized.plans import PROBES, Plan
 from toyfeat.linalg.randomized.subspaces import (
     Subspace,
@@ -24,7 +28,7 @@ from toyfeat.linalg.randomized.subspaces import (
     subspace_iteration,
 )
 from toyfeat.linalg.randomized.tall import inner
-from toyfeat.linalg.svd import SVD, SVDInfo
+from toyfeat.linalg.svd import SVD, SVDInfo, is_accurate
 from toyfeat.types import Array
 
 _REFINE_ITERS = 4
@@ -63,16 +67,21 @@ def run_plan(key: Array, op: Operator, rough: Operator, plan: Plan) -> SVD:
 
 def _full_route(op: Operator, plan: Plan) -> Triplets:
     """Dense decomposition, its leading part refined by one product."""
-    s, vt = all_right_vectors(op.materialize(), op.axis)
+    # All right vectors, in units of the largest entry.
+    y = op.materialize()
+    unit = power_of_two(largest_entry(op, y))
+    s, vt = all_right_vectors([block / unit for block in y], op.axis)
+    # One product with the leading ones.
     z, bad = orthonormal_rows(vt[: plan.width], rounds=2)
-    space = _subspace_of_rows(op, z, nonzero(s[0]), bad)
+    space = _subspace_of_rows(op, z, nonzero(s[0]) * unit, bad)
     triplets = rayleigh_ritz(space, plan.rank, op.axis, with_u=plan.with_u)
-    return triplets._replace(residual=norm(s[plan.rank :]))
+    residual, exact = norm(s[plan.rank :]) * unit, jnp.zeros((), op.dtype)
+    return triplets._replace(residual=residual, error=exact)
 
 
 def _subspace_of_rows(op: Operator, z: Array, size: Array, fallback: Array) -> Subspace:
     """Subspace of orthonormal rows, with their images and without probes."""
-    y = op.forward(z / size)
+    y = op.forward(z, size)
     return Subspace(
         z=z,
         images=[y],
@@ -81,6 +90,7 @@ def _subspace_of_rows(op: Operator, z: Array, size: Array, fallback: Array) -> S
         probe_images=[x[:, :0] for x in y],
         scale=size,
         fallback=fallback,
+        history=[],
     )
 
 
@@ -118,7 +128,7 @@ def _product_route(
 def _with_exact_images(op: Operator, space: Subspace) -> Subspace:
     """Replace the images of a rough sketch by those of the matrix itself."""
     num = len(space.z)
-    both = op.forward(jnp.concatenate([space.z, space.probes]) / space.scale)
+    both = op.forward(jnp.concatenate([space.z, space.probes]), space.scale)
     y = [x[:, :num] for x in both]
     return space._replace(
         images=[y],
@@ -144,7 +154,7 @@ def _gram_route(key: Array, op: Operator, plan: Plan) -> Triplets:
         op: Operator, z: Array, values: Array, size: Array, tail: Array, key: Array
     ) -> Triplets:
         del key
-        fallback = jnp.zeros((), bool)
+        fallback, exact = jnp.zeros((), bool), jnp.zeros((), values.dtype)
         # Without left vectors the eigenvectors are the result.
         if not plan.with_u:
             z = z[: plan.rank]
@@ -156,12 +166,13 @@ def _gram_route(key: Array, op: Operator, plan: Plan) -> Triplets:
                 residual=tail * size,
                 fallback=fallback,
                 orthogonality=deviation(dot(vt, vt.T)),
+                error=exact,
             )
         # One product with all of them, not only the first ``rank``: the rounding of
         # squares mixes neighbours across the cut.
         space = _subspace_of_rows(op, z, size, fallback)
         triplets = rayleigh_ritz(space, plan.rank, op.axis, with_u=True)
-        return triplets._replace(residual=tail * size)
+        return triplets._replace(residual=tail * size, error=exact)
 
     def careful(
         op: Operator, z: Array, values: Array, size: Array, tail: Array, key: Array
@@ -173,36 +184,7 @@ def _gram_route(key: Array, op: Operator, plan: Plan) -> Triplets:
         triplets = rayleigh_ritz(space, plan.rank, op.axis, with_u=plan.with_u)
         return triplets._replace(fallback=jnp.ones((), bool))
 
-    return _choose_route(op, low, careful, quick, z, values, size, tail, key)
-
-
-def _choose_route(
-    op: Operator,
-    pred: Array,
-    careful: Callable[..., Any],
-    quick: Callable[..., Any],
-    *operands: Any,
-) -> Any:
-    """Run one of two functions ``(op, *operands)``.
-
-    The array behind the operator, if there is one, is an operand of the condition,
-    so that ``vmap`` can batch it.  Without one, the condition is decided in Python
-    where it is known.
-    """
-    if op.rebuild is not None:
-        rebuild = op.rebuild
-        return choose(
-            pred,
-            lambda matrix, *ops: careful(rebuild(matrix), *ops),
-            lambda matrix, *ops: quick(rebuild(matrix), *ops),
-            op.matrix,
-            *operands,
-        )
-    if not isinstance(pred, Tracer):
-        return (careful if pred else quick)(op, *operands)
-    return jax.lax.cond(
-        pred, lambda *ops: careful(op, *ops), lambda *ops: quick(op, *ops), *operands
-    )
+    return choose_route(op, low, careful, quick, z, values, size, tail, key)
 
 
 def _assemble(
@@ -230,5 +212,7 @@ def _assemble(
         orthogonality=triplets.orthogonality,
         fallback=triplets.fallback,
         finite=finite,
+        error=triplets.error,
+        accurate=is_accurate(triplets.error),
     )
     return SVD(u, s, vt, info)

@@ -1,15 +1,28 @@
 """Subspaces that hold the leading right singular vectors of a matrix."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from toyfeat.linalg.orthonormal import orthonormal_rows
 from toyfeat.linalg.precision import dot, nonzero
-from toyfeat.linalg.randomized.operators import Operator
+from toyfeat.linalg.randomized.operators import (
+    Operator,
+    choose_route,
+    largest_entry,
+)
 from toyfeat.linalg.randomized.tall import Tall, inner
 from toyfeat.types import Array
+
+_ORDINARY_LOW, _ORDINARY_HIGH = 2.0**-60, 2.0**100
+"""Sizes of a first product whose terms are neither flushed nor overflow.
+
+At the lower one a term that is ``2**-60`` of the sum is still a normal float32; at the
+upper one squares are never taken, and sums of ``2**27`` terms are finite.
+"""
+
+_SHIFT = 2.0**64
+"""Half the exponents of float32: brings what is not ordinary near 1."""
 
 
 class Subspace(NamedTuple):
@@ -23,6 +36,7 @@ class Subspace(NamedTuple):
       probe_images: tall ``A probes^T / scale``, ``[n, m]``.
       scale: ``[]``, the size of the entries of a product.
       fallback: ``[]`` bool, whether Householder QR was used.
+      history: squared singular values ``[l]`` on the subspaces of earlier iterations.
     """
 
     z: Array
@@ -32,6 +46,7 @@ class Subspace(NamedTuple):
     probe_images: Tall
     scale: Array
     fallback: Array
+    history: list[Array]
 
 
 def first_images(op: Operator, z: Array, probes: Array) -> tuple[Tall, Tall, Array]:
@@ -45,13 +60,26 @@ def first_images(op: Operator, z: Array, probes: Array) -> tuple[Tall, Tall, Arr
     Returns:
       Both images, tall, and the unit ``[]``.
     """
-    both = op.forward(jnp.concatenate([z, probes]))
-    size = jnp.stack([jnp.max(jnp.abs(y)) for y in both]).max()
-    if op.axis is not None:
-        size = jax.lax.pmax(size, op.axis)
-    scale = nonzero(size)
-    both = [y / scale for y in both]
-    return [y[:, : len(z)] for y in both], [y[:, len(z) :] for y in both], scale
+    rows, one = jnp.concatenate([z, probes]), jnp.ones((), op.dtype)
+    both = op.forward(rows, one)
+    size = largest_entry(op, both)
+    extreme = ~((size > _ORDINARY_LOW) & (size < _ORDINARY_HIGH))
+
+    def careful(op: Operator, rows: Array, *quick: Any) -> tuple[Tall, Array, Array]:
+        # Once more, of vectors that bring the product near 1.
+        size = quick[1]
+        shift = jnp.where(size < 1, 1 / _SHIFT, _SHIFT).astype(rows.dtype)
+        both = op.forward(rows, shift)
+        return both, largest_entry(op, both), shift
+
+    both, size, shift = choose_route(
+        op, extreme, careful, lambda _op, _rows, *quick: quick, rows, both, size, one
+    )
+    # The size of a product with rows that are not of unit length may be out of range.
+    info = jnp.finfo(op.dtype)
+    size = jnp.clip(nonzero(size), float(info.tiny) / shift, float(info.max) / shift)
+    both = [y / size for y in both]
+    return [y[:, : len(z)] for y in both], [y[:, len(z) :] for y in both], size * shift
 
 
 def subspace_iteration(op: Operator, z: Array, probes: Array, iters: int) -> Subspace:
@@ -75,13 +103,14 @@ def subspace_iteration(op: Operator, z: Array, probes: Array, iters: int) -> Sub
       is made orthonormal here.
     """
     y, probe_images, scale = first_images(op, z, probes)
-    fallback = jnp.zeros((), bool)
+    fallback, history = jnp.zeros((), bool), []
     for _ in range(iters):
         # Apply A^T, grade the rows, make them orthonormal, apply A.
-        w = op.backward(y) / scale
-        turn = _eigenvectors(dot(w, z.T))
+        w = op.backward(y, scale)
+        values, turn = _eigenpairs(dot(w, z.T))
         z, bad = orthonormal_rows(dot(turn.T, w))
-        y = op.forward(z / scale)
+        history.append(values)
+        y = op.forward(z, scale)
         fallback = fallback | bad
     return Subspace(
         z=z,
@@ -91,6 +120,7 @@ def subspace_iteration(op: Operator, z: Array, probes: Array, iters: int) -> Sub
         probe_images=probe_images,
         scale=scale,
         fallback=fallback,
+        history=history,
     )
 
 
@@ -120,11 +150,11 @@ def krylov_space(op: Operator, z: Array, probes: Array, iters: int) -> Subspace:
     fallback = jnp.zeros((), bool)
     for _ in range(iters):
         # Apply A^T, make the block orthonormal to all others, apply A.
-        w = op.backward(y) / scale
+        w = op.backward(y, scale)
         rows.append(w)
         z, bad = orthonormal_rows(w, basis)
         basis = jnp.concatenate([basis, z])
-        y = op.forward(z / scale)
+        y = op.forward(z, scale)
         images.append(y)
         fallback = fallback | bad
     return Subspace(
@@ -135,6 +165,7 @@ def krylov_space(op: Operator, z: Array, probes: Array, iters: int) -> Subspace:
         probe_images=probe_images,
         scale=scale,
         fallback=fallback,
+        history=[],
     )
 
 
@@ -161,6 +192,7 @@ def _krylov_gram(basis: Array, rows: list[Array], last: Array) -> Array:
     return jnp.concatenate([top, bottom])
 
 
-def _eigenvectors(gram: Array) -> Array:
-    """Eigenvectors as columns, largest eigenvalue first."""
-    return jnp.linalg.eigh((gram + gram.T) / 2)[1][:, ::-1]
+def _eigenpairs(gram: Array) -> tuple[Array, Array]:
+    """Eigenvalues, and eigenvectors as columns, largest first."""
+    values, vectors = jnp.linalg.eigh((gram + gram.T) / 2)
+    return values[::-1], vectors[:, ::-1]

@@ -1,6 +1,6 @@
 """Randomized SVD of arrays, linear maps, row blocks and sharded matrices."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -8,18 +8,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from toyfeat.linalg.precision import Axis
+from toyfeat.linalg.checks import check_key
+from toyfeat.linalg.precision import Axis, dot, nonzero, split_scale
 from toyfeat.linalg.randomized.derivatives import svd_jvp
-from toyfeat.linalg.randomized.operators import (
+from toyfeat.linalg.randomized.inputs import (
+    Blocks,
+    as_floats,
+    check_blocks,
+    check_linear_map,
+    mesh_and_axis,
+)
+from toyfeat.linalg.randomized.linear_maps import (
     LinearMap,
+    from_linear_map,
+    transpose,
+)
+from toyfeat.linalg.randomized.operators import (
     Sketch,
     from_array,
     from_blocks,
-    from_linear_map,
     from_wide_array,
-    transpose,
 )
 from toyfeat.linalg.randomized.plans import (
     Method,
@@ -31,14 +41,6 @@ from toyfeat.linalg.randomized.plans import (
 from toyfeat.linalg.randomized.routes import run_plan
 from toyfeat.linalg.svd import SVD
 from toyfeat.types import Array, ArrayLike
-
-Blocks = (
-    Callable[[], Iterable[ArrayLike]]
-    | list[ArrayLike]
-    | tuple[ArrayLike, ...]
-    | Iterator[ArrayLike]
-)
-"""Row blocks ``[n_i, D]``: a list, or a function that returns a fresh iterator."""
 
 _MAP_GRAM_WIDTHS = 4.0
 """Block widths up to which the Gram matrix of a linear map is worth it.
@@ -143,6 +145,7 @@ def randomized_svd(
       orthonormalisation; Epperly and Tropp (2024) for the estimate of the error.
       Unlike theirs, no block of length ``N`` is made orthonormal on the way.
     """
+    check_key("randomized_svd", key)
     request = check_request(
         Request(
             rank=rank,
@@ -153,10 +156,16 @@ def randomized_svd(
             with_u=compute_u,
         )
     )
+    blocks = callable(matrix) or isinstance(matrix, list | tuple | Iterator)
+    if (blocks or isinstance(matrix, LinearMap)) and (mesh, axis) != (None, None):
+        raise ValueError(
+            "randomized_svd: mesh and axis are for arrays, got them with "
+            f"{type(matrix).__name__}; leave them out, or pass an array"
+        )
     # One function per kind of matrix.
     if isinstance(matrix, LinearMap):
         svd = _decompose_linear_map(key, matrix, request)
-    elif callable(matrix) or isinstance(matrix, list | tuple | Iterator):
+    elif blocks:
         svd = _decompose_blocks(key, matrix, request)
     else:
         svd = _decompose_array(key, matrix, request, mesh, axis)
@@ -164,8 +173,9 @@ def randomized_svd(
     finite = svd.info.finite
     if not isinstance(finite, Tracer) and not np.all(finite):
         raise ValueError(
-            "randomized_svd: the matrix holds NaN or inf, or its products overflow; "
-            "remove such rows (toyfeat.check_taps finds them) or rescale"
+            "randomized_svd: the matrix must be finite, and its singular values of a "
+            f"size that {svd.s.dtype} has, got NaN, inf or larger values; remove such "
+            "rows (toyfeat.check_taps finds them), or rescale"
         )
     return svd
 
@@ -174,13 +184,13 @@ def _decompose_array(
     key: Array, matrix: ArrayLike, request: Request, mesh: Any, axis: Axis
 ) -> SVD:
     """Decompose an array, on one device or sharded."""
-    array = _as_floats(matrix)
+    array = as_floats(matrix)
     if array.ndim != 2 or not array.size:
         raise ValueError(
             f"randomized_svd: wanted a matrix [N, D], got shape {array.shape}; use "
             "jax.vmap for a batch of matrices"
         )
-    mesh, axis = _mesh_and_axis(array, mesh, axis)
+    mesh, axis = mesh_and_axis(array, mesh, axis)
     rows, dim = array.shape
     wide = mesh is None and rows < dim
     plan = make_plan(request, *((dim, rows) if wide else (rows, dim)))
@@ -240,8 +250,8 @@ def _wide_svd_jvp(
 ) -> tuple[Array | None, Array, Array]:
     """Apply the rule to the transpose, whose left vectors are ``vt.T``."""
     if ut is None:
-        size = jnp.where(s > 0, s, jnp.ones_like(s))
-        ut = jnp.matmul(vt, matrix.T, precision="highest") / size[:, None]
+        near_one, inner, outer = split_scale(nonzero(s)[:, None])
+        ut = dot(vt / inner, matrix.T) / outer / near_one
         v_dot, s_dot, _ = svd_jvp(matrix.T, change.T, vt.T, s, ut)
         return None, s_dot, v_dot.T
     v_dot, s_dot, ut_dot = svd_jvp(matrix.T, change.T, vt.T, s, ut)
@@ -257,6 +267,7 @@ def _zero_tangent(x: Array) -> Any:
 
 def _decompose_linear_map(key: Array, products: LinearMap, request: Request) -> SVD:
     """Decompose a matrix that is given by its products."""
+    products = check_linear_map(key, products)
     wide = products.shape[0] < products.shape[1]
     op = from_linear_map(transpose(products) if wide else products)
     plan = make_plan(request, *op.shape, gram_widths=_MAP_GRAM_WIDTHS)
@@ -265,90 +276,11 @@ def _decompose_linear_map(key: Array, products: LinearMap, request: Request) -> 
 
 def _decompose_blocks(key: Array, blocks: Blocks, request: Request) -> SVD:
     """Decompose row blocks that are read again for every product."""
-    # Blocks must be readable more than once.
-    if isinstance(blocks, Iterator):
-        raise ValueError(
-            "randomized_svd: an iterator can be read once only; pass a list of row "
-            "blocks or a function that returns a fresh iterator, or fold the blocks "
-            "with stream_svd"
-        )
-    read = blocks if callable(blocks) else lambda: iter(blocks)
-    # The first pass is for the shapes.
-    shapes = [_as_floats(block).shape for block in read()]
-    if isinstance(read(), Iterator) and read() is read():
-        raise ValueError(
-            "randomized_svd: the function returns the same iterator again; return a "
-            "fresh one at every call"
-        )
-    if not shapes or any(len(shape) != 2 for shape in shapes):
-        raise ValueError(
-            f"randomized_svd: wanted row blocks [n, D], got shapes {shapes[:3]}"
-        )
-    widths = sorted({shape[1] for shape in shapes})
-    if len(widths) > 1:
-        raise ValueError(
-            f"randomized_svd: wanted row blocks of one width D, got widths {widths}"
-        )
-    rows, dim = sum(shape[0] for shape in shapes), widths[0]
+    read, rows, dim = check_blocks(blocks)
     # A wide matrix is smaller than D x D, and fits in memory.
     if rows < dim:
-        matrix = jnp.concatenate([_as_floats(block) for block in read()])
+        matrix = jnp.concatenate(list(read()))
         return _decompose_array(key, matrix, request, None, None)
     plan = make_plan(request, rows, dim, gram_widths=_BLOCKS_GRAM_WIDTHS)
-    dtype = jnp.result_type(float)
-    op = from_blocks(lambda: map(_as_floats, read()), (rows, dim), dtype)
+    op = from_blocks(read, (rows, dim), jnp.result_type(float))
     return run_plan(key, op, op, plan)
-
-
-def _as_floats(matrix: ArrayLike) -> Array:
-    """Check the dtype, and cast 16-bit floats to float32."""
-    dtype = getattr(matrix, "dtype", None)
-    if dtype is None:
-        raise TypeError(
-            f"randomized_svd: wanted an array, got {type(matrix).__name__}; give "
-            "sparse and implicit matrices as LinearMap(matvec, rmatvec, shape)"
-        )
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"randomized_svd: wanted a real floating dtype, got {dtype}; convert with "
-            "matrix.astype(jnp.float32)"
-        )
-    array = jnp.asarray(matrix)
-    small = jnp.finfo(array.dtype).bits < 32
-    return array.astype(jnp.float32) if small else array
-
-
-def _mesh_and_axis(array: Array, mesh: Any, axis: Axis) -> tuple[Any, Axis]:
-    """Mesh and axis over which the rows are split, ``None`` if they are not."""
-    if (mesh is None) != (axis is None):
-        raise ValueError(
-            f"randomized_svd: mesh and axis go together, got mesh={mesh}, axis={axis!r}"
-        )
-    # The array's own sharding.
-    source = jax.typeof(array) if isinstance(array, Tracer) else array
-    sharding = getattr(source, "sharding", None)
-    named = isinstance(sharding, NamedSharding)
-    spec = (*sharding.spec, None, None) if named else (None, None)
-    if spec[1] is not None:
-        raise ValueError(
-            "randomized_svd: rows can be split over devices, columns cannot; got "
-            f"sharding {spec[:2]}"
-        )
-    if mesh is None:
-        if not named or spec[0] is None or sharding.mesh.empty:
-            return None, None
-        mesh, axis = sharding.mesh, spec[0]
-    # Does the mesh have these axes, and do the rows divide over them?
-    names = axis if isinstance(axis, tuple) else (axis,)
-    unknown = [name for name in names if name not in mesh.shape]
-    if unknown:
-        raise ValueError(
-            f"randomized_svd: the mesh has axes {tuple(mesh.shape)}, got axis={axis!r}"
-        )
-    shards = int(np.prod([mesh.shape[name] for name in names]))
-    if len(array) % shards:
-        raise ValueError(
-            f"randomized_svd: {len(array)} rows cannot be split over {shards} devices; "
-            "add rows of zeros"
-        )
-    return mesh, axis

@@ -1,0 +1,161 @@
+"""Statistics in units of their size, and what comes of them checked."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from toyfeat.linalg.checks import check_int
+from toyfeat.linalg.precision import largest_size, nonzero, power_of_two
+from toyfeat.linalg.svd import SVD
+from toyfeat.moments import SketchedMoments
+from toyfeat.types import Array, Basis, Moments
+
+Stats = Moments | SketchedMoments
+
+NO_GRADS = (
+    "the moments hold no gradients; tap with a readout and fold with "
+    "moments(dim, grads=True)"
+)
+
+
+class Units(NamedTuple):
+    """Powers of two near the sizes of activations and of gradients.
+
+    Attributes:
+      acts: ``[]``.
+      grads: ``[]``.
+    """
+
+    acts: Array
+    grads: Array
+
+
+def in_units(stats: Stats) -> tuple[Stats, Units]:
+    """Divide activations and gradients by powers of two near their size, exactly."""
+    mean, weight = jnp.asarray(stats.mean), nonzero(jnp.asarray(stats.weight))
+    rounding = jnp.finfo(mean.dtype).eps * largest_size(mean)
+    sketched = isinstance(stats, SketchedMoments)
+    # Sizes are roots of mean squares; constant activations have that of rounding.
+    if sketched:
+        acts = largest_size(stats.acts.s) / jnp.sqrt(weight)
+    else:
+        acts = _root_size(jnp.asarray(stats.scatter)) / jnp.sqrt(weight)
+    acts, grads = power_of_two(jnp.maximum(acts, rounding)), jnp.ones((), mean.dtype)
+    if sketched:
+        if stats.grads is not None:
+            grads = power_of_two(largest_size(stats.grads.s) / jnp.sqrt(weight))
+            stats = stats._replace(grads=_divide_svd(stats.grads, grads))
+        scaled = stats._replace(acts=_divide_svd(stats.acts, acts), mean=mean / acts)
+        return scaled, Units(acts, grads)
+    if stats.grad_second is not None:
+        second = jnp.asarray(stats.grad_second)
+        grads = power_of_two(_root_size(second))
+        stats = stats._replace(grad_second=second / grads / grads)
+        if stats.grad_mean is not None:
+            stats = stats._replace(grad_mean=jnp.asarray(stats.grad_mean) / grads)
+    scatter = jnp.asarray(stats.scatter) / acts / acts
+    return stats._replace(mean=mean / acts, scatter=scatter), Units(acts, grads)
+
+
+def _root_size(squares: Array) -> Array:
+    """Root of the largest diagonal entry of a matrix of squares."""
+    return jnp.sqrt(largest_size(jnp.diagonal(squares)))
+
+
+def _divide_svd(svd: SVD, unit: Array) -> SVD:
+    """Singular values, and the residual, over a unit."""
+    info = svd.info.replace(residual=jnp.asarray(svd.info.residual) / unit)
+    return svd._replace(s=jnp.asarray(svd.s) / unit, info=info)
+
+
+def out_of_units(
+    who: str, stats: Stats, basis: Basis, units: Units, root: Array
+) -> Basis:
+    """Multiply the spectrum of a basis by its unit, and check the result.
+
+    Args:
+      who: the public function.
+      stats: the statistics as they came.
+      basis: with a spectrum in units.
+      units: of the statistics.
+      root: of the spectrum's unit.
+
+    Returns:
+      The basis.
+
+    Raises:
+      ValueError: outside of a trace, if the statistics are not finite, or if the
+        spectrum leaves the float's range.
+    """
+    diagnostics = basis.diagnostics
+    scaled = basis._replace(
+        spectrum=basis.spectrum * root * root,
+        diagnostics=diagnostics._replace(
+            total=diagnostics.total * root * root,
+            cut=diagnostics.cut * root * root,
+        ),
+    )
+    if isinstance(scaled.spectrum, Tracer) or isinstance(scaled.readers, Tracer):
+        return scaled
+    # One transfer for all checks.
+    sums = [jnp.sum(jnp.asarray(x) * 0) for x in jax.tree.leaves(_arrays(stats))]
+    first, out, acts, grads, *sums = map(
+        float, jax.device_get([basis.spectrum[0], scaled.spectrum[0], *units, *sums])
+    )
+    if not np.all(np.isfinite(sums)):
+        raise ValueError(
+            f"{who}: stats must be finite, got NaN or inf; toyfeat.check_taps finds "
+            "the examples that brought them"
+        )
+    tiny = float(jnp.finfo(scaled.spectrum.dtype).tiny)
+    if first > 0 and not tiny <= out < np.inf:
+        raise ValueError(
+            f"{who}: the spectrum must fit {scaled.spectrum.dtype}, got activations of "
+            f"size {acts:.0e} and gradients of size {grads:.0e}; multiply them by "
+            "constants first, and divide the results by these"
+        )
+    return scaled
+
+
+def _arrays(stats: Stats) -> Any:
+    """Arrays of statistics whose NaN would be that of a basis."""
+    if isinstance(stats, SketchedMoments):
+        grads = None if stats.grads is None else stats.grads.s
+        return (stats.weight, stats.mean, stats.acts.s, grads)
+    return stats
+
+
+def check_rank(who: str, stats: Stats, rank: int) -> int:
+    """Check that the rank is in range."""
+    about = ", the width of the site (or of its sketch)"
+    return check_int(who, "rank", rank, 1, width(stats), about)
+
+
+def check_stats(who: str, stats: Any, *, grads: bool = False) -> None:
+    """Check the type and the shapes of statistics, and that they hold gradients."""
+    if not isinstance(stats, Moments | SketchedMoments):
+        raise TypeError(
+            f"{who}: stats must be Moments, got {type(stats).__name__}; "
+            "toyfeat.moments_of(taps) computes them"
+        )
+    sketched = isinstance(stats, SketchedMoments)
+    mean = jnp.shape(stats.mean)
+    squares = [] if sketched else [stats.scatter, stats.grad_second]
+    shapes = [jnp.shape(x) for x in squares if x is not None]
+    if len(mean) != 1 or any(shape != mean * 2 for shape in shapes):
+        raise ValueError(
+            f"{who}: stats must hold a mean [D] and matrices [D, D] of one site, got "
+            f"shapes {[mean, *shapes]}; use jax.vmap for a batch of statistics"
+        )
+    if grads and (stats.grads if sketched else stats.grad_second) is None:
+        raise ValueError(f"{who}: {NO_GRADS}")
+
+
+def width(stats: Stats) -> int:
+    """Largest possible number of directions."""
+    if isinstance(stats, SketchedMoments):
+        return len(stats.acts.s)
+    return len(jnp.asarray(stats.mean))

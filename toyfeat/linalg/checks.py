@@ -1,0 +1,103 @@
+"""Checks of arguments that several functions share."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+def check_int(
+    who: str,
+    name: str,
+    value: Any,
+    least: int,
+    most: int | None = None,
+    about: str = "",
+) -> int:
+    """Check a whole number.
+
+    Args:
+      who: the public function.
+      name: of its argument.
+      value: what came.
+      least: smallest accepted value.
+      most: largest accepted value, if there is one.
+      about: what the bounds are, for the message.
+
+    Returns:
+      The number as a Python int.
+
+    Raises:
+      TypeError: if it is not an int of Python or NumPy.  It decides shapes, so that a
+        JAX array will not do, nor will a bool.
+      ValueError: if it is out of range.
+    """
+    wanted = (
+        f"an int in {least} .. {most}" if most is not None else f"an int > {least - 1}"
+    )
+    shown = repr(value) if isinstance(value, int | float | str) else _describe(value)
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        whole = getattr(value, "shape", ()) == () and not isinstance(value, Tracer)
+        hint = "int(...) of it" if whole else "a number that is known before jit"
+        raise TypeError(
+            f"{who}: {name} must be {wanted}{about}, got {shown}; pass {hint}"
+        )
+    value = int(value)
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{who}: {name} must be {wanted}{about}, got {value}")
+    return value
+
+
+def _describe(value: Any) -> str:
+    """Type of a value, and its shape if it has one."""
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ + ("" if shape is None else f" of shape {shape}")
+
+
+def check_floats(who: str, name: str, value: Any, hint: str) -> None:
+    """Check that a value is an array of real floats.
+
+    Args:
+      who: the public function.
+      name: of its argument.
+      value: what came.
+      hint: what to do where it is no array.
+
+    Raises:
+      TypeError: if it is no array, or of another dtype.
+    """
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not hasattr(value, "shape"):
+        raise TypeError(
+            f"{who}: {name} must be an array, got {_describe(value)}; {hint}"
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{who}: {name} must be of a real floating dtype, got {dtype}; convert "
+            f"with {name}.astype('float32')"
+        )
+
+
+def check_key(who: str, key: Any) -> None:
+    """Check a random key.
+
+    Args:
+      who: the public function.
+      key: what came.
+
+    Raises:
+      TypeError: if it is not one key, of ``jax.random.key`` or ``jax.random.PRNGKey``.
+    """
+    dtype = getattr(key, "dtype", None)
+    if isinstance(key, jax.Array):
+        typed = jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ()
+        raw = dtype == jnp.uint32 and key.ndim == 1
+        if typed or raw:
+            return
+    elif isinstance(key, np.ndarray) and dtype == np.uint32 and key.ndim == 1:
+        return
+    raise TypeError(
+        f"{who}: key must be one key, such as jax.random.key(0), got {_describe(key)}"
+    )

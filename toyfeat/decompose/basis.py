@@ -1,10 +1,15 @@
 """Encode, decode, truncate and describe with a basis."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from toyfeat.linalg.checks import check_int
 from toyfeat.linalg.precision import dot
-from toyfeat.types import Array, Basis
+from toyfeat.types import Array, Basis, Taps
 
 _CONSTANT_SHARE = 0.5
 """Share of the second moment that centring removed where data count as constant.
@@ -29,8 +34,9 @@ def encode(basis: Basis, acts: Array) -> Array:
 
     Raises:
       ValueError: if the width of ``acts`` is not that of the basis.
+      TypeError: if ``basis`` is no basis or ``acts`` no real array.
     """
-    _check_width("encode", "acts", acts, basis.readers.shape[0])
+    acts = _check_rows("encode", basis, "acts", acts)
     acts = acts.astype(basis.mean.dtype)
     return dot(acts - jnp.broadcast_to(basis.mean, acts.shape), basis.readers)
 
@@ -47,8 +53,9 @@ def decode(basis: Basis, codes: Array) -> Array:
 
     Raises:
       ValueError: if there is not one code per pair of the basis.
+      TypeError: if ``basis`` is no basis or ``codes`` no real array.
     """
-    _check_width("decode", "codes", codes, basis.writers.shape[0])
+    codes = _check_rows("decode", basis, "codes", codes)
     acts = dot(codes.astype(basis.mean.dtype), basis.writers)
     return acts + jnp.broadcast_to(basis.mean, acts.shape)
 
@@ -75,12 +82,9 @@ def truncated(basis: Basis, rank: int) -> Basis:
       >>> truncated(pca(stats, 2), 1).spectrum.tolist()
       [4.0]
     """
+    _check_basis("truncated", basis)
     width = basis.spectrum.shape[-1]
-    if not 1 <= rank <= width:
-        raise ValueError(
-            f"truncated: rank must be in 1 .. {width}, the directions of the basis, "
-            f"got {rank}"
-        )
+    rank = check_int("truncated", "rank", rank, 1, width, ", directions of the basis")
     diagnostics = basis.diagnostics
     return basis._replace(
         readers=basis.readers[:, :rank],
@@ -109,6 +113,12 @@ def describe(basis: Basis) -> str:
       >>> print(ft.describe(ft.gradient_pca(stats, 2, center=True)))
       rank 0: centring removed everything, the data are constant to rounding
     """
+    _check_basis("describe", basis)
+    if isinstance(basis.spectrum, Tracer):
+        raise TypeError(
+            "describe: basis must have known values, got a traced one; call it outside "
+            "of jax.jit"
+        )
     sentence = _describe_rank(basis)
     shared = _describe_shared_values(basis)
     return f"{sentence}; {shared}" if shared else sentence
@@ -156,6 +166,7 @@ def eigengaps(
       >>> gaps.tolist(), groups.tolist()
       ([0.5, 0.0, 1.0], [0, 1, 1])
     """
+    _check_basis("eigengaps", basis)
     values = np.asarray(basis.spectrum, float)
     following = np.append(values[1:], 0.0)
     gaps = (values - following) / np.where(values > 0, values, 1.0)
@@ -179,9 +190,35 @@ def _describe_shared_values(basis: Basis) -> str:
     )
 
 
-def _check_width(who: str, name: str, array: Array, width: int) -> None:
-    """Check the last axis of an array."""
+def _check_basis(who: str, basis: Any) -> None:
+    """Check that a basis is one, of one site."""
+    if not isinstance(basis, Basis):
+        hint = "toyfeat.pca and its like return one"
+        if isinstance(basis, Mapping):
+            hint = "pass that of one site, bases[site]"
+        raise TypeError(f"{who}: wanted a Basis, got {type(basis).__name__}; {hint}")
+
+
+def _check_rows(who: str, basis: Any, name: str, array: Any) -> Array:
+    """Check the basis, and the type and the last axis of what it is applied to."""
+    _check_basis(who, basis)
+    dtype = getattr(array, "dtype", None)
+    if dtype is None or not hasattr(array, "shape"):
+        hint = "convert it with jnp.asarray"
+        if isinstance(array, Taps | Mapping):
+            hint = "pass the activations, taps.acts (of one site)"
+        raise TypeError(
+            f"{who}: {name} must be an array, got {type(array).__name__}; {hint}"
+        )
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{who}: {name} must be real, got {dtype}; join real and imaginary parts "
+            "in one array"
+        )
+    width = basis.readers.shape[0] if name == "acts" else basis.writers.shape[0]
     if array.shape[-1:] != (width,):
         raise ValueError(
-            f"{who}: wanted {name} [..., {width}], got shape {array.shape}"
+            f"{who}: wanted {name} [..., {width}], got shape {array.shape}; the basis "
+            f"is of {basis.readers.shape[0]} units and {len(basis.writers)} directions"
         )
+    return array

@@ -1,6 +1,7 @@
 """Interaction edges: how strongly features of a site act on those of the next."""
 
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
 
@@ -54,6 +55,11 @@ def interaction_edges(
       Bushnaq et al. (2024), arXiv 2405.10928, section 3.4, "squared" edges with
       the gradient at the data in place of the integral along a path.
     """
+    if not isinstance(bases, Mapping) or not bases:
+        raise TypeError(
+            f"interaction_edges: bases must be a dict of site to basis, got "
+            f"{type(bases).__name__}; local_interaction_basis returns one"
+        )
     edges = {}
     for site, name in pairwise([*bases, "outputs"]):
         # Sum squared effects over the batches.
@@ -71,8 +77,17 @@ def interaction_edges(
             total = part if total is None else total + part
             count += len(jax.tree.leaves(inputs)[0])
         if total is None:
-            raise ValueError("interaction_edges: batches() gave no batch")
-        if not isinstance(total, Tracer) and not jnp.any(total != 0):
+            raise ValueError(
+                "interaction_edges: batches() must give at least one batch, got none; "
+                "return a fresh iterator at every call"
+            )
+        known = not isinstance(total, Tracer)
+        if known and not jnp.all(jnp.isfinite(total)):
+            raise ValueError(
+                f"interaction_edges: effects of {site!r} on {name!r} must be finite, "
+                "got NaN or inf; look at the parameters and the inputs"
+            )
+        if known and not jnp.any(total != 0):
             warnings.warn(
                 f"interaction_edges: nothing at {site!r} acts on {name!r}; bases must "
                 "be in order from input to output (jax.jit sorts a dict by its keys)",

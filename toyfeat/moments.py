@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from toyfeat.linalg.checks import check_int
+from toyfeat.linalg.checks import check_int, check_state
 from toyfeat.linalg.compensated import (
     RowMoments,
     empty_moments,
@@ -102,17 +102,25 @@ def moments(dim: int, *, grads: bool = True) -> Accumulator:
     """
     dim = check_int("moments", "dim", dim, 1)
 
+    def check(state: MomentsState) -> MomentsState:
+        acts = getattr(state, "acts", state)
+        check_state("moments", acts, RowMoments, dim)
+        return state
+
     def init() -> MomentsState:
         return MomentsState(empty_moments(dim), empty_moments(dim) if grads else None)
 
     def update(state: MomentsState, taps: Taps) -> MomentsState:
         taps = _check_batch("moments", taps, dim, grads)
-        return _merge_states(state, _batch_moments(taps))
+        return merge(state, _batch_moments(taps))
+
+    def merge(left: MomentsState, right: MomentsState) -> MomentsState:
+        return _merge_states(check(left), check(right))
 
     def finish(state: MomentsState) -> Moments:
-        return moments_from_rows("moments", state.acts, state.grads)
+        return moments_from_rows("moments", check(state).acts, state.grads)
 
-    return Accumulator(init=init, update=update, merge=_merge_states, finish=finish)
+    return Accumulator(init=init, update=update, merge=merge, finish=finish)
 
 
 def moments_of(taps: Taps | Mapping[str, Taps]) -> Moments:
@@ -158,7 +166,7 @@ def moments_of(taps: Taps | Mapping[str, Taps]) -> Moments:
         raise ValueError(
             f"moments_of: wanted acts [N, D], got shape {jnp.shape(taps.acts)}"
         )
-    accumulator = moments(taps.acts.shape[1], grads=taps.grads is not None)
+    accumulator = moments(jnp.shape(taps.acts)[1], grads=taps.grads is not None)
     return accumulator.finish(accumulator.update(accumulator.init(), taps))
 
 

@@ -447,6 +447,8 @@ def test_statistics_that_are_not_finite_make_the_spectrum_nan(
     stats = statistics()
     broken = stats._replace(**{field: getattr(stats, field).at[place].set(bad)})
     assert np.isnan(fitted(METHODS[name], broken, rank).spectrum).all()
+    with pytest.raises(ValueError, match=r"pca: stats must be finite"):
+        METHODS[name](broken, rank)
 
 
 def test_a_gradient_mean_that_is_not_finite_makes_the_centred_spectrum_nan():

@@ -282,6 +282,11 @@ def test_sources_over_positions_or_units_have_the_right_mean(over):
         ({"sites": ["nowhere"]}, ValueError, "no site 'nowhere'"),
         ({"sites": ["first"], "sources": 2}, ValueError, "want a key"),
         ({"sites": ["first"], "rank": 99}, ValueError, "rank must be in"),
+        ({"sites": ["first"], "rank": 2.0}, TypeError, "rank must be an int"),
+        ({"sites": ["first"], "sources": "2"}, TypeError, "sources must be an int"),
+        ({"sites": 3}, TypeError, "sites must be names"),
+        ({"sites": [3]}, TypeError, "sites must be names"),
+        ({"sites": ["first"], "sources": 2, "key": 0}, TypeError, "key must be one"),
     ],
 )
 def test_bad_arguments_of_lib_raise(truth, kwargs, error, match):
@@ -290,11 +295,21 @@ def test_bad_arguments_of_lib_raise(truth, kwargs, error, match):
         ft.local_interaction_basis(PROBED, params, batches_of(x), **kwargs)
 
 
+def test_an_iterator_that_is_exhausted_and_values_that_are_not_finite_raise(truth):
+    params, x, _ = truth
+    same = iter([x])
+    with pytest.raises(ValueError, match=r"same batches .* got 1 batches .* and 0"):
+        ft.local_interaction_basis(PROBED, params, lambda: same, sites=["first"])
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    with pytest.raises(ValueError, match=r"^local_interaction_basis: .* finite"):
+        ft.local_interaction_basis(PROBED, broken, batches_of(x), sites=["first"])
+
+
 def test_batches_must_be_a_function_with_batches(truth):
     params, x, _ = truth
     with pytest.raises(TypeError, match="fresh iterator"):
         ft.local_interaction_basis(PROBED, params, [x], sites=["first"])
-    with pytest.raises(ValueError, match="no batch"):
+    with pytest.raises(ValueError, match="at least one batch"):
         ft.local_interaction_basis(PROBED, params, lambda: iter([]), sites=["first"])
 
 

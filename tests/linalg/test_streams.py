@@ -289,8 +289,8 @@ def test_auto_is_gram_up_to_4096_columns(dim, want):
     assert_same_type(one, two)
 
 
-def test_gram_says_that_squares_overflow():
-    rows = far_rows(1.0) * np.float32(1e17)
+def test_gram_says_that_values_overflow():
+    rows = np.full_like(far_rows(1.0), 3e37)
     got = svd_of(compiled(), rows)
     assert not bool(got.info.finite)
     assert np.all(np.isnan(got.s))
@@ -786,7 +786,7 @@ def test_a_row_that_is_not_finite_raises_outside_of_a_trace(method, bad):
     rows = with_spectrum(SPECTRA["power_one"])
     rows[SIZE + 3, 5] = bad
     state = fold(compiled(method=method, center=True), rows)
-    with pytest.raises(ValueError, match="row held NaN or inf"):
+    with pytest.raises(ValueError, match="rows must be finite"):
         stream_svd(DIM, RANK, method=method, center=True).finish(state)
     got = compiled(method=method, center=True).finish(state)
     assert not bool(got.info.finite)
@@ -796,7 +796,7 @@ def test_a_row_that_is_not_finite_raises_outside_of_a_trace(method, bad):
 
 @pytest.mark.parametrize("sizes", [{"rank": 2.5}, {"rank": 2, "width": 8.0}])
 def test_sizes_must_be_whole_numbers(sizes):
-    with pytest.raises(TypeError, match="must be an int, got"):
+    with pytest.raises(TypeError, match="must be an int, "):
         stream_svd(16, **sizes)
 
 

@@ -34,19 +34,18 @@ def check_int(
         JAX array will not do, nor will a bool.
       ValueError: if it is out of range.
     """
-    wanted = (
-        f"an int in {least} .. {most}" if most is not None else f"an int > {least - 1}"
-    )
-    shown = repr(value) if isinstance(value, int | float | str) else _describe(value)
+    bounds = f"in {least} .. {most}" if most is not None else f"at least {least}"
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         whole = getattr(value, "shape", ()) == () and not isinstance(value, Tracer)
         hint = "int(...) of it" if whole else "a number that is known before jit"
+        plain = isinstance(value, int | float | str)
         raise TypeError(
-            f"{who}: {name} must be {wanted}{about}, got {shown}; pass {hint}"
+            f"{who}: {name} must be an int, {bounds}{about}, got "
+            f"{repr(value) if plain else _describe(value)}; pass {hint}"
         )
     value = int(value)
     if value < least or (most is not None and value > most):
-        raise ValueError(f"{who}: {name} must be {wanted}{about}, got {value}")
+        raise ValueError(f"{who}: {name} must be {bounds}{about}, got {value}")
     return value
 
 
@@ -54,6 +53,35 @@ def _describe(value: Any) -> str:
     """Type of a value, and its shape if it has one."""
     shape = getattr(value, "shape", None)
     return type(value).__name__ + ("" if shape is None else f" of shape {shape}")
+
+
+def check_state(who: str, state: Any, kind: type, width: int) -> Any:
+    """Check that a state is one of an accumulator of this kind and width.
+
+    Args:
+      who: the public function.
+      state: what came.
+      kind: its type, with a pair ``mean``.
+      width: of the rows.
+
+    Returns:
+      The state.
+
+    Raises:
+      TypeError: if it is of another kind.
+      ValueError: if it is of another width.
+    """
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{who}: state must be that of init(), update() or merge() of the same "
+            f"accumulator, got {_describe(state)}; start with init()"
+        )
+    if state.mean.high.shape[-1] != width:
+        raise ValueError(
+            f"{who}: state must be of width {width}, got that of an accumulator of "
+            f"width {state.mean.high.shape[-1]}; keep one accumulator per site"
+        )
+    return state
 
 
 def check_floats(who: str, name: str, value: Any, hint: str) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from toyfeat.linalg.checks import check_floats, check_int
+from toyfeat.linalg.checks import check_floats, check_int, check_state
 from toyfeat.linalg.compensated import (
     RowMoments,
     empty_moments,
@@ -21,6 +21,7 @@ from toyfeat.linalg.compensated import (
 from toyfeat.linalg.orthonormal import choose
 from toyfeat.linalg.precision import largest_size, nonzero, norm
 from toyfeat.linalg.sketches import (
+    RowSketch,
     add_to_sketch,
     descending_eigenpairs,
     empty_sketch,
@@ -124,29 +125,27 @@ def make_stream(
 ) -> Accumulator:
     """Make the accumulator of :func:`stream_svd` for a public function ``who``."""
     dim, rank, kind, width = _check_options(who, dim, rank, method, width)
-    check_rows, check_finite = (
-        partial(_check_rows, who, dim),
-        partial(_check_finite, who),
-    )
-    if kind == "gram":
-        return Accumulator(
-            init=lambda: empty_moments(dim),
-            update=lambda state, rows, weights=None: _add_to_scatter(
-                state, *check_rows(rows, weights)
-            ),
-            merge=merge_moments,
-            finish=lambda state: check_finite(
-                _scatter_svd(state, rank=rank, center=center)
-            ),
-        )
+    # What is done with a state, for the two kinds of it.
     shrink = kind == "frequent_directions"
+    if kind == "gram":
+        state_type, init = RowMoments, partial(empty_moments, dim)
+        add, join = _add_to_scatter, merge_moments
+        decompose = partial(_scatter_svd, rank=rank, center=center)
+    else:
+        state_type, init = RowSketch, partial(empty_sketch, dim, width)
+        add = partial(add_to_sketch, center=center, shrink=shrink)
+        join = partial(merge_sketches, center=center, shrink=shrink)
+        decompose = partial(sketch_svd, rank=rank, shrink=shrink)
+    check = partial(check_state, who, kind=state_type, width=dim)
+
+    def update(state: Any, rows: Array, weights: Array | None = None) -> Any:
+        return add(check(state), *_check_rows(who, dim, rows, weights))
+
     return Accumulator(
-        init=lambda: empty_sketch(dim, width),
-        update=lambda state, rows, weights=None: add_to_sketch(
-            state, *check_rows(rows, weights), center=center, shrink=shrink
-        ),
-        merge=partial(merge_sketches, center=center, shrink=shrink),
-        finish=lambda state: check_finite(sketch_svd(state, rank=rank, shrink=shrink)),
+        init=init,
+        update=update,
+        merge=lambda left, right: join(check(left), check(right)),
+        finish=lambda state: _check_finite(who, decompose(check(state))),
     )
 
 
@@ -222,7 +221,7 @@ def _check_options(
             f"got {method!r}"
         )
     if width is not None:
-        width = check_int(who, "width", width, rank, dim, ", from rank to dim")
+        width = check_int(who, "width", width, rank, dim)
     if method == "auto":
         method = "gram" if dim <= _MAX_GRAM_DIM else "incremental"
     if width is None:

@@ -33,6 +33,9 @@ chosen by trial.
 """
 
 
+_GROWTH_ULPS = 4
+"""Growth of a squared value that may be rounding, in ``eps`` of the first; by trial."""
+
 _SLOWEST = 0.99
 """Largest ratio of two steps that is believed; one of 1 would never end."""
 
@@ -116,7 +119,7 @@ def rayleigh_ritz(space: Subspace, rank: int, axis: Axis, *, with_u: bool) -> Tr
         residual=error * space.scale,
         fallback=space.fallback | bad,
         orthogonality=off,
-        error=_error_of_values(space, values, leading),
+        error=_error_of_values(space, values, leading, s),
     )
 
 
@@ -192,7 +195,7 @@ def _orient(
     return u, s, vt * signs[:, None], off
 
 
-def _error_of_values(space: Subspace, values: Array, leading: Array) -> Array:
+def _error_of_values(space: Subspace, values: Array, leading: Array, s: Array) -> Array:
     r"""Estimate the largest error of the singular values, a share of the first.
 
     The last step of an iteration tells how far it is from its end.  In a Krylov space
@@ -206,6 +209,7 @@ def _error_of_values(space: Subspace, values: Array, leading: Array) -> Array:
       space: the subspace.
       values: ``[L]``, squared singular values on it, largest first.
       leading: ``[L, R]``, eigenvectors of the leading ones.
+      s: ``[R]``, singular values, which are right where their squares are rounding.
 
     Returns:
       ``[]``; 0 if the space is complete, NaN if there was no step.
@@ -221,12 +225,13 @@ def _error_of_values(space: Subspace, values: Array, leading: Array) -> Array:
         last = jnp.sum(leading[-width:] ** 2, axis=0)
         both = jnp.sum(leading[-2 * width :] ** 2, axis=0)
         share = last**2 / jnp.maximum(both, tiny)
-        return jnp.max(share * jnp.sqrt(jnp.maximum(values[:rank], 0) / first)) / 2
+        return jnp.max(share * s) / nonzero(s[0]) / 2
     if not space.history:
         return zero * jnp.nan
-    # Growth in the last step, and in the one before it.
+    # Growth in the last step, and in the one before it, beyond rounding.
     steps = jnp.stack([x[:rank] for x in space.history] + [values[:rank]])
-    growth = jnp.maximum(jnp.diff(steps, axis=0), 0)
+    rounding = _GROWTH_ULPS * float(jnp.finfo(values.dtype).eps) * first
+    growth = jnp.maximum(jnp.diff(steps, axis=0) - rounding, 0)
     ratio = growth[-1] / jnp.maximum(growth[max(len(growth) - 2, 0)], tiny)
     ratio = jnp.clip(ratio, 0.5, _SLOWEST)
     left = growth[-1] * ratio / (1 - ratio)

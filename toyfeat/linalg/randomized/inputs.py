@@ -126,9 +126,9 @@ def check_blocks(blocks: Blocks) -> tuple[Callable[[], Iterable[Array]], int, in
     # Blocks must be readable more than once.
     if isinstance(blocks, Iterator):
         raise ValueError(
-            "randomized_svd: row blocks must be readable again, got an iterator, which "
-            "is not; pass a list or a function that returns a fresh iterator, or fold "
-            "the blocks with stream_svd"
+            "randomized_svd: row blocks must be readable more than once, got an "
+            "iterator; pass a list or a function that returns a fresh iterator, or "
+            "fold the blocks with stream_svd"
         )
     read = blocks if callable(blocks) else lambda: iter(blocks)
     first = read()

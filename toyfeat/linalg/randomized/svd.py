@@ -174,8 +174,8 @@ def randomized_svd(
     if not isinstance(finite, Tracer) and not np.all(finite):
         raise ValueError(
             "randomized_svd: the matrix must be finite, and its singular values of a "
-            f"size that {svd.s.dtype} has, got NaN, inf or larger values; remove such "
-            "rows (toyfeat.check_taps finds them), or rescale"
+            f"size that {svd.s.dtype} has, got NaN or inf, or larger values; remove "
+            "such rows (toyfeat.check_taps finds them), or rescale"
         )
     return svd
 

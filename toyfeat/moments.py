@@ -150,6 +150,7 @@ def moments_of(taps: Taps | Mapping[str, Taps]) -> Moments:
       >>> stats.mean.tolist(), stats.scatter.tolist()
       ([2.0, 0.0], [[2.0, 0.0], [0.0, 0.0]])
     """
+    # Taps of one site, out of a dict if need be.
     if isinstance(taps, Mapping):
         if len(taps) != 1:
             raise ValueError(
@@ -166,6 +167,7 @@ def moments_of(taps: Taps | Mapping[str, Taps]) -> Moments:
         raise ValueError(
             f"moments_of: wanted acts [N, D], got shape {jnp.shape(taps.acts)}"
         )
+    # One batch of a stream.
     accumulator = moments(jnp.shape(taps.acts)[1], grads=taps.grads is not None)
     return accumulator.finish(accumulator.update(accumulator.init(), taps))
 
@@ -278,14 +280,15 @@ def _dtype() -> jnp.dtype:
     return jnp.result_type(float)
 
 
-def _check_batch(who: str, taps: Taps, dim: int, grads: bool) -> Taps:
-    """Check the types and shapes of a batch; gradients that are not wanted go."""
+def _check_types(who: str, taps: Taps) -> None:
+    """Check that taps are taps of real arrays."""
     if not isinstance(taps, Taps):
         hint = (
             "pass the taps of one site, taps[site]" if isinstance(taps, Mapping) else ""
         )
         hint = hint or "toyfeat.tap returns a dict of them"
         raise TypeError(f"{who}: wanted Taps, got {type(taps).__name__}; {hint}")
+    # Every field that is there is a real array.
     for name in ("acts", "weights", "grads"):
         value = getattr(taps, name)
         if not hasattr(value, "dtype") and not (name == "grads" and value is None):
@@ -298,6 +301,12 @@ def _check_batch(who: str, taps: Taps, dim: int, grads: bool) -> Taps:
                 f"{who}: {name} must be real, got {value.dtype}; join real and "
                 "imaginary parts in one array"
             )
+
+
+def _check_batch(who: str, taps: Taps, dim: int, grads: bool) -> Taps:
+    """Check the types and shapes of a batch; gradients that are not wanted go."""
+    _check_types(who, taps)
+    # Activations and weights.
     acts, gradients, weights = taps.acts, taps.grads, taps.weights
     if acts.ndim != 2 or acts.shape[1] != dim:
         raise ValueError(
@@ -309,6 +318,7 @@ def _check_batch(who: str, taps: Taps, dim: int, grads: bool) -> Taps:
             f"{who}: wanted one weight per example {acts.shape[:1]}, got shape "
             f"{weights.shape}"
         )
+    # Gradients, if they are wanted.
     if not grads:
         return taps._replace(grads=None)
     if gradients is None:

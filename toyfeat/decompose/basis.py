@@ -202,6 +202,7 @@ def _check_basis(who: str, basis: Any) -> None:
 def _check_rows(who: str, basis: Any, name: str, array: Any) -> Array:
     """Check the basis, and the type and the last axis of what it is applied to."""
     _check_basis(who, basis)
+    # A real array ...
     dtype = getattr(array, "dtype", None)
     if dtype is None or not hasattr(array, "shape"):
         hint = "convert it with jnp.asarray"
@@ -215,6 +216,7 @@ def _check_rows(who: str, basis: Any, name: str, array: Any) -> Array:
             f"{who}: {name} must be real, got {dtype}; join real and imaginary parts "
             "in one array"
         )
+    # ... of the width of the basis.
     width = basis.readers.shape[0] if name == "acts" else basis.writers.shape[0]
     if array.shape[-1:] != (width,):
         raise ValueError(

@@ -90,6 +90,7 @@ def out_of_units(
       ValueError: outside of a trace, if the statistics are not finite, or if the
         spectrum leaves the float's range.
     """
+    # The spectrum is a square.
     diagnostics = basis.diagnostics
     scaled = basis._replace(
         spectrum=basis.spectrum * root * root,
@@ -141,6 +142,7 @@ def check_stats(who: str, stats: Any, *, grads: bool = False) -> None:
             f"{who}: stats must be Moments, got {type(stats).__name__}; "
             "toyfeat.moments_of(taps) computes them"
         )
+    # Matrices of the width of the mean.
     sketched = isinstance(stats, SketchedMoments)
     mean = jnp.shape(stats.mean)
     squares = [] if sketched else [stats.scatter, stats.grad_second]

@@ -27,6 +27,7 @@ def moments_from_rows(who: str, acts: RowMoments, grads: RowMoments | None) -> M
     Raises:
       ValueError: outside of a trace, if they are not finite.
     """
+    # Activations out of units.
     weight, scatter = to_float(acts.weight), to_float(acts.scatter)
     mean = to_float(acts.mean)
     root = acts.unit * jnp.sqrt(acts.mass)
@@ -77,6 +78,7 @@ def _check_finite(
     """Raise outside of a trace if moments are not finite, and say why."""
     if isinstance(squares, Tracer):
         return
+    # One transfer: the weights, the squares, and the squares in units.
     top = jnp.max(jnp.abs(jnp.diagonal(rows.scatter.high, axis1=-2, axis2=-1)))
     sums = [weight, jnp.sum(squares * 0), top, jnp.max(rows.unit)]
     weight, total, top, unit = map(np.asarray, jax.device_get(sums))
@@ -87,6 +89,7 @@ def _check_finite(
         )
     if np.all(np.isfinite(total)):
         return
+    # Not finite in units: that came in.  Otherwise the unit leaves the range.
     if not np.isfinite(top):
         raise ValueError(
             f"{who}: {name} must be finite, got NaN or inf in a row of positive "

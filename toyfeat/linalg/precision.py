@@ -93,6 +93,7 @@ def split_scale(scale: Array) -> tuple[Array, Array, Array]:
     Returns:
       A number near 1, and two powers of two of about the same size.
     """
+    # The nearest power of two, and the two halves of its exponent.
     unit = power_of_two(scale)
     inner = power_of_two(jnp.sqrt(unit))
     return scale / unit, inner, unit / inner

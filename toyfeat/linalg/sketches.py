@@ -293,6 +293,7 @@ def make_svd(
       The result; not finite as well where a first value that is not zero leaves the
       float's range.
     """
+    # Out of units; a first value must not vanish on the way.
     unit, root = units[0], jnp.sqrt(units[1])
     values, vt = s[: len(vt)] * unit * root, fix_signs(vt.T).T
     vanished = (s[0] != 0) & (values[0] < float(jnp.finfo(s.dtype).tiny))
@@ -308,6 +309,7 @@ def make_svd(
         error=error,
         accurate=is_accurate(error),
     )
+    # NaN anywhere makes everything NaN.
     bad = jnp.full((), jnp.nan, s.dtype)
     return SVD(None, jnp.where(finite, values, bad), jnp.where(finite, vt, bad), info)
 

@@ -222,6 +222,7 @@ def _check_options(
         )
     if width is not None:
         width = check_int(who, "width", width, rank, dim)
+    # Defaults.
     if method == "auto":
         method = "gram" if dim <= _MAX_GRAM_DIM else "incremental"
     if width is None:
@@ -233,10 +234,12 @@ def _check_rows(
     who: str, dim: int, rows: Any, weights: Any
 ) -> tuple[Array, Array | None]:
     """Check the shapes and dtypes of a batch."""
+    # Rows.
     check_floats(who, "rows", rows, "convert them with jnp.asarray")
     if jnp.ndim(rows) != 2 or jnp.shape(rows)[1] != dim:
         raise ValueError(f"{who}: wanted rows [n, {dim}], got shape {jnp.shape(rows)}")
     rows = jnp.asarray(rows, jnp.result_type(float))
+    # Weights, if there are any.
     if weights is None:
         return rows, None
     if not hasattr(weights, "dtype"):

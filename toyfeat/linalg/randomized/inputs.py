@@ -1,6 +1,7 @@
 """Checks of the matrices that ``randomized_svd`` takes."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -58,6 +59,7 @@ def check_linear_map(key: Array, products: LinearMap) -> LinearMap:
       TypeError: if a field is of another type.
       ValueError: if the two products are not those of one matrix.
     """
+    # Two functions.
     for name in ("matvec", "rmatvec"):
         if not callable(getattr(products, name)):
             raise TypeError(
@@ -65,12 +67,14 @@ def check_linear_map(key: Array, products: LinearMap) -> LinearMap:
                 f"{type(getattr(products, name)).__name__}; for a sparse matrix write "
                 "lambda x: a @ np.asarray(x)"
             )
+    # Two sides.
     shape = products.shape
     if not isinstance(shape, tuple | list) or len(shape) != 2:
         raise TypeError(
             f"randomized_svd: shape of a LinearMap must be (N, D), got {shape!r}"
         )
     rows, dim = (check_int("randomized_svd", "side of shape", n, 1) for n in shape)
+    # A dtype that arrays can have here: float64 only where it is enabled.
     try:
         dtype = jnp.dtype(products.dtype)
     except TypeError:
@@ -89,6 +93,7 @@ def check_linear_map(key: Array, products: LinearMap) -> LinearMap:
 def _check_adjoint(key: Array, products: LinearMap) -> None:
     """Check with one vector that ``rmatvec`` is the transpose of ``matvec``."""
     op, one = from_linear_map(products), jnp.ones((), products.dtype)
+    # A random direction, and its image.
     x = jax.random.normal(key, (1, products.shape[1]), products.dtype)
     x = x / jnp.linalg.norm(x)
     y = op.forward(x, one)
@@ -144,6 +149,7 @@ def check_blocks(blocks: Blocks) -> tuple[Callable[[], Iterable[Array]], int, in
             "randomized_svd: a function must return a fresh iterator at every call, "
             "got the same iterator again; write lambda: iter(blocks)"
         )
+    # Matrices of one width.
     if not shapes or any(len(shape) != 2 for shape in shapes):
         raise ValueError(
             f"randomized_svd: wanted row blocks [n, D], got shapes {shapes[:3]}; a "
@@ -155,18 +161,23 @@ def check_blocks(blocks: Blocks) -> tuple[Callable[[], Iterable[Array]], int, in
             f"randomized_svd: wanted row blocks of one width D, got widths {widths}"
         )
 
-    def reread() -> Iterator[Array]:
-        for block, shape in zip_longest(read(), shapes):
-            array = None if block is None else as_floats(block)
-            if array is None or array.shape != shape:
-                raise ValueError(
-                    "randomized_svd: row blocks must be the same at every call, got "
-                    f"shape {None if array is None else array.shape} where it was "
-                    f"{shape}; return a fresh iterator over the same blocks"
-                )
-            yield array
-
+    reread = partial(_reread, read, shapes)
     return reread, sum(shape[0] for shape in shapes), widths[0]
+
+
+def _reread(
+    read: Callable[[], Iterable[ArrayLike]], shapes: list[tuple[int, ...]]
+) -> Iterator[Array]:
+    """Read row blocks again, and check that they are the same."""
+    for block, shape in zip_longest(read(), shapes):
+        array = None if block is None else as_floats(block)
+        if array is None or array.shape != shape:
+            raise ValueError(
+                "randomized_svd: row blocks must be the same at every call, got "
+                f"shape {None if array is None else array.shape} where it was "
+                f"{shape}; return a fresh iterator over the same blocks"
+            )
+        yield array
 
 
 def mesh_and_axis(array: Array, mesh: Any, axis: Axis) -> tuple[Any, Axis]:

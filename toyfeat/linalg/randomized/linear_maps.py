@@ -37,6 +37,7 @@ def from_linear_map(products: LinearMap) -> Operator:
     Returns:
       The operator; its Gram matrix takes ``dim`` products.
     """
+    # Products of the caller's, of vectors over the inner factor of the scale.
     rows, dim = products.shape
     dtype = jnp.dtype(products.dtype)
 
@@ -50,6 +51,7 @@ def from_linear_map(products: LinearMap) -> Operator:
         w = _call_product("rmatvec", products.rmatvec, y[0] / inner, dim, dtype)
         return w.T / outer / near_one
 
+    # The matrix is its product with the identity.
     def materialize() -> Tall:
         return forward(jnp.eye(dim, dtype=dtype), jnp.ones((), dtype))
 
@@ -82,6 +84,7 @@ def _call_product(
     name: str, product: Callable[[Array], Array], x: Array, length: int, dtype: Any
 ) -> Array:
     """Call a product of the caller's, and check what it returns."""
+    # An error of the caller's function is most often one of its shape.
     about = f"to take a block of column vectors {x.shape}"
     try:
         result = product(x)
@@ -90,6 +93,7 @@ def _call_product(
             f"randomized_svd: wanted {name} {about}, got {type(error).__name__}: "
             f"{error}; check the shape (N, D) of the LinearMap, and its functions"
         ) from error
+    # Its shape and dtype.
     shape, kind = (length, x.shape[1]), getattr(result, "dtype", None)
     if kind is None or jnp.shape(result) != shape:
         got = "no array" if kind is None else f"shape {jnp.shape(result)}"

@@ -80,6 +80,7 @@ def from_array(
       The operator; the small side of its products is stored as ``[l, dim]``.
     """
 
+    # Vectors are divided by one factor of the scale, products by the other.
     def forward(z: Array, scale: Array) -> Tall:
         near_one, inner, outer = split_scale(scale)
         return [_wide_product(matrix, z / near_one / inner, sketch) / outer]
@@ -116,6 +117,7 @@ def from_wide_array(matrix: Array, sketch: Sketch = "float32") -> Operator:
       The operator of ``[n, dim]``.
     """
 
+    # The barriers stand before the outer factor of the scale, a transposed product.
     def forward(z: Array, scale: Array) -> Tall:
         near_one, inner, outer = split_scale(scale)
         y = _product(z / near_one / inner, matrix, 1, 0, sketch)
@@ -126,6 +128,7 @@ def from_wide_array(matrix: Array, sketch: Sketch = "float32") -> Operator:
         w = _product(matrix, y[0] / inner, 1, 0, sketch)
         return jax.lax.optimization_barrier(w).T / outer / near_one
 
+    # Squares of the short side, in units.
     def outer_gram() -> tuple[Array, Array]:
         unit = power_of_two(largest_size(matrix))
         scaled = matrix / unit
@@ -157,6 +160,7 @@ def from_blocks(
       The operator; it holds one block in memory at a time.
     """
 
+    # Every product reads all blocks once.
     def forward(z: Array, scale: Array) -> Tall:
         near_one, inner, outer = split_scale(scale)
         z = z / near_one / inner
@@ -169,6 +173,7 @@ def from_blocks(
             total = _backward_block(total, part / inner, block)
         return total / outer / near_one
 
+    # Squares in the largest unit so far.
     def gram() -> tuple[Array, Array]:
         total = jnp.zeros((shape[1], shape[1]), dtype)
         unit = power_of_two(jnp.zeros((), dtype))

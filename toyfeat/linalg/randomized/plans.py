@@ -111,6 +111,7 @@ def check_request(request: Request) -> Request:
       TypeError: if a number is no int.
       ValueError: if a number is too small or a name unknown.
     """
+    # Numbers.
     who, oversample = "randomized_svd", request.oversample
     if oversample is not None:
         oversample = check_int(who, "oversample", oversample, 0)
@@ -119,6 +120,7 @@ def check_request(request: Request) -> Request:
         oversample=oversample,
         power_iters=check_int(who, "power_iters", request.power_iters, 0),
     )
+    # Flags and names.
     if not isinstance(request.with_u, bool | np.bool_):
         raise TypeError(
             f"randomized_svd: compute_u must be True or False, got {request.with_u!r}"

@@ -156,6 +156,7 @@ def randomized_svd(
             with_u=compute_u,
         )
     )
+    # Only arrays are split over a mesh.
     blocks = callable(matrix) or isinstance(matrix, list | tuple | Iterator)
     if (blocks or isinstance(matrix, LinearMap)) and (mesh, axis) != (None, None):
         raise ValueError(
@@ -202,6 +203,7 @@ def _compiled_svd(key: Array, matrix: Array, plan: Plan, mesh: Any) -> SVD:
     """Run the plan under ``jit``, and on the shards of a mesh if there is one."""
     if mesh is None:
         return _differentiable_svd(plan, key, matrix)
+    # Rows are split, and all but u is the same on every device.
     split, replicated = PartitionSpec(plan.axis), PartitionSpec()
     svd = jax.shard_map(
         lambda key, matrix: tuple(_differentiable_svd(plan, key, matrix)),

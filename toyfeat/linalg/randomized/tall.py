@@ -63,6 +63,7 @@ def combine_and_compare(
       The first ``R`` columns, tall; their inner products ``[R, R]``; the sum of
       the squared differences between the last ``m`` columns and ``target``.
     """
+    # The first columns are returned, the others compared.
     rank = factor.shape[1] - target[0].shape[1]
 
     def process(rows: list[Array], factor: Array) -> tuple[Array, Array, Array]:
@@ -76,6 +77,7 @@ def combine_and_compare(
         )
         for rows in zip(*columns, target, strict=True)
     ]
+    # Sums over blocks and devices.
     gram = jnp.stack([gram for _, gram, _ in parts]).sum(axis=0)
     gap = jnp.stack([gap for *_, gap in parts]).sum()
     return (

@@ -96,8 +96,10 @@ def check_floats(who: str, name: str, value: Any, hint: str) -> None:
     Raises:
       TypeError: if it is no array, or of another dtype.
     """
+    # Sparse matrices and the tensors of other libraries have dtypes of their own.
+    array = isinstance(value, np.ndarray | jax.Array) or hasattr(value, "__array__")
     dtype = getattr(value, "dtype", None)
-    if dtype is None or not hasattr(value, "shape"):
+    if not array or not isinstance(dtype, np.dtype):
         raise TypeError(
             f"{who}: {name} must be an array, got {_describe(value)}; {hint}"
         )

@@ -15,10 +15,16 @@ WIDE = A.repeat(10, 1)  # 40 x 300
 SPARSE = scipy.sparse.csr_matrix(A)
 
 
-def products(matvec=None, rmatvec=None, shape=(40, 30), dtype=np.float32):
-    return LinearMap(
-        matvec or (lambda x: A @ x), rmatvec or (lambda y: A.T @ y), shape, dtype
-    )
+def forward(x):
+    return A @ x
+
+
+def backward(y):
+    return A.T @ y
+
+
+def products(matvec=forward, rmatvec=backward, shape=(40, 30), dtype=np.float32):
+    return LinearMap(matvec, rmatvec, shape, dtype)
 
 
 def changing():
@@ -64,7 +70,10 @@ BAD = {
         "return shape .*no array",
     ),
     "complex map": (dict(matrix=products(dtype=np.complex64)), "must be float32"),
-    "complex products": (dict(matrix=products(lambda x: A @ x * 1j)), "real numbers"),
+    "complex products": (
+        dict(matrix=products(lambda x: np.asarray(A @ x) * 1j)),
+        "real numbers",
+    ),
     "unknown dtype": (dict(matrix=products(dtype="x")), "must be float32"),
     "other transpose": (
         dict(
@@ -110,4 +119,3 @@ def test_info_says_whether_values_are_as_good_as_promised(method):
         wrong = np.max(np.abs(np.asarray(svd.s, np.float64) - values[:6])) / values[0]
         assert bool(svd.info.accurate) == accurate == (wrong < 5e-6)
         assert not wrong > 3 * max(float(svd.info.error), 2e-6)
-    assert bool(randomized_svd(KEY, a, 6, method="gram").info.accurate)

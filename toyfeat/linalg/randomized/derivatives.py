@@ -12,7 +12,6 @@ from toyfeat.linalg.precision import (
     largest_size,
     nonzero,
     power_of_two,
-    split_scale,
     sum_over_devices,
 )
 from toyfeat.types import Array
@@ -77,18 +76,23 @@ def svd_jvp(
     # Work in units of the first value; tangents stay in those of ``change``.
     level = _EQUAL_ULPS * float(jnp.finfo(s.dtype).eps)
     first = nonzero(s[0])
-    size, inner, outer = split_scale(first)
+    scale = power_of_two(first)
+    size, matrix = first / scale, matrix / scale
     unit, v, zero = s / first, vt.T, jnp.zeros((), s.dtype)
     safe = jnp.where(unit > level, unit, jnp.ones_like(unit))
     inverse = jnp.where(unit > level, 1 / safe, zero)
-    forward, backward = _unit_products(matrix, (size, inner, outer), axis)
+
+    def forward(x: Array) -> Array:
+        return dot(matrix, x / size)
+
+    def backward(y: Array, a: Array) -> Array:
+        return sum_over_devices(dot(y.T, a), axis).T / size
 
     # Tangents of the values, and the right-hand side R.
     left = forward(v) * inverse[None, :] if u is None else u
     moved = dot(change, v / size)
     slope = sum_over_devices(jnp.sum(left * moved, axis=0), axis)
-    pulled = sum_over_devices(dot((left * unit[None, :]).T, change), axis).T / size
-    rhs = pulled + backward(moved)
+    rhs = backward(left * unit[None, :], change) + backward(moved, matrix)
 
     # The part inside the span: a rotation of the right vectors.
     turn = _rotation(dot(vt, rhs), unit, level)
@@ -98,7 +102,7 @@ def svd_jvp(
         return x - dot(v, dot(vt, x))
 
     def system(x: Array) -> Array:
-        image = project(backward(forward(project(x))))
+        image = project(backward(forward(project(x)), matrix))
         return (unit**2 + level)[None, :] * x - image
 
     # This replaces the solver's own rule, which cannot be transposed inside jit.
@@ -106,38 +110,13 @@ def svd_jvp(
         system, project(rhs), _conjugate_gradients, symmetric=True
     )
     dv = dot(v, turn) + project(outside)
-    dvt = (dv / inner / outer).T
+    dvt = (dv / scale).T
 
     # Left vectors follow from A v = u s.
     if u is None:
         return None, slope * size, dvt
     du = (moved + forward(dv) - u * slope[None, :]) * inverse[None, :]
-    return du / inner / outer, slope * size, dvt
-
-
-def _unit_products(
-    matrix: Array, scale: tuple[Array, Array, Array], axis: Axis
-) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """Products with a matrix and its transpose, over a scale.
-
-    Args:
-      matrix: ``[n, D]``, this device's rows.
-      scale: in three factors, from :func:`split_scale`.
-      axis: the mesh axis of the rows.
-
-    Returns:
-      ``x [D, R] -> A x / scale`` and ``y [n, R] -> A^T y / scale``.
-    """
-    near_one, inner, outer = scale
-
-    def forward(x: Array) -> Array:
-        return dot(matrix, x / near_one / inner) / outer
-
-    def backward(y: Array) -> Array:
-        w = dot((y / inner).T, matrix) / outer
-        return sum_over_devices(w, axis).T / near_one
-
-    return forward, backward
+    return du / scale, slope * size, dvt
 
 
 def _rotation(inside: Array, unit: Array, level: float) -> Array:

@@ -38,8 +38,7 @@ _HOW = (
 
 def as_floats(matrix: Any) -> Array:
     """Check that a matrix is an array of floats, and cast 16-bit ones to float32."""
-    known = isinstance(matrix, np.ndarray | jax.Array) or hasattr(matrix, "__array__")
-    check_floats("randomized_svd", "matrix", matrix if known else type(matrix), _HOW)
+    check_floats("randomized_svd", "matrix", matrix, _HOW)
     array = jnp.asarray(matrix)
     small = jnp.finfo(array.dtype).bits < 32
     return array.astype(jnp.float32) if small else array

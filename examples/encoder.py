@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.models.decoder.module import Site
-from toyfeat.models.decoder.tokens import check_tokenizer, tokenizer_of
+from toyfeat.models.decoder.tokens import check_tokenizer, load_tokenizer
 from toyfeat.models.decoder.weights import (
     Piece,
-    assembled,
-    folder_source,
-    json_of,
-    linear,
-    plain,
+    assemble_params,
+    linear_pieces,
+    open_safetensors,
+    plain_piece,
+    read_json,
 )
 from toyfeat.types import Array, Params
 
@@ -169,9 +169,9 @@ def load_encoder(folder: str | Path) -> PretrainedEncoder:
       ImportError: without the ``lm`` extra.
     """
     folder, who = Path(folder), "load_encoder"
-    config = _config_from_json(who, json_of(who, folder / "config.json"))
+    config = _config_from_json(who, read_json(who, folder / "config.json"))
     # Names of tensors may have a prefix, if the file is of a model with a head.
-    source = folder_source(who, folder)
+    source = open_safetensors(who, folder)
     shapes = {name.removeprefix("bert."): x for name, x in source.shapes.items()}
     full_names = {name.removeprefix("bert."): name for name in source.shapes}
     source = source._replace(
@@ -180,10 +180,10 @@ def load_encoder(folder: str | Path) -> PretrainedEncoder:
     # The tensors in the tree of the module.
     example = Sentences(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)))
     expected = jax.eval_shape(Encoder(config).init, jax.random.key(0), example)
-    params = assembled(
+    params = assemble_params(
         who, expected, _pieces(config), source, dtype=jnp.float32, ignored=_IGNORED
     )
-    tokenizer = tokenizer_of(folder)
+    tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
         check_tokenizer(who, tokenizer, config.vocab)
     return PretrainedEncoder(
@@ -269,7 +269,7 @@ def _pieces(config: EncoderConfig) -> Iterator[Piece]:
         ("kinds", "token_type", 2),
     ):
         tensor = f"embeddings.{theirs}_embeddings.weight"
-        yield from plain(f"{name}/embedding", tensor, (num, dim))
+        yield from plain_piece(f"{name}/embedding", tensor, (num, dim))
     norms = {"embed_norm": "embeddings.LayerNorm"}
     for i in range(config.layers):
         block, layer = f"blocks_{i}", f"encoder.layer.{i}"
@@ -283,7 +283,9 @@ def _pieces(config: EncoderConfig) -> Iterator[Piece]:
             ("up", "intermediate.dense", (hidden, dim)),
             ("down", "output.dense", (dim, hidden)),
         ):
-            yield from linear(f"{block}/{name}", f"{layer}.{theirs}", shape, True)
+            yield from linear_pieces(
+                f"{block}/{name}", f"{layer}.{theirs}", shape, True
+            )
     for name, theirs in norms.items():
-        yield from plain(f"{name}/scale", f"{theirs}.weight", (dim,))
-        yield from plain(f"{name}/bias", f"{theirs}.bias", (dim,))
+        yield from plain_piece(f"{name}/scale", f"{theirs}.weight", (dim,))
+        yield from plain_piece(f"{name}/bias", f"{theirs}.bias", (dim,))

@@ -13,16 +13,16 @@ from toyfeat.models.decoder import (
     SITES,
     Decoder,
     DecoderConfig,
-    config_of,
     gpt2,
     llama,
     neox,
-    stacked,
-    unstacked,
+    parse_config,
+    stack_blocks,
+    unstack_blocks,
 )
-from toyfeat.models.decoder.module import attended
-from toyfeat.models.decoder.pieces import huggingface_pieces, shapes_of
-from toyfeat.models.decoder.weights import Source, assembled
+from toyfeat.models.decoder.attention import causal_attention
+from toyfeat.models.decoder.pieces import huggingface_pieces, param_shapes
+from toyfeat.models.decoder.weights import Source, assemble_params
 
 KINDS = list(oracle.CONFIGS)
 SHAPES = ["gpt2", "neox", "llama"]
@@ -42,12 +42,12 @@ class Case(NamedTuple):
 def case(kind):
     given = oracle.CONFIGS[kind]
     tensors = oracle.random_tensors(given)
-    name, config = config_of(given)
+    name, config = parse_config(given)
     plain = oracle.without_prefix(tensors)
     source = Source(kind, {n: x.shape for n, x in plain.items()}, plain.__getitem__)
-    params = assembled(
+    params = assemble_params(
         "test",
-        shapes_of(config),
+        param_shapes(config),
         huggingface_pieces(name, config),
         source,
         dtype=jnp.float32,
@@ -201,7 +201,7 @@ def test_every_site_of_every_block_has_its_width():
             width = config.hidden if site == "mlp_hidden" else config.dim
             assert shapes[f"blocks_{layer}/{site}"].shape == (BATCH, TIME, width)
     scanned = ft.from_linen(Decoder(config, scan=True))
-    names = ft.site_shapes(scanned, stacked(params), TOKENS)
+    names = ft.site_shapes(scanned, stack_blocks(params), TOKENS)
     assert {f"blocks/{s}@{i}" for s in SITES for i in range(LAYERS)} <= names.keys()
 
 
@@ -213,13 +213,13 @@ def test_examples_do_not_mix():
 def test_a_scan_over_the_layers_is_the_unrolled_model(kind):
     params = case(kind).params
     names = tuple(f"blocks/mlp_out@{i}" for i in range(LAYERS))
-    found = taps(kind, names, scan=True)(stacked(params), TOKENS, LOSS)
+    found = taps(kind, names, scan=True)(stack_blocks(params), TOKENS, LOSS)
     sites = tuple(f"blocks_{i}/mlp_out" for i in range(LAYERS))
     whole = taps(kind, sites)(params, TOKENS, LOSS)
     for i in range(LAYERS):
         same_taps(found[names[i]], whole[sites[i]])
     delta = jnp.linspace(-1.0, 1.0, case(kind).config.dim)
-    logits = run(kind, scan=True)(stacked(params), TOKENS, {names[1]: delta})[0]
+    logits = run(kind, scan=True)(stack_blocks(params), TOKENS, {names[1]: delta})[0]
     close(logits, run(kind)(params, TOKENS, {sites[1]: delta})[0])
 
 
@@ -227,14 +227,14 @@ def test_a_scan_takes_no_functions():
     config, params = case("llama").config, case("llama").params
     model = ft.from_linen(Decoder(config, scan=True))
     with pytest.raises(ValueError, match=r"blocks/mlp_out@1"):
-        model(stacked(params), TOKENS, {"blocks/mlp_out@1": jnp.tanh})
+        model(stack_blocks(params), TOKENS, {"blocks/mlp_out@1": jnp.tanh})
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_parameters_are_stacked_and_back(kind):
     config, params = case(kind).config, case(kind).params
-    equal_trees(unstacked(stacked(params)), params)
-    for given, options in ((params, {}), (stacked(params), {"scan": True})):
+    equal_trees(unstack_blocks(stack_blocks(params)), params)
+    for given, options in ((params, {}), (stack_blocks(params), {"scan": True})):
         init = partial(Decoder(config, **options).init, jax.random.key(0))
         shapes = jax.eval_shape(init, TOKENS)
         equal_trees(jax.tree.map(jnp.shape, given), jax.tree.map(jnp.shape, shapes))
@@ -247,8 +247,8 @@ def equal_trees(one, other):
 
 def test_more_than_ten_layers_are_stacked_in_order():
     params = {"params": {f"blocks_{i}": {"x": jnp.float32(i)} for i in range(12)}}
-    assert stacked(params)["params"]["blocks"]["x"].tolist() == list(range(12))
-    equal_trees(unstacked(stacked(params)), params)
+    assert stack_blocks(params)["params"]["blocks"]["x"].tolist() == list(range(12))
+    equal_trees(unstack_blocks(stack_blocks(params)), params)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -268,13 +268,15 @@ def test_the_first_start_is_what_the_tokens_become(scan):
     params = case("gpt2").params
     resid = jnp.asarray(wanted("gpt2")[1][0, "resid_pre"], jnp.float32)
     model = run("gpt2", start=0, scan=scan)
-    close(model(stacked(params) if scan else params, resid, {})[0], wanted("gpt2")[0])
+    close(
+        model(stack_blocks(params) if scan else params, resid, {})[0], wanted("gpt2")[0]
+    )
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_last_start_is_the_norm_and_the_logits(kind, scan):
-    params = stacked(case(kind).params) if scan else case(kind).params
+    params = stack_blocks(case(kind).params) if scan else case(kind).params
     last = wanted(kind)[1][LAYERS - 1, "resid_post"]
     inputs = jnp.asarray(last, jnp.float32)
     model = run(kind, start=LAYERS, scan=scan)
@@ -324,7 +326,7 @@ def test_what_all_keys_have_in_common_costs_bfloat16_no_gradients(shift):
 
     def pulled(dtype):
         typed = [x.astype(dtype) for x in given]
-        mixed, pull = jax.vjp(attended, *typed)
+        mixed, pull = jax.vjp(causal_attention, *typed)
         return mixed, *pull(cotangent.astype(dtype))
 
     for found, exact in zip(pulled(jnp.bfloat16), pulled(jnp.float32), strict=True):
@@ -355,7 +357,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(kind):
 def test_computing_blocks_again_changes_no_gradient(scan):
     kind, params = "llama", case("llama").params
     names = tuple(f"blocks/{s}@1" for s in SITES) if scan else of_block(1)
-    given = stacked(params) if scan else params
+    given = stack_blocks(params) if scan else params
     found = taps(kind, names, scan=scan, remat=True)(given, TOKENS, LOSS)
     whole = taps(kind, of_block(1))(params, TOKENS, LOSS)
     for name, site in zip(names, of_block(1), strict=True):
@@ -433,7 +435,7 @@ KEPT = jnp.zeros((2, 3, 12))
 def test_a_past_that_does_not_fit(kind, options, past, match):
     config, params = case(kind).config, case(kind).params
     inputs = jnp.zeros((2, 6, 12)) if "start" in options else TOKENS
-    params = stacked(params) if "scan" in options else params
+    params = stack_blocks(params) if "scan" in options else params
     with pytest.raises(ValueError, match=match):
         jax.eval_shape(Decoder(config, **options).apply, params, inputs, past)
 
@@ -559,13 +561,13 @@ def test_sizes_that_do_not_fit(make, sizes, match):
 
 def test_parameters_of_the_other_layout():
     params = case("gpt2").params
-    with pytest.raises(ValueError, match=r"stacked: wanted .*blocks_0 .*got \['blo"):
-        stacked(stacked(params))
-    with pytest.raises(ValueError, match=r"unstacked: wanted .*'blocks', got \['blo"):
-        unstacked(params)
+    with pytest.raises(ValueError, match=r"^stack_blocks: .*blocks_0 .*got \['blo"):
+        stack_blocks(stack_blocks(params))
+    with pytest.raises(ValueError, match=r"unstack_blocks: .*'blocks', got \['blo"):
+        unstack_blocks(params)
     gap = {"params": {"blocks_0": {}, "blocks_2": {}}}
-    with pytest.raises(ValueError, match=r"stacked: wanted"):
-        stacked(gap)
+    with pytest.raises(ValueError, match=r"stack_blocks: wanted"):
+        stack_blocks(gap)
 
 
 def test_it_is_a_module_like_another():

@@ -12,8 +12,8 @@ import pytest
 from toyfeat.models.decoder import (
     Decoder,
     Pretrained,
-    config_of,
     load_decoder,
+    parse_config,
     token_windows,
 )
 
@@ -182,11 +182,11 @@ def test_masks_and_tables_of_old_checkpoints_are_left_out(tmp_path):
 def test_entries_that_are_left_out_have_the_defaults_of_transformers():
     given = {"model_type": "llama", "vocab_size": 5, "num_hidden_layers": 1}
     given |= {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 6}
-    config = config_of(given | {"num_key_value_heads": None, "head_dim": None})[1]
+    config = parse_config(given | {"num_key_value_heads": None, "head_dim": None})[1]
     assert (config.kv_heads, config.head_dim, config.rotary_base) == (2, 4, 1e4)
     assert (config.eps, config.activation, config.tied) == (1e-6, "silu", False)
     given |= {"model_type": "gpt_neox", "hidden_size": 16}
-    config = config_of(given | {"max_position_embeddings": 4})[1]
+    config = parse_config(given | {"max_position_embeddings": 4})[1]
     assert (config.rotary_dim, config.rotary_base, config.eps) == (2, 1e4, 1e-5)
     assert (config.parallel, config.qkv_bias, config.tied) == (True, True, False)
 
@@ -308,7 +308,7 @@ def test_entries_that_are_missing(name):
     for entry in needed[name]:
         given = {key: x for key, x in OLD[name].items() if key != entry}
         with pytest.raises(ValueError, match=rf"config.json has no entry '{entry}'"):
-            config_of(given)
+            parse_config(given)
 
 
 SIZES = {
@@ -357,7 +357,7 @@ def test_sizes_that_are_none(name, value):
             continue
         match = r"(gpt2|neox|llama): heads must divide|decoder: sizes must be whole"
         with pytest.raises(ValueError, match=match):
-            config_of(OLD[name] | {entry: value})
+            parse_config(OLD[name] | {entry: value})
 
 
 @pytest.mark.parametrize("name", OLD)
@@ -366,7 +366,7 @@ def test_scales_that_are_none(name, value):
     for entry in SCALES[name]:
         match = r"eps and rotary_base must be positive|rotary_share must be a part"
         with pytest.raises(ValueError, match=match):
-            config_of(OLD[name] | {entry: value})
+            parse_config(OLD[name] | {entry: value})
 
 
 @pytest.mark.parametrize("name", OLD)
@@ -374,7 +374,7 @@ def test_scales_that_are_none(name, value):
 def test_flags_that_are_none(name, value):
     for entry in FLAGS[name]:
         with pytest.raises(ValueError, match=r"decoder: flags must be True or False"):
-            config_of(OLD[name] | {entry: value})
+            parse_config(OLD[name] | {entry: value})
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_flags_that_are_none(name, value):
 @pytest.mark.parametrize("name", ["neox", "llama"])
 def test_rotations_of_other_types(name, entries):
     with pytest.raises(ValueError, match=r"'(dynamic|yarn)' are not covered, only"):
-        config_of(OLD[name] | entries)
+        parse_config(OLD[name] | entries)
 
 
 LLAMA3 = oracle.CONFIGS["llama3"]["rope_parameters"]
@@ -408,7 +408,7 @@ LLAMA3 = oracle.CONFIGS["llama3"]["rope_parameters"]
 def test_scaled_rotations_that_cannot_be(changes, match):
     rope = {k: v for k, v in {**LLAMA3, **changes}.items() if v is not ...}
     with pytest.raises(ValueError, match=match):
-        config_of(oracle.LLAMA | {"rope_parameters": rope})
+        parse_config(oracle.LLAMA | {"rope_parameters": rope})
 
 
 def test_the_context_of_scaled_rotations_is_that_of_the_model_by_default():
@@ -416,8 +416,8 @@ def test_the_context_of_scaled_rotations_is_that_of_the_model_by_default():
     rope = {k: v for k, v in LLAMA3.items() if "original" not in k}
     size = {"max_position_embeddings": LLAMA3["original_max_position_embeddings"]}
     given = oracle.CONFIGS["llama3"]
-    found = config_of(given | size | {"rope_parameters": rope})[1].rotary_divisors
-    assert found == config_of(given)[1].rotary_divisors
+    found = parse_config(given | size | {"rope_parameters": rope})[1].rotary_divisors
+    assert found == parse_config(given)[1].rotary_divisors
 
 
 def test_rotations_of_llama_3_slow_long_waves_and_no_short_ones():
@@ -425,7 +425,7 @@ def test_rotations_of_llama_3_slow_long_waves_and_no_short_ones():
     rope = LLAMA3 | {"rope_theta": 5e5, "factor": 8.0, "high_freq_factor": 4.0}
     rope |= {"original_max_position_embeddings": 8192}
     more = {"head_dim": 128, "rope_parameters": rope}
-    found = config_of(oracle.LLAMA | more)[1].rotary_divisors
+    found = parse_config(oracle.LLAMA | more)[1].rotary_divisors
     waves = 2 * np.pi * 5e5 ** (np.arange(64) / 64)
     np.testing.assert_allclose(np.array(found)[waves > 8192], 8.0)
     np.testing.assert_allclose(np.array(found)[waves < 8192 / 4], 1.0)
@@ -439,7 +439,7 @@ def test_rotations_of_llama_3_slow_long_waves_and_no_short_ones():
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_rotations_that_are_no_entries(name, value):
     with pytest.raises(ValueError, match=rf"{name} must be entries, got "):
-        config_of(oracle.LLAMA | {name: value})
+        parse_config(oracle.LLAMA | {name: value})
 
 
 def test_of_both_names_of_rotations_the_older_one_counts():
@@ -447,17 +447,19 @@ def test_of_both_names_of_rotations_the_older_one_counts():
     other = {"rope_parameters": {"rope_theta": 99.0, "rope_type": "default"}}
     older = {"rope_scaling": {"type": "linear", "factor": 2.0}}
     given = {k: v for k, v in oracle.LLAMA.items() if k != "rope_parameters"}
-    both = config_of(given | other | older)[1]
-    assert both == config_of(given | older)[1]
-    assert both != config_of(given | other)[1]
-    assert config_of(given | other | {"rope_scaling": None}) == config_of(given | other)
+    both = parse_config(given | other | older)[1]
+    assert both == parse_config(given | older)[1]
+    assert both != parse_config(given | other)[1]
+    assert parse_config(given | other | {"rope_scaling": None}) == parse_config(
+        given | other
+    )
 
 
 @pytest.mark.parametrize("value", ["quick_gelu", None, ["gelu"]])
 def test_another_activation(value):
     for name, entry in (("gpt2", "activation_function"), ("llama", "hidden_act")):
         with pytest.raises(ValueError, match=r"wanted an activation of gelu, .* got "):
-            config_of(OLD[name] | {entry: value})
+            parse_config(OLD[name] | {entry: value})
 
 
 @pytest.mark.parametrize(
@@ -470,7 +472,7 @@ def test_another_activation(value):
 )
 def test_options_of_gpt2_that_are_not_covered(entry, value):
     with pytest.raises(ValueError, match=rf"{entry} = {value} is not covered"):
-        config_of(oracle.GPT2 | {entry: value})
+        parse_config(oracle.GPT2 | {entry: value})
 
 
 # GGUF files.  The layouts of blocks are those of ggml.

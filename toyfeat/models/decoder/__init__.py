@@ -1,10 +1,10 @@
-"""Language models: a decoder with named sites, and weights that were released."""
+"""Language models: a decoder with named sites, and released weights."""
 
 from toyfeat.models.decoder.config import DecoderConfig, gpt2, llama, neox
-from toyfeat.models.decoder.huggingface import config_of
+from toyfeat.models.decoder.huggingface import parse_config
 from toyfeat.models.decoder.module import SITES, Decoder
 from toyfeat.models.decoder.pretrained import Pretrained, load_decoder
-from toyfeat.models.decoder.stacking import stacked, unstacked
+from toyfeat.models.decoder.stacking import stack_blocks, unstack_blocks
 from toyfeat.models.decoder.tokens import token_windows
 
 __all__ = [
@@ -12,12 +12,12 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "Pretrained",
-    "config_of",
     "gpt2",
     "llama",
     "load_decoder",
     "neox",
-    "stacked",
+    "parse_config",
+    "stack_blocks",
     "token_windows",
-    "unstacked",
+    "unstack_blocks",
 ]

@@ -1,10 +1,13 @@
-"""The three shapes of decoder that cover most released language models."""
+"""Configurations of decoders: GPT-2, GPT-NeoX and Llama."""
 
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+_SIZES = ("vocab", "layers", "dim", "heads", "kv_heads", "head_dim", "hidden")
+_SIZES += ("context",)
+_FLAGS = ("gated", "parallel", "qkv_bias", "out_bias", "mlp_bias", "tied")
 
 
 @dataclass(frozen=True)
@@ -14,29 +17,30 @@ class DecoderConfig:
     Make one with :func:`gpt2`, :func:`neox` or :func:`llama`.
 
     Attributes:
-      vocab: tokens ``V``.
-      layers: blocks.
+      vocab: size of the vocabulary ``V``.
+      layers: number of blocks.
       dim: width ``D`` of the residual stream.
-      heads: of the queries.
-      kv_heads: of keys and values; each serves ``heads / kv_heads`` query heads.
+      heads: number of query heads.
+      kv_heads: number of key and value heads; each serves ``heads / kv_heads`` query
+        heads.
       head_dim: width of a head.
       hidden: width of the MLP.
       context: positions that the model was trained on.
-      positions: a learned vector each, or rotations of queries and keys.
+      positions: ``"learned"`` adds a vector for each position, ``"rotary"`` rotates
+        queries and keys.
       norm: ``"layer"`` (centred, with bias) or ``"rms"``.
       activation: of the MLP; ``"gelu_tanh"`` is the approximation of GPT-2.
       gated: whether the MLP's hidden units are ``activation(gate) * up``.
-      parallel: whether attention and MLP read the same residual.
-      rotary_dim: entries of a head that are rotated, the first ones.
-      rotary_base: wavelengths grow up to ``2 pi`` times this.
-      eps: of the norms.
+      parallel: whether attention and MLP read the same residual stream.
+      rotary_dim: number of entries of a head that are rotated, the first ones.
+      rotary_base: base of the wavelengths, which grow up to ``2 pi`` times this.
+      eps: epsilon of the norms.
       qkv_bias: whether queries, keys and values have a bias.
-      out_bias: whether the attention's output has one.
-      mlp_bias: whether the MLP's matrices have one.
-      tied: whether the logits' matrix is the embedding.
-      rotary_divisors: what the rate of each pair of entries of a head is divided by,
-        ``rotary_dim / 2`` of them, for models that were trained on longer texts later;
-        ``None`` for ones.
+      out_bias: whether the attention's output has a bias.
+      mlp_bias: whether the MLP's matrices have a bias.
+      tied: whether the matrix of the logits is the embedding.
+      rotary_divisors: divisors of the rates of rotation, ``rotary_dim / 2`` of them,
+        for models that were trained on longer texts later; ``None`` for ones.
     """
 
     vocab: int
@@ -62,54 +66,40 @@ class DecoderConfig:
     rotary_divisors: tuple[float, ...] | None = None
 
     def __post_init__(self: Self) -> None:
-        """Check the sizes.
+        """Check the sizes and kinds.
 
         Raises:
-          ValueError: for sizes that do not fit, or values of another kind.
+          ValueError: for sizes that do not fit, or values of another type.
         """
-        names = ("vocab", "layers", "dim", "heads", "kv_heads", "head_dim", "hidden")
-        names += ("context",)
-        sizes = {name: getattr(self, name) for name in names}
-        if not all(_is_size(x) for x in sizes.values()):
+        # Sizes.
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        if not all(_is_size(size) for size in sizes.values()):
             raise ValueError(f"decoder: sizes must be whole and positive, got {sizes}")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"decoder: kv_heads must divide heads, got {self.kv_heads} and "
                 f"{self.heads}"
             )
-        rotary = self.positions == "rotary"
-        width = self.rotary_dim
-        if rotary and not (width % 2 == 0 and 2 <= width <= self.head_dim):
-            raise ValueError(
-                "decoder: rotary_dim must be even and in 2 .. head_dim "
-                f"{self.head_dim}, got {width}"
-            )
-        scales = (self.eps, self.rotary_base) if rotary else (self.eps,)
-        if not all(_is_positive(x) for x in scales):
+        # Scales and rotations.
+        is_rotary = self.positions == "rotary"
+        if is_rotary:
+            _check_rotary_dim(self)
+        scales = (self.eps, self.rotary_base) if is_rotary else (self.eps,)
+        if not all(_is_positive(scale) for scale in scales):
             raise ValueError(
                 "decoder: eps and rotary_base must be positive, got "
                 f"{self.eps!r} and {self.rotary_base!r}"
             )
-        slower = self.rotary_divisors
-        good = slower is None or (
-            isinstance(slower, tuple)
-            and len(slower) == width // 2
-            and all(_is_positive(x) for x in slower)
-        )
-        if not good:
+        _check_rotary_divisors(self)
+        # Kinds and flags.
+        activations = get_args(Activation)
+        if self.activation not in activations:
             raise ValueError(
-                f"decoder: rotary_divisors must be {width // 2} positive numbers in a "
-                f"tuple, half of rotary_dim, got {slower!r}"
-            )
-        kinds = get_args(Activation)
-        if self.activation not in kinds:
-            raise ValueError(
-                f"decoder: activation must be one of {', '.join(kinds)}, got "
+                f"decoder: activation must be one of {', '.join(activations)}, got "
                 f"{self.activation!r}"
             )
-        names = ("gated", "parallel", "qkv_bias", "out_bias", "mlp_bias", "tied")
-        flags = {name: getattr(self, name) for name in names}
-        if not all(isinstance(x, bool) for x in flags.values()):
+        flags = {name: getattr(self, name) for name in _FLAGS}
+        if not all(isinstance(flag, bool) for flag in flags.values()):
             raise ValueError(f"decoder: flags must be True or False, got {flags}")
 
 
@@ -125,24 +115,24 @@ def gpt2(
     eps: float = 1e-5,
     tied: bool = True,
 ) -> DecoderConfig:
-    """GPT-2: learned positions, LayerNorm, GELU.
+    """Configure GPT-2: learned positions, LayerNorm, GELU.
 
     Args:
-      vocab: tokens.
-      layers: blocks.
+      vocab: size of the vocabulary.
+      layers: number of blocks.
       dim: width, a multiple of ``heads``.
-      heads: of attention.
-      hidden: of the MLP, ``4 * dim`` by default.
-      context: positions.
+      heads: number of attention heads.
+      hidden: width of the MLP, ``4 * dim`` by default.
+      context: number of positions.
       activation: of the MLP.
-      eps: of LayerNorm.
-      tied: whether the logits' matrix is the embedding.
+      eps: epsilon of LayerNorm.
+      tied: whether the matrix of the logits is the embedding.
 
     Returns:
-      A configuration.
+      The configuration.
 
     Raises:
-      ValueError: for sizes that do not fit, or values of another kind.
+      ValueError: for sizes that do not fit, or values of another type.
 
     References:
       Radford et al. (2019), "Language models are unsupervised multitask learners".
@@ -153,7 +143,7 @@ def gpt2(
         dim=dim,
         heads=heads,
         kv_heads=heads,
-        head_dim=_per_head("gpt2", dim, heads),
+        head_dim=_divide_heads("gpt2", dim, heads),
         hidden=4 * dim if hidden is None else hidden,
         context=context,
         positions="learned",
@@ -188,35 +178,35 @@ def neox(
     attention_bias: bool = True,
     tied: bool = False,
 ) -> DecoderConfig:
-    """GPT-NeoX and Pythia: partly rotated heads, attention beside the MLP.
+    """Configure GPT-NeoX and Pythia: partly rotated heads, parallel MLP.
 
     Args:
-      vocab: tokens.
-      layers: blocks.
+      vocab: size of the vocabulary.
+      layers: number of blocks.
       dim: width, a multiple of ``heads``.
-      heads: of attention.
-      hidden: of the MLP, ``4 * dim`` by default.
-      context: positions.
+      heads: number of attention heads.
+      hidden: width of the MLP, ``4 * dim`` by default.
+      context: number of positions.
       activation: of the MLP.
-      parallel: whether attention and MLP read the same residual.
-      rotary_share: of a head's entries that are rotated.
-      rotary_base: of the wavelengths.
-      rotary_divisors: of the rates, one for every pair of entries that is rotated.
-      eps: of LayerNorm.
+      parallel: whether attention and MLP read the same residual stream.
+      rotary_share: share of a head's entries that is rotated.
+      rotary_base: base of the wavelengths.
+      rotary_divisors: divisors of the rates of rotation, one for each pair of entries.
+      eps: epsilon of LayerNorm.
       attention_bias: whether attention has biases.
-      tied: whether the logits' matrix is the embedding.
+      tied: whether the matrix of the logits is the embedding.
 
     Returns:
-      A configuration.
+      The configuration.
 
     Raises:
-      ValueError: for sizes that do not fit, or values of another kind.
+      ValueError: for sizes that do not fit, or values of another type.
 
     References:
       Black et al. (2022), "GPT-NeoX-20B", arXiv 2204.06745; Su et al. (2021),
       "RoFormer", arXiv 2104.09864, for the rotations.
     """
-    head_dim = _per_head("neox", dim, heads)
+    head_dim = _divide_heads("neox", dim, heads)
     if not (_is_positive(rotary_share) and rotary_share <= 1):
         raise ValueError(
             "neox: rotary_share must be a part of a head, above 0 and at most 1, got "
@@ -265,37 +255,37 @@ def llama(
     mlp_bias: bool = False,
     tied: bool = False,
 ) -> DecoderConfig:
-    """Llama: rotated heads, grouped queries, RMSNorm, a gated MLP.
+    """Configure Llama: rotated heads, grouped queries, RMSNorm, a gated MLP.
 
     Args:
-      vocab: tokens.
-      layers: blocks.
+      vocab: size of the vocabulary.
+      layers: number of blocks.
       dim: width.
-      heads: of the queries.
-      kv_heads: of keys and values, ``heads`` by default.
+      heads: number of query heads.
+      kv_heads: number of key and value heads, ``heads`` by default.
       head_dim: width of a head, ``dim / heads`` by default.
-      hidden: of the MLP.
-      context: positions.
+      hidden: width of the MLP.
+      context: number of positions.
       activation: of the MLP's gate.
-      rotary_base: of the wavelengths.
-      rotary_divisors: of the rates, one for every pair of entries that is rotated.
-      eps: of RMSNorm.
+      rotary_base: base of the wavelengths.
+      rotary_divisors: divisors of the rates of rotation, one for each pair of entries.
+      eps: epsilon of RMSNorm.
       attention_bias: whether attention has biases.
       mlp_bias: whether the MLP has biases.
-      tied: whether the logits' matrix is the embedding.
+      tied: whether the matrix of the logits is the embedding.
 
     Returns:
-      A configuration.
+      The configuration.
 
     Raises:
-      ValueError: for sizes that do not fit, or values of another kind.
+      ValueError: for sizes that do not fit, or values of another type.
 
     References:
       Touvron et al. (2023), "LLaMA", arXiv 2302.13971; Ainslie et al. (2023), "GQA",
       arXiv 2305.13245, for the grouped queries; Shazeer (2020), "GLU variants",
       arXiv 2002.05202, for the MLP.
     """
-    width = _per_head("llama", dim, heads) if head_dim is None else head_dim
+    width = _divide_heads("llama", dim, heads) if head_dim is None else head_dim
     return DecoderConfig(
         vocab=vocab,
         layers=layers,
@@ -321,16 +311,40 @@ def llama(
     )
 
 
-def _per_head(who: str, dim: int, heads: int) -> int:
+def _divide_heads(who: str, dim: int, heads: int) -> int:
+    """Divide the stream among the heads; returns the width of a head."""
     if not _is_size(dim) or not _is_size(heads) or dim % heads:
         raise ValueError(f"{who}: heads must divide dim, got {heads!r} and {dim!r}")
     return dim // heads
 
 
-def _is_size(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+def _check_rotary_dim(config: DecoderConfig) -> None:
+    width = config.rotary_dim
+    if width % 2 or not 2 <= width <= config.head_dim:
+        raise ValueError(
+            "decoder: rotary_dim must be even and in 2 .. head_dim "
+            f"{config.head_dim}, got {width}"
+        )
 
 
-def _is_positive(x: Any) -> bool:
-    known = isinstance(x, int | float) and not isinstance(x, bool)
-    return known and 0 < x < math.inf
+def _check_rotary_divisors(config: DecoderConfig) -> None:
+    divisors, pairs = config.rotary_divisors, config.rotary_dim // 2
+    fits = divisors is None or (
+        isinstance(divisors, tuple)
+        and len(divisors) == pairs
+        and all(_is_positive(divisor) for divisor in divisors)
+    )
+    if not fits:
+        raise ValueError(
+            f"decoder: rotary_divisors must be {pairs} positive numbers in a tuple, "
+            f"half of rotary_dim, got {divisors!r}"
+        )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf

@@ -1,4 +1,4 @@
-"""GGUF files of the Llama architecture."""
+"""Loading of GGUF files of the Llama architecture."""
 
 import importlib
 from collections.abc import Mapping
@@ -9,24 +9,24 @@ from typing import Any
 import numpy as np
 
 from toyfeat.models.decoder.config import DecoderConfig, llama
-from toyfeat.models.decoder.pieces import gguf_pieces, shapes_of
-from toyfeat.models.decoder.weights import Source, assembled
+from toyfeat.models.decoder.pieces import gguf_pieces, param_shapes
+from toyfeat.models.decoder.weights import Source, assemble_params
 from toyfeat.types import Params
 
 _WHO = "load_decoder"
 _IGNORED = r"^rope_freqs\.weight$"
 
 
-def read(path: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
-    """Configuration and parameters of a file."""
+def load_gguf(path: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
+    """Load configuration and parameters of a file."""
     library = _library()
-    reader = opened(path)
+    reader = open_gguf(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     # The file lists sizes from the innermost on.
     shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in tensors.items()}
 
-    def unpacked(name: str) -> np.ndarray:
+    def dequantize(name: str) -> np.ndarray:
         tensor = tensors[name]
         try:
             values = library.dequantize(tensor.data, tensor.tensor_type)
@@ -37,29 +37,35 @@ def read(path: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
             ) from error
         return np.asarray(values, np.float32).reshape(shapes[name])
 
-    config = _config_of(fields, shapes, path)
-    slower = np.full(config.rotary_dim // 2, _factor(fields, path))
+    # Configuration; divisors of the rotations are a factor, a tensor, or both.
+    config = _parse_config(fields, shapes, path)
+    divisors = np.full(config.rotary_dim // 2, _parse_rope_factor(fields, path))
     if "rope_freqs.weight" in tensors:
-        wanted, found = slower.shape, shapes["rope_freqs.weight"]
-        if found != wanted:
+        shape = shapes["rope_freqs.weight"]
+        if shape != divisors.shape:
             raise ValueError(
-                f"{_WHO}: {path}: rope_freqs.weight is {found}, wanted {wanted}"
+                f"{_WHO}: {path}: rope_freqs.weight is {shape}, wanted {divisors.shape}"
             )
-        slower = slower * unpacked("rope_freqs.weight")
-    if np.any(slower != 1):
-        config = replace(config, rotary_divisors=tuple(slower.tolist()))
-    source = Source(str(path), shapes, unpacked)
-    pieces = gguf_pieces(config)
-    return config, assembled(
-        _WHO, shapes_of(config), pieces, source, dtype=dtype, ignored=_IGNORED
+        divisors = divisors * dequantize("rope_freqs.weight")
+    if np.any(divisors != 1):
+        config = replace(config, rotary_divisors=tuple(divisors.tolist()))
+    # Parameters.
+    params = assemble_params(
+        _WHO,
+        param_shapes(config),
+        gguf_pieces(config),
+        Source(str(path), shapes, dequantize),
+        dtype=dtype,
+        ignored=_IGNORED,
     )
+    return config, params
 
 
-def opened(path: Path) -> Any:
-    """The reader of the ``gguf`` library.
+def open_gguf(path: Path) -> Any:
+    """Open a file with the reader of the ``gguf`` library.
 
     Raises:
-      ValueError: if the file is not whole.
+      ValueError: if the file is damaged.
     """
     library = _library()
     try:
@@ -81,7 +87,7 @@ def _library() -> Any:
         ) from error
 
 
-def _config_of(
+def _parse_config(
     fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path
 ) -> DecoderConfig:
     kind = fields.get("general.architecture")
@@ -95,8 +101,8 @@ def _config_of(
     try:
         heads = fields["llama.attention.head_count"]
         width = fields.get("llama.attention.key_length")
-        turned = fields.get("llama.rope.dimension_count", width)
-        if width not in (None, turned):
+        rotary_dim = fields.get("llama.rope.dimension_count", width)
+        if width not in (None, rotary_dim):
             raise ValueError(
                 f"{_WHO}: {path} rotates a part of every head only, which is not "
                 "covered for GGUF files"
@@ -107,7 +113,7 @@ def _config_of(
             dim=fields["llama.embedding_length"],
             heads=heads,
             kv_heads=fields.get("llama.attention.head_count_kv", heads),
-            head_dim=turned,
+            head_dim=rotary_dim,
             hidden=fields["llama.feed_forward_length"],
             context=fields["llama.context_length"],
             rotary_base=fields.get("llama.rope.freq_base", 10_000.0),
@@ -118,8 +124,8 @@ def _config_of(
         raise ValueError(f"{_WHO}: {path} has no entry {error}") from None
 
 
-def _factor(fields: Mapping[str, Any], path: Path) -> Any:
-    """Divisor of all rates of rotations."""
+def _parse_rope_factor(fields: Mapping[str, Any], path: Path) -> float:
+    """Parse the divisor of all rates of rotation."""
     # A factor without a type is linear for llama.cpp too.
     scaling = fields.get("llama.rope.scaling.type", "linear")
     factor = fields.get("llama.rope.scale_linear", 1)

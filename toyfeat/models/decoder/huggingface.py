@@ -1,4 +1,4 @@
-"""Folders of ``transformers``: ``config.json`` and safetensors."""
+"""Loading of folders of ``transformers``: ``config.json`` and safetensors."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 
 from toyfeat.models.decoder.config import Activation, DecoderConfig, gpt2, llama, neox
-from toyfeat.models.decoder.pieces import huggingface_pieces, shapes_of
-from toyfeat.models.decoder.weights import Source, assembled, folder_source, json_of
+from toyfeat.models.decoder.pieces import huggingface_pieces, param_shapes
+from toyfeat.models.decoder.weights import (
+    Source,
+    assemble_params,
+    open_safetensors,
+    read_json,
+)
 from toyfeat.types import Params
 
 _WHO = "load_decoder"
@@ -28,137 +33,138 @@ _ACTIVATIONS: dict[str, Activation] = {
 _IGNORED = r"attn\.(masked_)?bias$|attention\.(masked_)?bias$|rotary_emb\.inv_freq$"
 
 
-def config_of(given: Mapping[str, Any]) -> tuple[str, DecoderConfig]:
-    """Kind and configuration of the content of a ``config.json``.
+def parse_config(entries: Mapping[str, Any]) -> tuple[str, DecoderConfig]:
+    """Parse the content of a ``config.json``.
 
     Args:
-      given: what the file says.
+      entries: content of the file.
 
     Returns:
       ``"gpt2"``, ``"gpt_neox"`` or ``"llama"``, and the configuration.
 
     Raises:
-      ValueError: for another kind, an option that is not covered, or an entry that
-        is missing.
+      ValueError: for another kind, an option that is not covered, or a missing entry.
 
     Example:
-      >>> kind, config = config_of({
+      >>> kind, config = parse_config({
       ...     "model_type": "gpt2", "vocab_size": 11, "n_layer": 2, "n_embd": 8,
       ...     "n_head": 2, "n_positions": 16,
       ... })
       >>> kind, config.hidden, config.tied
       ('gpt2', 32, True)
     """
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{_WHO}: config.json holds no entries, got {given!r}")
-    kind = given.get("model_type")
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"{_WHO}: config.json holds no entries, got {entries!r}")
+    kind = entries.get("model_type")
     if kind not in tuple(_KINDS):  # a list has no hash
         raise ValueError(
             f"{_WHO}: wanted a model of type {', '.join(_KINDS)}, got {kind!r}; wrap "
             "another architecture with from_linen, from_nnx or from_function"
         )
     try:
-        return kind, _KINDS[kind](given)
+        return kind, _KINDS[kind](entries)
     except KeyError as error:
         raise ValueError(f"{_WHO}: config.json has no entry {error}") from None
 
 
-def read(folder: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
-    """Configuration and parameters of a folder."""
-    kind, config = config_of(json_of(_WHO, folder / "config.json"))
-    source = _without_prefix(folder_source(_WHO, folder), _PREFIXES[kind])
+def load_folder(folder: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
+    """Load configuration and parameters of a folder."""
+    kind, config = parse_config(read_json(_WHO, folder / "config.json"))
+    source = _strip_prefix(open_safetensors(_WHO, folder), _PREFIXES[kind])
     ignored = _IGNORED
+    # A tied model may store its embedding a second time.
     if config.tied:
         _check_tied(kind, source)
         ignored += r"|^lm_head\.weight$|^embed_out\.weight$"
     pieces = huggingface_pieces(kind, config)
-    return config, assembled(
-        _WHO, shapes_of(config), pieces, source, dtype=dtype, ignored=ignored
+    return config, assemble_params(
+        _WHO, param_shapes(config), pieces, source, dtype=dtype, ignored=ignored
     )
 
 
-def _of_gpt2(given: Mapping[str, Any]) -> DecoderConfig:
-    _refuse(given, "scale_attn_weights", True)
-    _refuse(given, "scale_attn_by_inverse_layer_idx", False)
-    _refuse(given, "add_cross_attention", False)
+def _parse_gpt2(entries: Mapping[str, Any]) -> DecoderConfig:
+    _check_covered(entries, "scale_attn_weights", True)
+    _check_covered(entries, "scale_attn_by_inverse_layer_idx", False)
+    _check_covered(entries, "add_cross_attention", False)
     return gpt2(
-        vocab=given["vocab_size"],
-        layers=given["n_layer"],
-        dim=given["n_embd"],
-        heads=given["n_head"],
-        hidden=given.get("n_inner"),
-        context=given["n_positions"],
-        activation=_activation(given.get("activation_function", "gelu_new")),
-        eps=given.get("layer_norm_epsilon", 1e-5),
-        tied=given.get("tie_word_embeddings", True),
+        vocab=entries["vocab_size"],
+        layers=entries["n_layer"],
+        dim=entries["n_embd"],
+        heads=entries["n_head"],
+        hidden=entries.get("n_inner"),
+        context=entries["n_positions"],
+        activation=_parse_activation(entries.get("activation_function", "gelu_new")),
+        eps=entries.get("layer_norm_epsilon", 1e-5),
+        tied=entries.get("tie_word_embeddings", True),
     )
 
 
-def _of_neox(given: Mapping[str, Any]) -> DecoderConfig:
-    rope = _rope(given)
-    share = given.get("rotary_pct", rope.get("partial_rotary_factor", 0.25))
-    base = given.get("rotary_emb_base", rope.get("rope_theta", 10_000.0))
+def _parse_neox(entries: Mapping[str, Any]) -> DecoderConfig:
+    # Newer entries on rotations override the older ones.
+    rope = _rope_entries(entries)
+    share = entries.get("rotary_pct", rope.get("partial_rotary_factor", 0.25))
+    base = entries.get("rotary_emb_base", rope.get("rope_theta", 10_000.0))
     config = neox(
-        vocab=given["vocab_size"],
-        layers=given["num_hidden_layers"],
-        dim=given["hidden_size"],
-        heads=given["num_attention_heads"],
-        hidden=given["intermediate_size"],
-        context=given["max_position_embeddings"],
-        activation=_activation(given.get("hidden_act", "gelu")),
-        parallel=given.get("use_parallel_residual", True),
+        vocab=entries["vocab_size"],
+        layers=entries["num_hidden_layers"],
+        dim=entries["hidden_size"],
+        heads=entries["num_attention_heads"],
+        hidden=entries["intermediate_size"],
+        context=entries["max_position_embeddings"],
+        activation=_parse_activation(entries.get("hidden_act", "gelu")),
+        parallel=entries.get("use_parallel_residual", True),
         rotary_share=rope.get("partial_rotary_factor", share),
         rotary_base=rope.get("rope_theta", base),
-        eps=given.get("layer_norm_eps", 1e-5),
-        attention_bias=given.get("attention_bias", True),
-        tied=given.get("tie_word_embeddings", False),
+        eps=entries.get("layer_norm_eps", 1e-5),
+        attention_bias=entries.get("attention_bias", True),
+        tied=entries.get("tie_word_embeddings", False),
     )
-    return _slowed(config, rope)
+    return _scale_rotations(config, rope)
 
 
-def _of_llama(given: Mapping[str, Any]) -> DecoderConfig:
-    rope = _rope(given)
+def _parse_llama(entries: Mapping[str, Any]) -> DecoderConfig:
+    rope = _rope_entries(entries)
     config = llama(
-        vocab=given["vocab_size"],
-        layers=given["num_hidden_layers"],
-        dim=given["hidden_size"],
-        heads=given["num_attention_heads"],
-        kv_heads=given.get("num_key_value_heads"),
-        head_dim=given.get("head_dim"),
-        hidden=given["intermediate_size"],
-        context=given.get("max_position_embeddings", 2048),
-        activation=_activation(given.get("hidden_act", "silu")),
-        rotary_base=rope.get("rope_theta", given.get("rope_theta", 10_000.0)),
-        eps=given.get("rms_norm_eps", 1e-6),
-        attention_bias=given.get("attention_bias", False),
-        mlp_bias=given.get("mlp_bias", False),
-        tied=given.get("tie_word_embeddings", False),
+        vocab=entries["vocab_size"],
+        layers=entries["num_hidden_layers"],
+        dim=entries["hidden_size"],
+        heads=entries["num_attention_heads"],
+        kv_heads=entries.get("num_key_value_heads"),
+        head_dim=entries.get("head_dim"),
+        hidden=entries["intermediate_size"],
+        context=entries.get("max_position_embeddings", 2048),
+        activation=_parse_activation(entries.get("hidden_act", "silu")),
+        rotary_base=rope.get("rope_theta", entries.get("rope_theta", 10_000.0)),
+        eps=entries.get("rms_norm_eps", 1e-6),
+        attention_bias=entries.get("attention_bias", False),
+        mlp_bias=entries.get("mlp_bias", False),
+        tied=entries.get("tie_word_embeddings", False),
     )
-    return _slowed(config, rope)
+    return _scale_rotations(config, rope)
 
 
 _KINDS: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
-    "gpt2": _of_gpt2,
-    "gpt_neox": _of_neox,
-    "llama": _of_llama,
+    "gpt2": _parse_gpt2,
+    "gpt_neox": _parse_neox,
+    "llama": _parse_llama,
 }
 
 
-def _rope(given: Mapping[str, Any]) -> Mapping[str, Any]:
+def _rope_entries(entries: Mapping[str, Any]) -> Mapping[str, Any]:
     """Entries on rotations, which newer files keep together.
 
-    Where a file has both, transformers takes the older name and none of the other.
+    If a file has both names, transformers takes the older one and ignores the other.
     """
     for name in ("rope_scaling", "rope_parameters"):
-        if found := given.get(name):
-            if not isinstance(found, Mapping):
-                raise ValueError(f"{_WHO}: {name} must be entries, got {found!r}")
-            return found
+        if rope := entries.get(name):
+            if not isinstance(rope, Mapping):
+                raise ValueError(f"{_WHO}: {name} must be entries, got {rope!r}")
+            return rope
     return {}
 
 
-def _slowed(config: DecoderConfig, rope: Mapping[str, Any]) -> DecoderConfig:
-    """With the rates of rotations that longer texts were trained with."""
+def _scale_rotations(config: DecoderConfig, rope: Mapping[str, Any]) -> DecoderConfig:
+    """Set the divisors of rotations of models that were trained on longer texts."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return config
@@ -167,14 +173,14 @@ def _slowed(config: DecoderConfig, rope: Mapping[str, Any]) -> DecoderConfig:
             f"{_WHO}: rotations of type {kind!r} are not covered, only 'default', "
             "'linear' and 'llama3'"
         )
+    # The entries of the type, checked.
     names = ["factor"]
     if kind == "llama3":
         names += ["low_freq_factor", "high_freq_factor"]
         names += ["original_max_position_embeddings"]
     known = {"original_max_position_embeddings": config.context, **rope}
     sizes = {name: known[name] for name in names}
-    fit = all(isinstance(x, int | float) and 0 < x < math.inf for x in sizes.values())
-    if not fit:
+    if not all(_is_positive(size) for size in sizes.values()):
         raise ValueError(
             f"{_WHO}: rotations of type {kind!r} want positive numbers, got {sizes}"
         )
@@ -183,21 +189,28 @@ def _slowed(config: DecoderConfig, rope: Mapping[str, Any]) -> DecoderConfig:
             f"{_WHO}: rotations of type {kind!r} want high_freq_factor above "
             f"low_freq_factor, got {sizes}"
         )
-    factor, num = sizes["factor"], config.rotary_dim // 2
+    # Linear: all rates are divided by the factor.
+    factor, pairs = sizes["factor"], config.rotary_dim // 2
     if kind == "linear":
-        return replace(config, rotary_divisors=(float(factor),) * num)
+        return replace(config, rotary_divisors=(float(factor),) * pairs)
+    # Llama 3: rates of waves that fit into the old context often are kept, those of
+    # long waves are divided, and those between are mixed.
     _, low, high, context = sizes.values()
-    waves = [
-        2 * math.pi * config.rotary_base ** (i / num) for i in range(num)
-    ]  # positions of a whole turn
-    shares = [(context / wave - low) / (high - low) for wave in waves]
+    wavelengths = [
+        2 * math.pi * config.rotary_base ** (i / pairs) for i in range(pairs)
+    ]
+    shares = [(context / length - low) / (high - low) for length in wavelengths]
     kept = [min(max(share, 0.0), 1.0) for share in shares]
     return replace(
         config, rotary_divisors=tuple(1 / ((1 - k) / factor + k) for k in kept)
     )
 
 
-def _activation(name: str) -> Activation:
+def _is_positive(size: Any) -> bool:
+    return isinstance(size, int | float) and 0 < size < math.inf
+
+
+def _parse_activation(name: str) -> Activation:
     if name not in tuple(_ACTIVATIONS):
         raise ValueError(
             f"{_WHO}: wanted an activation of {', '.join(_ACTIVATIONS)}, got {name!r}"
@@ -205,31 +218,30 @@ def _activation(name: str) -> Activation:
     return _ACTIVATIONS[name]
 
 
-def _refuse(given: Mapping[str, Any], name: str, wanted: bool) -> None:
-    if given.get(name, wanted) != wanted:
-        raise ValueError(f"{_WHO}: {name} = {given[name]!r} is not covered")
+def _check_covered(entries: Mapping[str, Any], name: str, covered: bool) -> None:
+    if entries.get(name, covered) != covered:
+        raise ValueError(f"{_WHO}: {name} = {entries[name]!r} is not covered")
 
 
-def _without_prefix(source: Source, prefix: str) -> Source:
-    """Names as in the model inside of the language model."""
+def _strip_prefix(source: Source, prefix: str) -> Source:
+    """Name tensors as in the model without a head."""
     names = {name.removeprefix(prefix): name for name in source.shapes}
     return Source(
         source.name,
-        {name: source.shapes[whole] for name, whole in names.items()},
+        {name: source.shapes[full_name] for name, full_name in names.items()},
         lambda name: source.read(names[name]),
     )
 
 
 def _check_tied(kind: str, source: Source) -> None:
-    """A matrix of logits in the files must be the embedding."""
+    """Raise if the files have a matrix of logits that is not the embedding."""
     head = {"gpt_neox": "embed_out.weight"}.get(kind, "lm_head.weight")
     embed = {"gpt2": "wte.weight", "gpt_neox": "embed_in.weight"}.get(
         kind, "embed_tokens.weight"
     )
-    if head in source.shapes and embed in source.shapes:
-        same = np.array_equal(source.read(head), source.read(embed))
-        if not same:
-            raise ValueError(
-                f"{_WHO}: {source.name} says that embeddings are tied "
-                f"(tie_word_embeddings), but {head} is not {embed}"
-            )
+    has_both = head in source.shapes and embed in source.shapes
+    if has_both and not np.array_equal(source.read(head), source.read(embed)):
+        raise ValueError(
+            f"{_WHO}: {source.name} says that embeddings are tied "
+            f"(tie_word_embeddings), but {head} is not {embed}"
+        )

@@ -1,4 +1,4 @@
-"""Table of the tensors of released weights that make up a decoder's parameters."""
+"""Tables of the tensors of released weights that make up a decoder's parameters."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -9,20 +9,30 @@ import numpy as np
 
 from toyfeat.models.decoder.config import DecoderConfig
 from toyfeat.models.decoder.module import Decoder
-from toyfeat.models.decoder.weights import Piece, dense, linear, plain
+from toyfeat.models.decoder.weights import (
+    Piece,
+    linear_pieces,
+    plain_piece,
+    transposed_piece,
+)
 from toyfeat.types import Params
 
 
-def shapes_of(config: DecoderConfig) -> Params:
-    """Variables of a decoder, as shapes."""
+def param_shapes(config: DecoderConfig) -> Params:
+    """Shapes of the variables of a decoder."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)
 
 
 def huggingface_pieces(kind: str, config: DecoderConfig) -> Iterator[Piece]:
-    """Pieces of the checkpoints of ``transformers``: ``gpt2``, ``gpt_neox``, ``llama``.
+    """Pieces of a checkpoint of ``transformers``.
 
-    Names have the prefix of the model inside the language model.
+    Args:
+      kind: ``"gpt2"``, ``"gpt_neox"`` or ``"llama"``.
+      config: of the decoder.
+
+    Returns:
+      Pieces whose tensors are named as in the model without a head, without a prefix.
     """
     return _TABLES[kind](config)
 
@@ -30,21 +40,22 @@ def huggingface_pieces(kind: str, config: DecoderConfig) -> Iterator[Piece]:
 def gguf_pieces(config: DecoderConfig) -> Iterator[Piece]:
     """Pieces of a GGUF file of the Llama architecture."""
     dim, hidden = config.dim, config.hidden
-    yield from plain("embed/embedding", "token_embd.weight", (config.vocab, dim))
-    yield from plain("final_norm/scale", "output_norm.weight", (dim,))
+    yield from plain_piece("embed/embedding", "token_embd.weight", (config.vocab, dim))
+    yield from plain_piece("final_norm/scale", "output_norm.weight", (dim,))
     if not config.tied:
-        yield from dense("head", "output.weight", (config.vocab, dim))
+        yield from transposed_piece("head", "output.weight", (config.vocab, dim))
     for i in range(config.layers):
         ours, theirs = f"blocks_{i}", f"blk.{i}"
         norms = {"attn_norm": "attn_norm", "mlp_norm": "ffn_norm"}
         for name, other in norms.items():
-            yield from plain(f"{ours}/{name}/scale", f"{theirs}.{other}.weight", (dim,))
+            param, tensor = f"{ours}/{name}/scale", f"{theirs}.{other}.weight"
+            yield from plain_piece(param, tensor, (dim,))
         rows = {"query": ("attn_q", config.heads), "key": ("attn_k", config.kv_heads)}
         for name, (other, heads) in rows.items():
             shape = (heads * config.head_dim, dim)
-            take = partial(_unpaired, config)
+            extract = partial(_split_pairs, config)
             param = f"{ours}/attn/{name}/kernel"
-            yield Piece(param, f"{theirs}.{other}.weight", shape, take)
+            yield Piece(param, f"{theirs}.{other}.weight", shape, extract)
         wide = config.heads * config.head_dim
         for name, other, shape in (
             ("attn/value", "attn_v", (config.kv_heads * config.head_dim, dim)),
@@ -54,79 +65,80 @@ def gguf_pieces(config: DecoderConfig) -> Iterator[Piece]:
             ("down", "ffn_down", (dim, hidden)),
         ):
             param = f"{ours}/{name}/kernel"
-            yield from dense(param, f"{theirs}.{other}.weight", shape)
+            yield from transposed_piece(param, f"{theirs}.{other}.weight", shape)
 
 
-def _gpt2(config: DecoderConfig) -> Iterator[Piece]:
+_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+
+
+def _gpt2_pieces(config: DecoderConfig) -> Iterator[Piece]:
     dim, hidden = config.dim, config.hidden
-    yield from plain("embed/embedding", "wte.weight", (config.vocab, dim))
-    yield from plain("positions/embedding", "wpe.weight", (config.context, dim))
-    yield from _norm("final_norm", "ln_f", config)
+    yield from plain_piece("embed/embedding", "wte.weight", (config.vocab, dim))
+    yield from plain_piece("positions/embedding", "wpe.weight", (config.context, dim))
+    yield from _norm_pieces("final_norm", "ln_f", config)
     if not config.tied:
-        yield from dense("head", "lm_head.weight", (config.vocab, dim))
+        yield from transposed_piece("head", "lm_head.weight", (config.vocab, dim))
     for i in range(config.layers):
         ours, theirs = f"blocks_{i}", f"h.{i}"
-        yield from _norm(f"{ours}/attn_norm", f"{theirs}.ln_1", config)
-        yield from _norm(f"{ours}/mlp_norm", f"{theirs}.ln_2", config)
+        yield from _norm_pieces(f"{ours}/attn_norm", f"{theirs}.ln_1", config)
+        yield from _norm_pieces(f"{ours}/mlp_norm", f"{theirs}.ln_2", config)
         for part, name in enumerate(("query", "key", "value")):
             for leaf, kind, shape in (
                 ("kernel", "weight", (dim, 3 * dim)),
                 ("bias", "bias", (3 * dim,)),
             ):
-                take = partial(_third, part)
+                extract = partial(_extract_third, part)
                 param = f"{ours}/attn/{name}/{leaf}"
-                yield Piece(param, f"{theirs}.attn.c_attn.{kind}", shape, take)
+                yield Piece(param, f"{theirs}.attn.c_attn.{kind}", shape, extract)
         for name, other, shape in (
             ("attn/out", "attn.c_proj", (dim, dim)),
             ("up", "mlp.c_fc", (dim, hidden)),
             ("down", "mlp.c_proj", (hidden, dim)),
         ):  # matrices are stored as they are applied
             base = f"{ours}/{name}", f"{theirs}.{other}"
-            yield from plain(f"{base[0]}/kernel", f"{base[1]}.weight", shape)
-            yield from plain(f"{base[0]}/bias", f"{base[1]}.bias", shape[1:])
+            yield from plain_piece(f"{base[0]}/kernel", f"{base[1]}.weight", shape)
+            yield from plain_piece(f"{base[0]}/bias", f"{base[1]}.bias", shape[1:])
 
 
-def _neox(config: DecoderConfig) -> Iterator[Piece]:
+def _neox_pieces(config: DecoderConfig) -> Iterator[Piece]:
     dim, hidden = config.dim, config.hidden
-    yield from plain("embed/embedding", "embed_in.weight", (config.vocab, dim))
-    yield from _norm("final_norm", "final_layer_norm", config)
+    yield from plain_piece("embed/embedding", "embed_in.weight", (config.vocab, dim))
+    yield from _norm_pieces("final_norm", "final_layer_norm", config)
     if not config.tied:
-        yield from dense("head", "embed_out.weight", (config.vocab, dim))
+        yield from transposed_piece("head", "embed_out.weight", (config.vocab, dim))
     for i in range(config.layers):
         ours, theirs = f"blocks_{i}", f"layers.{i}"
-        yield from _norm(f"{ours}/attn_norm", f"{theirs}.input_layernorm", config)
-        yield from _norm(
-            f"{ours}/mlp_norm", f"{theirs}.post_attention_layernorm", config
-        )
+        for name, other in _NORMS.items():
+            yield from _norm_pieces(f"{ours}/{name}", f"{theirs}.{other}", config)
         base = f"{theirs}.attention.query_key_value"
         for part, name in enumerate(("query", "key", "value")):
-            take = partial(_of_heads, config, part)
+            extract = partial(_extract_from_heads, config, part)
             param = f"{ours}/attn/{name}"
-            yield Piece(f"{param}/kernel", f"{base}.weight", (3 * dim, dim), take)
+            yield Piece(f"{param}/kernel", f"{base}.weight", (3 * dim, dim), extract)
             if config.qkv_bias:
-                yield Piece(f"{param}/bias", f"{base}.bias", (3 * dim,), take)
+                yield Piece(f"{param}/bias", f"{base}.bias", (3 * dim,), extract)
         for name, other, shape, bias in (
             ("attn/out", "attention.dense", (dim, dim), config.out_bias),
             ("up", "mlp.dense_h_to_4h", (hidden, dim), config.mlp_bias),
             ("down", "mlp.dense_4h_to_h", (dim, hidden), config.mlp_bias),
         ):
-            yield from linear(f"{ours}/{name}", f"{theirs}.{other}", shape, bias)
+            yield from linear_pieces(f"{ours}/{name}", f"{theirs}.{other}", shape, bias)
 
 
-def _llama(config: DecoderConfig) -> Iterator[Piece]:
+def _llama_pieces(config: DecoderConfig) -> Iterator[Piece]:
     dim, hidden = config.dim, config.hidden
-    yield from plain("embed/embedding", "embed_tokens.weight", (config.vocab, dim))
-    yield from _norm("final_norm", "norm", config)
+    yield from plain_piece(
+        "embed/embedding", "embed_tokens.weight", (config.vocab, dim)
+    )
+    yield from _norm_pieces("final_norm", "norm", config)
     if not config.tied:
-        yield from dense("head", "lm_head.weight", (config.vocab, dim))
+        yield from transposed_piece("head", "lm_head.weight", (config.vocab, dim))
     wide = config.heads * config.head_dim
     narrow = config.kv_heads * config.head_dim
     for i in range(config.layers):
         ours, theirs = f"blocks_{i}", f"layers.{i}"
-        yield from _norm(f"{ours}/attn_norm", f"{theirs}.input_layernorm", config)
-        yield from _norm(
-            f"{ours}/mlp_norm", f"{theirs}.post_attention_layernorm", config
-        )
+        for name, other in _NORMS.items():
+            yield from _norm_pieces(f"{ours}/{name}", f"{theirs}.{other}", config)
         for name, other, shape, bias in (
             ("attn/query", "self_attn.q_proj", (wide, dim), config.qkv_bias),
             ("attn/key", "self_attn.k_proj", (narrow, dim), config.qkv_bias),
@@ -136,30 +148,32 @@ def _llama(config: DecoderConfig) -> Iterator[Piece]:
             ("up", "mlp.up_proj", (hidden, dim), config.mlp_bias),
             ("down", "mlp.down_proj", (dim, hidden), config.mlp_bias),
         ):
-            yield from linear(f"{ours}/{name}", f"{theirs}.{other}", shape, bias)
+            yield from linear_pieces(f"{ours}/{name}", f"{theirs}.{other}", shape, bias)
 
 
-_TABLES = {"gpt2": _gpt2, "gpt_neox": _neox, "llama": _llama}
+_TABLES = {"gpt2": _gpt2_pieces, "gpt_neox": _neox_pieces, "llama": _llama_pieces}
 
 
-def _norm(param: str, tensor: str, config: DecoderConfig) -> Iterator[Piece]:
-    yield from plain(f"{param}/scale", f"{tensor}.weight", (config.dim,))
+def _norm_pieces(param: str, tensor: str, config: DecoderConfig) -> Iterator[Piece]:
+    yield from plain_piece(f"{param}/scale", f"{tensor}.weight", (config.dim,))
     if config.norm == "layer":
-        yield from plain(f"{param}/bias", f"{tensor}.bias", (config.dim,))
+        yield from plain_piece(f"{param}/bias", f"{tensor}.bias", (config.dim,))
 
 
-def _third(part: int, tensor: np.ndarray) -> np.ndarray:
-    """Queries, keys or values, which follow each other."""
+def _extract_third(part: int, tensor: np.ndarray) -> np.ndarray:
+    """Extract queries, keys or values, which follow each other."""
     return np.split(tensor, 3, axis=-1)[part]
 
 
-def _of_heads(config: DecoderConfig, part: int, tensor: np.ndarray) -> np.ndarray:
-    """Queries, keys or values, which follow each other within every head."""
+def _extract_from_heads(
+    config: DecoderConfig, part: int, tensor: np.ndarray
+) -> np.ndarray:
+    """Extract queries, keys or values, which follow each other within every head."""
     heads = tensor.reshape(config.heads, 3, config.head_dim, *tensor.shape[1:])
     return heads[:, part].reshape(-1, *tensor.shape[1:]).T
 
 
-def _unpaired(config: DecoderConfig, tensor: np.ndarray) -> np.ndarray:
-    """Rows of a head for rotations of halves; a GGUF file has pairs side by side."""
+def _split_pairs(config: DecoderConfig, tensor: np.ndarray) -> np.ndarray:
+    """Order the rows of a head by halves; in a GGUF file pairs are side by side."""
     pairs = tensor.reshape(-1, config.head_dim // 2, 2, tensor.shape[1])
     return pairs.swapaxes(1, 2).reshape(tensor.shape).T

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from toyfeat.models.decoder import gguf, huggingface
 from toyfeat.models.decoder.config import DecoderConfig
-from toyfeat.models.decoder.tokens import check_tokenizer, tokenizer_of
+from toyfeat.models.decoder.tokens import check_tokenizer, load_tokenizer
 from toyfeat.types import Params
 
 
@@ -37,7 +37,7 @@ def load_decoder(
     is one of the Llama architecture, whose quantized tensors are unpacked.
 
     Args:
-      path: folder, ``.gguf`` file.
+      path: folder or ``.gguf`` file.
       dtype: of the parameters.
       tokenizer: whether to read the tokenizer too.
 
@@ -45,10 +45,10 @@ def load_decoder(
       :class:`Pretrained`; ``Decoder(config)`` runs it.
 
     Raises:
-      FileNotFoundError: if the folder, or a file that it needs, is not there.
+      FileNotFoundError: if the folder, or a file that it needs, does not exist.
       ValueError: for an architecture that is not covered, tensors that are missing,
-        left over or of another shape, a file that is not whole, or a tokenizer with
-        more tokens than the model.
+        left over or of another shape, a damaged file, or a tokenizer with more tokens
+        than the model.
       ImportError: without the ``lm`` extra.
 
     Example:
@@ -62,14 +62,14 @@ def load_decoder(
             f"load_decoder: there is no {path}; give a folder with config.json and "
             "model.safetensors, or a .gguf file"
         )
-    of_folder = path.is_dir()
-    if not of_folder and path.suffix != ".gguf":
+    is_folder = path.is_dir()
+    if not is_folder and path.suffix != ".gguf":
         raise ValueError(
             f"load_decoder: wanted a folder or a .gguf file, got the file {path.name}"
         )
-    read = huggingface.read if of_folder else gguf.read
-    config, params = read(path, dtype)
-    words = tokenizer_of(path) if tokenizer else None
-    if words is not None:
-        check_tokenizer("load_decoder", words, config.vocab)
-    return Pretrained(path.name, config, params, words)
+    load = huggingface.load_folder if is_folder else gguf.load_gguf
+    config, params = load(path, dtype)
+    loaded = load_tokenizer(path) if tokenizer else None
+    if loaded is not None:
+        check_tokenizer("load_decoder", loaded, config.vocab)
+    return Pretrained(name=path.name, config=config, params=params, tokenizer=loaded)

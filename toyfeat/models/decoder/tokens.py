@@ -1,4 +1,4 @@
-"""Text to tokens, with the tokenizer of a model."""
+"""Tokenizers of models, and windows of tokens."""
 
 import importlib
 from collections.abc import Iterable
@@ -9,11 +9,11 @@ import numpy as np
 
 from toyfeat.models.decoder import gguf
 
-_CONTROL, _OF_USER = 3, 4  # token types of a GGUF file that are not split
+_CONTROL, _USER_DEFINED = 3, 4  # types of tokens of a GGUF file that are not split
 
 
-def tokenizer_of(path: Path) -> Any:
-    """The tokenizer of a folder or a GGUF file, ``None`` if it has none.
+def load_tokenizer(path: Path) -> Any:
+    """Load the tokenizer of a folder or a GGUF file, ``None`` if it has none.
 
     Raises:
       ValueError: if it cannot be read, or is of a kind that is not covered.
@@ -31,21 +31,21 @@ def tokenizer_of(path: Path) -> Any:
         ) from error
     if path.is_dir():
         try:
-            found = library.Tokenizer.from_file(str(file))
+            tokenizer = library.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing more specific
             raise ValueError(
                 f"load_decoder: {file} is no tokenizer file ({error})"
             ) from error
-        # A file may say how it was used last; a text is neither cut nor filled up.
-        found.no_truncation()
-        found.no_padding()
-        return found
-    fields = {name: x.contents() for name, x in gguf.opened(path).fields.items()}
-    return _of_gguf(library, fields, path)
+        # A file may keep the settings of its last use; texts are not cut or padded.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+    fields = {name: x.contents() for name, x in gguf.open_gguf(path).fields.items()}
+    return _load_gguf_tokenizer(library, fields, path)
 
 
-def _of_gguf(library: Any, fields: dict[str, Any], path: Path) -> Any:
-    """Byte-level pairs, with digits one by one if the file says so."""
+def _load_gguf_tokenizer(library: Any, fields: dict[str, Any], path: Path) -> Any:
+    """Load a byte-level BPE tokenizer from the fields of a GGUF file."""
     kind, split = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind is None:
         return None
@@ -63,7 +63,7 @@ def _of_gguf(library: Any, fields: dict[str, Any], path: Path) -> Any:
         )
     try:
         names, merges, types = (fields[name] for name in wanted)
-        return _byte_pairs(library, names, merges, types, split)
+        return _make_bpe(library, names, merges, types, split)
     except Exception as error:  # the library raises nothing more specific
         raise ValueError(
             f"load_decoder: the tokenizer of {path} does not fit together ({error}); "
@@ -71,23 +71,28 @@ def _of_gguf(library: Any, fields: dict[str, Any], path: Path) -> Any:
         ) from error
 
 
-def _byte_pairs(
+def _make_bpe(
     library: Any, names: list[str], merges: list[str], types: list[int], split: str
 ) -> Any:
-    before, models = library.pre_tokenizers, library.models
+    """Make a byte-level BPE tokenizer; ``"smollm"`` splits numbers into digits."""
+    # Byte pairs.
     pairs = [tuple(pair.split(" ")) for pair in merges]
-    found = library.Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, pairs))
-    steps = [before.Digits(individual_digits=True)] if split == "smollm" else []
-    steps.append(before.ByteLevel(add_prefix_space=False, use_regex=True))
-    found.pre_tokenizer = before.Sequence(steps)
-    found.decoder = library.decoders.ByteLevel()
-    whole = [
-        library.AddedToken(name, special=one == _CONTROL)
-        for name, one in zip(names, types, strict=True)
-        if one in (_CONTROL, _OF_USER)
+    vocab = {name: i for i, name in enumerate(names)}
+    tokenizer = library.Tokenizer(library.models.BPE(vocab, pairs))
+    # What splits a text into words before.
+    splitters = library.pre_tokenizers
+    steps = [splitters.Digits(individual_digits=True)] if split == "smollm" else []
+    steps.append(splitters.ByteLevel(add_prefix_space=False, use_regex=True))
+    tokenizer.pre_tokenizer = splitters.Sequence(steps)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    # Tokens that are not split.
+    added = [
+        library.AddedToken(name, special=kind == _CONTROL)
+        for name, kind in zip(names, types, strict=True)
+        if kind in (_CONTROL, _USER_DEFINED)
     ]
-    found.add_tokens(whole)
-    return found
+    tokenizer.add_tokens(added)
+    return tokenizer
 
 
 def check_tokenizer(who: str, tokenizer: Any, vocab: int) -> None:
@@ -107,11 +112,11 @@ def check_tokenizer(who: str, tokenizer: Any, vocab: int) -> None:
 def token_windows(
     tokenizer: Any, texts: Iterable[str], length: int, *, start: int | None = None
 ) -> np.ndarray:
-    """Texts cut into windows of one length; what is left of a text is dropped.
+    """Cut texts into windows of one length; the remainder of a text is dropped.
 
     Args:
       tokenizer: of the ``tokenizers`` library.
-      texts: documents; no window has parts of two.
+      texts: documents; no window spans two.
       length: tokens per window.
       start: token put in front of every window, which then has ``length - 1`` of
         the text; none by default.
@@ -134,19 +139,21 @@ def token_windows(
         raise TypeError("token_windows: wanted several texts, got one; give [text]")
     if length < 2:
         raise ValueError(f"token_windows: length must be at least 2, got {length}")
-    own = length - (start is not None)
+    # Windows without the token in front.
+    width = length - (start is not None)
     rows = []
     longest = 0
     for text in texts:
         ids = np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
         longest = max(longest, len(ids))
-        rows.append(ids[: len(ids) // own * own].reshape(-1, own))
-    windows = np.concatenate(rows) if rows else np.zeros((0, own), np.int32)
+        rows.append(ids[: len(ids) // width * width].reshape(-1, width))
+    windows = np.concatenate(rows) if rows else np.zeros((0, width), np.int32)
     if not len(windows):
         raise ValueError(
             f"token_windows: no text fills a window of {length} tokens, the longest of "
             f"{len(rows)} has {longest}; give more text or a smaller length"
         )
+    # The token in front.
     if start is None:
         return windows
     first = np.full((len(windows), 1), start, np.int32)

@@ -1,4 +1,4 @@
-"""Weights in the files of released models, and the parameters they are here."""
+"""Assembly of a module's parameters from the tensors of released weights."""
 
 import importlib
 import json
@@ -14,8 +14,6 @@ from flax.traverse_util import unflatten_dict
 
 from toyfeat.types import Params
 
-Take = Callable[[np.ndarray], np.ndarray]
-
 
 class Piece(NamedTuple):
     """A parameter as a part of a tensor in a file.
@@ -24,13 +22,13 @@ class Piece(NamedTuple):
       param: path of the parameter, ``"blocks_0/attn/query/kernel"``.
       tensor: name in the file.
       shape: of the tensor.
-      take: the parameter out of the tensor.
+      extract: function of the tensor that returns the parameter.
     """
 
     param: str
     tensor: str
     shape: tuple[int, ...]
-    take: Take
+    extract: Callable[[np.ndarray], np.ndarray]
 
 
 class Source(NamedTuple):
@@ -38,8 +36,8 @@ class Source(NamedTuple):
 
     Attributes:
       name: of the file or folder, for messages.
-      shapes: name to shape.
-      read: name to array.
+      shapes: shape of each tensor by name.
+      read: function of a name that returns the array.
     """
 
     name: str
@@ -47,24 +45,24 @@ class Source(NamedTuple):
     read: Callable[[str], np.ndarray]
 
 
-def assembled(
+def assemble_params(
     who: str,
-    wanted: Params,
+    expected: Params,
     pieces: Iterable[Piece],
     source: Source,
     *,
     dtype: Any,
     ignored: str,
 ) -> Params:
-    """Parameters of a flax module out of files, every tensor accounted for.
+    """Assemble the parameters of a flax module and account for every tensor.
 
     Args:
-      who: the function to name in errors.
-      wanted: what its ``init`` gives, shapes are enough.
-      pieces: where its parameters are.
-      source: the files.
+      who: function to name in errors.
+      expected: variables of the module, as its ``init`` returns them, or their shapes.
+      pieces: of all its parameters.
+      source: of the tensors.
       dtype: of the parameters.
-      ignored: pattern of tensors that are no parameters.
+      ignored: pattern of the names of tensors that are not parameters.
 
     Returns:
       ``{"params": ...}``.
@@ -73,80 +71,88 @@ def assembled(
       ValueError: naming the tensors that are missing, left over or of another shape.
     """
     pieces = list(pieces)
-    used = {piece.tensor for piece in pieces}
-    missing = sorted(used - source.shapes.keys())
-    left = [n for n in source.shapes if n not in used and not re.search(ignored, n)]
-    wrong = sorted(
-        f"{p.tensor} is {source.shapes[p.tensor]}, wanted {p.shape}"
-        for p in {p.tensor: p for p in pieces}.values()
-        if p.tensor in source.shapes and tuple(source.shapes[p.tensor]) != p.shape
-    )
-    for trouble, names in (
-        ("misses the tensors", missing),
-        ("has tensors of other shapes:", wrong),
-        ("has tensors that this kind of model does not have:", left),
-    ):
-        if names:
-            raise ValueError(
-                f"{who}: {source.name} {trouble} {_some(names)}; do its configuration "
-                "and its weights belong together?"
-            )
+    _check_tensors(who, pieces, source, ignored)
+    # Read every tensor once; the pieces of a tensor follow each other.
     flat: dict[tuple[str, ...], jax.Array] = {}
-    tensors: dict[str, np.ndarray] = {}  # the last one, which pieces share
+    last: dict[str, np.ndarray] = {}
     for piece in pieces:
-        if piece.tensor not in tensors:
-            tensors = {piece.tensor: source.read(piece.tensor)}
-        taken = piece.take(tensors[piece.tensor])
-        flat[tuple(piece.param.split("/"))] = jnp.asarray(taken).astype(dtype)
-    shapes = {
+        if piece.tensor not in last:
+            last = {piece.tensor: source.read(piece.tensor)}
+        param = piece.extract(last[piece.tensor])
+        flat[tuple(piece.param.split("/"))] = jnp.asarray(param).astype(dtype)
+    # The table of pieces must be that of the module.
+    expected_shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
-        for path, x in jax.tree_util.tree_leaves_with_path(wanted["params"])
+        for path, x in jax.tree_util.tree_leaves_with_path(expected["params"])
     }
-    found = {"/".join(path): x.shape for path, x in flat.items()}
-    if shapes != found:  # the table of pieces is not the module's
-        wrong = sorted(map(str, set(shapes.items()) ^ set(found.items())))
-        raise ValueError(f"{who}: parameters do not fit the module: {_some(wrong)}")
+    shapes = {"/".join(path): x.shape for path, x in flat.items()}
+    if shapes != expected_shapes:
+        wrong = sorted(map(str, set(shapes.items()) ^ set(expected_shapes.items())))
+        raise ValueError(f"{who}: parameters do not fit the module: {_shorten(wrong)}")
     return {"params": unflatten_dict(flat)}
 
 
-def plain(param: str, tensor: str, shape: tuple[int, ...]) -> Iterator[Piece]:
-    """A tensor that is stored as it is used."""
+def _check_tensors(who: str, pieces: list[Piece], source: Source, ignored: str) -> None:
+    """Raise for tensors that are missing, left over or of another shape."""
+    stored, wanted = source.shapes, {piece.tensor: piece.shape for piece in pieces}
+    missing = sorted(wanted.keys() - stored.keys())
+    unused = [n for n in stored if n not in wanted and not re.search(ignored, n)]
+    wrong = sorted(
+        f"{name} is {stored[name]}, wanted {shape}"
+        for name, shape in wanted.items()
+        if name in stored and tuple(stored[name]) != shape
+    )
+    for fault, names in (
+        ("misses the tensors", missing),
+        ("has tensors of other shapes:", wrong),
+        ("has tensors that this kind of model does not have:", unused),
+    ):
+        if names:
+            raise ValueError(
+                f"{who}: {source.name} {fault} {_shorten(names)}; do its configuration "
+                "and its weights belong together?"
+            )
+
+
+def plain_piece(param: str, tensor: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+    """Yield a parameter that is stored as it is used."""
     yield Piece(param, tensor, shape, np.asarray)
 
 
-def dense(param: str, tensor: str, shape: tuple[int, ...]) -> Iterator[Piece]:
-    """A matrix that is stored as ``[out, in]``."""
+def transposed_piece(
+    param: str, tensor: str, shape: tuple[int, ...]
+) -> Iterator[Piece]:
+    """Yield a matrix that is stored as ``[out, in]``."""
     yield Piece(param, tensor, shape, np.transpose)
 
 
-def linear(
+def linear_pieces(
     param: str, tensor: str, shape: tuple[int, ...], bias: bool
 ) -> Iterator[Piece]:
-    """Matrix and bias of a layer, the matrix stored as ``[out, in]``."""
-    yield from dense(f"{param}/kernel", f"{tensor}.weight", shape)
+    """Yield matrix and bias of a layer, the matrix stored as ``[out, in]``."""
+    yield from transposed_piece(f"{param}/kernel", f"{tensor}.weight", shape)
     if bias:
-        yield from plain(f"{param}/bias", f"{tensor}.bias", shape[:1])
+        yield from plain_piece(f"{param}/bias", f"{tensor}.bias", shape[:1])
 
 
-def folder_source(who: str, folder: Path) -> Source:
-    """All tensors of the safetensors files of a folder.
+def open_safetensors(who: str, folder: Path) -> Source:
+    """Open the safetensors files of a folder.
 
     Raises:
       FileNotFoundError: if there are none, or a shard is missing.
-      ValueError: if a file is not whole.
+      ValueError: if a file is damaged.
       ImportError: without safetensors.
     """
-    whole, index = (
-        folder / "model.safetensors",
-        folder / "model.safetensors.index.json",
-    )
-    if whole.is_file():
-        names = [whole.name]
+    # One file, or shards that an index lists.
+    single = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    if single.is_file():
+        names = [single.name]
     elif index.is_file():
-        names = _shards(who, index)
+        names = _read_index(who, index)
     else:
         raise FileNotFoundError(
-            f"{who}: {folder} has no {whole.name} and no {index.name}; weights in "
+            f"{who}: {folder} has no {single.name} and no {index.name}; weights in "
             "other formats have to be saved as safetensors first"
         )
     try:
@@ -155,6 +161,7 @@ def folder_source(who: str, folder: Path) -> Source:
         raise ImportError(
             f'{who}: safetensors is not installed: pip install "toyfeat[lm]"'
         ) from error
+    # The file and the shape of every tensor.
     files: dict[str, Any] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name in names:
@@ -174,21 +181,21 @@ def folder_source(who: str, folder: Path) -> Source:
     return Source(str(folder), shapes, lambda tensor: files[tensor].get_tensor(tensor))
 
 
-def _shards(who: str, index: Path) -> list[str]:
-    """Names of the files that an index lists."""
-    found = json_of(who, index)
-    where = found.get("weight_map") if isinstance(found, Mapping) else None
-    if not isinstance(where, Mapping) or not where:
+def _read_index(who: str, index: Path) -> list[str]:
+    """Read the names of the shards from an index."""
+    content = read_json(who, index)
+    shards = content.get("weight_map") if isinstance(content, Mapping) else None
+    if not isinstance(shards, Mapping) or not shards:
         raise ValueError(f"{who}: {index} has no weight_map, which lists the shards")
-    return sorted(set(map(str, where.values())))
+    return sorted(set(map(str, shards.values())))
 
 
-def json_of(who: str, path: Path) -> Any:
-    """The content of a JSON file of a model's folder.
+def read_json(who: str, path: Path) -> Any:
+    """Read a JSON file of a model's folder.
 
     Raises:
       FileNotFoundError: if there is none.
-      ValueError: if it is not whole.
+      ValueError: if it is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -200,6 +207,7 @@ def json_of(who: str, path: Path) -> Any:
         raise ValueError(f"{who}: {path} is no whole JSON file ({error})") from None
 
 
-def _some(names: list[str]) -> str:
+def _shorten(names: list[str]) -> str:
+    """Join the first names of a list, and count the others."""
     text = ", ".join(names[:4])
     return text if len(names) <= 4 else f"{text} and {len(names) - 4} more"

@@ -1,0 +1,143 @@
+"""Causal attention of grouped heads, with rotary positions."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.models.decoder.config import DecoderConfig
+from toyfeat.types import Array
+
+KeyValues = tuple[Array, Array]
+"""Keys and values ``[B, P, kv_heads * head_dim]`` of earlier positions, not rotated."""
+
+Angles = tuple[Array, Array]
+"""Cosines and sines ``[1, S, rotary_dim / 2]`` of the rotations of ``S`` positions."""
+
+
+class Attention(nn.Module):
+    """Causal attention of grouped heads."""
+
+    config: DecoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, inputs: Array, past: KeyValues | None, angles: Angles | None
+    ) -> Array:
+        """Compute what the heads add to the residual stream, ``[B, T, D]``."""
+        config = self.config
+        batch, time, _ = inputs.shape
+
+        def project(name: str, heads: int, earlier: Array | None = None) -> Array:
+            """Project to heads ``[B, P + T, heads, head_dim]``, earlier ones first."""
+            dense = nn.Dense(
+                heads * config.head_dim,
+                use_bias=config.qkv_bias,
+                dtype=self.dtype,
+                name=name,
+            )
+            rows = dense(inputs)
+            if earlier is not None:
+                rows = jnp.concatenate([earlier.astype(rows.dtype), rows], axis=1)
+            return rows.reshape(batch, -1, heads, config.head_dim)
+
+        # Queries of the inputs, keys and values of all positions so far.
+        past_keys, past_values = past or (None, None)
+        query = project("query", config.heads)
+        key = project("key", config.kv_heads, past_keys)
+        value = project("value", config.kv_heads, past_values)
+        # Rotations; the queries are at the last positions.
+        if angles is not None:
+            cos, sin = angles
+            query = apply_rotary(query, (cos[:, -time:], sin[:, -time:]))
+            key = apply_rotary(key, angles)
+        # Attention and the projection back to the stream.
+        mixed = causal_attention(query, key, value)
+        return nn.Dense(
+            config.dim, use_bias=config.out_bias, dtype=self.dtype, name="out"
+        )(mixed.reshape(batch, time, -1))
+
+
+def causal_attention(query: Array, key: Array, value: Array) -> Array:
+    """Mix values by causal attention, ``[B, T, H, head_dim]``.
+
+    Softmax of ``query key / sqrt(head_dim)`` over the positions up to the query's own.
+    It is written out because the gradient of ``jax.nn.dot_product_attention`` in
+    bfloat16 raises where promotion of dtypes is forbidden.
+
+    Two orders of the same operations are used.  In float32 the faster one is: queries
+    are scaled instead of scores and mixed values divided instead of weights, which are
+    both smaller arrays.  In bfloat16 every product is rounded, so that the exact one
+    is: scores are still float32 when they are scaled, and weights are normalized
+    before they are rounded.  Divided after the product, the two parts of the
+    softmax's gradient would be rounded separately and not cancel
+    (docs/decisions/language.md, "Softmax in bfloat16 divides before the product").
+
+    Args:
+      query: ``[B, T, H, head_dim]``, at the last ``T`` of the ``S`` positions.
+      key: ``[B, S, kv_heads, head_dim]``; each serves ``H / kv_heads`` query heads.
+      value: ``[B, S, kv_heads, head_dim]``.
+
+    Returns:
+      The mixed values, in the dtype of ``value``.
+    """
+    batch, time, _, width = query.shape
+    positions = key.shape[1]
+    low_precision = jnp.finfo(query.dtype).bits < 32
+    # Scores of every query with every key, in float32.
+    groups = query.reshape(batch, time, key.shape[2], -1, width)
+    if not low_precision:
+        groups = groups * jnp.asarray(width**-0.5, groups.dtype)
+    scores = jnp.einsum(
+        "bqkgd,bskd->bkgqs", groups, key, preferred_element_type=jnp.float32
+    )
+    if low_precision:
+        scores = scores * width**-0.5
+    # No query attends to later positions.
+    causal = jnp.tri(time, positions, positions - time, dtype=bool)[None, None, None]
+    scores = jnp.where(causal, scores, -jnp.inf)
+    # Softmax and the mean of the values under it.
+    if low_precision:
+        weights = jax.nn.softmax(scores).astype(value.dtype)
+        mixed = jnp.einsum("bkgqs,bskd->bkgqd", weights, value)
+    else:
+        largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        mixed = jnp.einsum("bkgqs,bskd->bkgqd", weights.astype(value.dtype), value)
+        mixed = mixed / total.astype(value.dtype)
+    return jnp.moveaxis(mixed, 3, 1).reshape(query.shape)
+
+
+def rotary_angles(config: DecoderConfig, positions: int) -> Angles:
+    """Compute cosines and sines of the rotations of the first positions.
+
+    Position ``t`` turns pair ``i`` by ``t * base^(-2 i / rotary_dim) / divisor_i``.
+    They are constants of the program: traced, they would be computed again in every
+    block.
+    """
+    width = config.rotary_dim
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    rates = np.float32(config.rotary_base) ** -exponents
+    if config.rotary_divisors is not None:
+        rates = rates / np.asarray(config.rotary_divisors, np.float32)
+    angles = np.outer(np.arange(positions, dtype=np.float32), rates)[None]
+    return jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles))
+
+
+def apply_rotary(heads: Array, angles: Angles) -> Array:
+    """Rotate queries or keys ``[B, S, H, head_dim]`` by the angles of their positions.
+
+    Entry ``i`` is paired with entry ``i + rotary_dim / 2``; entries from
+    ``rotary_dim`` on stay as they are.
+    """
+    cos, sin = (x[:, :, None, :] for x in angles)
+    half = cos.shape[-1]
+    first, second, unrotated = jnp.split(
+        heads.astype(jnp.float32), [half, 2 * half], axis=-1
+    )
+    rotated = [first * cos - second * sin, second * cos + first * sin, unrotated]
+    return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)

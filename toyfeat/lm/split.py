@@ -75,8 +75,8 @@ def split_at(
         # At a residual site the value is what the second part starts from; any other
         # site lies inside the first block of it and is overwritten there.
         if is_residual:
-            return second_part(params, (value, past), {})
-        return second_part(params, (entry, past), {site: lambda _: value})
+            return second_part(params, (value, None, past), {})
+        return second_part(params, (entry, None, past), {site: lambda _: value})
 
     def run(params: Params, entry: Array, value: Array, past: Cache = None) -> Array:
         return run_probed(params, entry, value, past)[0]

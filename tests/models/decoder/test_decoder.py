@@ -1,5 +1,4 @@
-from functools import cache, partial
-from typing import NamedTuple
+from functools import partial
 
 import decoder_oracle as oracle
 import flax.linen as nn
@@ -7,94 +6,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoder_cases import (
+    BATCH,
+    KINDS,
+    LAYERS,
+    LOSS,
+    SHAPES,
+    TIME,
+    TOKENS,
+    case,
+    close,
+    of_block,
+    run,
+    same_taps,
+    taps,
+    wanted,
+)
 
 import toyfeat as ft
 from toyfeat.models.decoder import (
     SITES,
     Decoder,
-    DecoderConfig,
     gpt2,
     llama,
     neox,
-    parse_config,
     stack_blocks,
     unstack_blocks,
 )
 from toyfeat.models.decoder.attention import causal_attention
-from toyfeat.models.decoder.pieces import huggingface_pieces, param_shapes
-from toyfeat.models.decoder.weights import Source, assemble_params
 
-KINDS = list(oracle.CONFIGS)
-SHAPES = ["gpt2", "neox", "llama"]
-BATCH, TIME, LAYERS = 2, 6, 3
 ALL_KEPT = [f"blocks_{i}/attn/{n}" for i in range(LAYERS) for n in ("key", "value")]
-TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 13, (BATCH, TIME)), jnp.int32)
-
-
-class Case(NamedTuple):
-    given: dict
-    tensors: dict
-    config: DecoderConfig
-    params: dict
-
-
-@cache
-def case(kind):
-    given = oracle.CONFIGS[kind]
-    tensors = oracle.random_tensors(given)
-    name, config = parse_config(given)
-    plain = oracle.without_prefix(tensors)
-    source = Source(kind, {n: x.shape for n, x in plain.items()}, plain.__getitem__)
-    params = assemble_params(
-        "test",
-        param_shapes(config),
-        huggingface_pieces(name, config),
-        source,
-        dtype=jnp.float32,
-        ignored="$^",
-    )
-    return Case(given, tensors, config, params)
-
-
-@cache
-def wanted(kind):
-    given, tensors, _, _ = case(kind)
-    return oracle.forward(given, tensors, TOKENS)
-
-
-@cache
-def run(kind, **options):
-    """``probed(params, inputs, probes)``, compiled."""
-    return jax.jit(ft.from_linen(Decoder(case(kind).config, **options)))
-
-
-@cache
-def taps(kind, sites, **options):
-    """``taps(params, inputs, readout)``, compiled."""
-    model = ft.from_linen(Decoder(case(kind).config, **options))
-    return jax.jit(
-        lambda params, inputs, readout: ft.tap(
-            model, params, inputs, sites=sites, readout=readout
-        )
-    )
-
-
-def close(found, wanted, tol=1e-5):
-    wanted = np.asarray(wanted)
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=tol * np.abs(wanted).max())
-
-
-def same_taps(found, wanted):
-    close(found.acts, wanted.acts)
-    close(found.grads, wanted.grads)
-    np.testing.assert_array_equal(found.weights, wanted.weights)
-
-
-def of_block(layer):
-    return tuple(f"blocks_{layer}/{site}" for site in SITES)
-
-
-LOSS = ft.readouts.next_token_loss(TOKENS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -376,13 +317,13 @@ def test_positions_behind_a_past_are_those_of_the_whole(kind, num):
     params = case(kind).params
     logits, values = wanted(kind)
     acts = run(kind)(params, TOKENS, {})[1]
-    found, here = run(kind)(params, (TOKENS[:, num:], past_of(acts, num)), {})
+    found, here = run(kind)(params, (TOKENS[:, num:], None, past_of(acts, num)), {})
     close(found, logits[:, num:])
     for (layer, site), value in values.items():
         close(here[f"blocks_{layer}/{site}"], value[:, num:])
     resid = acts["blocks_1/resid_pre"][:, num:]
     kept = past_of(acts, num, (1, 2))
-    close(run(kind, start=1)(params, (resid, kept), {})[0], logits[:, num:])
+    close(run(kind, start=1)(params, (resid, None, kept), {})[0], logits[:, num:])
     site = "blocks_2/mlp_hidden"
     later = jnp.arange(TIME) >= num
     loss = ft.readouts.next_token_loss(
@@ -392,7 +333,9 @@ def test_positions_behind_a_past_are_those_of_the_whole(kind, num):
     loss = ft.readouts.next_token_loss(
         TOKENS[:, num:], mask=jnp.ones((BATCH, TIME - num))
     )
-    part = taps(kind, (site,))(params, (TOKENS[:, num:], past_of(acts, num)), loss)
+    part = taps(kind, (site,))(
+        params, (TOKENS[:, num:], None, past_of(acts, num)), loss
+    )
     shape = BATCH, TIME, -1
     close(
         part[site].grads.reshape(BATCH, TIME - num, -1),
@@ -406,9 +349,9 @@ def test_an_empty_past_is_none_and_the_norm_and_logits_need_none():
         run("llama")(case("llama").params, TOKENS, {})[1],
     )
     for past in (None, {}, past_of(acts, 0)):
-        close(run("llama")(params, (TOKENS, past), {})[0], wanted("llama")[0])
+        close(run("llama")(params, (TOKENS, None, past), {})[0], wanted("llama")[0])
     resid = acts["blocks_2/resid_post"][:, 3:]
-    found = run("llama", start=LAYERS)(params, (resid, past_of(acts, 3)), {})[0]
+    found = run("llama", start=LAYERS)(params, (resid, None, past_of(acts, 3)), {})[0]
     close(found, wanted("llama")[0][:, 3:])
 
 
@@ -437,7 +380,7 @@ def test_a_past_that_does_not_fit(kind, options, past, match):
     inputs = jnp.zeros((2, 6, 12)) if "start" in options else TOKENS
     params = stack_blocks(params) if "scan" in options else params
     with pytest.raises(ValueError, match=match):
-        jax.eval_shape(Decoder(config, **options).apply, params, inputs, past)
+        jax.eval_shape(Decoder(config, **options).apply, params, inputs, None, past)
 
 
 @pytest.mark.parametrize("kind", SHAPES)

@@ -14,7 +14,8 @@ KeyValues = tuple[Array, Array]
 """Keys and values ``[B, P, kv_heads * head_dim]`` of earlier positions, not rotated."""
 
 Angles = tuple[Array, Array]
-"""Cosines and sines ``[1, S, rotary_dim / 2]`` of the rotations of ``S`` positions."""
+"""Cosines and sines of rotations, ``[1, S, rotary_dim / 2]`` for ``S`` positions, or
+``[B, S, rotary_dim / 2]`` if rows have positions of their own."""
 
 
 class Attention(nn.Module):
@@ -25,7 +26,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: Array, past: KeyValues | None, angles: Angles | None
+        self,
+        inputs: Array,
+        past: KeyValues | None,
+        angles: Angles | None,
+        mask: Array | None,
     ) -> Array:
         """Compute what the heads add to the residual stream, ``[B, T, D]``."""
         config = self.config
@@ -55,13 +60,15 @@ class Attention(nn.Module):
             query = apply_rotary(query, (cos[:, -time:], sin[:, -time:]))
             key = apply_rotary(key, angles)
         # Attention and the projection back to the stream.
-        mixed = causal_attention(query, key, value)
+        mixed = causal_attention(query, key, value, mask)
         return nn.Dense(
             config.dim, use_bias=config.out_bias, dtype=self.dtype, name="out"
         )(mixed.reshape(batch, time, -1))
 
 
-def causal_attention(query: Array, key: Array, value: Array) -> Array:
+def causal_attention(
+    query: Array, key: Array, value: Array, mask: Array | None = None
+) -> Array:
     """Mix values by causal attention, ``[B, T, H, head_dim]``.
 
     Softmax of ``query key / sqrt(head_dim)`` over the positions up to the query's own.
@@ -80,6 +87,7 @@ def causal_attention(query: Array, key: Array, value: Array) -> Array:
       query: ``[B, T, H, head_dim]``, at the last ``T`` of the ``S`` positions.
       key: ``[B, S, kv_heads, head_dim]``; each serves ``H / kv_heads`` query heads.
       value: ``[B, S, kv_heads, head_dim]``.
+      mask: ``[B, S]`` bool, ``False`` at keys that no other position attends to.
 
     Returns:
       The mixed values, in the dtype of ``value``.
@@ -96,9 +104,13 @@ def causal_attention(query: Array, key: Array, value: Array) -> Array:
     )
     if low_precision:
         scores = scores * width**-0.5
-    # No query attends to later positions.
-    causal = jnp.tri(time, positions, positions - time, dtype=bool)[None, None, None]
-    scores = jnp.where(causal, scores, -jnp.inf)
+    # No query attends to later positions or to padding.  Padding attends to itself:
+    # the softmax over no position at all would be NaN, and spoil the gradients.
+    allowed = jnp.tri(time, positions, positions - time, dtype=bool)[None, None, None]
+    if mask is not None:
+        itself = jnp.eye(time, positions, positions - time, dtype=bool)
+        allowed &= mask[:, None, None, None, :] | itself[None, None, None]
+    scores = jnp.where(allowed, scores, -jnp.inf)
     # Softmax and the mean of the values under it.
     if low_precision:
         weights = jax.nn.softmax(scores).astype(value.dtype)
@@ -112,20 +124,33 @@ def causal_attention(query: Array, key: Array, value: Array) -> Array:
     return jnp.moveaxis(mixed, 3, 1).reshape(query.shape)
 
 
-def rotary_angles(config: DecoderConfig, positions: int) -> Angles:
-    """Compute cosines and sines of the rotations of the first positions.
+def rotary_angles(
+    config: DecoderConfig, num: int, positions: Array | None = None
+) -> Angles:
+    """Compute cosines and sines of rotations.
 
     Position ``t`` turns pair ``i`` by ``t * base^(-2 i / rotary_dim) / divisor_i``.
     They are constants of the program: traced, they would be computed again in every
     block.
+
+    Args:
+      config: of the decoder.
+      num: number ``S`` of positions.
+      positions: ``[B, S]`` int, ``0 .. S - 1`` by default.
+
+    Returns:
+      :data:`Angles`.
     """
     width = config.rotary_dim
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     rates = np.float32(config.rotary_base) ** -exponents
     if config.rotary_divisors is not None:
         rates = rates / np.asarray(config.rotary_divisors, np.float32)
-    angles = np.outer(np.arange(positions, dtype=np.float32), rates)[None]
-    return jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles))
+    angles = np.outer(np.arange(num, dtype=np.float32), rates)
+    cos, sin = jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles))
+    if positions is None:
+        return cos[None], sin[None]
+    return cos[positions], sin[positions]
 
 
 def apply_rotary(heads: Array, angles: Angles) -> Array:

@@ -1,9 +1,11 @@
-"""Checks of what a decoder is called with."""
+"""Checks of the inputs of a decoder, and the positions of its tokens."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from toyfeat.models.decoder.config import DecoderConfig
 from toyfeat.types import Array
@@ -12,6 +14,7 @@ from toyfeat.types import Array
 def check_inputs(
     config: DecoderConfig,
     inputs: Array,
+    mask: Array | None,
     past: Mapping[str, Array],
     *,
     start: int | None,
@@ -22,6 +25,7 @@ def check_inputs(
     Args:
       config: of the decoder.
       inputs: tokens or residual stream.
+      mask: 1 at tokens, 0 at padding, or ``None``.
       past: keys and values by site, empty for none.
       start: of the decoder.
       scan: of the decoder.
@@ -36,8 +40,12 @@ def check_inputs(
     _check_shape(config, inputs, start)
     shape = jnp.shape(inputs)
     num_past = _check_past(config, shape[0], past, start, scan) if past else 0
-    # Learned positions are added to tokens only.
     positions = num_past + shape[1]
+    if mask is not None:
+        _check_mask(mask, (shape[0], positions), shape[1])
+    if start is None:
+        _check_ids(inputs, mask, config.vocab)
+    # Learned positions are added to tokens only.
     learned = config.positions == "learned" and start is None
     if learned and positions > config.context:
         raise ValueError(
@@ -72,6 +80,72 @@ def _check_shape(config: DecoderConfig, inputs: Array, start: int | None) -> Non
         raise ValueError(f"Decoder: wanted {expected}, got shape {shape} of {dtype}")
     if not shape[1]:
         raise ValueError("Decoder: there is no position, the inputs are empty")
+
+
+def _check_mask(mask: Array, shape: tuple[int, int], time: int) -> None:
+    if isinstance(mask, Mapping):
+        raise ValueError(
+            "Decoder: the mask must be an array [B, T], got a mapping; give keys and "
+            "values as past=, the third argument"
+        )
+    if jnp.shape(mask) != shape:
+        past = shape[1] - time
+        raise ValueError(
+            f"Decoder: the mask must be of all positions, {past} of the past and "
+            f"{time} of the inputs, shape {shape}, got {jnp.shape(mask)}"
+        )
+    if _is_concrete(mask) and not np.isin(np.asarray(mask), (0, 1)).all():
+        raise ValueError(
+            "Decoder: the mask must be 1 at tokens and 0 at padding, got values "
+            f"{np.unique(np.asarray(mask))[:4]}; a mask that is added to scores is "
+            "mask == 0 here"
+        )
+
+
+def _check_ids(tokens: Array, mask: Array | None, vocab: int) -> None:
+    """Raise for ids outside of the vocabulary, where they can be seen."""
+    if not _is_concrete(tokens) or (mask is not None and not _is_concrete(mask)):
+        return
+    ids = np.asarray(tokens)
+    is_outside = (ids < 0) | (ids >= vocab)
+    if mask is not None:
+        is_outside &= np.asarray(mask)[:, -ids.shape[1] :] != 0
+    if is_outside.any():
+        row, position = np.argwhere(is_outside)[0]
+        raise ValueError(
+            f"Decoder: tokens must be ids in 0 .. {vocab - 1}, got "
+            f"{ids[row, position]} in row {row} at position {position}; mark padding "
+            "with mask=, or give ids of the model's own tokenizer"
+        )
+
+
+def _is_concrete(array: Any) -> bool:
+    """Tell whether the values of an array can be read here."""
+    if isinstance(array, Tracer):
+        return False
+    return getattr(array, "is_fully_addressable", True)  # not on other processes
+
+
+def embedding_ids(tokens: Array, mask: Array | None, vocab: int) -> Array:
+    """Prepare ids for the embedding, where none may be negative.
+
+    An id above the vocabulary embeds as NaN, but a negative one would be counted from
+    the end of the table.  Padding embeds as token 0, whatever its id, so that nothing
+    of it can spoil the tokens.
+    """
+    ids = jnp.asarray(tokens)
+    if jnp.iinfo(ids.dtype).bits < 32:  # too narrow for the size of the vocabulary
+        ids = ids.astype(jnp.int32)
+    ids = jnp.where(ids < 0, vocab, ids)
+    return ids if mask is None else jnp.where(mask[:, -ids.shape[1] :], ids, 0)
+
+
+def token_positions(mask: Array) -> Array:
+    """Count positions ``[B, S]`` from the first token of a row; padding is skipped.
+
+    These are transformers' ``position_ids``: ``cumsum(mask) - 1``, at least 0.
+    """
+    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
 
 
 def _check_past(

@@ -15,7 +15,7 @@ from toyfeat.models.decoder.attention import (
     rotary_angles,
 )
 from toyfeat.models.decoder.config import DecoderConfig
-from toyfeat.models.decoder.inputs import check_inputs
+from toyfeat.models.decoder.inputs import check_inputs, embedding_ids, token_positions
 from toyfeat.tap.linen import ACTS, PROBES
 from toyfeat.types import Array
 
@@ -43,6 +43,17 @@ class Decoder(nn.Module):
     ``"blocks_<start>/resid_pre"`` in the full model.  Parameters and sites keep their
     names, so that a gradient or a splice at a later layer does not pay for the earlier
     layers a second time.
+
+    With a ``mask`` rows of several lengths are padded to one, on either side.
+    Positions, learned and rotary, then count from the first token of a row on, 0 at
+    it, as in transformers (``cumsum(mask) - 1``), and no token attends to padding, so
+    that a row has the values that it has alone.  What comes out at padding is finite
+    and means nothing; give the same mask to the readout
+    (:func:`toyfeat.readouts.next_token_loss`).  A probed model takes
+    ``(tokens, mask)`` as its inputs.
+
+    Ids outside of the vocabulary are an error, except at padding.  Under ``jit`` ids
+    cannot be seen; one outside makes its row NaN.
 
     With a ``past`` it runs on the positions after the first ``P``.  The past holds the
     values of ``"blocks_<i>/attn/key"`` and ``"blocks_<i>/attn/value"`` at those, for
@@ -75,8 +86,9 @@ class Decoder(nn.Module):
 
     Raises:
       ValueError: when called, for a start that is not a layer, inputs of another
-        shape or dtype, more positions than there are learned ones, a past that lacks
-        blocks that are run, or a past for a scanned model.
+        shape or dtype, ids outside of the vocabulary, a mask of another shape or with
+        other values than 0 and 1, more positions than there are learned ones (padding
+        counts), a past that lacks blocks that are run, or a past for a scanned model.
     """
 
     config: DecoderConfig
@@ -86,33 +98,49 @@ class Decoder(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, inputs: Array, past: Mapping[str, Array] | None = None) -> Array:
+    def __call__(
+        self,
+        inputs: Array,
+        mask: Array | None = None,
+        past: Mapping[str, Array] | None = None,
+    ) -> Array:
         """Compute the logits ``[B, T, V]`` in float32.
 
         Args:
           inputs: tokens ``[B, T]`` int, or with a start the residual stream
             ``[B, T, D]``.
+          mask: ``[B, P + T]``, 1 at tokens and 0 at padding, of the positions of the
+            past and the inputs; all are tokens by default.
           past: keys and values ``[B, P, kv_heads * head_dim]`` of the positions
             before, by site.
         """
         config, past = self.config, past or {}
-        num_past = check_inputs(config, inputs, past, start=self.start, scan=self.scan)
+        num_past = check_inputs(
+            config, inputs, mask, past, start=self.start, scan=self.scan
+        )
+        positions = None
+        if mask is not None:
+            mask = jnp.asarray(mask, bool)
+            positions = token_positions(mask)
         embed = nn.Embed(config.vocab, config.dim, dtype=self.dtype, name="embed")
         # The residual stream before the first block.
         if self.start is None:
-            resid = self._embed(embed, inputs, num_past)
+            ids = embedding_ids(inputs, mask, config.vocab)
+            resid = self._embed(embed, ids, num_past, positions)
         else:
             resid = jnp.asarray(inputs, self.dtype)
         # Blocks, which share the rotations of the positions.
         angles = None
         if config.positions == "rotary":
-            angles = rotary_angles(config, num_past + inputs.shape[1])
-        resid = self._run_blocks(resid, past, angles)
+            angles = rotary_angles(config, num_past + inputs.shape[1], positions)
+        resid = self._run_blocks(resid, past, angles, mask)
         # Norm and logits.
         normed = Norm(config, name="final_norm")(resid).astype(self.dtype)
         return _matmul_float32(normed, self._head(embed).astype(self.dtype))
 
-    def _embed(self, embed: nn.Embed, tokens: Array, num_past: int) -> Array:
+    def _embed(
+        self, embed: nn.Embed, tokens: Array, num_past: int, positions: Array | None
+    ) -> Array:
         """Embed tokens and, if they are learned, their positions."""
         config = self.config
         resid = jnp.asarray(embed(tokens), self.dtype)
@@ -120,12 +148,17 @@ class Decoder(nn.Module):
             table = nn.Embed(
                 config.context, config.dim, dtype=self.dtype, name="positions"
             )
-            positions = num_past + jnp.arange(tokens.shape[1])
-            resid = resid + table(positions)[None]
+            if positions is None:
+                positions = num_past + jnp.arange(tokens.shape[1])[None]
+            resid = resid + table(positions[:, -tokens.shape[1] :])
         return resid
 
     def _run_blocks(
-        self, resid: Array, past: Mapping[str, Array], angles: Angles | None
+        self,
+        resid: Array,
+        past: Mapping[str, Array],
+        angles: Angles | None,
+        mask: Array | None,
     ) -> Array:
         """Run the blocks from the start on, in a loop or a scan."""
         config, start = self.config, self.start or 0
@@ -134,9 +167,10 @@ class Decoder(nn.Module):
             for i in range(start, config.layers):
                 name = f"blocks_{i}"
                 earlier = _key_values(past, name) if past else None
-                resid, _ = block(config, self.dtype, name=name)(resid, earlier, angles)
+                run = block(config, self.dtype, name=name)
+                resid, _ = run(resid, earlier, angles, mask)
         elif start < config.layers:
-            broadcast: Any = nn.broadcast  # the same angles for every block
+            broadcast: Any = nn.broadcast  # every block has the same
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0, ACTS: 0, PROBES: 0},
@@ -145,7 +179,7 @@ class Decoder(nn.Module):
                 length=config.layers,
             )
             blocks = scanned(config, self.dtype, name="blocks")
-            resid, _ = blocks(resid, None, angles)
+            resid, _ = blocks(resid, None, angles, mask)
         return resid
 
     def _head(self, embed: nn.Embed) -> Array:
@@ -172,14 +206,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, resid: Array, past: KeyValues | None, angles: Angles | None
+        self,
+        resid: Array,
+        past: KeyValues | None,
+        angles: Angles | None,
+        mask: Array | None,
     ) -> tuple[Array, None]:
         """Run the block on the residual stream; a scan wants the ``None``."""
         config = self.config
         # Attention.
         resid = Site(name="resid_pre")(resid)
         normed = Norm(config, name="attn_norm")(resid).astype(self.dtype)
-        attn_out = Attention(config, self.dtype, name="attn")(normed, past, angles)
+        attention = Attention(config, self.dtype, name="attn")
+        attn_out = attention(normed, past, angles, mask)
         attn_out = Site(name="attn_out")(attn_out)
         resid_mid = resid + attn_out
         # MLP, of the stream before or after attention.

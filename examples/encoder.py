@@ -24,7 +24,7 @@ from toyfeat.models.decoder.weights import (
     linear_pieces,
     open_safetensors,
     plain_piece,
-    read_json,
+    read_entries,
 )
 from toyfeat.types import Array, Params
 
@@ -169,7 +169,7 @@ def load_encoder(folder: str | Path) -> PretrainedEncoder:
       ImportError: without the ``lm`` extra.
     """
     folder, who = Path(folder), "load_encoder"
-    config = _config_from_json(who, read_json(who, folder / "config.json"))
+    config = _config_from_json(who, read_entries(folder / "config.json", who))
     # Names of tensors may have a prefix, if the file is of a model with a head.
     source = open_safetensors(who, folder)
     shapes = {name.removeprefix("bert."): x for name, x in source.shapes.items()}

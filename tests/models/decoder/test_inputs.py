@@ -140,10 +140,10 @@ def test_a_row_of_padding_is_finite():
         assert not np.asarray(found[site].grads.reshape(2, -1)[0]).any()
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_in_bfloat16(side):
-    found = run("llama", dtype=jnp.bfloat16)(case("llama").params, padded(side), {})[0]
-    close_at_tokens(side, found, alone("llama")[0], 0.06)
+def test_padding_in_bfloat16():
+    params, inputs = case("llama").params, padded("left")
+    found = run("llama", dtype=jnp.bfloat16)(params, inputs, {})[0]
+    close_at_tokens("left", found, alone("llama")[0], 0.06)
 
 
 # Ids.

@@ -238,7 +238,7 @@ def test_a_shard_that_is_not_there(tmp_path):
 def test_an_index_that_lists_no_shards(folder, text):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
-    refused(folder, r"index.json (has no weight_map|is no whole JSON file)")
+    refused(folder, r"index.json (has no weight_map|must be a JSON object in UTF-8)")
 
 
 @pytest.mark.parametrize("part", [0.0, 0.0005, 0.01, 0.3, 0.7, 0.999])
@@ -252,13 +252,13 @@ def test_truncated_weights(folder, part):
 @pytest.mark.parametrize("text", ["", '{"model_type": "lla', "not JSON"])
 def test_a_truncated_configuration(folder, text):
     (folder / "config.json").write_text(text)
-    refused(folder, r"config.json is no whole JSON file")
+    refused(folder, r"config.json must be a JSON object in UTF-8, got other text")
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "3", '"llama"'])
 def test_a_configuration_without_entries(folder, text):
     (folder / "config.json").write_text(text)
-    refused(folder, r"config.json holds no entries, got ")
+    refused(folder, r"config.json must be a JSON object in UTF-8, got ")
 
 
 def test_tensors_that_are_missing(folder):
@@ -693,9 +693,10 @@ def test_scaled_rotations_of_gguf(tmp_path, monkeypatch, entries, slower, total)
     [
         ({"rope.scaling.type": "yarn"}, r"rotations scaled by 'yarn'"),
         ({"rope.scaling.factor": -4.0}, r"rotary_divisors must be 4 positive numbers"),
+        ({"rope.scaling.factor": [4, 4]}, r"must be a number, got \[4, 4\]; fetch it"),
         ({"expert_count": 8}, r"has experts, which are not covered"),
         ({"attention.key_length": 16}, r"rotates a part of every head only"),
-        ({"block_count": ...}, r"a.gguf has no entry 'llama.block_count'"),
+        ({"block_count": ...}, r"a.gguf: it has no entry 'llama.block_count'"),
         ({"embedding_length": ...}, r"has no entry 'llama.embedding_length'"),
         ({"attention.head_count": ...}, r"no entry 'llama.attention.head_count'"),
         ({"attention.head_count": 0}, r"kv_heads must|sizes must be whole"),
@@ -729,13 +730,13 @@ def test_gguf_tensors_that_do_not_fit(tmp_path):
         refused(path, rf"a.gguf: rope_freqs.weight is \({num},\), wanted \(4,\)")
     del tensors["model.embed_tokens.weight"]
     write_gguf(path, tensors)
-    refused(path, r"a.gguf has no entry 'token_embd.weight'")
+    refused(path, r"a.gguf: it has no entry 'token_embd.weight'")
 
 
 def test_another_architecture_of_gguf(tmp_path):
     path = tmp_path / "a.gguf"
     write_gguf(path, oracle.random_tensors(GGUF), arch="qwen2")
-    refused(path, r"architecture 'llama', .* has 'qwen2'; use the safetensors")
+    refused(path, r"architecture 'llama', it has 'qwen2'; use the safetensors")
 
 
 @pytest.mark.parametrize("part", [0, 3, 20, 60, 200, 400, 0.02, 0.1, 0.5, 0.9, 0.999])

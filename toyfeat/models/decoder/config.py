@@ -1,8 +1,16 @@
 """Configurations of decoders: GPT-2, GPT-NeoX and Llama."""
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
+
+from toyfeat.models.decoder.checks import (
+    MAX_SIZE,
+    divide_heads,
+    is_positive,
+    is_size,
+    show_value,
+    show_values,
+)
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 _SIZES = ("vocab", "layers", "dim", "heads", "kv_heads", "head_dim", "hidden")
@@ -73,22 +81,26 @@ class DecoderConfig:
         """
         # Sizes.
         sizes = {name: getattr(self, name) for name in _SIZES}
-        if not all(_is_size(size) for size in sizes.values()):
-            raise ValueError(f"decoder: sizes must be whole and positive, got {sizes}")
+        if not all(is_size(size) for size in sizes.values()):
+            raise ValueError(
+                f"decoder: sizes must be whole and positive, at most {MAX_SIZE}, got "
+                f"{show_values(sizes)}; give other sizes"
+            )
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"decoder: kv_heads must divide heads, got {self.kv_heads} and "
-                f"{self.heads}"
+                f"{self.heads}; give a divisor of heads"
             )
         # Scales and rotations.
         is_rotary = self.positions == "rotary"
         if is_rotary:
             _check_rotary_dim(self)
         scales = (self.eps, self.rotary_base) if is_rotary else (self.eps,)
-        if not all(_is_positive(scale) for scale in scales):
+        if not all(is_positive(scale) for scale in scales):
             raise ValueError(
                 "decoder: eps and rotary_base must be positive, got "
-                f"{self.eps!r} and {self.rotary_base!r}"
+                f"{show_value(self.eps)} and {show_value(self.rotary_base)}; give "
+                "finite numbers"
             )
         _check_rotary_divisors(self)
         # Kinds and flags.
@@ -96,11 +108,14 @@ class DecoderConfig:
         if self.activation not in activations:
             raise ValueError(
                 f"decoder: activation must be one of {', '.join(activations)}, got "
-                f"{self.activation!r}"
+                f"{show_value(self.activation)}; give one of these"
             )
         flags = {name: getattr(self, name) for name in _FLAGS}
         if not all(isinstance(flag, bool) for flag in flags.values()):
-            raise ValueError(f"decoder: flags must be True or False, got {flags}")
+            raise ValueError(
+                f"decoder: flags must be True or False, got {show_values(flags)}; give "
+                "bools"
+            )
 
 
 def gpt2(
@@ -143,7 +158,7 @@ def gpt2(
         dim=dim,
         heads=heads,
         kv_heads=heads,
-        head_dim=_divide_heads("gpt2", dim, heads),
+        head_dim=divide_heads("gpt2", dim, heads),
         hidden=4 * dim if hidden is None else hidden,
         context=context,
         positions="learned",
@@ -206,11 +221,11 @@ def neox(
       Black et al. (2022), "GPT-NeoX-20B", arXiv 2204.06745; Su et al. (2021),
       "RoFormer", arXiv 2104.09864, for the rotations.
     """
-    head_dim = _divide_heads("neox", dim, heads)
-    if not (_is_positive(rotary_share) and rotary_share <= 1):
+    head_dim = divide_heads("neox", dim, heads)
+    if not (is_positive(rotary_share) and rotary_share <= 1):
         raise ValueError(
             "neox: rotary_share must be a part of a head, above 0 and at most 1, got "
-            f"{rotary_share!r}"
+            f"{show_value(rotary_share)}; give another share"
         )
     return DecoderConfig(
         vocab=vocab,
@@ -285,7 +300,7 @@ def llama(
       arXiv 2305.13245, for the grouped queries; Shazeer (2020), "GLU variants",
       arXiv 2002.05202, for the MLP.
     """
-    width = _divide_heads("llama", dim, heads) if head_dim is None else head_dim
+    width = divide_heads("llama", dim, heads) if head_dim is None else head_dim
     return DecoderConfig(
         vocab=vocab,
         layers=layers,
@@ -311,19 +326,12 @@ def llama(
     )
 
 
-def _divide_heads(who: str, dim: int, heads: int) -> int:
-    """Divide the stream among the heads; returns the width of a head."""
-    if not _is_size(dim) or not _is_size(heads) or dim % heads:
-        raise ValueError(f"{who}: heads must divide dim, got {heads!r} and {dim!r}")
-    return dim // heads
-
-
 def _check_rotary_dim(config: DecoderConfig) -> None:
     width = config.rotary_dim
     if width % 2 or not 2 <= width <= config.head_dim:
         raise ValueError(
             "decoder: rotary_dim must be even and in 2 .. head_dim "
-            f"{config.head_dim}, got {width}"
+            f"{config.head_dim}, got {width}; give another share or width of a head"
         )
 
 
@@ -332,19 +340,10 @@ def _check_rotary_divisors(config: DecoderConfig) -> None:
     fits = divisors is None or (
         isinstance(divisors, tuple)
         and len(divisors) == pairs
-        and all(_is_positive(divisor) for divisor in divisors)
+        and all(is_positive(divisor) for divisor in divisors)
     )
     if not fits:
         raise ValueError(
             f"decoder: rotary_divisors must be {pairs} positive numbers in a tuple, "
-            f"half of rotary_dim, got {divisors!r}"
+            f"half of rotary_dim, got {show_value(divisors)}; give as many"
         )
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_positive(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value < math.inf

@@ -4,27 +4,83 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from toyfeat.models.decoder.checks import show_value
 from toyfeat.models.decoder.config import DecoderConfig, llama
+from toyfeat.models.decoder.gguf_header import check_header
 from toyfeat.models.decoder.pieces import gguf_pieces, param_shapes
-from toyfeat.models.decoder.weights import Source, assemble_params
+from toyfeat.models.decoder.weights import (
+    Source,
+    assemble_params,
+    list_pieces,
+    naming_file,
+)
 from toyfeat.types import Params
 
 _WHO = "load_decoder"
+_DIVISORS = "rope_freqs.weight"
 _IGNORED = r"^rope_freqs\.weight$"
+
+
+class GgufFile(NamedTuple):
+    """Content of a file.
+
+    Attributes:
+      fields: metadata by name.
+      source: tensors, dequantized when they are read.
+    """
+
+    fields: Mapping[str, Any]
+    source: Source
 
 
 def load_gguf(path: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
     """Load configuration and parameters of a file."""
+    fields, source = open_gguf(path)
+    with naming_file(_WHO, path):
+        config = _parse_config(fields, source.shapes)
+    # The sizes must be those of the tensors before anything is made of them.
+    pieces = list_pieces(_WHO, gguf_pieces(config), source, ignored=_IGNORED)
+    with naming_file(_WHO, path):
+        config = _set_rotary_divisors(config, fields, source)
+    params = assemble_params(
+        _WHO, param_shapes(config), pieces, source, dtype=dtype, ignored=_IGNORED
+    )
+    return config, params
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Open a file with the reader of the ``gguf`` library.
+
+    Raises:
+      ValueError: if the file is damaged.
+    """
     library = _library()
-    reader = open_gguf(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def type_size(number: int) -> tuple[int, int]:
+        try:
+            return library.GGML_QUANT_SIZES[library.GGMLQuantizationType(number)]
+        except (ValueError, KeyError):
+            raise ValueError(
+                f"a tensor is of the type {number}, unknown to the gguf library"
+            ) from None
+
+    try:
+        check_header(path, type_size)
+        reader = library.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+    except OSError:
+        raise
+    except Exception as error:  # whatever the bytes happen to break
+        raise ValueError(
+            f"{_WHO}: {path} is not a whole GGUF file ({error}); fetch it again"
+        ) from error
     # The file lists sizes from the innermost on.
-    shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in tensors.items()}
+    shapes = {name: tuple(map(int, t.shape[::-1])) for name, t in tensors.items()}
 
     def dequantize(name: str) -> np.ndarray:
         tensor = tensors[name]
@@ -33,49 +89,11 @@ def load_gguf(path: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
         except NotImplementedError as error:
             raise ValueError(
                 f"{_WHO}: {path} stores {name} as {tensor.tensor_type.name}, which "
-                "cannot be unpacked"
+                "cannot be unpacked; use a file of another quantization"
             ) from error
         return np.asarray(values, np.float32).reshape(shapes[name])
 
-    # Configuration; divisors of the rotations are a factor, a tensor, or both.
-    config = _parse_config(fields, shapes, path)
-    divisors = np.full(config.rotary_dim // 2, _parse_rope_factor(fields, path))
-    if "rope_freqs.weight" in tensors:
-        shape = shapes["rope_freqs.weight"]
-        if shape != divisors.shape:
-            raise ValueError(
-                f"{_WHO}: {path}: rope_freqs.weight is {shape}, wanted {divisors.shape}"
-            )
-        divisors = divisors * dequantize("rope_freqs.weight")
-    if np.any(divisors != 1):
-        config = replace(config, rotary_divisors=tuple(divisors.tolist()))
-    # Parameters.
-    params = assemble_params(
-        _WHO,
-        param_shapes(config),
-        gguf_pieces(config),
-        Source(str(path), shapes, dequantize),
-        dtype=dtype,
-        ignored=_IGNORED,
-    )
-    return config, params
-
-
-def open_gguf(path: Path) -> Any:
-    """Open a file with the reader of the ``gguf`` library.
-
-    Raises:
-      ValueError: if the file is damaged.
-    """
-    library = _library()
-    try:
-        return library.GGUFReader(path)
-    except OSError:
-        raise
-    except Exception as error:  # whatever the bytes happen to break
-        raise ValueError(
-            f"{_WHO}: {path} is not a whole GGUF file ({error}); fetch it again"
-        ) from error
+    return GgufFile(fields, Source(str(path), shapes, dequantize))
 
 
 def _library() -> Any:
@@ -88,27 +106,27 @@ def _library() -> Any:
 
 
 def _parse_config(
-    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path
+    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> DecoderConfig:
     kind = fields.get("general.architecture")
     if kind != "llama":
         raise ValueError(
-            f"{_WHO}: wanted a GGUF file of the architecture 'llama', {path} has "
-            f"{kind!r}; use the safetensors of that model"
+            "wanted a GGUF file of the architecture 'llama', it has "
+            f"{show_value(kind)}; use the safetensors of that model"
         )
     if fields.get("llama.expert_count", 0):
-        raise ValueError(f"{_WHO}: {path} has experts, which are not covered")
+        raise ValueError("it has experts, which are not covered; use a model without")
     try:
         heads = fields["llama.attention.head_count"]
         width = fields.get("llama.attention.key_length")
         rotary_dim = fields.get("llama.rope.dimension_count", width)
         if width not in (None, rotary_dim):
             raise ValueError(
-                f"{_WHO}: {path} rotates a part of every head only, which is not "
-                "covered for GGUF files"
+                "it rotates a part of every head only, which is not covered for GGUF "
+                "files; use the safetensors of that model"
             )
         return llama(
-            vocab=shapes["token_embd.weight"][0],
+            vocab=(shapes["token_embd.weight"] or (0,))[0],
             layers=fields["llama.block_count"],
             dim=fields["llama.embedding_length"],
             heads=heads,
@@ -121,10 +139,27 @@ def _parse_config(
             tied="output.weight" not in shapes,
         )
     except KeyError as error:
-        raise ValueError(f"{_WHO}: {path} has no entry {error}") from None
+        raise ValueError(f"it has no entry {error}; fetch it again") from None
 
 
-def _parse_rope_factor(fields: Mapping[str, Any], path: Path) -> float:
+def _set_rotary_divisors(
+    config: DecoderConfig, fields: Mapping[str, Any], source: Source
+) -> DecoderConfig:
+    """Set the divisors of the rotations: a factor, a tensor, or both."""
+    divisors = np.full(config.rotary_dim // 2, _parse_rope_factor(fields))
+    if _DIVISORS in source.shapes:
+        shape = source.shapes[_DIVISORS]
+        if shape != divisors.shape:
+            raise ValueError(
+                f"{_DIVISORS} is {shape}, wanted {divisors.shape}; fetch it again"
+            )
+        divisors = divisors * source.read(_DIVISORS)
+    if np.all(divisors == 1):
+        return config
+    return replace(config, rotary_divisors=tuple(divisors.tolist()))
+
+
+def _parse_rope_factor(fields: Mapping[str, Any]) -> float:
     """Parse the divisor of all rates of rotation."""
     # A factor without a type is linear for llama.cpp too.
     scaling = fields.get("llama.rope.scaling.type", "linear")
@@ -132,6 +167,12 @@ def _parse_rope_factor(fields: Mapping[str, Any], path: Path) -> float:
     factor = fields.get("llama.rope.scaling.factor", factor)
     if scaling not in ("none", "linear"):
         raise ValueError(
-            f"{_WHO}: {path} has rotations scaled by {scaling!r}, which is not covered"
+            f"it has rotations scaled by {show_value(scaling)}, which is not "
+            "covered; use the safetensors of that model"
+        )
+    if not isinstance(factor, int | float):
+        raise ValueError(
+            f"the factor of rotations must be a number, got {show_value(factor)}; "
+            "fetch it again"
         )
     return 1.0 if scaling == "none" or not factor else float(factor)

@@ -8,13 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from toyfeat.models.decoder.config import Activation, DecoderConfig, gpt2, llama, neox
+from toyfeat.models.decoder.checks import is_positive, show_value, show_values
+from toyfeat.models.decoder.config import (
+    Activation,
+    DecoderConfig,
+    gpt2,
+    llama,
+    neox,
+)
 from toyfeat.models.decoder.pieces import huggingface_pieces, param_shapes
 from toyfeat.models.decoder.weights import (
     Source,
     assemble_params,
+    list_pieces,
+    naming_file,
     open_safetensors,
-    read_json,
+    read_entries,
 )
 from toyfeat.types import Params
 
@@ -31,6 +40,8 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 # Masks and tables that old checkpoints carry.
 _IGNORED = r"attn\.(masked_)?bias$|attention\.(masked_)?bias$|rotary_emb\.inv_freq$"
+# A tied model may store its embedding a second time.
+_IGNORED_TIED = _IGNORED + r"|^lm_head\.weight$|^embed_out\.weight$"
 
 
 def parse_config(entries: Mapping[str, Any]) -> tuple[str, DecoderConfig]:
@@ -53,33 +64,54 @@ def parse_config(entries: Mapping[str, Any]) -> tuple[str, DecoderConfig]:
       >>> kind, config.hidden, config.tied
       ('gpt2', 32, True)
     """
-    if not isinstance(entries, Mapping):
-        raise ValueError(f"{_WHO}: config.json holds no entries, got {entries!r}")
-    kind = entries.get("model_type")
-    if kind not in tuple(_KINDS):  # a list has no hash
-        raise ValueError(
-            f"{_WHO}: wanted a model of type {', '.join(_KINDS)}, got {kind!r}; wrap "
-            "another architecture with from_linen, from_nnx or from_function"
-        )
-    try:
-        return kind, _KINDS[kind](entries)
-    except KeyError as error:
-        raise ValueError(f"{_WHO}: config.json has no entry {error}") from None
+    kind, config = _parse_sizes(entries)
+    if config.positions == "rotary":
+        config = _scale_rotations(config, _rope_entries(entries))
+    return kind, config
 
 
 def load_folder(folder: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
     """Load configuration and parameters of a folder."""
-    kind, config = parse_config(read_json(_WHO, folder / "config.json"))
+    path = folder / "config.json"
+    entries = read_entries(path, _WHO)
+    with naming_file(_WHO, path):
+        kind, config = _parse_sizes(entries)
     source = _strip_prefix(open_safetensors(_WHO, folder), _PREFIXES[kind])
-    ignored = _IGNORED
-    # A tied model may store its embedding a second time.
+    # The sizes must be those of the tensors before anything is made of them.
+    ignored = _IGNORED_TIED if config.tied else _IGNORED
+    pieces = huggingface_pieces(kind, config)
+    pieces = list_pieces(_WHO, pieces, source, ignored=ignored)
     if config.tied:
         _check_tied(kind, source)
-        ignored += r"|^lm_head\.weight$|^embed_out\.weight$"
-    pieces = huggingface_pieces(kind, config)
+    with naming_file(_WHO, path):
+        kind, config = parse_config(entries)
     return config, assemble_params(
         _WHO, param_shapes(config), pieces, source, dtype=dtype, ignored=ignored
     )
+
+
+def _parse_sizes(entries: Mapping[str, Any]) -> tuple[str, DecoderConfig]:
+    """Parse all but the divisors of rotations, which are as many as a head is wide."""
+    if not isinstance(entries, Mapping):
+        raise ValueError(
+            f"{_WHO}: config.json must have entries, got {show_value(entries)}; "
+            "fetch it again"
+        )
+    kind = entries.get("model_type")
+    if kind not in tuple(_PARSERS):  # a list has no hash
+        raise ValueError(
+            f"{_WHO}: wanted a model of type {', '.join(_PARSERS)}, got "
+            f"{show_value(kind)}; wrap another architecture with from_linen, "
+            "from_nnx or from_function"
+        )
+    try:
+        return kind, _PARSERS[kind](entries)
+    except KeyError as error:
+        raise _missing(error) from None
+
+
+def _missing(error: KeyError) -> ValueError:
+    return ValueError(f"{_WHO}: config.json has no entry {error}; fetch it again")
 
 
 def _parse_gpt2(entries: Mapping[str, Any]) -> DecoderConfig:
@@ -104,7 +136,7 @@ def _parse_neox(entries: Mapping[str, Any]) -> DecoderConfig:
     rope = _rope_entries(entries)
     share = entries.get("rotary_pct", rope.get("partial_rotary_factor", 0.25))
     base = entries.get("rotary_emb_base", rope.get("rope_theta", 10_000.0))
-    config = neox(
+    return neox(
         vocab=entries["vocab_size"],
         layers=entries["num_hidden_layers"],
         dim=entries["hidden_size"],
@@ -119,12 +151,11 @@ def _parse_neox(entries: Mapping[str, Any]) -> DecoderConfig:
         attention_bias=entries.get("attention_bias", True),
         tied=entries.get("tie_word_embeddings", False),
     )
-    return _scale_rotations(config, rope)
 
 
 def _parse_llama(entries: Mapping[str, Any]) -> DecoderConfig:
     rope = _rope_entries(entries)
-    config = llama(
+    return llama(
         vocab=entries["vocab_size"],
         layers=entries["num_hidden_layers"],
         dim=entries["hidden_size"],
@@ -140,10 +171,9 @@ def _parse_llama(entries: Mapping[str, Any]) -> DecoderConfig:
         mlp_bias=entries.get("mlp_bias", False),
         tied=entries.get("tie_word_embeddings", False),
     )
-    return _scale_rotations(config, rope)
 
 
-_KINDS: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
+_PARSERS: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "gpt2": _parse_gpt2,
     "gpt_neox": _parse_neox,
     "llama": _parse_llama,
@@ -158,7 +188,10 @@ def _rope_entries(entries: Mapping[str, Any]) -> Mapping[str, Any]:
     for name in ("rope_scaling", "rope_parameters"):
         if rope := entries.get(name):
             if not isinstance(rope, Mapping):
-                raise ValueError(f"{_WHO}: {name} must be entries, got {rope!r}")
+                raise ValueError(
+                    f"{_WHO}: {name} must be entries, got {show_value(rope)}; fetch "
+                    "it again"
+                )
             return rope
     return {}
 
@@ -170,8 +203,8 @@ def _scale_rotations(config: DecoderConfig, rope: Mapping[str, Any]) -> DecoderC
         return config
     if kind not in ("linear", "llama3"):
         raise ValueError(
-            f"{_WHO}: rotations of type {kind!r} are not covered, only 'default', "
-            "'linear' and 'llama3'"
+            f"{_WHO}: rotations of type {show_value(kind)} are not covered, only "
+            "'default', 'linear' and 'llama3'; use another model"
         )
     # The entries of the type, checked.
     names = ["factor"]
@@ -179,15 +212,19 @@ def _scale_rotations(config: DecoderConfig, rope: Mapping[str, Any]) -> DecoderC
         names += ["low_freq_factor", "high_freq_factor"]
         names += ["original_max_position_embeddings"]
     known = {"original_max_position_embeddings": config.context, **rope}
-    sizes = {name: known[name] for name in names}
-    if not all(_is_positive(size) for size in sizes.values()):
+    try:
+        sizes = {name: known[name] for name in names}
+    except KeyError as error:
+        raise _missing(error) from None
+    if not all(is_positive(size) for size in sizes.values()):
         raise ValueError(
-            f"{_WHO}: rotations of type {kind!r} want positive numbers, got {sizes}"
+            f"{_WHO}: rotations of type {kind!r} want positive numbers, got "
+            f"{show_values(sizes)}; fetch it again"
         )
     if sizes.get("low_freq_factor", 0) >= sizes.get("high_freq_factor", 1):
         raise ValueError(
             f"{_WHO}: rotations of type {kind!r} want high_freq_factor above "
-            f"low_freq_factor, got {sizes}"
+            f"low_freq_factor, got {sizes}; fetch it again"
         )
     # Linear: all rates are divided by the factor.
     factor, pairs = sizes["factor"], config.rotary_dim // 2
@@ -206,21 +243,21 @@ def _scale_rotations(config: DecoderConfig, rope: Mapping[str, Any]) -> DecoderC
     )
 
 
-def _is_positive(size: Any) -> bool:
-    return isinstance(size, int | float) and 0 < size < math.inf
-
-
 def _parse_activation(name: str) -> Activation:
     if name not in tuple(_ACTIVATIONS):
         raise ValueError(
-            f"{_WHO}: wanted an activation of {', '.join(_ACTIVATIONS)}, got {name!r}"
+            f"{_WHO}: wanted an activation of {', '.join(_ACTIVATIONS)}, got "
+            f"{show_value(name)}; wrap the model with from_function"
         )
     return _ACTIVATIONS[name]
 
 
 def _check_covered(entries: Mapping[str, Any], name: str, covered: bool) -> None:
     if entries.get(name, covered) != covered:
-        raise ValueError(f"{_WHO}: {name} = {entries[name]!r} is not covered")
+        raise ValueError(
+            f"{_WHO}: {name} = {show_value(entries[name])} is not covered; wrap the "
+            "model with from_function"
+        )
 
 
 def _strip_prefix(source: Source, prefix: str) -> Source:
@@ -243,5 +280,5 @@ def _check_tied(kind: str, source: Source) -> None:
     if has_both and not np.array_equal(source.read(head), source.read(embed)):
         raise ValueError(
             f"{_WHO}: {source.name} says that embeddings are tied "
-            f"(tie_word_embeddings), but {head} is not {embed}"
+            f"(tie_word_embeddings), but {head} is not {embed}; correct one of them"
         )

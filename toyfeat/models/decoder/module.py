@@ -149,8 +149,9 @@ class Decoder(nn.Module):
                 config.context, config.dim, dtype=self.dtype, name="positions"
             )
             if positions is None:
-                positions = num_past + jnp.arange(tokens.shape[1])[None]
-            resid = resid + table(positions[:, -tokens.shape[1] :])
+                resid = resid + table(num_past + jnp.arange(tokens.shape[1]))[None]
+            else:
+                resid = resid + table(positions[:, -tokens.shape[1] :])
         return resid
 
     def _run_blocks(

@@ -1,7 +1,8 @@
 """Tokenizers of models, and windows of tokens."""
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from toyfeat.models.decoder import gguf
 
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens of a GGUF file that are not split
+_WITHOUT = "fetch it again, or read without: tokenizer=False"
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -30,21 +32,16 @@ def load_tokenizer(path: Path) -> Any:
             "read without: tokenizer=False"
         ) from error
     if path.is_dir():
-        try:
+        with _naming_fault(f"load_decoder: {file} is no tokenizer file", _WITHOUT):
             tokenizer = library.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(
-                f"load_decoder: {file} is no tokenizer file ({error})"
-            ) from error
         # A file may keep the settings of its last use; texts are not cut or padded.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
-    fields = {name: x.contents() for name, x in gguf.open_gguf(path).fields.items()}
-    return _load_gguf_tokenizer(library, fields, path)
+    return _load_gguf_tokenizer(library, gguf.open_gguf(path).fields, path)
 
 
-def _load_gguf_tokenizer(library: Any, fields: dict[str, Any], path: Path) -> Any:
+def _load_gguf_tokenizer(library: Any, fields: Mapping[str, Any], path: Path) -> Any:
     """Load a byte-level BPE tokenizer from the fields of a GGUF file."""
     kind, split = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind is None:
@@ -61,14 +58,10 @@ def _load_gguf_tokenizer(library: Any, fields: dict[str, Any], path: Path) -> An
             f"load_decoder: the tokenizer of {path} has no entry {missing[0]!r}; read "
             "without: tokenizer=False"
         )
-    try:
+    fault = f"load_decoder: the tokenizer of {path} does not fit together"
+    with _naming_fault(fault, _WITHOUT):
         names, merges, types = (fields[name] for name in wanted)
         return _make_bpe(library, names, merges, types, split)
-    except Exception as error:  # the library raises nothing more specific
-        raise ValueError(
-            f"load_decoder: the tokenizer of {path} does not fit together ({error}); "
-            "read without: tokenizer=False"
-        ) from error
 
 
 def _make_bpe(
@@ -95,6 +88,21 @@ def _make_bpe(
     return tokenizer
 
 
+@contextmanager
+def _naming_fault(fault: str, advice: str) -> Iterator[None]:
+    """Turn what the library raises into a ``ValueError``, panics of its Rust code too.
+
+    A panic is a ``BaseException``, which passes every ``except Exception``.
+    """
+    try:
+        yield
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if not (is_panic or isinstance(error, Exception)):
+            raise  # KeyboardInterrupt and the like
+        raise ValueError(f"{fault} ({error}); {advice}") from error
+
+
 def check_tokenizer(who: str, tokenizer: Any, vocab: int) -> None:
     """Raise if a tokenizer has tokens that the model does not have.
 
@@ -105,7 +113,7 @@ def check_tokenizer(who: str, tokenizer: Any, vocab: int) -> None:
     if num > vocab:
         raise ValueError(
             f"{who}: the tokenizer has {num} tokens, the model {vocab}; they do not "
-            "belong together"
+            "belong together: take both from one place"
         )
 
 
@@ -144,7 +152,10 @@ def token_windows(
     rows = []
     longest = 0
     for text in texts:
-        ids = np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        fault = f"token_windows: the tokenizer cannot encode text {len(rows)}"
+        with _naming_fault(fault, "fetch its file again"):
+            encoded = tokenizer.encode(text, add_special_tokens=False)
+        ids = np.asarray(encoded.ids, np.int32)
         longest = max(longest, len(ids))
         rows.append(ids[: len(ids) // width * width].reshape(-1, width))
     windows = np.concatenate(rows) if rows else np.zeros((0, width), np.int32)

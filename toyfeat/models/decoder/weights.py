@@ -1,9 +1,9 @@
 """Assembly of a module's parameters from the tensors of released weights."""
 
-import importlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from toyfeat.files.safetensors import TensorFile, open_tensors
+from toyfeat.models.decoder.checks import show_value
 from toyfeat.types import Params
+
+_SHOWN = 4  # names in a message
 
 
 class Piece(NamedTuple):
@@ -70,14 +74,14 @@ def assemble_params(
     Raises:
       ValueError: naming the tensors that are missing, left over or of another shape.
     """
-    pieces = list(pieces)
-    _check_tensors(who, pieces, source, ignored)
+    pieces = list_pieces(who, pieces, source, ignored=ignored)
     # Read every tensor once; the pieces of a tensor follow each other.
     flat: dict[tuple[str, ...], jax.Array] = {}
     last: dict[str, np.ndarray] = {}
     for piece in pieces:
         if piece.tensor not in last:
             last = {piece.tensor: source.read(piece.tensor)}
+            _check_floating(who, source, piece.tensor, last[piece.tensor])
         param = piece.extract(last[piece.tensor])
         flat[tuple(piece.param.split("/"))] = jnp.asarray(param).astype(dtype)
     # The table of pieces must be that of the module.
@@ -92,10 +96,25 @@ def assemble_params(
     return {"params": unflatten_dict(flat)}
 
 
-def _check_tensors(who: str, pieces: list[Piece], source: Source, ignored: str) -> None:
-    """Raise for tensors that are missing, left over or of another shape."""
-    stored, wanted = source.shapes, {piece.tensor: piece.shape for piece in pieces}
-    missing = sorted(wanted.keys() - stored.keys())
+def list_pieces(
+    who: str, pieces: Iterable[Piece], source: Source, *, ignored: str
+) -> list[Piece]:
+    """List pieces and check that they and the tensors belong to each other.
+
+    The list ends where more tensors are missing than there are, so that a number of
+    layers need not be true.
+
+    Raises:
+      ValueError: naming the tensors that are missing, left over or of another shape.
+    """
+    stored, listed, missing = source.shapes, [], set()
+    for piece in pieces:
+        listed.append(piece)
+        if piece.tensor not in stored:
+            missing.add(piece.tensor)
+        if len(missing) > max(len(stored), _SHOWN):
+            break
+    wanted = {piece.tensor: piece.shape for piece in listed}
     unused = [n for n in stored if n not in wanted and not re.search(ignored, n)]
     wrong = sorted(
         f"{name} is {stored[name]}, wanted {shape}"
@@ -103,7 +122,7 @@ def _check_tensors(who: str, pieces: list[Piece], source: Source, ignored: str) 
         if name in stored and tuple(stored[name]) != shape
     )
     for fault, names in (
-        ("misses the tensors", missing),
+        ("misses the tensors", sorted(missing)),
         ("has tensors of other shapes:", wrong),
         ("has tensors that this kind of model does not have:", unused),
     ):
@@ -112,6 +131,16 @@ def _check_tensors(who: str, pieces: list[Piece], source: Source, ignored: str) 
                 f"{who}: {source.name} {fault} {_shorten(names)}; do its configuration "
                 "and its weights belong together?"
             )
+    return listed
+
+
+def _check_floating(who: str, source: Source, name: str, tensor: np.ndarray) -> None:
+    """Raise for integers, which are weights only with scales that are elsewhere."""
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise ValueError(
+            f"{who}: {source.name} must store {name} in floating point, got "
+            f"{tensor.dtype}; take the weights before they were quantized"
+        )
 
 
 def plain_piece(param: str, tensor: str, shape: tuple[int, ...]) -> Iterator[Piece]:
@@ -155,59 +184,75 @@ def open_safetensors(who: str, folder: Path) -> Source:
             f"{who}: {folder} has no {single.name} and no {index.name}; weights in "
             "other formats have to be saved as safetensors first"
         )
-    try:
-        library = importlib.import_module("safetensors")
-    except ImportError as error:
-        raise ImportError(
-            f'{who}: safetensors is not installed: pip install "toyfeat[lm]"'
-        ) from error
     # The file and the shape of every tensor.
-    files: dict[str, Any] = {}
+    files: dict[str, TensorFile] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name in names:
         path = folder / name
         if not path.is_file():
-            raise FileNotFoundError(f"{who}: {folder} lacks the shard {name}")
-        try:
-            file = library.safe_open(path, framework="numpy")
-        except Exception as error:  # SafetensorError is an Exception and nothing more
-            raise ValueError(
-                f"{who}: {path} is not a whole safetensors file ({error}); fetch it "
-                "again"
-            ) from error
-        for tensor in file.keys():  # noqa: SIM118 (it is no dict)
-            files[tensor] = file
-            shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
-    return Source(str(folder), shapes, lambda tensor: files[tensor].get_tensor(tensor))
+            raise FileNotFoundError(
+                f"{who}: {folder} lacks the shard {name}; fetch it again"
+            )
+        file = open_tensors(path, who, extra="lm")
+        files |= dict.fromkeys(file.shapes, file)
+        shapes |= file.shapes
+    return Source(str(folder), shapes, lambda tensor: files[tensor].read(tensor))
 
 
 def _read_index(who: str, index: Path) -> list[str]:
     """Read the names of the shards from an index."""
-    content = read_json(who, index)
-    shards = content.get("weight_map") if isinstance(content, Mapping) else None
+    shards = read_entries(index, who).get("weight_map")
     if not isinstance(shards, Mapping) or not shards:
-        raise ValueError(f"{who}: {index} has no weight_map, which lists the shards")
-    return sorted(set(map(str, shards.values())))
+        raise ValueError(
+            f"{who}: {index} has no weight_map, which lists the shards; fetch it again"
+        )
+    names = sorted(set(map(str, shards.values())))
+    foreign = [name for name in names if Path(name).name != name]
+    if foreign:
+        raise ValueError(
+            f"{who}: shards in {index} must be files of its folder, got "
+            f"{show_value(foreign[0])}; fetch it again"
+        )
+    return names
 
 
-def read_json(who: str, path: Path) -> Any:
-    """Read a JSON file of a model's folder.
+def read_entries(path: Path, who: str) -> dict[str, Any]:
+    """Read the JSON object in a file of a model's folder.
 
     Raises:
       FileNotFoundError: if there is none.
-      ValueError: if it is damaged.
+      ValueError: if it is damaged, or holds something else.
     """
     if not path.is_file():
         raise FileNotFoundError(
             f"{who}: {path.parent} has no {path.name}; is it the folder of a model?"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        fault = show_value(entries)
     except ValueError as error:
-        raise ValueError(f"{who}: {path} is no whole JSON file ({error})") from None
+        entries, fault = None, f"other text ({error})"
+    except RecursionError:
+        entries, fault = None, "lists or objects that are nested too deeply"
+    if not isinstance(entries, dict):
+        raise ValueError(
+            f"{who}: {path} must be a JSON object in UTF-8, got {fault}; fetch or save "
+            "it again"
+        )
+    return entries
+
+
+@contextmanager
+def naming_file(who: str, path: Path) -> Iterator[None]:
+    """Name the function and the file in the errors of what is parsed inside."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error).removeprefix(f"{who}: ")
+        raise ValueError(f"{who}: {path}: {text}") from None
 
 
 def _shorten(names: list[str]) -> str:
     """Join the first names of a list, and count the others."""
-    text = ", ".join(names[:4])
-    return text if len(names) <= 4 else f"{text} and {len(names) - 4} more"
+    text = ", ".join(names[:_SHOWN])
+    return text if len(names) <= _SHOWN else f"{text} and {len(names) - _SHOWN} more"

@@ -185,7 +185,7 @@ def load_encoder(folder: str | Path) -> PretrainedEncoder:
     )
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
-        check_tokenizer(who, tokenizer, config.vocab)
+        check_tokenizer(who, tokenizer, config.vocab, folder)
     return PretrainedEncoder(
         name=folder.name, config=config, params=params, tokenizer=tokenizer
     )

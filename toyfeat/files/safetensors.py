@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+_MAX_TEXT = 400  # characters of a message of the library, which may repeat a file
 _FLOAT8 = {  # which the library does not give to numpy
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
@@ -77,8 +78,8 @@ def open_tensors(path: Path, who: str, *, extra: str = "sae") -> TensorFile:
         raise
     except Exception as error:  # SafetensorError is an Exception and nothing more
         raise ValueError(
-            f"{who}: {path} is not a whole safetensors file ({error}); fetch or save "
-            "it again"
+            f"{who}: {path} is not a whole safetensors file "
+            f"({str(error)[:_MAX_TEXT]}); fetch or save it again"
         ) from error
 
     def read(name: str) -> np.ndarray:

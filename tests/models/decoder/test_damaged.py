@@ -120,6 +120,23 @@ def test_shards_of_other_folders(folder, shard):
     refused(folder, r"index.json must be files of its folder, got '")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite(folder, value):
+    tensors = oracle.random_tensors(oracle.LLAMA)
+    tensors["model.norm.weight"][3] = value
+    safetensors.save_file(tensors, folder / "model.safetensors")
+    refused(folder, r"must store finite numbers in norm.weight, got nan or inf")
+
+
+def test_messages_of_libraries_are_shortened(folder):
+    (folder / "tokenizer.json").write_text(json.dumps({"a" * 9000: 0}))
+    refused(folder, r"tokenizer.json is no tokenizer file")
+    head = json.dumps({"x": {"dtype": "a" * 9000}}).encode()
+    content = struct.pack("<Q", len(head)) + head
+    (folder / "model.safetensors").write_bytes(content)
+    refused(folder, r"model.safetensors is not a whole safetensors file")
+
+
 # Numbers of other types.
 
 TYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "bfloat16": "BF16"}
@@ -208,7 +225,8 @@ def gguf_bytes(*, entries=(), tensors=(EMBEDDING,), counts=None, **sizes):
     fields += [entry("llama.attention.layer_norm_rms_epsilon", 6, eps), *entries]
     counts = counts or (len(tensors), len(fields))
     head = b"GGUF" + struct.pack("<IQQ", 3, *counts)
-    return head + b"".join(fields) + b"".join(tensors) + bytes(4096)
+    head += b"".join(fields) + b"".join(tensors)
+    return head + bytes(-len(head) % 32 + 64)  # padding, and four rows of four floats
 
 
 def array(kind, num, values=b""):
@@ -260,11 +278,11 @@ DAMAGED = {
         r"'a' has 2147483648 dimensions",
     ),
     "size of a tensor": (
-        {"tensors": [EMBEDDING, tensor("a", [HUGE])]},
+        {"tensors": [EMBEDDING, tensor("a", [HUGE], 0, 64)]},
         r"tensor 'a' ends at byte",
     ),
     "size that overflows": (
-        {"tensors": [EMBEDDING, tensor("a", [2**33, 2**31])]},
+        {"tensors": [EMBEDDING, tensor("a", [2**33, 2**31], 0, 64)]},
         r"tensor 'a' ends at byte",
     ),
     "type of a tensor": (
@@ -273,11 +291,15 @@ DAMAGED = {
     ),
     "offset beyond the end": (
         {"tensors": [EMBEDDING, tensor("a", [4], 0, HUGE)]},
-        r"tensor 'a' ends at byte",
+        r"tensor 'a' must begin at 64, .* got 1099511627776",
     ),
     "offset in another tensor": (
         {"tensors": [EMBEDDING, tensor("a", [4], 0, 32)]},
-        r"tensors 'token_embd.weight' and 'a' overlap",
+        r"tensor 'a' must begin at 64, behind the one before, got 32",
+    ),
+    "another type of the last tensor": (
+        {"tensors": [tensor("token_embd.weight", [4, 4], 1)]},
+        r"last 32 bytes belong to no tensor",
     ),
     "rows that are no blocks": (
         {"tensors": [EMBEDDING, tensor("a", [33, 2], 8, 64)]},
@@ -344,9 +366,16 @@ def test_arrays_in_the_place_of_numbers(tmp_path, name, value, match):
     refused(path, rf"m.gguf: .*{match}")
 
 
+def test_an_entry_that_may_change_what_is_computed(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes(**{"rope.fraq_base": 5}))
+    refused(path, r"its entry 'llama.rope.fraq_base' is not known here, and may change")
+
+
 def test_an_embedding_without_sizes(tmp_path):
     path = tmp_path / "m.gguf"
-    path.write_bytes(gguf_bytes(tensors=[tensor("token_embd.weight", [])]))
+    tensors = tensor("token_embd.weight", []), tensor("a", [8], 0, 32)
+    path.write_bytes(gguf_bytes(tensors=tensors))
     refused(path, r"m.gguf: decoder: sizes must be whole .*'vocab': 0")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 MAX_SIZE = 2**31 - 1
 """Largest size: XLA counts the entries of an axis with int32."""
 
+_MAX_TEXT = 400  # characters, about five lines
 _MAX_NUMBER = float(np.finfo(np.float32).max)
 
 
@@ -32,6 +33,12 @@ def divide_heads(who: str, dim: int, heads: int) -> int:
             f"{show_value(dim)}; give other sizes"
         )
     return dim // heads
+
+
+def shorten(error: BaseException) -> str:
+    """Show the message of a library, which may repeat a whole file."""
+    text = str(error)
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}..."
 
 
 def show_value(value: Any) -> str:

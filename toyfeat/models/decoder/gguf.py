@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from toyfeat.models.decoder.checks import show_value
+from toyfeat.models.decoder.checks import shorten, show_value
 from toyfeat.models.decoder.config import DecoderConfig, llama
 from toyfeat.models.decoder.gguf_header import check_header
 from toyfeat.models.decoder.pieces import gguf_pieces, param_shapes
@@ -23,6 +23,20 @@ from toyfeat.types import Params
 _WHO = "load_decoder"
 _DIVISORS = "rope_freqs.weight"
 _IGNORED = r"^rope_freqs\.weight$"
+
+_KNOWN = {
+    f"llama.{name}"
+    for name in (
+        *("vocab_size", "block_count", "embedding_length", "feed_forward_length"),
+        *("context_length", "attention.head_count", "attention.head_count_kv"),
+        *("attention.key_length", "attention.value_length", "rope.dimension_count"),
+        *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scale_linear"),
+        *("rope.scaling.type", "rope.scaling.factor", "expert_count"),
+        # What changes nothing without experts, or says how the file was made.
+        *("expert_used_count", "tensor_data_layout", "rope.scaling.finetuned"),
+        "rope.scaling.original_context_length",
+    )
+}
 
 
 class GgufFile(NamedTuple):
@@ -77,7 +91,8 @@ def open_gguf(path: Path) -> GgufFile:
         raise
     except Exception as error:  # whatever the bytes happen to break
         raise ValueError(
-            f"{_WHO}: {path} is not a whole GGUF file ({error}); fetch it again"
+            f"{_WHO}: {path} is not a whole GGUF file ({shorten(error)}); fetch it "
+            "again"
         ) from error
     # The file lists sizes from the innermost on.
     shapes = {name: tuple(map(int, t.shape[::-1])) for name, t in tensors.items()}
@@ -113,6 +128,12 @@ def _parse_config(
         raise ValueError(
             "wanted a GGUF file of the architecture 'llama', it has "
             f"{show_value(kind)}; use the safetensors of that model"
+        )
+    unknown = [n for n in fields if n.startswith("llama.") and n not in _KNOWN]
+    if unknown:
+        raise ValueError(
+            f"its entry {show_value(unknown[0])} is not known here, and may change "
+            "what the model computes; use the safetensors of that model"
         )
     if fields.get("llama.expert_count", 0):
         raise ValueError("it has experts, which are not covered; use a model without")

@@ -43,7 +43,7 @@ def check_header(path: Path, type_size: TypeSize) -> None:
 
     Raises:
       ValueError: for counts, sizes and offsets that the file does not bear out, names
-        that occur twice, tensors of unknown types, or tensors that overlap.
+        that occur twice, or tensors of unknown types.
       struct.error: if the file ends inside its header.
     """
     with (
@@ -62,8 +62,8 @@ def check_header(path: Path, type_size: TypeSize) -> None:
         # Metadata, then tensors.
         alignment, offset = _walk_fields(data, _FIELDS, order, num_fields)
         tensors, offset = _walk_tensors(data, offset, order, num_tensors, type_size)
-        start = -(-offset // alignment) * alignment
-        _check_tensors(tensors, start, len(data))
+        start = _align(offset, alignment)
+        _check_tensors(tensors, start, len(data), alignment)
 
 
 def _walk_fields(data: mmap.mmap, offset: int, order: str, num: int) -> tuple[int, int]:
@@ -137,18 +137,34 @@ def _walk_tensors(
     return tensors, offset
 
 
-def _check_tensors(tensors: list[_Tensor], start: int, end: int) -> None:
-    """Raise for tensors beyond the end of the file, and such that overlap."""
-    last = None
-    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+def _check_tensors(
+    tensors: list[_Tensor], start: int, end: int, alignment: int
+) -> None:
+    """Raise unless the tensors follow each other and fill the file, as in ggml.
+
+    A type or a size that is not true shows here: it moves all tensors behind.
+    """
+    expected = 0
+    for tensor in tensors:
+        if tensor.offset != expected:
+            raise ValueError(
+                f"its tensor {tensor.name!r} must begin at {expected}, behind the one "
+                f"before, got {tensor.offset}"
+            )
         if start + tensor.offset + tensor.size > end:
             raise ValueError(
                 f"its tensor {tensor.name!r} ends at byte "
                 f"{start + tensor.offset + tensor.size} of {end}"
             )
-        if last is not None and last.offset + last.size > tensor.offset:
-            raise ValueError(f"its tensors {last.name!r} and {tensor.name!r} overlap")
-        last = tensor
+        expected = _align(tensor.offset + tensor.size, alignment)
+    left = end - start - expected
+    if left > 0:
+        raise ValueError(f"its last {left} bytes belong to no tensor")
+
+
+def _align(offset: int, alignment: int) -> int:
+    """Round up to a multiple."""
+    return -(-offset // alignment) * alignment
 
 
 def _read_string(data: mmap.mmap, offset: int, order: str) -> tuple[bytes, int]:

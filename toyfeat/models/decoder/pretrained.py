@@ -71,5 +71,5 @@ def load_decoder(
     config, params = load(path, dtype)
     loaded = load_tokenizer(path) if tokenizer else None
     if loaded is not None:
-        check_tokenizer("load_decoder", loaded, config.vocab)
+        check_tokenizer("load_decoder", loaded, config.vocab, path)
     return Pretrained(name=path.name, config=config, params=params, tokenizer=loaded)

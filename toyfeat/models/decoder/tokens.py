@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from toyfeat.models.decoder import gguf
+from toyfeat.models.decoder.checks import shorten, show_value
 
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens of a GGUF file that are not split
 _WITHOUT = "fetch it again, or read without: tokenizer=False"
@@ -48,8 +49,9 @@ def _load_gguf_tokenizer(library: Any, fields: Mapping[str, Any], path: Path) ->
         return None
     if kind != "gpt2" or split not in ("gpt-2", "smollm"):
         raise ValueError(
-            f"load_decoder: the tokenizer of {path} is of the kind {kind!r}, "
-            f"{split!r}, which is not covered; read without: tokenizer=False"
+            f"load_decoder: the tokenizer of {path} is of the kind "
+            f"{show_value(kind)}, {show_value(split)}, which is not covered; read "
+            "without: tokenizer=False"
         )
     wanted = [f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "token_type")]
     missing = [name for name in wanted if name not in fields]
@@ -100,10 +102,10 @@ def _naming_fault(fault: str, advice: str) -> Iterator[None]:
         is_panic = type(error).__name__ == "PanicException"
         if not (is_panic or isinstance(error, Exception)):
             raise  # KeyboardInterrupt and the like
-        raise ValueError(f"{fault} ({error}); {advice}") from error
+        raise ValueError(f"{fault} ({shorten(error)}); {advice}") from error
 
 
-def check_tokenizer(who: str, tokenizer: Any, vocab: int) -> None:
+def check_tokenizer(who: str, tokenizer: Any, vocab: int, path: Path) -> None:
     """Raise if a tokenizer has tokens that the model does not have.
 
     Raises:
@@ -112,8 +114,8 @@ def check_tokenizer(who: str, tokenizer: Any, vocab: int) -> None:
     num = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if num > vocab:
         raise ValueError(
-            f"{who}: the tokenizer has {num} tokens, the model {vocab}; they do not "
-            "belong together: take both from one place"
+            f"{who}: {path}: the tokenizer has {num} tokens, the model {vocab}; they "
+            "do not belong together: take both from one place"
         )
 
 

@@ -1,6 +1,5 @@
 """Assembly of a module's parameters from the tensors of released weights."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from toyfeat.files.json import read_json
 from toyfeat.files.safetensors import TensorFile, open_tensors
 from toyfeat.models.decoder.checks import show_value
 from toyfeat.types import Params
@@ -81,7 +81,7 @@ def assemble_params(
     for piece in pieces:
         if piece.tensor not in last:
             last = {piece.tensor: source.read(piece.tensor)}
-            _check_floating(who, source, piece.tensor, last[piece.tensor])
+            _check_values(who, source, piece.tensor, last[piece.tensor])
         param = piece.extract(last[piece.tensor])
         flat[tuple(piece.param.split("/"))] = jnp.asarray(param).astype(dtype)
     # The table of pieces must be that of the module.
@@ -134,12 +134,20 @@ def list_pieces(
     return listed
 
 
-def _check_floating(who: str, source: Source, name: str, tensor: np.ndarray) -> None:
-    """Raise for integers, which are weights only with scales that are elsewhere."""
+def _check_values(who: str, source: Source, name: str, tensor: np.ndarray) -> None:
+    """Raise for values that are not finite, and for integers.
+
+    Integers are weights only together with scales, which are elsewhere.
+    """
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise ValueError(
             f"{who}: {source.name} must store {name} in floating point, got "
             f"{tensor.dtype}; take the weights before they were quantized"
+        )
+    if not np.isfinite(tensor).all():
+        raise ValueError(
+            f"{who}: {source.name} must store finite numbers in {name}, got nan or "
+            "inf; fetch it again"
         )
 
 
@@ -220,26 +228,14 @@ def read_entries(path: Path, who: str) -> dict[str, Any]:
     """Read the JSON object in a file of a model's folder.
 
     Raises:
-      FileNotFoundError: if there is none.
+      FileNotFoundError: if there is no such file.
       ValueError: if it is damaged, or holds something else.
     """
     if not path.is_file():
         raise FileNotFoundError(
             f"{who}: {path.parent} has no {path.name}; is it the folder of a model?"
         )
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        fault = show_value(entries)
-    except ValueError as error:
-        entries, fault = None, f"other text ({error})"
-    except RecursionError:
-        entries, fault = None, "lists or objects that are nested too deeply"
-    if not isinstance(entries, dict):
-        raise ValueError(
-            f"{who}: {path} must be a JSON object in UTF-8, got {fault}; fetch or save "
-            "it again"
-        )
-    return entries
+    return read_json(path, who)
 
 
 @contextmanager

@@ -105,6 +105,7 @@ def test_scales_that_float32_does_not_have(folder, name, value):
         ({"rope_type": "linear", "factor": 10**400}, r"want positive numbers, got"),
         ({"rope_type": "linear"}, r"has no entry 'factor'"),
         ({"rope_type": ["linear"]}, r"of type \['linear'\] are not covered"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor = 0.5 is not cov"),
         ([1], r"rope_scaling must be entries, got \[1\]"),
     ],
 )

@@ -155,6 +155,8 @@ def _parse_neox(entries: Mapping[str, Any]) -> DecoderConfig:
 
 def _parse_llama(entries: Mapping[str, Any]) -> DecoderConfig:
     rope = _rope_entries(entries)
+    for part in (entries, rope):  # heads are rotated as a whole
+        _check_covered(part, "partial_rotary_factor", 1)
     return llama(
         vocab=entries["vocab_size"],
         layers=entries["num_hidden_layers"],
@@ -252,7 +254,7 @@ def _parse_activation(name: str) -> Activation:
     return _ACTIVATIONS[name]
 
 
-def _check_covered(entries: Mapping[str, Any], name: str, covered: bool) -> None:
+def _check_covered(entries: Mapping[str, Any], name: str, covered: bool | int) -> None:
     if entries.get(name, covered) != covered:
         raise ValueError(
             f"{_WHO}: {name} = {show_value(entries[name])} is not covered; wrap the "

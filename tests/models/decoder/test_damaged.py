@@ -138,6 +138,20 @@ def test_messages_of_libraries_are_shortened(folder):
     refused(folder, r"model.safetensors is not a whole safetensors file")
 
 
+def test_a_tensor_that_is_there_twice(folder):
+    tensors = oracle.random_tensors(oracle.LLAMA)
+    tensors["norm.weight"] = tensors["model.norm.weight"] + 1
+    safetensors.save_file(tensors, folder / "model.safetensors")
+    refused(folder, r"has the tensor norm.weight twice, as model.norm.weight too")
+    (folder / "model.safetensors").unlink()
+    names = ["a.safetensors", "b.safetensors"]
+    for name in names:
+        safetensors.save_file(tensors, folder / name)
+    index = {"weight_map": {"x": names[0], "y": names[1]}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, r"has the tensor .* in b.safetensors and in another shard")
+
+
 # Numbers of other types.
 
 TYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "bfloat16": "BF16"}
@@ -319,7 +333,12 @@ def test_a_header_that_the_file_does_not_bear_out(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("version", "match"),
-    [(1, "version 1, known"), (0, "not a whole"), (4, "known")],
+    [
+        (1, "version 1, known"),
+        (0, "not a whole"),
+        (4, "known"),
+        (3 << 24, "high byte first"),
+    ],
 )
 def test_other_versions_of_gguf(tmp_path, version, match):
     path = tmp_path / "m.gguf"

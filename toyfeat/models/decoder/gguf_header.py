@@ -50,52 +50,51 @@ def check_header(path: Path, type_size: TypeSize) -> None:
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
     ):
-        # Byte order and counts.
+        # Version and counts, the low byte first.
         magic, version = struct.unpack_from("<4sI", data)
         if magic != b"GGUF":
             raise ValueError(f"it begins with {magic!r}, not b'GGUF'")
-        order = "<" if version & 0xFFFF else ">"  # a version is a small number
-        (version,) = struct.unpack_from(f"{order}I", data, 4)
         if version not in _VERSIONS:
-            raise ValueError(f"it is of version {version}, known are {_VERSIONS}")
-        num_tensors, num_fields = struct.unpack_from(f"{order}QQ", data, _COUNTS)
+            swapped = " (the high byte first)" if not version & 0xFFFF else ""
+            raise ValueError(
+                f"it is of version {version}{swapped}, known are {_VERSIONS}"
+            )
+        num_tensors, num_fields = struct.unpack_from("<QQ", data, _COUNTS)
         # Metadata, then tensors.
-        alignment, offset = _walk_fields(data, _FIELDS, order, num_fields)
-        tensors, offset = _walk_tensors(data, offset, order, num_tensors, type_size)
+        alignment, offset = _walk_fields(data, _FIELDS, num_fields)
+        tensors, offset = _walk_tensors(data, offset, num_tensors, type_size)
         start = _align(offset, alignment)
         _check_tensors(tensors, start, len(data), alignment)
 
 
-def _walk_fields(data: mmap.mmap, offset: int, order: str, num: int) -> tuple[int, int]:
+def _walk_fields(data: mmap.mmap, offset: int, num: int) -> tuple[int, int]:
     """Walk over the metadata; return the alignment and the end."""
     alignment, names = _DEFAULT_ALIGNMENT, set()
     for _ in range(num):
-        name, offset = _read_string(data, offset, order)
+        name, offset = _read_string(data, offset)
         if name in names:
             raise ValueError(f"its entry {name!r} occurs twice")
         names.add(name)
-        (kind,) = struct.unpack_from(f"{order}I", data, offset)
+        (kind,) = struct.unpack_from("<I", data, offset)
         if name == _ALIGNMENT and kind == _UINT32:
-            (alignment,) = struct.unpack_from(f"{order}I", data, offset + 4)
-        offset = _skip_value(data, offset + 4, order, kind, name)
+            (alignment,) = struct.unpack_from("<I", data, offset + 4)
+        offset = _skip_value(data, offset + 4, kind, name)
     if alignment <= 0 or alignment & (alignment - 1):
         raise ValueError(f"its alignment must be a power of two, got {alignment}")
     return alignment, offset
 
 
-def _skip_value(
-    data: mmap.mmap, offset: int, order: str, kind: int, name: bytes
-) -> int:
+def _skip_value(data: mmap.mmap, offset: int, kind: int, name: bytes) -> int:
     """Return the end of a value."""
     if kind == _STRING:
-        return _read_string(data, offset, order)[1]
+        return _read_string(data, offset)[1]
     num = 1
     if kind == _ARRAY:
-        kind, num = struct.unpack_from(f"{order}IQ", data, offset)
+        kind, num = struct.unpack_from("<IQ", data, offset)
         offset += 12
         if kind == _STRING:
             for _ in range(num):  # the walk raises where the file ends
-                _, offset = _read_string(data, offset, order)
+                _, offset = _read_string(data, offset)
             return offset
     if kind not in _BYTES:
         raise ValueError(f"its entry {name!r} is of the unknown type {kind}")
@@ -108,24 +107,24 @@ def _skip_value(
 
 
 def _walk_tensors(
-    data: mmap.mmap, offset: int, order: str, num: int, type_size: TypeSize
+    data: mmap.mmap, offset: int, num: int, type_size: TypeSize
 ) -> tuple[list[_Tensor], int]:
     """Walk over the descriptions of tensors; return them and the end."""
     tensors, names = [], set()
     for _ in range(num):
-        encoded, offset = _read_string(data, offset, order)
+        encoded, offset = _read_string(data, offset)
         name = encoded.decode("utf-8", "replace")
         if name in names:
             raise ValueError(f"its tensor {name!r} occurs twice")
         names.add(name)
         # Shape, the innermost size first.
-        (rank,) = struct.unpack_from(f"{order}I", data, offset)
+        (rank,) = struct.unpack_from("<I", data, offset)
         if rank > _MAX_RANK:
             raise ValueError(f"its tensor {name!r} has {rank} dimensions")
-        shape = struct.unpack_from(f"{order}{rank}Q", data, offset + 4)
+        shape = struct.unpack_from(f"<{rank}Q", data, offset + 4)
         offset += 4 + 8 * rank
         # Type and place.
-        kind, place = struct.unpack_from(f"{order}IQ", data, offset)
+        kind, place = struct.unpack_from("<IQ", data, offset)
         offset += 12
         block, width = type_size(kind)
         if shape and shape[0] % block:
@@ -167,9 +166,9 @@ def _align(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
 
 
-def _read_string(data: mmap.mmap, offset: int, order: str) -> tuple[bytes, int]:
+def _read_string(data: mmap.mmap, offset: int) -> tuple[bytes, int]:
     """Read a string; return it and its end."""
-    (length,) = struct.unpack_from(f"{order}Q", data, offset)
+    (length,) = struct.unpack_from("<Q", data, offset)
     end = offset + 8 + length
     if end > len(data):
         raise ValueError(f"it ends inside a text of {length} bytes at byte {offset}")

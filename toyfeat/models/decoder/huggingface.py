@@ -265,6 +265,14 @@ def _check_covered(entries: Mapping[str, Any], name: str, covered: bool | int) -
 def _strip_prefix(source: Source, prefix: str) -> Source:
     """Name tensors as in the model without a head."""
     names = {name.removeprefix(prefix): name for name in source.shapes}
+    if len(names) < len(source.shapes):
+        duplicate = next(
+            n for n in names if {n, f"{prefix}{n}"} <= source.shapes.keys()
+        )
+        raise ValueError(
+            f"{_WHO}: {source.name} has the tensor {duplicate} twice, as {prefix}{duplicate} "
+            "too; delete one of them"
+        )
     return Source(
         source.name,
         {name: source.shapes[full_name] for name, full_name in names.items()},

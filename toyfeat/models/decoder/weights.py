@@ -202,6 +202,12 @@ def open_safetensors(who: str, folder: Path) -> Source:
                 f"{who}: {folder} lacks the shard {name}; fetch it again"
             )
         file = open_tensors(path, who, extra="lm")
+        duplicates = sorted(shapes.keys() & file.shapes.keys())
+        if duplicates:
+            raise ValueError(
+                f"{who}: {folder} has the tensor {duplicates[0]} in {name} and in "
+                "another shard; fetch it again"
+            )
         files |= dict.fromkeys(file.shapes, file)
         shapes |= file.shapes
     return Source(str(folder), shapes, lambda tensor: files[tensor].read(tensor))

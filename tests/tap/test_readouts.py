@@ -56,6 +56,10 @@ def softmax(logits):
     return e / e.sum(-1, keepdims=True)
 
 
+def everything(outputs):
+    return outputs
+
+
 def assert_close(got, want, tol=1e-5):
     got, want = float64(got), float64(want)
     assert got.shape == want.shape
@@ -209,7 +213,8 @@ def test_directions_span_the_whole_output_tree():
     probed = ft.from_split(
         lambda w, x: x, lambda w, a: {"a": 2.0 * a[:, :2], "b": (3.0 * a[:, 2:],)}
     )
-    grads = taps_of(readouts.random_directions(KEY, 64), probed=probed).grads
+    readout = readouts.random_directions(KEY, 64, select=everything)
+    grads = taps_of(readout, probed=probed).grads
     scaled = np.abs(float64(grads)) * 8
     assert_close(scaled[..., :2], np.full((B, 64, 2), 2.0))
     assert_close(scaled[..., 2:], np.full((B, 64, 3), 3.0))
@@ -395,7 +400,8 @@ def test_jacobian_of_a_tree_follows_the_flattened_leaves():
     probed = ft.from_split(
         lambda w, x: x, lambda w, a: {"b": a**2, "a": a[:, :2].reshape(-1, 2, 1)}
     )
-    grads = float64(taps_of(readouts.jacobian(), probed=probed).grads)
+    readout = readouts.jacobian(select=everything)
+    grads = float64(taps_of(readout, probed=probed).grads)
     x = float64(X)
     assert grads.shape == (B, 2 + D, D)
     assert_close(grads[:, :2], np.tile(np.eye(D)[None, :2], (B, 1, 1)))

@@ -309,7 +309,7 @@ def _add_acts(
     # Weights come with a readout; the gradient of this cheapest one is unused.
     readout = None
     if mask is not None:
-        readout = readouts.random_directions(jax.random.key(0), 1, mask=mask(inputs))
+        readout = readouts.half_squared_norm(mask=mask(inputs))
     taps = tap(
         probed, params, inputs, sites=sites, readout=readout, batch_size=batch_size
     )

@@ -17,7 +17,7 @@ import numpy as np
 from toyfeat.data.store import Store, check_shard, open_store, shard_taps
 from toyfeat.data.writing import StoreWriter, store_writer
 from toyfeat.moments import moments
-from toyfeat.tap import readouts, rules, tap
+from toyfeat.tap import random_rules, readouts, rules, tap
 from toyfeat.tap.readouts import Readout
 from toyfeat.types import Array, Moments, Outputs, Params, Probed, Taps
 
@@ -66,7 +66,7 @@ def _sampled_by_window(
 ) -> Outputs:
     """Draw labels with a key for each window, folded from its index (the labels)."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(chunk.shared, chunk.labels)
-    return rules.sampled_labels(options, outputs, chunk._replace(keys=keys))
+    return random_rules.sampled_labels(options, outputs, chunk._replace(keys=keys))
 
 
 def collect(

@@ -13,43 +13,36 @@ them once and not inside a loop.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from toyfeat.tap import rules
+from toyfeat.tap import random_rules, rules
+from toyfeat.tap.arguments import (
+    as_array,
+    check_count,
+    check_function,
+    check_key,
+    check_mask,
+    check_select,
+)
+from toyfeat.tap.label_readouts import logit_difference, loss, next_token_loss
+from toyfeat.tap.rules import Readout, Select
 from toyfeat.types import Array, Outputs
 
-Select = Callable[[Outputs], Outputs]
-
-
-@struct.dataclass
-class Readout:
-    """A readout, which is differentiated: cotangents at outputs, weights of examples.
-
-    Build one with a function of this module, or from a ``rule`` of your own.
-
-    Attributes:
-      rule: ``rule(options, outputs, chunk) -> cotangents``, with the structure
-        of ``outputs`` and leaves ``[K, *leaf.shape]``.  Static.
-      options: hashable arguments of the rule.  Static.
-      labels: pytree with leading axis ``B``, split into chunks with the inputs.
-      shared: pytree that is the same for all inputs.
-      key: random key, folded with the index of each input.
-      mask: ``[B]`` or ``[B, positions...]``, the weights of the examples.
-      scales: ``[S]``, the points of a path at which the gradient is taken (see
-        :func:`along_path`), or ``None``.
-    """
-
-    rule: rules.Rule = struct.field(pytree_node=False)
-    options: tuple[Any, ...] = struct.field(pytree_node=False, default=())
-    labels: Any = None
-    shared: Any = None
-    key: Array | None = None
-    mask: Array | None = None
-    scales: Array | None = None
+__all__ = [
+    "Readout",
+    "along_path",
+    "directions",
+    "half_squared_norm",
+    "jacobian",
+    "logit_difference",
+    "loss",
+    "next_token_loss",
+    "random_directions",
+    "sampled_labels",
+    "scalar",
+]
 
 
 def scalar(fn: Callable[[Outputs], Array], *, mask: Array | None = None) -> Readout:
@@ -76,7 +69,9 @@ def scalar(fn: Callable[[Outputs], Array], *, mask: Array | None = None) -> Read
       >>> ft.tap(probed, jnp.eye(2), x, sites="acts", readout=readout)["acts"].grads
       Array([[[2., 0.]]], dtype=float32)
     """
-    return Readout(rule=rules.scalar_or_loss, options=(fn,), mask=mask)
+    check_function("scalar", "fn", fn, "of one input's output")
+    mask = check_mask("scalar", mask)
+    return Readout(rule=rules.scalar, options=(fn,), mask=mask)
 
 
 def half_squared_norm(*, mask: Array | None = None) -> Readout:
@@ -101,82 +96,6 @@ def half_squared_norm(*, mask: Array | None = None) -> Readout:
       Array([[[15., 20.]]], dtype=float32)
     """
     return scalar(_half_squared_norm, mask=mask)
-
-
-def loss(
-    fn: Callable[[Outputs, Any], Array], labels: Any, *, mask: Array | None = None
-) -> Readout:
-    """Gradient of a loss against labels; ``K = 1``.
-
-    Gradients of a loss vanish where the model is right: at the optimum they are
-    the residual times noise.  Prefer :func:`sampled_labels` or
-    :func:`random_directions` when the labels are not the point.
-
-    Args:
-      fn: ``fn(output, label) -> []`` for one input; summed like in
-        :func:`scalar`.  The losses of optax fit.
-      labels: pytree whose leaves have leading axis ``B``.
-      mask: weights, as in :func:`scalar`.
-
-    Returns:
-      A readout for :func:`toyfeat.tap`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> readout = loss(optax.squared_error, jnp.zeros((8, 3)))
-    """
-    return Readout(rule=rules.scalar_or_loss, options=(fn,), labels=labels, mask=mask)
-
-
-def next_token_loss(
-    tokens: Array,
-    *,
-    mask: Array | None = None,
-    first: bool = False,
-    select: Select | None = None,
-) -> Readout:
-    """Cross-entropy of the next token, summed over an input's positions; ``K = 1``.
-
-    Position ``t`` predicts token ``t + 1``.  The last position has no target and
-    gets weight 0.  So does the first one that is not padding, whose activations
-    are often massive outliers; ``first=True`` counts it.
-
-    Args:
-      tokens: ``[B, T]`` int.
-      mask: ``[B, T]``, 0 at padding, which is then neither target nor example.
-      first: whether the first position counts as an example.
-      select: picks the logits ``[B, T, V]`` out of the outputs.
-
-    Returns:
-      A readout for sites with positions ``[T]``.
-
-    Raises:
-      ValueError: if ``tokens`` is not ``[B, T]`` with ``T >= 2``, or if ``mask``
-        has another shape.
-    """
-    tokens = _as_integers("next_token_loss: tokens", tokens)
-    if tokens.ndim != 2 or tokens.shape[1] < 2:
-        raise ValueError(
-            "next_token_loss: tokens must be [B, T] with T >= 2, got shape "
-            f"{tokens.shape}"
-        )
-    mask = jnp.ones(tokens.shape) if mask is None else jnp.asarray(mask, jnp.float32)
-    if mask.shape != tokens.shape:
-        raise ValueError(
-            f"next_token_loss: mask must have the shape of tokens {tokens.shape}, got "
-            f"{mask.shape}"
-        )
-    # A position has a target if it and the next one are no padding.
-    targets = jnp.concatenate([mask[:, :-1] * mask[:, 1:], 0 * mask[:, :1]], axis=1)
-    # The first position that is no padding is no example, unless asked for.
-    after_first = jnp.cumsum(mask > 0, axis=1) > 1
-    weights = targets if first else jnp.where(after_first, targets, 0)
-    return Readout(
-        rule=rules.next_token_loss,
-        options=(select,),
-        labels=(jnp.roll(tokens, -1, axis=1), targets),
-        mask=weights,
-    )
 
 
 def sampled_labels(
@@ -212,14 +131,19 @@ def sampled_labels(
       Martens (2020), "New insights and perspectives on the natural gradient
       method", section 5.
     """
-    if family not in rules.RESIDUALS:
+    if family not in list(random_rules.RESIDUALS):
         raise ValueError(
-            f"sampled_labels: family must be one of {sorted(rules.RESIDUALS)}, got "
-            f"{family!r}"
+            "sampled_labels: family must be one of "
+            f"{sorted(random_rules.RESIDUALS)}, got {family!r}; choose one"
         )
-    _check_num("sampled_labels", num)
+    check_key("sampled_labels", key)
+    check_select("sampled_labels", select)
+    num = check_count("sampled_labels", "num", num)
     return Readout(
-        rule=rules.sampled_labels, options=(num, family, select), key=key, mask=mask
+        rule=random_rules.sampled_labels,
+        options=(num, family, select),
+        key=key,
+        mask=check_mask("sampled_labels", mask),
     )
 
 
@@ -261,19 +185,24 @@ def random_directions(
       Hutchinson (1990); Bushnaq et al. (2024), arXiv 2405.10928, "stochastic
       sources".
     """
-    if kind not in rules.DRAWS:
+    if kind not in list(random_rules.DRAWS):
         raise ValueError(
-            f"random_directions: kind must be one of {sorted(rules.DRAWS)}, got "
-            f"{kind!r}"
+            f"random_directions: kind must be one of {sorted(random_rules.DRAWS)}, got "
+            f"{kind!r}; choose one"
         )
     if over not in ("all", "positions", "units"):
         raise ValueError(
             "random_directions: over must be 'all', 'positions' or 'units', got "
             f"{over!r}"
         )
-    _check_num("random_directions", num)
+    check_key("random_directions", key)
+    check_select("random_directions", select)
+    mask = check_mask("random_directions", mask)
+    num = check_count("random_directions", "num", num)
     options = (num, kind, select, over)
-    return Readout(rule=rules.random_directions, options=options, key=key, mask=mask)
+    return Readout(
+        rule=random_rules.random_directions, options=options, key=key, mask=mask
+    )
 
 
 def directions(
@@ -289,6 +218,17 @@ def directions(
     Returns:
       A readout for :func:`toyfeat.tap`, which raises if a shape does not fit.
     """
+    check_select("directions", select)
+    mask = check_mask("directions", mask)
+    cotangents = jax.tree.map(
+        lambda leaf: as_array("directions", "cotangents", leaf), cotangents
+    )
+    shapes = [leaf.shape for leaf in jax.tree.leaves(cotangents)]
+    if not shapes or not all(shape and shape[0] for shape in shapes):
+        raise ValueError(
+            "directions: cotangents must be arrays [K, ...] with K >= 1, got shapes "
+            f"{shapes}; give K directions of one input's output"
+        )
     return Readout(
         rule=rules.directions, options=(select,), shared=cotangents, mask=mask
     )
@@ -308,52 +248,9 @@ def jacobian(*, select: Select | None = None, mask: Array | None = None) -> Read
     Returns:
       A readout for :func:`toyfeat.tap`.
     """
+    check_select("jacobian", select)
+    mask = check_mask("jacobian", mask)
     return Readout(rule=rules.jacobian, options=(select,), mask=mask)
-
-
-def logit_difference(
-    a: Array | int,
-    b: Array | int,
-    *,
-    position: int | None = None,
-    select: Select | None = None,
-    mask: Array | None = None,
-) -> Readout:
-    """Gradient of ``logits[..., a] - logits[..., b]``; ``K = 1``.
-
-    Args:
-      a: index on the last axis, one for all inputs or ``[B]``.
-      b: likewise.
-      position: which position of ``[B, T, V]`` outputs to look at, such as -1;
-        all are summed by default.
-      select: picks the logits out of the outputs.
-      mask: weights, as in :func:`scalar`.
-
-    Returns:
-      A readout for :func:`toyfeat.tap`.
-
-    Raises:
-      TypeError: if an index is not an integer.
-      ValueError: if an index is neither a scalar nor ``[B]``; from ``tap``, if
-        the outputs do not have it (inside jit the gradients are NaN instead).
-    """
-    a = _as_integers("logit_difference: a", a)
-    b = _as_integers("logit_difference: b", b)
-    if a.ndim > 1 or b.ndim > 1:
-        raise ValueError(
-            "logit_difference: a and b must be integers or [B], got shapes "
-            f"{a.shape} and {b.shape}"
-        )
-    # One index per input is split with the inputs, a single one is shared.
-    per_input = {n: v for n, v in (("a", a), ("b", b)) if v.ndim}
-    shared = {n: v for n, v in (("a", a), ("b", b)) if not v.ndim}
-    return Readout(
-        rule=rules.logit_difference,
-        options=(position, select),
-        labels=per_input,
-        shared=shared,
-        mask=mask,
-    )
 
 
 def along_path(readout: Readout, scales: Array) -> Readout:
@@ -380,11 +277,17 @@ def along_path(readout: Readout, scales: Array) -> Readout:
     References:
       Sundararajan, Taly and Yan (2017), equation 1, with baseline 0.
     """
+    if not isinstance(readout, Readout):
+        raise TypeError(
+            "along_path: readout must come from toyfeat.readouts, got "
+            f"{type(readout).__name__}; make one with readouts.scalar, ..."
+        )
+    scales = as_array("along_path", "scales", scales)
     scales = jnp.asarray(scales, dtype=jnp.result_type(float))
     if scales.ndim != 1 or not scales.size:
         raise ValueError(
             "along_path: scales must be a vector with entries, got shape "
-            f"{scales.shape}"
+            f"{scales.shape}; give the points of the path, such as [0.5]"
         )
     if readout.scales is not None:
         raise ValueError(
@@ -396,17 +299,3 @@ def along_path(readout: Readout, scales: Array) -> Readout:
 def _half_squared_norm(output: Outputs) -> Array:
     """Sum over all leaves; one function, so that all such readouts share a program."""
     return jnp.stack([jnp.sum(x**2) for x in jax.tree.leaves(output)]).sum() / 2
-
-
-def _as_integers(who: str, index: Array | int) -> Array:
-    """Convert to an integer array, or raise."""
-    index = jnp.asarray(index)
-    if not jnp.issubdtype(index.dtype, jnp.integer):
-        raise TypeError(f"{who} must be integers, got {index.dtype}")
-    return index
-
-
-def _check_num(who: str, num: int) -> None:
-    """Raise if a number of draws is not positive."""
-    if num < 1:
-        raise ValueError(f"{who}: num must be at least 1, got {num}")

@@ -1,6 +1,7 @@
 """Rules of the readouts: from the outputs of a batch to cotangents at the outputs.
 
-The rule of ``readouts.NAME`` is ``NAME`` here (:func:`scalar_or_loss` serves two).
+The rule of ``readouts.NAME`` is ``NAME`` here, in :mod:`toyfeat.tap.label_rules` if it
+has labels, or in :mod:`toyfeat.tap.random_rules` if it draws random numbers.
 Every rule has the signature ``rule(options, outputs, chunk) -> cotangents``.
 Integer leaves of the outputs carry no gradient; a rule may return anything in their
 place.
@@ -11,8 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
+from flax import struct
 
 from toyfeat.tap.probes import is_float_array
 from toyfeat.types import Array, Outputs
@@ -40,12 +40,39 @@ Rule = Callable[[tuple[Any, ...], Outputs, Chunk], Outputs]
 Select = Callable[[Outputs], Outputs]
 
 
-def _apply_select(select: Select | None, outputs: Outputs) -> Outputs:
+@struct.dataclass
+class Readout:
+    """A readout, which is differentiated: cotangents at outputs, weights of examples.
+
+    Build one with a function of :mod:`toyfeat.readouts`, or of a ``rule`` of your own.
+
+    Attributes:
+      rule: ``rule(options, outputs, chunk) -> cotangents``, with the structure
+        of ``outputs`` and leaves ``[K, *leaf.shape]``.  Static.
+      options: hashable arguments of the rule.  Static.
+      labels: pytree with leading axis ``B``, split into chunks with the inputs.
+      shared: pytree that is the same for all inputs.
+      key: random key, folded with the index of each input.
+      mask: ``[B]`` or ``[B, positions...]``, the weights of the examples.
+      scales: ``[S]``, the points of a path at which the gradient is taken (see
+        :func:`toyfeat.readouts.along_path`), or ``None``.
+    """
+
+    rule: Rule = struct.field(pytree_node=False)
+    options: tuple[Any, ...] = struct.field(pytree_node=False, default=())
+    labels: Any = None
+    shared: Any = None
+    key: Array | None = None
+    mask: Array | None = None
+    scales: Array | None = None
+
+
+def apply_select(select: Select | None, outputs: Outputs) -> Outputs:
     """Apply the user's selection, if there is one."""
     return outputs if select is None else select(outputs)
 
 
-def _split_floats(
+def split_floats(
     outputs: Outputs,
 ) -> tuple[list[Array], Callable[[list[Array]], Outputs]]:
     """Return the leaves that carry gradients, and a function to put them back."""
@@ -59,16 +86,23 @@ def _split_floats(
     return [leaf for leaf in leaves if is_float_array(leaf)], join
 
 
-def _pull_to_outputs(
+def pull_to_outputs(
     select: Select | None,
     outputs: Outputs,
     cotangents: Callable[[list[Array]], list[Array]],
 ) -> Outputs:
     """Pull the cotangents of the selected leaves back to all outputs."""
-    floats, join = _split_floats(outputs)
+    floats, join = split_floats(outputs)
     if select is None:
         return join(cotangents(floats))
-    selected, pullback = jax.vjp(lambda f: _split_floats(select(join(f)))[0], floats)
+    selected, pullback = jax.vjp(lambda f: split_floats(select(join(f)))[0], floats)
+    size = jax.tree.leaves(outputs)[0].shape[:1]
+    if not selected or any(y.shape[:1] != size for y in selected):
+        raise ValueError(
+            "readout: select must return floating-point arrays with leading axis "
+            f"{size[0]}, got {[y.shape for y in selected]}; it is given the outputs of "
+            "the whole batch"
+        )
     typed = [
         jnp.asarray(c, y.dtype)
         for c, y in zip(cotangents(selected), selected, strict=True)
@@ -76,37 +110,67 @@ def _pull_to_outputs(
     return join(jax.vmap(lambda c: pullback(c)[0])(typed))
 
 
-def _grad_of_sum(terms: Callable[[Outputs], Array], outputs: Outputs) -> Outputs:
-    """Differentiate the sum of all terms by the outputs; ``K = 1``."""
-    floats, join = _split_floats(outputs)
+def grad_of_terms(
+    terms: Callable[[Outputs], Array], outputs: Outputs
+) -> tuple[Outputs, Array]:
+    """Differentiate the sum of all terms by the outputs; ``K = 1``.
 
-    def total(floats: list[Array]) -> Array:
-        return jnp.sum(_to_float32(jnp.asarray(terms(join(floats)))))
+    Returns:
+      The cotangents, and whether a term of an input is NaN, ``[B]``.  The derivative of
+      NaN is NaN, which JAX does not say of a value taken from outside of an array.
+    """
+    floats, join = split_floats(outputs)
 
-    return join([g[None] for g in jax.grad(total)(floats)])
+    def total(floats: list[Array]) -> tuple[Array, Array]:
+        values = to_float32(jnp.asarray(terms(join(floats))))
+        undefined = jnp.isnan(values).reshape(values.shape[0], -1).any(axis=1)
+        return jnp.sum(values), undefined
+
+    grads, undefined = jax.grad(total, has_aux=True)(floats)
+    marked = []
+    for grad in grads:
+        rows = undefined.reshape((-1, *(1,) * (grad.ndim - 1)))
+        nan = jnp.full((), jnp.nan, grad.dtype)
+        marked.append(jnp.where(rows, nan, grad)[None])
+    return join(marked), undefined
 
 
-def _to_float32(x: Array) -> Array:
+def list_outputs(outputs: Outputs) -> str:
+    """List the floating-point arrays of a tree with their shapes, for a message."""
+    leaves = jax.tree_util.tree_leaves_with_path(outputs)
+    listed = [
+        f"outputs{jax.tree_util.keystr(path)} {leaf.shape}"
+        for path, leaf in leaves
+        if is_float_array(leaf)
+    ]
+    return ", ".join(listed) or "none"
+
+
+def check_single_output(who: str, select: Select | None, outputs: Outputs) -> None:
+    """Raise if there are several outputs, of which nothing selects one.
+
+    Hidden states and caches that a model returns beside its logits are no logits.
+    """
+    if select is None and len(split_floats(outputs)[0]) > 1:
+        raise ValueError(
+            f"{who}: needs one floating-point output, got {list_outputs(outputs)}; "
+            "pick with select=lambda outputs: ..., which may also return all of them"
+        )
+
+
+def to_float32(x: Array) -> Array:
     """Widen narrow floats to float32."""
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
-def scalar_or_loss(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
-    """Differentiate a user's scalar, or loss against labels."""
-    (fn,) = options
-    labels = () if chunk.labels is None else (chunk.labels,)
-    batched = _as_batch_function(fn, (outputs, *labels))
-    return _grad_of_sum(lambda y: batched(y, *labels), outputs)
-
-
-def _as_batch_function(
+def as_batch_function(
     fn: Callable[..., Array], args: tuple[Any, ...]
 ) -> Callable[..., Array]:
     """Map ``fn`` over inputs, or return it if it only works on a whole batch."""
     mapped = jax.vmap(fn)
     # Try it on a single input.
     try:
-        terms_of_input = jax.eval_shape(mapped, *args).shape[1:]
+        terms = jax.eval_shape(mapped, *args)
     except Exception as error:
         size = jax.tree.leaves(args)[0].shape[0]
         if _terms_of_batch(fn, args, size) is None:  # nor does it take a batch
@@ -116,6 +180,13 @@ def _as_batch_function(
             )
             raise
         return fn
+    if not is_float_array(terms):
+        got = getattr(terms, "dtype", type(terms).__name__)
+        raise TypeError(
+            f"readout: the function must return one floating-point array, got {got}; "
+            "what is differentiated is the sum of what it returns"
+        )
+    terms_of_input = terms.shape[1:]
     # If it takes a batch too, both readings must agree, whatever the batch size.
     terms_of_batch = _terms_of_batch(fn, args, _TRIAL_SIZE)
     if terms_of_batch is not None and terms_of_batch != terms_of_input:
@@ -141,136 +212,10 @@ def _terms_of_batch(
     return shape[1:] if shape[:1] == (size,) else None
 
 
-def next_token_loss(
-    options: tuple[Any, ...], outputs: Outputs, chunk: Chunk
-) -> Outputs:
-    """Differentiate the cross-entropy of the next token where there is one.
-
-    The gradient is written down, softmax minus one-hot: differentiating the loss takes
-    two more passes over the logits (docs/decisions/language.md).
-    """
-    (select,) = options
-    targets, valid = chunk.labels
-
-    def residuals(floats: list[Array]) -> list[Array]:
-        shapes = [leaf.shape for leaf in floats]
-        if [shape[:-1] for shape in shapes] != [targets.shape]:
-            raise ValueError(
-                f"next_token_loss: tokens {targets.shape} need logits "
-                f"{(*targets.shape, 'V')}, got {', '.join(map(str, shapes))}"
-            )
-        residual = _label_residual(targets, _to_float32(floats[0]))
-        return [(valid[..., None].astype(residual.dtype) * residual)[None]]
-
-    return _pull_to_outputs(select, outputs, residuals)
-
-
-def _label_residual(label: Array, logits: Array) -> Array:
-    """Gradient of the cross-entropy of a label in the logits."""
-    return jax.nn.softmax(logits) - jax.nn.one_hot(
-        label, logits.shape[-1], dtype=logits.dtype
-    )
-
-
-def _categorical_residual(key: Array, logits: Array) -> Array:
-    """Probabilities minus a one-hot label drawn from them."""
-    return _label_residual(jax.random.categorical(key, logits), logits)
-
-
-def _bernoulli_residual(key: Array, logits: Array) -> Array:
-    """Probabilities minus labels 0 or 1 drawn from them."""
-    mean = jax.nn.sigmoid(logits)
-    return mean - jax.random.bernoulli(key, mean).astype(mean.dtype)
-
-
-def _gaussian_residual(key: Array, mean: Array) -> Array:
-    """Mean minus a label drawn around it with unit variance."""
-    return -jax.random.normal(key, mean.shape, mean.dtype)
-
-
-# Family to the gradient of the negative log-likelihood of a label drawn from the model,
-# in the natural parameter.
-RESIDUALS = {
-    "categorical": _categorical_residual,
-    "bernoulli": _bernoulli_residual,
-    "gaussian": _gaussian_residual,
-}
-
-# Kind of a random direction to the draw of its entries, zero mean and unit variance.
-DRAWS: dict[str, Callable[..., Array]] = {
-    "rademacher": jax.random.rademacher,
-    "gaussian": jax.random.normal,
-}
-
-
-def _draw_per_input(
-    keys: Array, num: int, outputs: list[Array], draw: Callable[[Array, Array], Array]
-) -> list[Array]:
-    """Draw ``num`` times for every input, ``[num, B, ...]``, divided by sqrt(num)."""
-
-    def draw_for_input(key: Array, output: list[Array]) -> list[Array]:
-        # A key for every draw and every leaf.
-        split = jax.random.split(key, (num, len(output)))
-        draw_num = jax.vmap(draw, in_axes=(0, None))
-        return [
-            draw_num(split[:, i], _to_float32(leaf)) / num**0.5
-            for i, leaf in enumerate(output)
-        ]
-
-    return jax.vmap(draw_for_input, out_axes=1)(keys, outputs)
-
-
-def sampled_labels(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
-    """Differentiate the loss against labels that are drawn from the model."""
-    num, family, select = options
-
-    def residuals(outputs: list[Array]) -> list[Array]:
-        return _draw_per_input(chunk.keys, num, outputs, RESIDUALS[family])
-
-    return _pull_to_outputs(select, outputs, residuals)
-
-
-def random_directions(
-    options: tuple[Any, ...], outputs: Outputs, chunk: Chunk
-) -> Outputs:
-    """Draw directions with independent entries of zero mean and unit variance."""
-    num, kind, select, over = options
-
-    def draw(key: Array, leaf: Array) -> Array:
-        return DRAWS[kind](key, leaf.shape, leaf.dtype)
-
-    def cotangents(outputs: list[Array]) -> list[Array]:
-        if over == "all":
-            return _draw_per_input(chunk.keys, num, outputs, draw)
-        if len(outputs) != 1 or outputs[0].ndim < 2:
-            raise ValueError(
-                f"random_directions: over={over!r} wants one output [B, ..., units], "
-                f"got shapes {[leaf.shape for leaf in outputs]}"
-            )
-        return [_draw_along_axis(chunk.keys, num, outputs[0], draw, over)]
-
-    return _pull_to_outputs(select, outputs, cotangents)
-
-
-def _draw_along_axis(
-    keys: Array,
-    num: int,
-    leaf: Array,
-    draw: Callable[[Array, Array], Array],
-    over: str,
-) -> Array:
-    """Draw over the positions of one unit at a time, or over the units of one."""
-    size, *positions, units = leaf.shape
-    flat = leaf.reshape(size, -1, units)
-    # The signs have extent 1 on the other axis, which the one-hot rows spread out:
-    # [num, 1, B, positions, units] times [1, K / num, 1, positions, units].
-    if over == "positions":
-        signs = _draw_per_input(keys, num, [flat[:, :, :1]], draw)[0]
-        one_hots = jnp.eye(units, dtype=leaf.dtype)[None, :, None, None, :]
-    else:
-        signs = _draw_per_input(keys, num, [flat[:, :1, :]], draw)[0]
-        one_hots = jnp.eye(flat.shape[1], dtype=leaf.dtype)[None, :, None, :, None]
-    return (signs[:, None] * one_hots).reshape(-1, size, *positions, units)
+def scalar(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
+    """Differentiate a user's scalar."""
+    (fn,) = options
+    return grad_of_terms(as_batch_function(fn, (outputs,)), outputs)[0]
 
 
 def directions(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
@@ -290,11 +235,12 @@ def directions(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outp
             for c, y in zip(cotangents, outputs, strict=True)
         ]
 
-    return _pull_to_outputs(options[0], outputs, broadcast)
+    return pull_to_outputs(options[0], outputs, broadcast)
 
 
 def jacobian(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
     """Build one-hot cotangents, one for each entry of an input's output."""
+    check_single_output("jacobian", options[0], outputs)
 
     def one_hots(outputs: list[Array]) -> list[Array]:
         # Entry k of the flattened outputs lies in one leaf, whose block of the
@@ -312,45 +258,4 @@ def jacobian(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Output
             for r, leaf in zip(rows, outputs, strict=True)
         ]
 
-    return _pull_to_outputs(options[0], outputs, one_hots)
-
-
-def logit_difference(
-    options: tuple[Any, ...], outputs: Outputs, chunk: Chunk
-) -> Outputs:
-    """Differentiate ``logits[..., a] - logits[..., b]``, at one position or summed."""
-    position, select = options
-
-    def terms(outputs: Outputs) -> Array:
-        logits = _apply_select(select, outputs)
-        if position is not None:
-            logits = _take_position(logits, position)
-        indices = {**chunk.labels, **chunk.shared}
-        a, b = (_take_entry(logits, indices[name]) for name in "ab")
-        return a - b
-
-    return _grad_of_sum(terms, outputs)
-
-
-def _take_position(logits: Array, position: int) -> Array:
-    """Select one position of ``[B, T, V]``, or raise."""
-    if logits.ndim < 3 or not -logits.shape[1] <= position < logits.shape[1]:
-        raise ValueError(
-            f"logit_difference: position {position} needs logits [B, T, V] that have "
-            f"it, got shape {logits.shape}"
-        )
-    return logits[:, position]
-
-
-def _take_entry(logits: Array, index: Array) -> Array:
-    """Select an entry of the last axis, one for all inputs or one per input."""
-    size = logits.shape[-1]
-    concrete = None if isinstance(index, Tracer) else np.asarray(index)
-    if concrete is not None and not np.all((-size <= concrete) & (concrete < size)):
-        raise ValueError(
-            f"logit_difference: index {index} is not one of the {size} entries of "
-            f"logits {logits.shape}"
-        )
-    index = jnp.broadcast_to(index, logits.shape[:1])
-    index = index.reshape((-1, *(1,) * (logits.ndim - 1)))
-    return jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+    return pull_to_outputs(options[0], outputs, one_hots)

@@ -289,3 +289,22 @@ def test_split_lists_its_site():
         SPLIT(PARAMS, X, {"high": ROW})
     with pytest.raises(ValueError, match=r"probe at site 'low': .*got shape \(4,\)"):
         SPLIT(PARAMS, X, {"low": jnp.ones(4)})
+
+
+def test_two_values_with_one_name_are_refused():
+    def twice(params, x, tap):
+        hidden = tap("h", tap("h", x) @ params["in"])
+        return tap("h#1", jnp.tanh(hidden))
+
+    with pytest.raises(ValueError, match=r"from_function: .*two values named 'h#1'"):
+        ft.from_function(twice)(PARAMS, X, {})
+
+    # the names of a pytree's leaves may meet as well
+    def meeting(params, x, tap):
+        del params
+        return tap("h[a]", tap("h", {"a": x})["a"])
+
+    with pytest.raises(ValueError, match=r"two values named 'h\[a\]'"):
+        ft.tap(
+            ft.from_function(meeting), {}, X, sites="h[a]", readout=readouts.jacobian()
+        )

@@ -5,7 +5,13 @@ from typing import Any
 
 from jax.extend.core import get_opaque_trace_state
 
-from toyfeat.tap.probes import apply_probe, call_name, check_sites, visit
+from toyfeat.tap.probes import (
+    apply_probe,
+    call_name,
+    check_new_site,
+    check_sites,
+    visit,
+)
 from toyfeat.types import Acts, Inputs, Outputs, Params, Probe, Probed
 
 
@@ -29,7 +35,7 @@ def from_function(fn: Callable[..., Outputs]) -> Probed:
 
     Raises:
       ValueError: when called, if a probe names a site that ``fn`` does not tap,
-        or if ``tap`` is called inside a transformation (``jit``, ``scan``,
+        if two values get one name (a third tap named ``"name#1"``), or if ``tap`` is called inside a transformation (``jit``, ``scan``,
         ``vmap``, ``checkpoint``) that ``fn`` applies itself: the value could
         not get out.  Return it from the transformed part and tap it outside.
 
@@ -66,6 +72,7 @@ def from_function(fn: Callable[..., Outputs]) -> Probed:
                 )
 
             def record_leaf(site: str, act: Any) -> Any:
+                check_new_site(site, acts, "from_function")
                 acts[site] = apply_probe(site, act, probes.get(site))
                 return acts[site]
 

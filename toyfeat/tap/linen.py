@@ -23,6 +23,7 @@ stacks them with the values, and their shape then tells the layers
 collection ``toyfeat_probes`` under the names of the values.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -32,7 +33,13 @@ import jax.numpy as jnp
 from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from toyfeat.tap.probes import apply_probe, call_name, infer_batch_size, visit
+from toyfeat.tap.probes import (
+    apply_probe,
+    call_name,
+    check_new_site,
+    infer_batch_size,
+    visit,
+)
 from toyfeat.tap.slots import Slot, check_probes, infer_slot
 from toyfeat.types import Acts, Array, Inputs, Outputs, Params, Probe, Probed
 
@@ -126,7 +133,9 @@ def from_linen(
         for place, slot in _read_slots(recorded, batch):
             recorder.check_visited(slot)
             _check_applied(recorded, place, slot, probes)
-            acts |= slot.split_acts(_lookup(recorded, place))
+            for site, act in slot.split_acts(_lookup(recorded, place)).items():
+                check_new_site(site, acts, "from_linen")
+                acts[site] = act
         return outputs, acts
 
     return probed
@@ -148,8 +157,8 @@ class _Recorder:
         """Call a method; record its value if it is a site that can be recorded."""
         value = next_fun(*args, **kwargs)
         module, method = context.module, context.method_name
-        if method == "setup" or not (method == "__call__" or method[0].isalpha()):
-            return value  # private methods and the lambdas of lifted transforms
+        if not _is_site(type(module), method):
+            return value
         if not module.is_mutable_collection(ACTS):
             return value  # inside a scan that does not carry the collection
         # Number the call by the markers that the module has already.
@@ -183,6 +192,18 @@ class _Recorder:
                 "which holds the functions it was made with; add arrays as probes, or "
                 "take nn.jit out of the model"
             )
+
+
+def _is_site(cls: type, method: str) -> bool:
+    """Return whether a call is one of a public method of the module's class.
+
+    The functions that a lifted transform runs (``nn.remat(function)(self, x)``, the
+    branches of ``nn.cond``) are calls on the module too, under their own names.
+    """
+    if method == "__call__":
+        return True
+    public = method != "setup" and method[0].isalpha()
+    return public and inspect.isfunction(inspect.getattr_static(cls, method, None))
 
 
 def _marker(method: str, call: int) -> str:

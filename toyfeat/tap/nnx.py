@@ -11,7 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from toyfeat.tap.probes import apply_probe, call_name, infer_batch_size, visit
+from toyfeat.tap.probes import (
+    apply_probe,
+    call_name,
+    check_new_site,
+    infer_batch_size,
+    visit,
+)
 from toyfeat.tap.slots import Slot, check_probes, infer_slot
 from toyfeat.types import Acts, Array, Inputs, Outputs, Params, Probe, Probed
 
@@ -100,7 +106,9 @@ def from_nnx(model: nnx.Module) -> tuple[Probed, Params]:
         outputs, recorded = run(functions, deltas)
         acts: Acts = {}
         for _, slot, value in _read_slots(recorded, batch):
-            acts |= slot.split_acts(value)
+            for site, act in slot.split_acts(value).items():
+                check_new_site(site, acts, "from_nnx")
+                acts[site] = act
         return outputs, acts
 
     return probed, jax.tree.map(lambda leaf: leaf, state)

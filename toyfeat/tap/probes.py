@@ -1,6 +1,6 @@
 """Site names and the application of probes, shared by every adapter."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -37,6 +37,23 @@ def visit(name: str, value: Any, visit_leaf: Callable[[str, Array], Array], /) -
         )
 
     return jax.tree_util.tree_map_with_path(visit_path, value)
+
+
+def check_new_site(site: str, acts: Mapping[str, Any], who: str) -> None:
+    """Raise if a second value would get the name of a site, and so its probe."""
+    if site not in acts:
+        return
+    fix = {
+        "from_function": "give one of them another name",
+    }.get(
+        who,
+        "make the model a submodule `model` of a small module of your own, so that its "
+        "modules become 'model/...' and its methods 'model....'",
+    )
+    raise ValueError(
+        f"{who}: every value needs a site name of its own, got two values named "
+        f"{site!r} (a method or a repeated call, and a module of that name); {fix}"
+    )
 
 
 def apply_probe(site: str, act: Array, probe: Probe | None) -> Array:

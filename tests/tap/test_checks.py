@@ -107,6 +107,9 @@ def test_taps_of_an_overflowing_model_are_caught():
 
 # mixing of examples
 
+# The adapters warn of the layers that these tests want to be found.
+pytestmark = pytest.mark.filterwarnings("ignore:.*statistics over the batch")
+
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(5)
 X = jnp.asarray(RNG.standard_normal((6, 4)), jnp.float32)

@@ -15,7 +15,7 @@ from toyfeat.tap.probes import (
 from toyfeat.types import Acts, Inputs, Outputs, Params, Probe, Probed
 
 
-def _trace_state() -> Any:
+def trace_state() -> Any:
     """Return a token of the JAX trace in progress, equal inside one trace."""
     return get_opaque_trace_state(convention="toyfeat")
 
@@ -35,9 +35,11 @@ def from_function(fn: Callable[..., Outputs]) -> Probed:
 
     Raises:
       ValueError: when called, if a probe names a site that ``fn`` does not tap,
-        if two values get one name (a third tap named ``"name#1"``), or if ``tap`` is called inside a transformation (``jit``, ``scan``,
-        ``vmap``, ``checkpoint``) that ``fn`` applies itself: the value could
-        not get out.  Return it from the transformed part and tap it outside.
+        if two values get one name (a tap named ``"name#1"`` beside a second one
+        named ``"name"``), or if ``tap`` is called inside a transformation
+        (``jit``, ``scan``, ``vmap``, ``checkpoint``) that ``fn`` applies itself:
+        the value could not get out.  Return it from the transformed part and tap
+        it outside.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,11 +61,11 @@ def from_function(fn: Callable[..., Outputs]) -> Probed:
     ) -> tuple[Outputs, Acts]:
         acts: Acts = {}
         calls: dict[str, int] = {}
-        outer = _trace_state()
+        outer = trace_state()
 
         def tap(name: str, value: Any) -> Any:
             # A value that belongs to an inner trace cannot be stored outside of it.
-            if _trace_state() != outer:
+            if trace_state() != outer:
                 raise ValueError(
                     f"from_function: tap({name!r}, ...) was called inside a jit, scan, "
                     "vmap, grad or checkpoint of the model's own, from which the value "

@@ -1,55 +1,47 @@
-"""Probed models from unmodified flax linen modules.
+"""Probed models from unmodified flax linen modules."""
 
-The recording.  Every method call stores variables in the collection
-``toyfeat_acts``, at the path of its module.  For a model whose layer ``mlp`` is called
-twice (the second call with a probe) and whose layer ``pair`` returns a tuple, on
-inputs ``[2, 3]``, the collection is::
-
-    {"mlp": {"__call__#0": [],               # the marker of call 0
-             "__call__#0:": [2, 3],          # its value, the site "mlp"
-             "__call__#1": [],
-             "__call__#1:": [2, 3],          # the site "mlp#1"
-             "__call__#1:!": []},            # a probe was applied there
-     "pair": {"__call__#0": [],
-              "__call__#0:[0]": [2, 4],      # the site "pair[0]"
-              "__call__#0:[1]": [2, 3]},     # the site "pair[1]"
-     "__call__#0": [],
-     "__call__#0:": [2, 4]}                  # the model's output, "__call__"
-
-So a name is ``method#call``, for a value followed by ``:`` and the path inside the
-value, and ``!`` marks a probe that reached the layer.  Markers are scalars: a scan
-stacks them with the values, and their shape then tells the layers
-(:func:`toyfeat.tap.slots.infer_slot`).  Array probes travel the other way, in the
-collection ``toyfeat_probes`` under the names of the values.
-"""
-
-import inspect
+import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict, unfreeze
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from toyfeat.tap.probes import (
-    apply_probe,
-    call_name,
-    check_new_site,
-    infer_batch_size,
-    visit,
+from toyfeat.tap.linen_recording import (
+    ACTS,
+    PROBES,
+    RECORDING,
+    Recorder,
+    carry_collections,
+    check_applied,
+    lookup,
+    mutable_collections,
+    pack_deltas,
+    read_slots,
 )
-from toyfeat.tap.slots import Slot, check_probes, infer_slot
-from toyfeat.types import Acts, Array, Inputs, Outputs, Params, Probe, Probed
+from toyfeat.tap.probes import (
+    check_new_site,
+    explain_inputs,
+    infer_batch_size,
+    split_inputs,
+    warn_batch_statistics,
+)
+from toyfeat.tap.slots import check_probes
+from toyfeat.types import Acts, Inputs, Outputs, Params, Probe, Probed
 
-ACTS = "toyfeat_acts"
-PROBES = "toyfeat_probes"
 
-_CALL = "#"  # between the method and the number of its call
-_VALUE = ":"  # between the call and the path of a leaf in what it returned
-_APPLIED = "!"  # behind the name of a value to which a probe was applied
-_Place = tuple[str, ...]  # path of a variable in its collection
+class _Model(NamedTuple):
+    """A module and how it is applied, the arguments of :func:`from_linen`."""
+
+    module: nn.Module
+    method: str | Callable[..., Any] | None
+    rngs: Any
+    mutable: Any
+    options: dict[str, Any]
 
 
 def from_linen(
@@ -65,12 +57,11 @@ def from_linen(
     path: ``"blocks_1/mlp"`` for ``__call__``, ``"embed.attend"`` for any other
     method, ``"shared#1"`` for the second call of a shared module,
     ``"gru[0]"`` for the first part of a tuple.  The module itself is the site
-    ``"__call__"`` (or the name of ``method``).  Values travel in the private
-    collections ``toyfeat_acts`` and ``toyfeat_probes``, so ``nn.remat`` works
-    as it is.  Layers inside ``nn.scan`` are sites ``"layers/mlp@2"`` if the
-    scan carries both collections (``variable_axes={..., "toyfeat_acts": 0,
-    "toyfeat_probes": 0}``); otherwise they are not sites, and asking for one
-    raises.
+    ``"__call__"`` (or the name of ``method``).  Layers of a stack (``nn.scan`` or
+    ``nn.vmap`` with ``variable_axes``) are the sites ``"layers/mlp@2"``.  No sites
+    are what runs in a loop over time, in branches of ``nn.cond`` that call
+    different modules, and in a plain JAX transformation of the model's own;
+    asking for one raises.
 
     Args:
       module: an unbound module.
@@ -82,12 +73,17 @@ def from_linen(
     Returns:
       ``probed(variables, inputs, probes) -> (outputs, acts)`` where
       ``variables`` is what ``module.init`` returned.  ``inputs`` that are a
-      tuple are passed as positional arguments.
+      tuple are passed as positional arguments, a dict as keyword arguments if the
+      method has parameters of these names.  ``probed.train_mode(variables,
+      inputs)`` names the layers in train mode, whose result for one example
+      depends on the others or on random numbers.
 
     Raises:
-      ValueError: when called, if a probe names a site that does not exist, or
-        if a function is given for a layer inside ``nn.scan`` or to a model with
-        ``nn.jit`` inside.
+      TypeError: if ``module`` is no linen module; when called, if ``variables`` or
+        ``inputs`` do not have the form that the model takes.
+      ValueError: if ``module`` is bound; when called, if a probe names a site that
+        does not exist, if a function is given for one layer of a stack, or if two
+        values have one site name.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -98,170 +94,163 @@ def from_linen(
       >>> sorted(acts)
       ['__call__', 'layers_0', 'layers_2']
     """
-    user_mutable = apply_kwargs.pop("mutable", False)
+    _check_module(module)
+    carry_collections()
+    mutable = apply_kwargs.pop("mutable", False)
+    model = _Model(module, method, rngs, mutable, apply_kwargs)
 
     def probed(
         params: Params, inputs: Inputs, probes: Mapping[str, Probe]
     ) -> tuple[Outputs, Acts]:
-        args = inputs if type(inputs) is tuple else (inputs,)
-        variables = unfreeze(params) if isinstance(params, FrozenDict) else params
         batch = infer_batch_size(inputs)
-
-        def run(recorder: _Recorder, deltas: Mapping[str, Any]) -> Any:
-            with nn.intercept_methods(recorder.intercept):
-                return module.apply(
-                    {**variables, PROBES: deltas} if deltas else variables,
-                    *args,
-                    method=method,
-                    rngs=rngs,
-                    mutable=_add_acts(user_mutable),
-                    **apply_kwargs,
-                )
-
+        record_wider = functools.partial(_record_wider, model, params, inputs)
         # Array probes are variables, so the shapes of their sites are needed first.
         deltas: dict[str, Any] = {}
         if probes:
-            recorded = jax.eval_shape(lambda: run(_Recorder({}), {})[1].get(ACTS, {}))
-            slots = dict(_read_slots(recorded, batch))
+            recorded = _record_shapes(model, params, inputs)
+            slots = dict(read_slots(recorded, batch, record_wider))
             check_probes(slots.values(), probes, "from_linen")
-            deltas = _pack_deltas(slots, probes)
+            deltas = pack_deltas(recorded, slots, probes)
         # Run the model and split what was recorded into sites.
-        recorder = _Recorder(probes)
-        outputs, updates = run(recorder, deltas)
+        recorder = Recorder(probes)
+        outputs, updates = _run(model, params, inputs, recorder, deltas)
+        warn_batch_statistics("from_linen", recorder.notes)
         recorded = updates.get(ACTS, {})
         acts: Acts = {}
-        for place, slot in _read_slots(recorded, batch):
+        for place, slot in read_slots(recorded, batch, record_wider):
             recorder.check_visited(slot)
-            _check_applied(recorded, place, slot, probes)
-            for site, act in slot.split_acts(_lookup(recorded, place)).items():
+            check_applied(recorded, place, slot, probes)
+            for site, act in slot.split_acts(lookup(recorded, place)).items():
                 check_new_site(site, acts, "from_linen")
                 acts[site] = act
         return outputs, acts
 
+    def train_mode(params: Params, inputs: Inputs) -> tuple[str, ...]:
+        """Name what makes the result of an example depend on the others."""
+        recorder = Recorder({}, fresh=True)
+        _record_shapes(model, params, inputs, recorder)
+        return tuple(f"{name} {note}" for name, note in recorder.notes.items())
+
+    probed.__dict__["train_mode"] = train_mode
     return probed
 
 
-class _Recorder:
-    """A method interceptor that applies probes and records the values of sites.
-
-    The number of a call and the mark of a probe are variables like the values,
-    because a body may be traced several times (scan, remat) or not at all (the
-    cached trace of a jit), so that Python variables would miscount.
-    """
-
-    def __init__(self, probes: Mapping[str, Probe]):
-        self.functions = {site: p for site, p in probes.items() if callable(p)}
-        self.visited: set[str] = set()
-
-    def intercept(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        """Call a method; record its value if it is a site that can be recorded."""
-        value = next_fun(*args, **kwargs)
-        module, method = context.module, context.method_name
-        if not _is_site(type(module), method):
-            return value
-        if not module.is_mutable_collection(ACTS):
-            return value  # inside a scan that does not carry the collection
-        # Number the call by the markers that the module has already.
-        scope = module.scope
-        call = 0
-        while scope.has_variable(ACTS, _marker(method, call)):
-            call += 1
-        marker = _marker(method, call)
-        scope.put_variable(ACTS, marker, jnp.zeros(()))
-        name = _site_name(tuple(scope.path), method, call)
-
-        # Probe every array of the value, then store it.
-        def record_leaf(site: str, act: Array) -> Array:
-            leaf = f"{marker}{_VALUE}{site.removeprefix(name)}"
-            self.visited.add(site)
-            function = self.functions.get(site)
-            probe = scope.get_variable(PROBES, leaf, function)
-            if probe is not None:
-                scope.put_variable(ACTS, f"{leaf}{_APPLIED}", jnp.zeros(()))
-            act = apply_probe(site, act, probe)
-            scope.put_variable(ACTS, leaf, act)
-            return act
-
-        return visit(name, value, record_leaf)
-
-    def check_visited(self, slot: Slot) -> None:
-        """Raise if function probes were given and the site ran from a cached trace."""
-        if self.functions and slot.site not in self.visited:
-            raise ValueError(
-                f"from_linen: {slot.site!r} ran from the cached trace of an nn.jit, "
-                "which holds the functions it was made with; add arrays as probes, or "
-                "take nn.jit out of the model"
-            )
-
-
-def _is_site(cls: type, method: str) -> bool:
-    """Return whether a call is one of a public method of the module's class.
-
-    The functions that a lifted transform runs (``nn.remat(function)(self, x)``, the
-    branches of ``nn.cond``) are calls on the module too, under their own names.
-    """
-    if method == "__call__":
-        return True
-    public = method != "setup" and method[0].isalpha()
-    return public and inspect.isfunction(inspect.getattr_static(cls, method, None))
-
-
-def _marker(method: str, call: int) -> str:
-    """Name the marker of a call, such as ``__call__#0``."""
-    return f"{method}{_CALL}{call}"
-
-
-def _read_slots(recorded: Any, batch: int) -> Iterator[tuple[_Place, Slot]]:
-    """Parse the recording: the place of every value and its slot."""
-    for place, value in flatten_dict(unfreeze(recorded)).items():
-        *path, leaf = place
-        variable, separator, suffix = leaf.partition(_VALUE)
-        if not separator or leaf.endswith(_APPLIED):
-            continue  # a marker
-        method, _, call = variable.partition(_CALL)
-        site = _site_name(tuple(path), method, int(call)) + suffix
-        marker = _lookup(recorded, (*path, variable))
-        yield place, infer_slot(site, marker, value, batch)
-
-
-def _check_applied(
-    recorded: Any, place: _Place, slot: Slot, probes: Mapping[str, Probe]
-) -> None:
-    """Raise if a scan did not pass the array probes on to its layers."""
-    probed = [name for name in slot.site_names() if name in probes]
-    if probed and _lookup(recorded, (*place[:-1], place[-1] + _APPLIED)) is None:
+def _check_module(module: Any) -> None:
+    """Raise unless this is an unbound linen module."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            "from_linen: module must be a flax linen module, got "
+            f"{type(module).__name__}; use from_nnx for an nnx module and "
+            "from_function for a function"
+        )
+    if module.scope is not None:
         raise ValueError(
-            f"from_linen: the probe at {probed[0]!r} did not reach the layer, because "
-            f"its scan carries {ACTS!r} but not {PROBES!r}; add both to variable_axes"
+            f"from_linen: module must be unbound, got a bound {type(module).__name__}; "
+            "give what module.unbind() returns, the module and its variables"
         )
 
 
-def _site_name(path: tuple[str, ...], method: str, call: int) -> str:
-    """Name a site: ``blocks_1/mlp``, ``embed.attend``, ``shared#1``."""
-    base = "/".join(path)
-    if method != "__call__" or not base:
-        base = f"{base}.{method}".lstrip(".")
-    return call_name(base, call)
+def _run(
+    model: _Model,
+    params: Params,
+    inputs: Inputs,
+    recorder: Recorder,
+    deltas: Mapping[str, Any],
+) -> tuple[Outputs, Mapping[str, Any]]:
+    """Apply the module under a recorder: the outputs and the updated collections."""
+    variables = _check_variables(params)
+    method = _unbound_method(model)
+    args, kwargs = split_inputs("from_linen", method, inputs, model.options)
+
+    def apply() -> tuple[Outputs, Mapping[str, Any]]:
+        token = RECORDING.set(True)
+        try:
+            with nn.intercept_methods(recorder.intercept):
+                return model.module.apply(
+                    {**variables, PROBES: deltas} if deltas else variables,
+                    *args,
+                    method=model.method,
+                    rngs=model.rngs,
+                    mutable=mutable_collections(model.mutable, recorder.fresh),
+                    **{**model.options, **kwargs},
+                )
+        finally:
+            RECORDING.reset(token)
+
+    with _explained_errors(variables, inputs if args else (), method):
+        try:
+            return apply()
+        except TypeError:
+            # The branches of a condition must record the same, so that one with
+            # modules of its own is run without a recording.
+            if not recorder.in_branches:
+                raise
+            recorder.skip_branches = True
+            return apply()
 
 
-def _add_acts(mutable: Any) -> Any:
-    """Add the collection of the recording to the mutable collections."""
-    if mutable is True:
-        return True
-    collections = [mutable] if isinstance(mutable, str) else list(mutable or ())
-    return [ACTS, *collections]
+def _record_shapes(
+    model: _Model, params: Params, inputs: Inputs, recorder: Recorder | None = None
+) -> Any:
+    """Record the shapes of all values, without running the model."""
+    recorder = Recorder({}) if recorder is None else recorder
+    return jax.eval_shape(
+        lambda p, x: _run(model, p, x, recorder, {})[1].get(ACTS, {}), params, inputs
+    )
 
 
-def _lookup(tree: Any, place: _Place) -> Any:
-    """Return the variable at a place, or ``None``."""
-    for part in place:
-        if part not in tree:
-            return None
-        tree = tree[part]
-    return tree
+def _record_wider(model: _Model, params: Params, inputs: Inputs) -> Any:
+    """Record shapes with one more example; nothing if the model cannot take it."""
+
+    def widen(leaf: Any) -> Any:
+        return jnp.concatenate([jnp.asarray(leaf), jnp.asarray(leaf)[:1]])
+
+    try:
+        wider = jax.eval_shape(lambda x: jax.tree.map(widen, x), inputs)
+        return _record_shapes(model, params, wider)
+    except (TypeError, ValueError):
+        return {}
 
 
-def _pack_deltas(slots: Mapping[_Place, Slot], probes: Mapping[str, Probe]) -> Any:
-    """Build the collection of array probes, stacked over layers."""
-    deltas = {place: slot.stack_deltas(probes) for place, slot in slots.items()}
-    return unflatten_dict({k: v for k, v in deltas.items() if v is not None})
+def _unbound_method(model: _Model) -> Callable[..., Any]:
+    """Return the method that runs, as a function of the module."""
+    if callable(model.method):
+        return model.method
+    return getattr(type(model.module), model.method or "__call__")
+
+
+def _check_variables(params: Params) -> Mapping[str, Any]:
+    """Return the collections of the module; raise for what holds none."""
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            "from_linen: params must be the variables that module.init returned, a "
+            f"dict of collections, got {type(params).__name__}; give "
+            "{'params': state.params} of a train state"
+        )
+    return unfreeze(params) if isinstance(params, FrozenDict) else params
+
+
+@contextlib.contextmanager
+def _explained_errors(
+    variables: Mapping[str, Any], inputs: Inputs, method: Callable[..., Any]
+) -> Iterator[None]:
+    """Explain the errors of a model that was given the wrong tree or keywords."""
+    try:
+        yield
+    except (
+        flax.errors.ApplyScopeInvalidVariablesTypeError,
+        flax.errors.ScopeParamNotFoundError,
+        flax.errors.ScopeCollectionNotFound,
+    ) as error:
+        if "params" in variables:
+            raise
+        raise ValueError(
+            "from_linen: params must hold the collections that module.init returned, "
+            f"got {sorted(map(str, variables))} without 'params'; give "
+            "{'params': ...} with them"
+        ) from error
+    except (TypeError, AttributeError, ValueError, LookupError) as error:
+        explanation = explain_inputs("from_linen", method, inputs)
+        if explanation is None:
+            raise
+        raise TypeError(explanation) from error

@@ -1,41 +1,100 @@
-"""Probed models from unmodified flax nnx modules."""
+"""Probed models from unmodified flax nnx modules.
 
+The recording.  In a clone of the model every module gets a variable that holds the
+values of its public methods, call by call, and one that holds the array probes that are
+added to them.  The transforms of nnx carry both like the model's own state.
+"""
+
+import contextlib
 import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 
+from toyfeat.tap.functions import trace_state
 from toyfeat.tap.probes import (
+    BATCH,
+    RANDOM,
     apply_probe,
     call_name,
+    call_option,
     check_new_site,
+    explain_inputs,
     infer_batch_size,
+    split_inputs,
     visit,
+    warn_batch_statistics,
 )
 from toyfeat.tap.slots import Slot, check_probes, infer_slot
 from toyfeat.types import Acts, Array, Inputs, Outputs, Params, Probe, Probed
 
-# The function probes of the call in progress, by site.
-_FUNCTIONS: ContextVar[Mapping[str, Probe]] = ContextVar("toyfeat_functions")
+_Path = tuple[Any, ...]  # path of a module in the model
+_Recording = dict[_Path, dict[str, Any]]  # of a module: method to its calls
+_Deltas = Mapping[_Path, dict[str, Array]]  # of a module: site to its array probe
+
+# Attributes of the modules of a clone: path and stamp, values, array probes.
+_NAME, _ACTS, _DELTAS = "_toyfeat", "_toyfeat_acts", "_toyfeat_deltas"
 
 
 # Private variable types, which keep the recording apart from what a model sows and
 # perturbs itself.
 class _Recorded(nnx.Intermediate):
-    """The values of one method, call by call: (marker, {site: act}), ..."""
+    """The values of a module: method to (marker, {site: act}), call by call."""
 
 
 class _Delta(nnx.Perturbation):
-    """The array probe of a site, which is added to its value."""
+    """The array probes of a module's sites, which are added to their values."""
 
 
-def from_nnx(model: nnx.Module) -> tuple[Probed, Params]:
+class _Model(NamedTuple):
+    """A module and how it is called, the arguments of :func:`from_nnx`."""
+
+    graph: Any
+    method: str | Callable[..., Any]
+    unbound: Callable[..., Any]
+    options: dict[str, Any]
+
+
+class _Run(NamedTuple):
+    """What the methods of a clone look up while they run.
+
+    Attributes:
+      functions: function probes, by site.
+      fresh: whether nnx transforms must trace anew.
+      trace: the JAX trace that the model was called in.
+      notes: what layers in train mode do, by their names; filled by the run.
+      nested: paths of the modules that were called in another trace; filled as well.
+    """
+
+    functions: Mapping[str, Probe]
+    fresh: bool
+    trace: Any
+    notes: dict[str, str]
+    nested: set[str]
+
+
+_RUN: ContextVar[_Run] = ContextVar("toyfeat_run")
+
+
+def _new_run(probes: Mapping[str, Probe], *, fresh: bool = False) -> _Run:
+    """Start a run with the functions among the probes."""
+    functions = {site: p for site, p in probes.items() if callable(p)}
+    return _Run(functions, fresh or bool(functions), trace_state(), {}, set())
+
+
+def from_nnx(
+    model: nnx.Module,
+    *,
+    method: str | Callable[..., Any] | None = None,
+    **call_kwargs: Any,
+) -> tuple[Probed, Params]:
     """Make a probed model of a flax nnx module, as it is.
 
     The module is cloned for every call; the object that was given is never
@@ -45,21 +104,29 @@ def from_nnx(model: nnx.Module) -> tuple[Probed, Params]:
     ``"embed.attend"`` for any other method, ``"shared#1"`` for a second call.
     ``nnx.remat`` works as it is; layers of an ``nnx.scan`` are the sites
     ``"layers/mlp@2"``.  The outputs of an ``nnx.RNN`` are a site, what happens
-    in its cell is not.
+    in its cell is not.  No sites either are modules that run in a plain JAX
+    transformation of the model's own; and if the model has loops, or conditions
+    whose branches call different modules, what runs inside any transformation.
 
     Args:
       model: the module, in the mode it is to be analysed in (``model.eval()``
         switches off dropout and batch statistics).
+      method: the method to call instead of ``__call__``.
+      **call_kwargs: keyword arguments of the call.
 
     Returns:
       ``probed(params, inputs, probes) -> (outputs, acts)`` and the ``params``
       it takes, a copy of the module's state.  ``inputs`` that are a tuple are
-      passed as positional arguments.
+      passed as positional arguments, a dict as keyword arguments if the method
+      has parameters of these names.  ``probed.train_mode(params, inputs)`` names
+      the layers in train mode, whose result for one example depends on the others
+      or on random numbers.
 
     Raises:
       TypeError: if ``model`` is not an nnx module.
-      ValueError: when called, if a probe names a site that does not exist, or
-        if a function is given for one layer of an ``nnx.scan``.
+      ValueError: when called, if ``params`` are not the state of the module, if a
+        probe names a site that does not exist, if a function is given for one
+        layer of an ``nnx.scan``, or if two values have one site name.
 
     Example:
       >>> from flax import nnx
@@ -76,34 +143,25 @@ def from_nnx(model: nnx.Module) -> tuple[Probed, Params]:
             "module use from_linen, for a function from_function"
         )
     graph, state = nnx.split(model)
+    method = "__call__" if method is None else method
+    unbound = method if callable(method) else getattr(type(model), method)
+    called = _Model(graph, method, unbound, call_kwargs)
 
     def probed(
         params: Params, inputs: Inputs, probes: Mapping[str, Probe]
     ) -> tuple[Outputs, Acts]:
-        args = inputs if type(inputs) is tuple else (inputs,)
         batch = infer_batch_size(inputs)
-        functions = {site: p for site, p in probes.items() if callable(p)}
-
-        def run(functions: Mapping[str, Probe], deltas: Any) -> Any:
-            # A fresh copy of the variables belongs to the trace we are in, so
-            # that nnx transforms inside the model may update them.
-            clone = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, params))
-            _prepare(clone, fresh=bool(functions))
-            token = _FUNCTIONS.set(functions)
-            try:
-                return nnx.capture(clone, _Recorded, init=deltas)(*args)
-            finally:
-                _FUNCTIONS.reset(token)
-
         # Array probes are variables, so the shapes of their sites are needed first.
-        deltas = None
+        deltas: _Deltas = {}
         if probes:
-            recorded = jax.eval_shape(lambda: run({}, None)[1])
+            recorded = _record_shapes(called, params, inputs, _new_run({}))
             slots = [(path, slot) for path, slot, _ in _read_slots(recorded, batch)]
             check_probes([slot for _, slot in slots], probes, "from_nnx")
             deltas = _pack_deltas(slots, probes)
         # Run the model and split what was recorded into sites.
-        outputs, recorded = run(functions, deltas)
+        run = _new_run(probes)
+        outputs, recorded = _record(called, params, inputs, run, deltas)
+        warn_batch_statistics("from_nnx", run.notes)
         acts: Acts = {}
         for _, slot, value in _read_slots(recorded, batch):
             for site, act in slot.split_acts(value).items():
@@ -111,10 +169,96 @@ def from_nnx(model: nnx.Module) -> tuple[Probed, Params]:
                 acts[site] = act
         return outputs, acts
 
+    def train_mode(params: Params, inputs: Inputs) -> tuple[str, ...]:
+        """Name what makes the result of an example depend on the others."""
+        run = _new_run({}, fresh=True)
+        _record_shapes(called, params, inputs, run)
+        return tuple(f"{name} {note}" for name, note in run.notes.items())
+
+    probed.__dict__["train_mode"] = train_mode
     return probed, jax.tree.map(lambda leaf: leaf, state)
 
 
-def _prepare(clone: nnx.Module, *, fresh: bool) -> None:
+def _record_shapes(model: _Model, params: Params, inputs: Inputs, run: _Run) -> Any:
+    """Record the shapes of all values, without running the model."""
+
+    def record(params: Params, inputs: Inputs) -> _Recording:
+        inside = run._replace(trace=trace_state())
+        return _record(model, params, inputs, inside, {})[1]
+
+    return jax.eval_shape(lambda: record(params, inputs))
+
+
+def _record(
+    model: _Model, params: Params, inputs: Inputs, run: _Run, deltas: _Deltas
+) -> tuple[Outputs, _Recording]:
+    """Run the model and record the values of as many modules as it allows.
+
+    The recording is part of the model's state, which grows while it runs.  Loops and
+    conditions want a state that keeps its structure, and fail.
+    """
+    try:
+        return _call(model, params, inputs, run, deltas, lambda path: True)
+    except Exception:
+        # Without a recording: either the model itself fails, and its error is the
+        # one to see, or its calls show which modules run inside a transformation.
+        plain = run._replace(functions={}, fresh=True)
+        plain.notes.clear()
+        plain.nested.clear()
+        _call(model, params, inputs, plain, {}, lambda path: False)
+        nested = frozenset(plain.nested)
+        return _call(model, params, inputs, run, deltas, lambda p: p not in nested)
+
+
+def _call(
+    model: _Model,
+    params: Params,
+    inputs: Inputs,
+    run: _Run,
+    deltas: _Deltas,
+    is_recorded: Callable[[str], bool],
+) -> tuple[Outputs, _Recording]:
+    """Call a clone of the module: its outputs and the recording."""
+    args, kwargs = split_inputs("from_nnx", model.unbound, inputs, model.options)
+    # A fresh copy of the variables belongs to the trace we are in, so that nnx
+    # transforms inside the model may update them.
+    try:
+        clone = nnx.merge(model.graph, jax.tree.map(lambda leaf: leaf, params))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            "from_nnx: params must be the whole state of the module, as from_nnx and "
+            f"nnx.state(model) return it, got {type(params).__name__} of another "
+            "structure; merge partial states with nnx.merge_state"
+        ) from error
+    _prepare(clone, run.fresh, deltas, is_recorded)
+    token = _RUN.set(run)
+    try:
+        if callable(model.method):
+            outputs = model.method(clone, *args, **{**model.options, **kwargs})
+        else:
+            bound = getattr(clone, model.method)
+            outputs = bound(*args, **{**model.options, **kwargs})
+    except (TypeError, AttributeError, ValueError, LookupError) as error:
+        explanation = explain_inputs("from_nnx", model.unbound, inputs if args else ())
+        if explanation is None:
+            raise
+        raise TypeError(explanation) from error
+    finally:
+        _RUN.reset(token)
+    recorded = {
+        path: vars(module)[_ACTS].get_value()
+        for path, module in nnx.iter_modules(clone)
+        if _ACTS in vars(module)
+    }
+    return outputs, recorded
+
+
+def _prepare(
+    clone: nnx.Module,
+    fresh: bool,
+    deltas: _Deltas,
+    is_recorded: Callable[[str], bool],
+) -> None:
     """Make the methods of a clone record their values, and store module paths.
 
     nnx.remat reuses a trace where the static parts of a module are equal, and a
@@ -127,12 +271,20 @@ def _prepare(clone: nnx.Module, *, fresh: bool) -> None:
         (*path, "cell") for path, module in modules if isinstance(module, nnx.RNN)
     ]
     for path, module in modules:
-        if any(path[: len(cell)] == cell for cell in carried_cells):
-            continue
+        # Containers have no methods of the model, and their attributes are their
+        # elements.
         recording_class = _recording_class(type(module))
-        if recording_class is not type(module):
-            module.__class__ = recording_class
-            module._toyfeat = ("/".join(map(str, path)), stamp)
+        if isinstance(module, (nnx.List, nnx.Dict)) or recording_class is type(module):
+            continue
+        name = "/".join(map(str, path))
+        module.__class__ = recording_class
+        setattr(module, _NAME, (name, stamp))
+        in_cell = any(path[: len(cell)] == cell for cell in carried_cells)
+        if in_cell or not is_recorded(name):
+            continue
+        setattr(module, _ACTS, _Recorded({}))
+        if path in deltas:
+            setattr(module, _DELTAS, _Delta(deltas[path]))
 
 
 @functools.cache
@@ -161,47 +313,106 @@ def _recording_method(method: Callable[..., Any], name: str) -> Callable[..., An
 
     @functools.wraps(method)
     def recording(self: Any, *args: Any, **kwargs: Any) -> Any:
-        value = method(self, *args, **kwargs)
-        path, functions = self._toyfeat[0], _FUNCTIONS.get({})
-        base = path if name == "__call__" and path else f"{path}.{name}".lstrip(".")
-        probed_values = []
-
-        # The call is counted in the recording itself, not in Python: nnx.remat
-        # traces a body twice, and each time starts from the same recording.
-        def append(calls: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
-            acts: Acts = {}
-
-            def record_leaf(site: str, act: Array) -> Array:
-                act = self.perturb(site, act, _Delta)
-                acts[site] = apply_probe(site, act, functions.get(site))
-                return acts[site]
-
-            site = call_name(base, len(calls))
-            probed_values.append(visit(site, value, record_leaf))
-            return (*calls, (jnp.zeros(()), acts))  # with the marker of infer_slot
-
-        # ``sow`` does nothing unless the model runs inside ``nnx.capture``.
-        recorded = self.sow(_Recorded, name, value, init_fn=tuple, reduce_fn=append)
-        return probed_values[0] if recorded else value
+        path, _ = getattr(self, _NAME)
+        site = path if name == "__call__" and path else f"{path}.{name}".lstrip(".")
+        with _hidden_recording(self):
+            counts = _count_keys(self)
+            value = method(self, *args, **kwargs)
+        run = _RUN.get(None)
+        if run is None:
+            return value
+        # Note what ties the result of one example to the batch it is run in.
+        layer = f"{site!r} ({type(self).__name__})"
+        if call_option("use_running_average", self, method, (self, *args), kwargs) is (
+            False
+        ):
+            run.notes[layer] = BATCH
+        if _draws_keys(self, method, (self, *args), kwargs, counts):
+            run.notes[layer] = RANDOM
+        if trace_state() != run.trace:
+            run.nested.add(path)
+        variable = vars(self).get(_ACTS)
+        return value if variable is None else _store(self, name, site, value, run)
 
     return recording
 
 
-def _read_slots(
-    recorded: Any, batch: int
-) -> Iterator[tuple[tuple[Any, ...], Slot, Any]]:
+def _store(module: Any, method: str, base: str, value: Any, run: _Run) -> Any:
+    """Probe and store every array of a value; return the probed value."""
+    variable = vars(module)[_ACTS]
+    deltas = vars(module)[_DELTAS].get_value() if _DELTAS in vars(module) else {}
+    # The call is counted in the recording itself, not in Python: nnx.remat traces a
+    # body twice, and each time starts from the same recording.
+    recorded = dict(variable.get_value())
+    calls = recorded.get(method, ())
+    acts: Acts = {}
+
+    def record_leaf(site: str, act: Array) -> Array:
+        act = act + deltas[site] if site in deltas else act
+        acts[site] = apply_probe(site, act, run.functions.get(site))
+        return acts[site]
+
+    probed_value = visit(call_name(base, len(calls)), value, record_leaf)
+    recorded[method] = (*calls, (jnp.zeros(()), acts))  # with the marker of infer_slot
+    # A variable of an outer trace, as in a plain jax.vmap of the model's own, cannot
+    # hold a value of the trace in progress.
+    try:
+        variable.set_value(recorded)
+    except TraceContextError:
+        return value
+    return probed_value
+
+
+@contextlib.contextmanager
+def _hidden_recording(module: Any) -> Iterator[None]:
+    """Hide the recording from a bridged linen module, which reads all attributes."""
+    if not isinstance(module, nnx.bridge.ToNNX):
+        yield
+        return
+    names = [name for name in (_NAME, _ACTS, _DELTAS) if name in vars(module)]
+    hidden = {name: vars(module).pop(name) for name in names}
+    try:
+        yield
+    finally:
+        vars(module).update(hidden)
+
+
+def _count_keys(module: Any) -> list[Any]:
+    """Return the counters of the random streams that a module holds itself."""
+    streams: list[Any] = []
+    for value in vars(module).values():
+        streams += vars(value).values() if isinstance(value, nnx.Rngs) else [value]
+    return [s.count.get_value() for s in streams if isinstance(s, nnx.RngStream)]
+
+
+def _draws_keys(
+    module: Any, method: Any, args: Any, kwargs: Any, counts: list[Any]
+) -> bool:
+    """Return whether a call of a layer drew random numbers, given its old counts."""
+    if hasattr(module, "deterministic"):
+        rate = getattr(module, "rate", getattr(module, "dropout_rate", 0.0))
+        train = call_option("deterministic", module, method, args, kwargs) is False
+        return train and rate != 0.0
+    pairs = zip(counts, _count_keys(module), strict=False)
+    return any(new is not old for old, new in pairs)
+
+
+def _read_slots(recorded: _Recording, batch: int) -> Iterator[tuple[_Path, Slot, Any]]:
     """Read the recording: path of the module, slot and value of every site."""
-    for path, variable in nnx.to_flat_state(recorded):
-        calls = variable.get_value() if isinstance(variable, nnx.Variable) else variable
-        for marker, acts in calls:
-            for site, value in acts.items():
-                yield path[:-1], infer_slot(site, marker, value, batch), value
+    for path, methods in recorded.items():
+        for calls in methods.values():
+            for marker, acts in calls:
+                for site, value in acts.items():
+                    yield path, infer_slot(site, marker, value, batch), value
 
 
 def _pack_deltas(
-    slots: list[tuple[tuple[Any, ...], Slot]], probes: Any
-) -> nnx.State | None:
-    """Build the state of array probes, or ``None`` without any."""
-    stacked = [((*path, slot.site), slot.stack_deltas(probes)) for path, slot in slots]
-    deltas = {place: _Delta(delta) for place, delta in stacked if delta is not None}
-    return nnx.from_flat_state(deltas) if deltas else None
+    slots: list[tuple[_Path, Slot]], probes: Mapping[str, Probe]
+) -> _Deltas:
+    """Build the array probes of every module, stacked over layers."""
+    deltas: dict[_Path, dict[str, Array]] = {}
+    for path, slot in slots:
+        delta = slot.stack_deltas(probes)
+        if delta is not None:
+            deltas.setdefault(path, {})[slot.site] = delta
+    return deltas

@@ -1,5 +1,7 @@
 """Site names and the application of probes, shared by every adapter."""
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -91,6 +93,94 @@ def apply_probe(site: str, act: Array, probe: Probe | None) -> Array:
     return act + delta.astype(act.dtype)
 
 
+def split_inputs(
+    who: str, method: Callable[..., Any], inputs: Inputs, options: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Split inputs into positional and keyword arguments of a model's method.
+
+    Args:
+      who: the adapter, for error messages.
+      method: the unbound method; its first parameter is the module.
+      inputs: a tuple of positional arguments, a dict of keyword arguments (if the
+        method has parameters of these names), or the one positional argument.
+      options: further keyword arguments of the call.
+
+    Raises:
+      TypeError: if the inputs are a list.
+    """
+    if type(inputs) is list:
+        raise TypeError(
+            f"{who}: inputs must be an array, a tuple of positional arguments or a "
+            f"dict of keyword arguments, got a list of {len(inputs)}; give "
+            "tuple(inputs), or (inputs,) to a model whose one argument is a list"
+        )
+    if type(inputs) is tuple:
+        return inputs, {}
+    if isinstance(inputs, Mapping):
+        signature = inspect.signature(method)
+        known = {k: v for k, v in options.items() if k in signature.parameters}
+        try:
+            signature.bind(None, **inputs, **known)
+        except TypeError:
+            return (inputs,), {}  # a method with one parameter for the whole dict
+        return (), dict(inputs)
+    return (inputs,), {}
+
+
+def explain_inputs(who: str, method: Callable[..., Any], inputs: Inputs) -> str | None:
+    """Explain a failed call whose inputs are a dict; ``None`` for other inputs."""
+    if not isinstance(inputs, Mapping):
+        return None
+    return (
+        f"{who}: inputs that are a dict must have the names of the model's parameters "
+        f"{list(inspect.signature(method).parameters)[1:]}, got the keys "
+        f"{list(inputs)}; rename the keys, or give a tuple of positional arguments"
+    )
+
+
+def check_params(params: Params, who: str) -> None:
+    """Raise if a leaf of the parameters is nothing that JAX can trace."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not (
+            hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
+        ):
+            raise TypeError(
+                f"{who}: params must be a pytree of arrays, got a "
+                f"{type(leaf).__name__} at {jax.tree_util.keystr(path) or 'the top'}; "
+                "keep it out of params (for an equinox model: arrays, static = "
+                "eqx.partition(model, eqx.is_array), and eqx.combine inside the "
+                "function)"
+            )
+
+
+# What a layer in train mode does, in messages.
+RANDOM = "draws random numbers"
+BATCH = "computes statistics over the batch"
+
+
+def call_option(
+    name: str, module: Any, method: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """Return an option of a layer: an argument of the call, or else its attribute."""
+    if not hasattr(module, name):
+        return None
+    value = inspect.signature(method).bind_partial(*args, **kwargs).arguments.get(name)
+    return getattr(module, name) if value is None else value
+
+
+def warn_batch_statistics(who: str, notes: Mapping[str, str]) -> None:
+    """Warn if layers normalise over the batch, which mixes the examples."""
+    layers = [name for name, note in notes.items() if note == BATCH]
+    if layers:
+        warnings.warn(
+            f"{who}: every example must be run on its own, got layers in train mode "
+            f"that compute statistics over the batch: {', '.join(layers)}; run the "
+            "model in evaluation mode (train=False, model.eval(), "
+            "use_running_average=True)",
+            stacklevel=3,
+        )
+
+
 def infer_batch_size(inputs: Inputs) -> int:
     """Return the leading axis ``B`` that all leaves of the inputs share.
 
@@ -123,8 +213,9 @@ def unknown_sites_message(missing: list[str], known: list[str], *, who: str) -> 
     else:
         reason = (
             "the path is misspelt, the module was not called for these inputs, or it "
-            "lies inside a lifted transform (nn.scan, nn.vmap) that does not carry "
-            "the collections 'toyfeat_acts' and 'toyfeat_probes' in variable_axes"
+            "runs where no value gets out (a plain jax.vmap, jax.checkpoint or "
+            "jax.lax.scan of the model's, a branch of a condition, a loop); take the "
+            "site of the module around it"
         )
     return (
         f"{who}: no site {', '.join(map(repr, missing))}; the sites are "
@@ -152,4 +243,5 @@ def site_shapes(
       >>> ft.site_shapes(probed, jnp.ones((2, 3)), jnp.ones((5, 2)))["acts"].shape
       (5, 3)
     """
+    check_params(params, "site_shapes")
     return jax.eval_shape(lambda p, x: probed(p, x, {})[1], params, inputs)

@@ -60,17 +60,25 @@ class Slot(NamedTuple):
         return {name: flat[i] for i, name in enumerate(self.site_names())}
 
 
-def infer_slot(site: str, marker: Any, value: Any, batch: int) -> Slot:
+def infer_slot(
+    site: str, marker: Any, value: Any, batch: int, wider_marker: Any = None
+) -> Slot:
     """Infer the lifted axes of a value from a scalar recorded with it.
 
     A scan stacks the scalar ``marker`` to ``[layers]``.  A module that was
     vmapped over the batch stacks it too, but then its value has no batch axis of
-    its own, and the stacked axis is the batch.
+    its own, and the stacked axis is the batch: the one whose extent differs in
+    ``wider_marker``, the same scalar with another batch.
     """
     layers = tuple(marker.shape)
-    inner = tuple(value.shape[len(layers) :])
-    if layers[:1] == (batch,) and (inner[:1] != (batch,) or len(inner) < 2):
-        layers = ()
+    if wider_marker is not None and wider_marker.ndim == len(layers):
+        pairs = zip(layers, wider_marker.shape, strict=True)
+        fixed = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+        layers = tuple(extent for extent, _ in fixed)
+    else:
+        inner = tuple(value.shape[len(layers) :])
+        if layers[:1] == (batch,) and (inner[:1] != (batch,) or len(inner) < 2):
+            layers = ()
     shape = tuple(value.shape[len(layers) :])
     return Slot(site=site, layers=layers, shape=shape, dtype=value.dtype)
 

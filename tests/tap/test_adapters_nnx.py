@@ -169,6 +169,10 @@ class Counting(nnx.Module):
         return self.dropout(self.norm(self.dense(x)))
 
 
+TRAINING = pytest.mark.filterwarnings("ignore:from_nnx.*statistics over the batch")
+
+
+@TRAINING
 @pytest.mark.parametrize("make", [Counting, Blocks, lambda: Blocks(RematBlock)])
 def test_the_model_that_was_given_stays_as_it_is(make):
     model = make()
@@ -201,6 +205,7 @@ def test_the_model_that_was_given_stays_as_it_is(make):
     assert before[2] == after[2]
 
 
+@TRAINING
 def test_state_that_a_call_changes_is_dropped():
     model = Counting()
     probed, params = ft.from_nnx(model)
@@ -832,10 +837,12 @@ def test_evaluation_mode_is_kept():
     assert_close(taps.grads, cubes_jacobian(suffix, acts))
 
 
+@TRAINING
 def test_training_mode_draws_the_models_next_dropout():
     model = Normed()
     probed, params = ft.from_nnx(model)
-    outputs, acts = probed(params, X, {})
+    with pytest.warns(UserWarning, match=r"from_nnx: .*'norm' \(BatchNorm\).*eval"):
+        outputs, acts = probed(params, X, {})
     np.testing.assert_allclose(outputs, nnx.clone(model)(X), rtol=1e-6, atol=1e-6)
     kept = np.float64(acts["dropout"]) / np.float64(acts["norm"])
     assert set(np.round(np.unique(kept), 5)) == {0.0, 2.0}

@@ -41,6 +41,7 @@ _Deltas = Mapping[_Path, dict[str, Array]]  # of a module: site to its array pro
 
 # Attributes of the modules of a clone: path and stamp, values, array probes.
 _NAME, _ACTS, _DELTAS = "_toyfeat", "_toyfeat_acts", "_toyfeat_deltas"
+_CAPTURES = "__captures__"  # attribute of the modules inside nnx.capture
 
 
 # Private variable types, which keep the recording apart from what a model sows and
@@ -231,13 +232,19 @@ def _call(
             "structure; merge partial states with nnx.merge_state"
         ) from error
     _prepare(clone, run.fresh, deltas, is_recorded)
+
+    def apply(clone: nnx.Module) -> Outputs:
+        for _, module in nnx.iter_modules(clone):
+            if isinstance(module, (nnx.List, nnx.Dict)):
+                vars(module).pop(_CAPTURES, None)  # would be one of its elements
+        bound = isinstance(model.method, str)
+        method = getattr(clone, model.method) if bound else model.unbound
+        return method(*(() if bound else (clone,)), *args, **model.options, **kwargs)
+
     token = _RUN.set(run)
     try:
-        if callable(model.method):
-            outputs = model.method(clone, *args, **{**model.options, **kwargs})
-        else:
-            bound = getattr(clone, model.method)
-            outputs = bound(*args, **{**model.options, **kwargs})
+        # A capture of nothing switches off what the model sows itself.
+        outputs = nnx.capture(apply)(clone)
     except (TypeError, AttributeError, ValueError, LookupError) as error:
         explanation = explain_inputs("from_nnx", model.unbound, inputs if args else ())
         if explanation is None:
@@ -369,7 +376,7 @@ def _hidden_recording(module: Any) -> Iterator[None]:
     if not isinstance(module, nnx.bridge.ToNNX):
         yield
         return
-    names = [name for name in (_NAME, _ACTS, _DELTAS) if name in vars(module)]
+    names = {_NAME, _ACTS, _DELTAS, _CAPTURES} & set(vars(module))
     hidden = {name: vars(module).pop(name) for name in names}
     try:
         yield

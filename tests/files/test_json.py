@@ -137,3 +137,12 @@ def test_a_broken_line_is_refused_by_number(tmp_path, line):
     path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 2}\n')
     with pytest.raises(ValueError, match=r"load: line 2 of .*rows\.jsonl must be "):
         read_json_lines(path, "load")
+
+
+@pytest.mark.parametrize("off", [None, False, 0, "none"])
+def test_unknown_keys_that_are_off_pass_unless_they_look_like_a_known_one(off):
+    known = ["apply_b_dec_to_input", "d_in"]
+    check_keys({"new_switch": off}, known, "f.json", "load", ignore_off=True)
+    for key, value in {"new_switch": True, "aply_b_dec_to_input": off}.items():
+        with pytest.raises(ValueError, match=f"'{key}' in f"):
+            check_keys({key: value}, known, "f.json", "load", ignore_off=True)

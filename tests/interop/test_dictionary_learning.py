@@ -78,7 +78,7 @@ def test_init_makes_parameters_of_the_same_shapes(name):
         (
             "topk",
             {"dict_class": "CrossCoder"},
-            "to be one of AutoEncoder, .*got 'CrossCoder'",
+            "must be one of AutoEncoder, .*got 'CrossCoder'",
         ),
         ("topk", {"dict_class": ["x"]}, r"got \['x'\]"),
         ("topk", {"k": 4}, r"k must be one number, got \[4\] in .* and \[3\] in ae.pt"),
@@ -94,7 +94,10 @@ def test_init_makes_parameters_of_the_same_shapes(name):
         ),
         ("topk", {"activation_dim": 7}, r"wants tensors .*\(7, 10\).*got .*\(6, 10\)"),
         ("standard", {"dict_size": 11}, r"standard wants tensors .*'W_enc': \(6, 11\)"),
-        ("jumprelu", {"dict_size": "10"}, "latents must be an int .* got '10'"),
+        ("jumprelu", {"dict_size": "10"}, r"'dict_size' in .*config\.json .* got '10'"),
+        ("jumprelu", {"bandwidth": float("nan")}, "'bandwidth' in .* got nan"),
+        ("batchtopk", {"k": True}, "'k' in .* must be an int at least 1, got True"),
+        ("topk", {"activation_dim": 6.0}, "'activation_dim' in .* got 6.0"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(name, trainer, match, tmp_path):
@@ -110,13 +113,15 @@ def test_missing_and_foreign_files_are_named(tmp_path):
         with pytest.raises(FileNotFoundError, match=f"there is no .*{name}"):
             load_dictionary_learning(folder)
     folder = copied("topk", tmp_path)
-    for text in ("{}", '{"trainer": 3}'):
+    for text, match in {
+        "{}": r"'trainer' in .*config\.json must be an object, got nothing",
+        '{"trainer": 3}': r"'trainer' in .*config\.json must be an object, got 3",
+        '{"trainer": {}}': r"'dict_class' in .*config\.json must be a string, got no",
+        "not json": r"config\.json must be a JSON object",
+    }.items():
         (folder / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"wanted trainer\.dict_class .*got None"):
+        with pytest.raises(ValueError, match=match):
             load_dictionary_learning(folder)
-    (folder / "config.json").write_text("not json")
-    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
-        load_dictionary_learning(folder)
 
 
 class Malicious:

@@ -263,9 +263,11 @@ def test_wrong_files_are_named(tmp_path):
     for change, match in (
         ({"architecture": "temporal"}, "'temporal' is not known here; known are"),
         ({"metadata": {"sae_lens_version": "5.9"}}, "says 5.9"),
+        ({"metadata": {"sae_lens_version": "six"}}, "says six"),
+        ({"metadata": "x"}, r"'metadata' in .*cfg\.json must be an object, got 'x'"),
         ({"normalize_activations": "layer_norm"}, "'layer_norm' is not known here"),
         ({"architecture": "topk"}, "k must be an int in 1 .. latents = 16, got None"),
-        ({"d_sae": 17}, "load_saelens: standard wants tensors"),
+        ({"d_sae": 17}, r"load_saelens: .*\.safetensors: standard wants tensors"),
     ):
         (tmp_path / "cfg.json").write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=match):

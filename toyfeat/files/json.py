@@ -19,6 +19,7 @@ MAX_BYTES = 2**28
 
 _AGAIN = "fetch or save it again"
 _REQUIRED = object()
+_SIMILAR = 0.7  # share of letters from which on a key may be another one misspelt
 _KINDS = {
     int: "an int",
     float: "a finite number",
@@ -218,7 +219,7 @@ def field(
     if name not in values:
         if default is not _REQUIRED:
             return default
-        near = get_close_matches(name, [str(key) for key in values], 1)
+        near = get_close_matches(name, list(values), 1, _SIMILAR)
         also = f" ({near[0]!r} is there)" if near else ""
         raise ValueError(f"{wanted}, got nothing{also}; add it there")
     value = values[name]
@@ -253,21 +254,38 @@ def list_field(
 
 
 def check_keys(
-    values: Mapping[str, Any], known: Iterable[str], source: str | Path, who: str
+    values: Mapping[str, Any],
+    known: Iterable[str],
+    source: str | Path,
+    who: str,
+    *,
+    ignore_off: bool = False,
 ) -> None:
     """Refuse keys that are not known, such as misspelt ones.
 
+    Args:
+      values: from :func:`read_json`.
+      known: all keys that are known.
+      source: the file, for messages.
+      who: the function, for messages.
+      ignore_off: pass keys whose value is off (``null``, ``false``, ``0``, ``"none"``),
+        as newer versions of a format add them, unless they look like a known key.
+
     Raises:
-      ValueError: if there is one; says which key may have been meant.
+      ValueError: if there is such a key; says which may have been meant.
     """
     known = list(known)
-    for key in values:
-        if key not in known:
-            near = get_close_matches(key, known, 1)
-            meant = f"{near[0]!r} is known" if near else f"known are {', '.join(known)}"
-            raise ValueError(
-                f"{who}: {_short(key)} in {source} is not known here; {meant}"
-            )
+    for key, value in values.items():
+        if key in known:
+            continue
+        near = get_close_matches(key, known, 1, _SIMILAR)
+        if ignore_off and not near and value in (None, False, "none"):
+            continue
+        meant = f"{near[0]!r} is known" if near else f"known are {', '.join(known)}"
+        raise ValueError(
+            f"{who}: {_short(key)} in {source} is not known here, got "
+            f"{_short(value)}; {meant}"
+        )
 
 
 def _is_kind(value: Any, kind: type) -> bool:

@@ -1,12 +1,13 @@
 """Dictionaries to and from the files of other libraries."""
 
 from toyfeat.interop.dictionary_learning import load_dictionary_learning
-from toyfeat.interop.saelens import load_saelens, save_saelens
+from toyfeat.interop.saelens import load_saelens, saelens_metadata, save_saelens
 from toyfeat.interop.sparsify import load_sparsify
 
 __all__ = [
     "load_dictionary_learning",
     "load_saelens",
     "load_sparsify",
+    "saelens_metadata",
     "save_saelens",
 ]

@@ -7,6 +7,7 @@ import numpy as np
 
 from toyfeat.dictionary.table import ARCHITECTURES
 from toyfeat.dictionary.types import Architecture, Config, Dictionary
+from toyfeat.files.json import field
 from toyfeat.files.torch_pickle import state_dict
 from toyfeat.interop import files
 from toyfeat.types import Params
@@ -79,34 +80,33 @@ def load_dictionary_learning(path: str | Path) -> tuple[Dictionary, Params]:
     Example:
       >>> load_dictionary_learning("no/such/trainer_0")
       Traceback (most recent call last):
-      FileNotFoundError: load_dictionary_learning: there is no .../config.json
+      FileNotFoundError: load_dictionary_learning: there is no ...; give a folder ...
 
     References:
       Marks, Karvonen and Mueller, dictionary_learning 0.1.0, ``load_dictionary``.
     """
-    settings, weights = files.settings_and_weights(_WHO, path, "config.json", "ae.pt")
-    trainer = settings.get("trainer")
-    trainer = trainer if isinstance(trainer, dict) else {}
-    kind = trainer.get("dict_class")
-    if not isinstance(kind, str) or kind not in _CLASSES:
+    folder = files.open_folder(_WHO, path, "config.json", "ae.pt")
+    trainer = field(folder.settings, "trainer", dict, folder.source, _WHO)
+    kind = field(trainer, "dict_class", str, folder.source, _WHO)
+    if kind not in _CLASSES:
         raise ValueError(
-            f"{_WHO}: wanted trainer.dict_class in {path}/config.json to be one of "
-            f"{', '.join(_CLASSES)}, got {kind!r}"
+            f"{_WHO}: trainer.dict_class in {folder.source} must be one of "
+            f"{', '.join(_CLASSES)}, got {kind!r}; others cannot be read"
         )
     name, tensor_names = _CLASSES[kind]
     architecture = ARCHITECTURES[name]
     # Their tensors under our names, their settings as ours.
-    state = state_dict(weights, _WHO)
+    state = state_dict(folder.weights, _WHO)
     tensors = _rename(kind, architecture, tensor_names, state)
     widths = _widths(tensors.pop("group_sizes", None))
-    config = _config(kind, architecture, trainer, tensors["W_enc"], widths)
+    config = _config(kind, architecture, trainer, tensors, widths, folder.source)
     if architecture.selects != "all":
-        config = config._replace(k=_k(trainer, state))
-    dictionary, params = files.dictionary_of(architecture, config, tensors, _WHO)
+        config = config._replace(k=_k(trainer, state, folder.source))
+    result = files.dictionary_of(architecture, config, tensors, _WHO, folder.weights)
     if kind == "AutoEncoder":
         tensors = _with_unit_rows(tensors)
-        return files.dictionary_of(architecture, config, tensors, _WHO)
-    return dictionary, params
+        return files.dictionary_of(architecture, config, tensors, _WHO, folder.weights)
+    return result
 
 
 def _rename(
@@ -131,39 +131,53 @@ def _config(
     kind: str,
     architecture: Architecture,
     trainer: dict[str, Any],
-    encoder: np.ndarray,
+    tensors: dict[str, np.ndarray],
     widths: tuple[int, ...],
+    source: Path,
 ) -> Config:
     """Make a configuration; sizes that the settings do not have are the encoder's."""
-    dim, latents = np.atleast_2d(encoder).shape[-2:]
+    dim, latents = np.atleast_2d(tensors["W_enc"]).shape[-2:]
     if widths and widths[-1] != latents:
         raise ValueError(
             f"{_WHO}: group_sizes must sum to the {latents} latents, got {widths[-1]}"
         )
-    own = {key: trainer.get(key) or x for key, x in architecture.defaults.items()}
+    own: dict[str, Any] = {
+        key: field(trainer, key, float, source, _WHO, default=None, low=0) or default
+        for key, default in architecture.defaults.items()
+    }
+    sizes = {"activation_dim": dim, "dict_size": latents}
+    dim, latents = (
+        field(trainer, name, int, source, _WHO, default=size, low=1)
+        for name, size in sizes.items()
+    )
     return Config(
         architecture=architecture.name,
-        d_in=trainer.get("activation_dim", dim),
-        d_sae=trainer.get("dict_size", latents),
+        d_in=dim,
+        d_sae=latents,
         apply_b_dec_to_input=kind not in _READ_AS_THEY_ARE,
         matryoshka_widths=widths,
         **own,
     )
 
 
-def _k(trainer: dict[str, Any], state: dict[str, np.ndarray]) -> int | None:
+def _k(
+    trainer: dict[str, Any], state: dict[str, np.ndarray], source: Path
+) -> int | None:
     """The number of codes, which may be in both files.
 
     Raises:
-      ValueError: if they have different ones.
+      ValueError: if they have different ones, or what is no number of codes.
     """
     weights = state["k"].ravel().tolist() if "k" in state else []
-    settings = [trainer["k"]] if trainer.get("k") is not None else []
+    if any(not isinstance(k, int) or isinstance(k, bool) for k in weights):
+        raise ValueError(f"{_WHO}: tensor 'k' in ae.pt must be ints, got {weights}")
+    setting = field(trainer, "k", int, source, _WHO, default=None, low=1)
+    settings = [] if setting is None else [setting]
     numbers = weights + settings
     if any(number != numbers[0] for number in numbers):
         raise ValueError(
-            f"{_WHO}: k must be one number, got {settings} in config.json and "
-            f"{weights} in ae.pt"
+            f"{_WHO}: k must be one number, got {settings} in {source} and {weights} "
+            "in ae.pt; fetch both files again"
         )
     return numbers[0] if numbers else None
 
@@ -171,8 +185,11 @@ def _k(trainer: dict[str, Any], state: dict[str, np.ndarray]) -> int | None:
 def _widths(sizes: np.ndarray | None) -> tuple[int, ...]:
     if sizes is None:
         return ()
-    if sizes.ndim != 1 or not len(sizes) or sizes.min() < 1:
-        raise ValueError(f"{_WHO}: group_sizes must be positive, got {sizes.tolist()}")
+    is_list = sizes.ndim == 1 and len(sizes) and sizes.dtype.kind in "iu"
+    if not is_list or sizes.min() < 1:
+        raise ValueError(
+            f"{_WHO}: group_sizes must be a list of positive ints, got {sizes.tolist()}"
+        )
     return tuple(int(width) for width in np.cumsum(sizes))
 
 

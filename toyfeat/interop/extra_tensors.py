@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from toyfeat.dictionary.types import Architecture, Config, SavedAs
+from toyfeat.files.json import field
 from toyfeat.files.safetensors import tensors_of
+from toyfeat.interop.files import config_field
 
 FILE = "toyfeat.safetensors"
 """Name of the file of the tensors that SAELens does not know."""
@@ -21,6 +23,11 @@ FILE = "toyfeat.safetensors"
 _DETAILS = "training_architecture_details"
 _DIGEST = "tensors_sha256"
 _DEFAULTS = Config._field_defaults
+_WHO = "load_saelens"
+_WAY_OUT = (
+    "save the dictionary again, or, to read what SAELens reads, take "
+    "training_architecture out of the metadata in cfg.json"
+)
 
 
 def split_extra(
@@ -52,7 +59,7 @@ def split_extra(
 
 
 def join_extra(
-    folder: Path,
+    source: Path,
     config: Config,
     tensors: dict[str, np.ndarray],
     metadata: dict[str, Any],
@@ -63,7 +70,7 @@ def join_extra(
     Files that it did not make stay as they are.
 
     Args:
-      folder: with the files.
+      source: path of ``cfg.json``.
       config: from ``cfg.json``.
       tensors: from SAELens' file.
       metadata: from ``cfg.json``.
@@ -74,54 +81,63 @@ def join_extra(
 
     Raises:
       FileNotFoundError: if the file of the extra tensors is missing.
-      ValueError: if it or the weights are of another dictionary, or of an
-        architecture that is not known.
+      ValueError: if it or the weights are of another dictionary, of an architecture
+        that is not known, or a setting is of another type.
     """
-    name = metadata.get("training_architecture")
-    details = metadata.get(_DETAILS)
-    details = details if isinstance(details, dict) else {}
-    if not isinstance(name, str):
-        return config, tensors
-    architecture = known.get(name)
-    if architecture is None and _DIGEST in details:
-        raise ValueError(
-            f"load_saelens: the files in {folder} are of the architecture {name!r}, "
-            "which is not known here; pass its record, architectures=(...,)"
-        )
-    saved_as = None if architecture is None else architecture.saved_as
-    if architecture is None or saved_as is None:
-        return config, tensors
-    if saved_as.fold is not None or saved_as.architecture == name:
-        return config, tensors
-    if not set(details) & {_DIGEST, *saved_as.metadata}:
+    name = field(metadata, "training_architecture", str, source, _WHO, default=None)
+    details = field(metadata, _DETAILS, dict, source, _WHO, default=None) or {}
+    saved_as = _split_form(source, name, details, known)
+    if name is None or saved_as is None:
         return config, tensors
     # The configuration that was saved: its settings are in the metadata, what SAELens
     # was told instead is a default.
     full = config._replace(
-        architecture=architecture.name,
-        **{key: details.get(key, _DEFAULTS[key]) for key in saved_as.metadata},
+        architecture=name,
+        **{key: config_field(details, key, source, _WHO) for key in saved_as.metadata},
         **{key: _DEFAULTS[key] for key in saved_as.overrides},
     )
     # All of its tensors; those of SAELens' file are all if the digest is theirs.
-    way_out = (
-        "save the dictionary again, or, to read what SAELens reads, take "
-        "training_architecture out of the metadata in cfg.json"
-    )
-    if _DIGEST in details and details[_DIGEST] != digest(tensors):
-        if not (folder / FILE).exists():
+    saved_digest = field(details, _DIGEST, str, source, _WHO, default=None)
+    extra_file = source.parent / FILE
+    is_whole = saved_digest in (None, digest(tensors))
+    if not is_whole:
+        if not extra_file.exists():
             raise FileNotFoundError(
-                f"load_saelens: there is no {folder / FILE}, which holds tensors of "
-                f"this {name} dictionary that SAELens does not know; {way_out}"
+                f"{_WHO}: there is no {extra_file}, which holds tensors of this {name} "
+                f"dictionary that SAELens does not know; {_WAY_OUT}"
             )
-        tensors = tensors | tensors_of(folder / FILE, "load_saelens")
+        tensors = tensors | tensors_of(extra_file, _WHO)
+        is_whole = saved_digest == digest(tensors)
     # Files of two dictionaries have another digest, or other settings.
-    same = _DIGEST not in details or details[_DIGEST] == digest(tensors)
-    if not same or _as_saelens(saved_as, full) != config:
+    if not is_whole or _as_saelens(saved_as, full) != config:
         raise ValueError(
-            f"load_saelens: the files in {folder} are not of one {name} dictionary: "
-            f"weights or settings were changed after it was saved; {way_out}"
+            f"{_WHO}: the files in {source.parent} are not of one {name} dictionary: "
+            f"weights or settings were changed after it was saved; {_WAY_OUT}"
         )
     return full, tensors
+
+
+def _split_form(
+    source: Path,
+    name: str | None,
+    details: dict[str, Any],
+    known: dict[str, Architecture],
+) -> SavedAs | None:
+    """Look up how a dictionary was split, ``None`` if it was not.
+
+    Raises:
+      ValueError: if it was, and its architecture is not known.
+    """
+    architecture = known.get(name or "")
+    if architecture is None and name is not None and _DIGEST in details:
+        raise ValueError(
+            f"{_WHO}: the files in {source.parent} are of the architecture {name!r}, "
+            "which is not known here; pass its record, architectures=(...,)"
+        )
+    saved_as = None if architecture is None else architecture.saved_as
+    if saved_as is None or saved_as.fold is not None or saved_as.architecture == name:
+        return None
+    return saved_as if set(details) & {_DIGEST, *saved_as.metadata} else None
 
 
 def _as_saelens(saved_as: SavedAs, config: Config) -> Config:

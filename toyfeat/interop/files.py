@@ -1,10 +1,11 @@
 """Reading, checking and replacing files of dictionaries, for every library."""
 
-import json
+import contextlib
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,41 @@ import numpy as np
 
 from toyfeat.dictionary.base import make_dictionary
 from toyfeat.dictionary.types import Architecture, Config, Dictionary
+from toyfeat.files.json import field, list_field, read_json
+from toyfeat.files.tensors import finite_tensors
 from toyfeat.types import Params
 
+_READERS = {
+    "sae_weights.safetensors": "load_saelens",
+    "sae.safetensors": "load_sparsify",
+    "ae.pt": "load_dictionary_learning",
+    "params.npz": "load_saelens",
+}
+_DEFAULTS = Config._field_defaults
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("d_in", "d_sae", "d_out", "k"), int),
+    **dict.fromkeys(("rescale_acts_by_decoder_norm", "apply_b_dec_to_input"), bool),
+    **dict.fromkeys(("bandwidth", "gradient_weight"), float),
+}
+_MAX_SIZE = 2**31 - 1  # JAX indexes arrays by int32
+_MAX_LISTED = 6  # files in a message, about what a person reads
 
-def settings_and_weights(
-    who: str, path: str | Path, settings: str, weights: str
-) -> tuple[dict[str, Any], Path]:
+
+class Files(NamedTuple):
+    """Files of a dictionary.
+
+    Attributes:
+      settings: values of the JSON file.
+      source: path of the JSON file.
+      weights: path of the weights.
+    """
+
+    settings: dict[str, Any]
+    source: Path
+    weights: Path
+
+
+def open_folder(who: str, path: str | Path, settings: str, weights: str) -> Files:
     """Read the object in a JSON file of a folder, and find the weights beside it.
 
     Args:
@@ -27,7 +57,7 @@ def settings_and_weights(
       weights: name of the file of weights.
 
     Returns:
-      The object, and the path of the weights.
+      :class:`Files`.
 
     Raises:
       FileNotFoundError: if one of the files is missing.
@@ -36,35 +66,77 @@ def settings_and_weights(
     folder = Path(path)
     for name in (settings, weights):
         if not (folder / name).exists():
-            raise FileNotFoundError(f"{who}: there is no {folder / name}")
-    text = (folder / settings).read_text(encoding="utf-8")
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{who}: {folder / settings} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{who}: wanted an object in {folder / settings}, got {text[:80]!r}"
+            raise FileNotFoundError(_missing(who, folder, name))
+    source = folder / settings
+    return Files(read_json(source, who), source, folder / weights)
+
+
+def _missing(who: str, folder: Path, name: str) -> str:
+    """Say that a file is missing, what is there instead, and what to do."""
+    text = f"{who}: there is no {folder / name}"
+    if not folder.is_dir():
+        return (
+            f"{text}; give a folder on this disk. Of the Hugging Face hub: fetch it "
+            "first, hf download OWNER/NAME --local-dir FOLDER"
         )
-    return values, folder / weights
+    there = sorted(path.name for path in folder.iterdir())
+    readers = [reader for file, reader in _READERS.items() if file in there]
+    if name not in readers and readers and readers[0] != who:
+        return f"{text}; this folder is one for {readers[0]}"
+    listed = ", ".join(there[:_MAX_LISTED]) or "nothing"
+    more = ", ..." if len(there) > _MAX_LISTED else ""
+    return f"{text}, the folder has {listed}{more}; give the folder that has it"
+
+
+def config_field(values: dict[str, Any], name: str, source: Path, who: str) -> Any:
+    """Look up a field of :class:`toyfeat.dictionary.types.Config` in settings.
+
+    Returns:
+      The value, as its type, or the default of the field.
+
+    Raises:
+      ValueError: if it is of another type or out of range, or missing and required.
+    """
+    options = {} if name in ("d_in", "d_sae") else {"default": _DEFAULTS[name]}
+    if name == "matryoshka_widths":
+        widths = list_field(values, name, int, source, who, low=1, high=_MAX_SIZE)
+        return tuple(widths)
+    kind = _KINDS[name]
+    bounds: dict[str, float] = {}
+    if kind is int:
+        bounds = {"low": 1, "high": _MAX_SIZE}
+    elif kind is float:
+        bounds = {"low": 0}
+    return field(values, name, kind, source, who, **options, **bounds)
 
 
 def dictionary_of(
-    architecture: Architecture, config: Config, tensors: dict[str, Any], who: str
+    architecture: Architecture,
+    config: Config,
+    tensors: dict[str, Any],
+    who: str,
+    source: Path,
 ) -> tuple[Dictionary, Params]:
     """Make the dictionary of a configuration, with its tensors as float32.
 
+    Args:
+      architecture: of the dictionary.
+      config: its settings.
+      tensors: its tensors.
+      who: the function, for messages.
+      source: the file of the tensors, for messages.
+
     Raises:
-      ValueError: if the configuration does not fit, or tensors are missing, too many
-        or of other shapes.
+      ValueError: if the configuration does not fit, or tensors are missing, too many,
+        of other shapes, not real numbers or not finite.
     """
     try:
         dictionary = make_dictionary(architecture, config)
     except ValueError as error:
-        raise ValueError(f"{who}: {error}") from error
-    check_tensors(dictionary, tensors, who)
-    params = {name: jnp.asarray(x, jnp.float32) for name, x in tensors.items()}
-    return dictionary, params
+        raise ValueError(f"{who}: {source.parent}: {error}") from error
+    check_tensors(dictionary, tensors, f"{who}: {source}")
+    arrays = finite_tensors(tensors, source, who)
+    return dictionary, {name: jnp.asarray(x) for name, x in arrays.items()}
 
 
 def check_tensors(dictionary: Dictionary, tensors: dict[str, Any], who: str) -> None:
@@ -88,6 +160,7 @@ def check_tensors(dictionary: Dictionary, tensors: dict[str, Any], who: str) -> 
 
 
 def replace(
+    who: str,
     folder: Path,
     writers: dict[str, Callable[[Path], object]],
     obsolete: tuple[str, ...] = (),
@@ -95,20 +168,49 @@ def replace(
     """Replace files of a folder when all of the new ones are written.
 
     Args:
+      who: the function, for messages.
       folder: made if it does not exist.
       writers: file name to what writes that file at a path; the order of the
         names is the order in which the files appear.
       obsolete: names of files that are removed at the end.
+
+    Raises:
+      OSError: if a file cannot be written; names it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     parts = {name: folder / f".{name}.part" for name in writers}
+    path = folder
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Write and flush all drafts before the first of them gets its name.
         for name, write in writers.items():
+            path = folder / name
             write(parts[name])
+            _flush(parts[name])
         for name, part in parts.items():
-            os.replace(part, folder / name)
+            path = folder / name
+            os.replace(part, path)
         for name in obsolete:
-            (folder / name).unlink(missing_ok=True)
+            path = folder / name
+            path.unlink(missing_ok=True)
+    except Exception as error:
+        # safetensors has an error of its own for a full disk.
+        is_disk = isinstance(error, OSError) or "I/O error" in str(error)
+        if not is_disk:
+            raise
+        reason = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None) or errno.EIO
+        raise OSError(
+            number,
+            f"{who}: could not write {path}: {reason}; make room, or give another "
+            "folder, and save again",
+        ) from error
     finally:
         for part in parts.values():
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file is on the disk, where a late error may still come."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

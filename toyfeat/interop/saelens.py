@@ -1,6 +1,9 @@
 """Dictionaries to and from the files of SAELens."""
 
 import json
+import math
+import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +12,26 @@ import numpy as np
 
 from toyfeat.dictionary.table import ARCHITECTURES
 from toyfeat.dictionary.types import Architecture, Config, Dictionary, SavedAs
+from toyfeat.files.json import check_keys, field, read_json
 from toyfeat.files.safetensors import library, tensors_of
-from toyfeat.interop import extra_tensors, files
+from toyfeat.interop import extra_tensors, files, gemma_scope
 from toyfeat.types import Params
 
-_VERSION = "6.54.12"  # whose format this is; versions below 6 are read otherwise
+_VERSION = "6.54.12"  # whose format this is
+_OLDEST = 6  # version of SAELens; older formats have other settings
+_LOAD = "load_saelens"
+_CONFIG = "cfg.json"
+_SWITCHES = ("rescale_acts_by_decoder_norm", "apply_b_dec_to_input")
+_KNOWN = (
+    *("architecture", "d_in", "d_sae", "d_out", "k", *_SWITCHES),
+    *("normalize_activations", "reshape_activations", "dtype", "device", "metadata"),
+    # Settings of the training, which do not change what is computed.
+    *("decoder_init_norm", "use_sparse_activations", "aux_loss_coefficient"),
+    *("l1_coefficient", "l1_warm_up_steps", "lp_norm", "topk_threshold_lr"),
+    *("l0_coefficient", "l0_warm_up_steps", "pre_act_loss_coefficient", "target_l0"),
+    *("jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_tanh_scale"),
+    *("jumprelu_sparsity_loss_mode", "jumprelu_ste_to_input"),
+)
 
 
 def save_saelens(
@@ -75,6 +93,7 @@ def save_saelens(
     if saved_as.fold is not None:
         tensors = saved_as.fold(config, tensors)
     # Write all files, then put them in place.
+    _check_metadata(metadata or {}, "metadata")
     metadata = {**(metadata or {}), **about}
     settings = _settings(architecture, saved_as, config, metadata)
     text = json.dumps(settings, indent=1) + "\n"
@@ -87,7 +106,8 @@ def save_saelens(
             extra_tensors.FILE: lambda part: save_file(_contiguous(extra), part)
         }
         writers = extra_writer | writers
-    files.replace(Path(path), writers, () if extra else (extra_tensors.FILE,))
+    obsolete = () if extra else (extra_tensors.FILE,)
+    files.replace("save_saelens", Path(path), writers, obsolete)
 
 
 def load_saelens(
@@ -125,37 +145,95 @@ def load_saelens(
       >>> again.config == sae.config, bool((same["W_dec"] == params["W_dec"]).all())
       (True, True)
     """
-    settings, weights = files.settings_and_weights(
-        "load_saelens", path, "cfg.json", "sae_weights.safetensors"
-    )
-    metadata = settings.get("metadata") or {}
-    version = str(metadata.get("sae_lens_version", "0"))
-    if int(version.split(".")[0]) < 6:
-        raise ValueError(
-            f"load_saelens: wanted the format of SAELens 6 or newer, {path} says "
-            f"{version}; load it with SAELens and save it again"
-        )
-    tensors = tensors_of(weights, "load_saelens")
+    if not (Path(path) / _CONFIG).exists() and (Path(path) / gemma_scope.FILE).exists():
+        return gemma_scope.load_params(Path(path) / gemma_scope.FILE, _LOAD)
+    folder = files.open_folder(_LOAD, path, _CONFIG, "sae_weights.safetensors")
+    metadata = _metadata(folder.settings, folder.source)
+    tensors = tensors_of(folder.weights, _LOAD)
     # What SAELens reads, then what only this library knows.
     known = ARCHITECTURES | {each.name: each for each in architectures}
-    config = _config(settings, known)
+    config = _config(folder.settings, known, folder.source)
     config, tensors = extra_tensors.join_extra(
-        Path(path), config, tensors, metadata, known
+        folder.source, config, tensors, metadata, known
     )
     architecture = known[config.architecture]
-    return files.dictionary_of(architecture, config, tensors, "load_saelens")
+    return files.dictionary_of(architecture, config, tensors, _LOAD, folder.weights)
 
 
-def _config(settings: dict[str, Any], known: dict[str, Architecture]) -> Config:
+def saelens_metadata(path: str | Path) -> dict[str, Any]:
+    """Read what was saved with a dictionary beside its tensors and settings.
+
+    Args:
+      path: the folder, as of :func:`load_saelens`.
+
+    Returns:
+      The ``metadata`` of :func:`save_saelens`, or of SAELens, with the version, the
+      training's architecture and its details; may be given to :func:`save_saelens`.
+
+    Raises:
+      FileNotFoundError: if there is no ``cfg.json``.
+      ValueError: if it is broken, or its format is older than 6.
+    """
+    source = Path(path) / _CONFIG
+    return _metadata(read_json(source, "saelens_metadata"), source)
+
+
+def _metadata(settings: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Look up the metadata, after checking the version of the format."""
+    metadata = field(settings, "metadata", dict, source, _LOAD, default=None) or {}
+    text = field(metadata, "sae_lens_version", str, source, _LOAD, default="0")
+    number = re.match(r"\d{1,4}(?=\.|$)", text)
+    if number is None or int(number[0]) < _OLDEST:
+        raise ValueError(
+            f"{_LOAD}: {source} must have the format of SAELens {_OLDEST} or newer, it "
+            f"says {text}; load it with SAELens and save it again"
+        )
+    return metadata
+
+
+def _check_metadata(value: Any, place: str) -> None:
+    """Refuse what JSON does not have, with its place in the metadata.
+
+    Raises:
+      TypeError: for a value that JSON does not have.
+      ValueError: for a number that is not finite.
+    """
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"save_saelens: keys of {place} must be strings, got {key!r}; "
+                    "convert it with str"
+                )
+            _check_metadata(entry, f"{place}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, entry in enumerate(value):
+            _check_metadata(entry, f"{place}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(
+            f"save_saelens: {place} must be finite, as JSON has no {value}; leave it "
+            "out, or give it as a string"
+        )
+    elif not isinstance(value, str | int | float | None):
+        raise TypeError(
+            f"save_saelens: {place} must be a JSON value, got a "
+            f"{type(value).__name__}: {reprlib.repr(value)}; convert it, as with list, "
+            "float or str"
+        )
+
+
+def _config(
+    settings: dict[str, Any], known: dict[str, Architecture], source: Path
+) -> Config:
     """Make a configuration from SAELens' settings."""
-    full = str(settings.get("architecture"))
+    check_keys(settings, _KNOWN, source, _LOAD, ignore_off=True)
+    full = field(settings, "architecture", str, source, _LOAD)
     name = full.removesuffix("_transcoder") if full != "transcoder" else "standard"
-    out = settings["d_out"] if "transcoder" in full else None
     for key in ("normalize_activations", "reshape_activations"):
         if settings.get(key, "none") not in ("none", None):
             raise ValueError(
-                f"load_saelens: {key} = {settings[key]!r} is not known here; fold it "
-                "into the weights with SAELens first"
+                f"{_LOAD}: {key} = {settings[key]!r} is not known here; fold it into "
+                f"the weights with SAELens first; it is in {source}"
             )
     # Only architectures that are saved as themselves are names in SAELens' files.
     readable = {
@@ -164,25 +242,20 @@ def _config(settings: dict[str, Any], known: dict[str, Architecture]) -> Config:
         if each.saved_as is not None and each.saved_as.architecture == each.name
     }
     transcoders = [each.name for each in readable.values() if each.transcodes]
-    architecture = readable.get(name)
-    if architecture is None or (out is not None and not architecture.transcodes):
+    architecture, is_transcoder = readable.get(name), "transcoder" in full
+    if architecture is None or (is_transcoder and not architecture.transcodes):
         raise ValueError(
-            f"load_saelens: architecture {full!r} is not known here; known are "
+            f"{_LOAD}: architecture {full!r} in {source} is not known here; known are "
             f"{', '.join(readable)}, and transcoders of {', '.join(transcoders)}; pass "
             "records of your own, architectures=(...,)"
         )
-    return Config(
-        architecture=name,
-        d_in=settings["d_in"],
-        d_sae=settings["d_sae"],
-        d_out=out,
-        k=settings.get("k"),
-        rescale_acts_by_decoder_norm=settings.get(
-            "rescale_acts_by_decoder_norm", False
-        ),
-        apply_b_dec_to_input=settings.get("apply_b_dec_to_input", out is None),
-        **architecture.defaults,
-    )
+    values = {"apply_b_dec_to_input": not is_transcoder, **settings}
+    if is_transcoder:
+        field(settings, "d_out", int, source, _LOAD)  # is required
+    names = ("d_in", "d_sae", "d_out", "k", *_SWITCHES)
+    fields = {key: files.config_field(values, key, source, _LOAD) for key in names}
+    fields["d_out"] = fields["d_out"] if is_transcoder else None
+    return Config(architecture=name, **fields, **architecture.defaults)
 
 
 def _saved_as(architecture: Architecture, config: Config) -> SavedAs:

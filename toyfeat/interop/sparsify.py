@@ -1,12 +1,12 @@
 """Dictionaries from the files of sparsify."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from toyfeat.dictionary.topk import TOPK
 from toyfeat.dictionary.types import Config, Dictionary
+from toyfeat.files.json import check_keys, field
 from toyfeat.files.safetensors import tensors_of
 from toyfeat.interop import files
 from toyfeat.types import Params
@@ -68,42 +68,44 @@ def load_sparsify(path: str | Path) -> tuple[Dictionary, Params]:
     References:
       Belrose et al., sparsify 1.3.3 (``eai-sparsify``), ``SparseCoder``.
     """
-    settings, weights = files.settings_and_weights(
-        _WHO, path, "cfg.json", "sae.safetensors"
-    )
-    config = _config(settings)
-    state = tensors_of(weights, _WHO)
+    folder = files.open_folder(_WHO, path, "cfg.json", "sae.safetensors")
+    config = _config(folder)
+    state = tensors_of(folder.weights, _WHO)
     if set(state) != set(_NAMES):
         raise ValueError(
-            f"{_WHO}: wanted tensors {sorted(_NAMES)}, got {sorted(state)}"
+            f"{_WHO}: wanted tensors {sorted(_NAMES)} in {folder.weights}, got "
+            f"{sorted(state)}"
         )
     tensors = {ours: np.asarray(state[theirs]) for theirs, ours in _NAMES.items()}
     tensors["W_enc"] = tensors["W_enc"].T
-    return files.dictionary_of(TOPK, config, tensors, _WHO)
+    return files.dictionary_of(TOPK, config, tensors, _WHO, folder.weights)
 
 
-def _config(settings: dict[str, Any]) -> Config:
+def _config(folder: files.Files) -> Config:
+    """Make a configuration from sparsify's settings."""
+    settings, source = folder.settings, folder.source
     for key, value in settings.items():
         if value and key in _ABSENT:
-            raise ValueError(f"{_WHO}: {key} = {value!r} asks for {_ABSENT[key]}")
-        if value and key not in _KNOWN:
-            raise ValueError(f"{_WHO}: {key} = {value!r} is not known here")
+            raise ValueError(
+                f"{_WHO}: {key} = {value!r} asks for {_ABSENT[key]}; it is in {source}"
+            )
+    check_keys(settings, _KNOWN, source, _WHO, ignore_off=True)
     activation = settings.get("activation", "topk")
     if activation != "topk":
         raise ValueError(
-            f"{_WHO}: activation {activation!r} is not known here; known is 'topk'"
+            f"{_WHO}: activation {activation!r} is not known here; known is 'topk', "
+            f"another one is in {source}"
         )
-    missing = [name for name in ("d_in", "k") if name not in settings]
-    if missing:
-        raise ValueError(f"{_WHO}: cfg.json has no {', '.join(missing)}")
-    dim = settings["d_in"]
-    latents = settings.get("num_latents") or dim * settings.get("expansion_factor", 32)
-    transcodes = bool(settings.get("transcode", False))
+    dim = field(settings, "d_in", int, source, _WHO, low=1)
+    # Latents by number, or, without one, by a multiple of the width.
+    latents = field(settings, "num_latents", int, source, _WHO, low=0, default=0)
+    factor = field(settings, "expansion_factor", int, source, _WHO, low=1, default=32)
+    transcodes = field(settings, "transcode", bool, source, _WHO, default=False)
     return Config(
         architecture=TOPK.name,
         d_in=dim,
-        d_sae=latents,
+        d_sae=latents or dim * factor,
         d_out=dim if transcodes else None,
-        k=settings["k"],
+        k=field(settings, "k", int, source, _WHO, low=1),
         apply_b_dec_to_input=not transcodes,
     )

@@ -219,31 +219,72 @@ def test_weights_that_were_only_written_anew_still_fit(tmp_path):
     assert_equal(ft.interop.load_saelens(tmp_path)[1], params)
 
 
-@pytest.mark.parametrize("last", range(3))
-def test_a_save_that_is_cut_off_never_mixes_readers_and_writers(
-    last, tmp_path, monkeypatch
+def stop_at(monkeypatch, call, function, stop):
+    """Let the given call of ``os.replace`` or ``os.rename`` stop the save."""
+    calls, plain = [], getattr(os, function)
+
+    def patched(source, target):
+        calls.append(target)
+        if len(calls) == call + 1:
+            stop()
+        plain(source, target)
+
+    monkeypatch.setattr(f"os.{function}", patched)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("call", range(3))
+@pytest.mark.parametrize("function", ["rename", "replace"])
+@pytest.mark.parametrize("name", ["standard", "paired"])
+def test_a_save_that_is_interrupted_leaves_the_old_dictionary(
+    name, function, call, tmp_path, monkeypatch
 ):
-    sae, replace, calls = OURS["paired"], os.replace, []
-
-    def cut_off(part, path):
-        calls.append(path)
-        if len(calls) > last:
-            raise KeyboardInterrupt
-        replace(part, path)
-
-    old, new = with_scale(sae), with_scale(sae, seed=1)
+    sae = OURS[name]
+    old, new = random_params(sae), random_params(sae, seed=1)
     ft.interop.save_saelens(tmp_path, sae, old)
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            ft.interop.save_saelens(tmp_path, sae, new)
-    if last == 0:
-        assert_equal(ft.interop.load_saelens(tmp_path)[1], old)
-    else:
-        with pytest.raises(ValueError, match="not of one paired dictionary"):
-            ft.interop.load_saelens(tmp_path)
+    files = names_in(tmp_path)
+    if call < len(files):
+        with monkeypatch.context() as patch:
+            stop_at(patch, call, function, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                ft.interop.save_saelens(tmp_path, sae, new)
+    assert_equal(ft.interop.load_saelens(tmp_path)[1], old)
+    assert names_in(tmp_path) == files
     ft.interop.save_saelens(tmp_path, sae, new)
     assert_equal(ft.interop.load_saelens(tmp_path)[1], new)
+
+
+def test_a_save_that_is_killed_never_mixes_weights_and_settings(tmp_path, monkeypatch):
+    """The dictionaries differ in a setting that fits the weights of both."""
+    old, new, folder = OURS["topk"], OURS["topk plain"], tmp_path / "sae"
+    params = {"old": random_params(old), "new": random_params(new, seed=1)}
+    ft.interop.save_saelens(folder, old, params["old"])
+    copies = []
+
+    def copy_before(function):
+        def copy_and_call(source, target):
+            copies.append(tmp_path / f"killed {len(copies)}")
+            shutil.copytree(folder, copies[-1])
+            function(source, target)
+
+        return copy_and_call
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(f"os.{name}", copy_before(getattr(os, name)))
+        ft.interop.save_saelens(folder, new, params["new"])
+    assert_equal(ft.interop.load_saelens(folder)[1], params["new"])
+    assert_equal(ft.interop.load_saelens(copies[0])[1], params["old"])
+    for copy in copies[1:]:
+        with pytest.raises(FileNotFoundError, match=r"a save was cut off here, save"):
+            ft.interop.load_saelens(copy)
+        ft.interop.save_saelens(copy, new, params["new"])
+        assert names_in(copy) == {"sae_weights.safetensors", "cfg.json"}
+        assert_equal(ft.interop.load_saelens(copy)[1], params["new"])
+    assert len(copies) == 4
 
 
 def test_wrong_files_are_named(tmp_path):

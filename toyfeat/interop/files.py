@@ -79,6 +79,8 @@ def _missing(who: str, folder: Path, name: str) -> str:
             f"{text}; give a folder on this disk. Of the Hugging Face hub: fetch it "
             "first, hf download OWNER/NAME --local-dir FOLDER"
         )
+    if (folder / f".{name}.old").exists():
+        return f"{text}; a save was cut off here, save again"
     there = sorted(path.name for path in folder.iterdir())
     readers = [reader for file, reader in _READERS.items() if file in there]
     if name not in readers and readers and readers[0] != who:
@@ -172,42 +174,48 @@ def replace(
       folder: made if it does not exist.
       writers: file name to what writes that file at a path; the order of the
         names is the order in which the files appear.
-      obsolete: names of files that are removed at the end.
+      obsolete: names of files that are removed.
 
     Raises:
-      OSError: if a file cannot be written; names it.
+      OSError: if a file cannot be written; names it.  The old files stay.
     """
     parts = {name: folder / f".{name}.part" for name in writers}
+    old = {name: folder / f".{name}.old" for name in (*obsolete, *writers)}
+    moved: list[str] = []
     path = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Write and flush all drafts before the first of them gets its name.
+        # Write and flush all drafts before anything old is touched.
         for name, write in writers.items():
             path = folder / name
             write(parts[name])
             _flush(parts[name])
+        # Set the old files aside, the last one first: without it the others are not
+        # read, so that a kill never leaves old and new files as one dictionary.
+        for name in reversed(old):
+            path = folder / name
+            if path.exists():
+                os.rename(path, old[name])
+                moved.append(name)
         for name, part in parts.items():
             path = folder / name
             os.replace(part, path)
-        for name in obsolete:
-            path = folder / name
-            path.unlink(missing_ok=True)
-    except Exception as error:
+    except BaseException as error:
+        for name in reversed(moved):
+            os.rename(old[name], folder / name)
         # safetensors has an error of its own for a full disk.
-        is_disk = isinstance(error, OSError) or "I/O error" in str(error)
-        if not is_disk:
+        if not isinstance(error, OSError) and "I/O error" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or error
-        number = getattr(error, "errno", None) or errno.EIO
         raise OSError(
-            number,
+            getattr(error, "errno", None) or errno.EIO,
             f"{who}: could not write {path}: {reason}; make room, or give another "
             "folder, and save again",
         ) from error
     finally:
-        for part in parts.values():
+        for path in (*parts.values(), *old.values()):
             with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -1,14 +1,103 @@
-"""Write text files atomically, and create folders for results."""
+"""Write files atomically, and create folders for results."""
 
+import contextlib
+import errno
+import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically: readers see the old content or all of the new."""
+    """Write a text file atomically: readers see the old content or all of the new.
+
+    Raises:
+      OSError: if it cannot be written; names it.  The old content stays.
+    """
     draft = path.with_name(path.name + ".partial")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    try:
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace")
+        _flush(draft)
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise _not_written("write_whole", path, error) from error
+
+
+def replace_files(
+    who: str,
+    folder: Path,
+    writers: dict[str, Callable[[Path], object]],
+    obsolete: tuple[str, ...] = (),
+) -> None:
+    """Replace files of a folder when all of the new ones are written.
+
+    Args:
+      who: the function, for messages.
+      folder: made if it does not exist.
+      writers: file name to what writes that file at a path; the order of the
+        names is the order in which the files appear.
+      obsolete: names of files that are removed.
+
+    Raises:
+      OSError: if a file cannot be written; names it.  The old files stay.
+    """
+    parts = {name: folder / f".{name}.part" for name in writers}
+    old = {name: folder / f".{name}.old" for name in (*obsolete, *writers)}
+    moved: list[str] = []
+    placed: list[str] = []
+    path = folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Write and flush all drafts before anything old is touched.
+        for name, write in writers.items():
+            path = folder / name
+            write(parts[name])
+            _flush(parts[name])
+        # Set the old files aside, the last one first: without it the others are not
+        # read, so that a kill never leaves old files that pass for new ones.
+        for name in reversed(old):
+            path = folder / name
+            if path.exists():
+                os.rename(path, old[name])
+                moved.append(name)
+        for name, part in parts.items():
+            path = folder / name
+            os.replace(part, path)
+            placed.append(name)
+        for path in old.values():
+            path.unlink(missing_ok=True)
+    except BaseException as error:
+        # Undo: all old files, and no new one where there was none.
+        for name in placed:
+            if name not in moved:
+                (folder / name).unlink()
+        for name in reversed(moved):
+            os.rename(old[name], folder / name)
+        # safetensors has an error of its own for a full disk.
+        if not isinstance(error, OSError) and "I/O error" not in str(error):
+            raise
+        raise _not_written(who, path, error) from error
+    finally:
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file is on the disk, where a late error may still come."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _not_written(who: str, path: Path, error: BaseException) -> OSError:
+    """Make the error of a file that cannot be written."""
+    return OSError(
+        getattr(error, "errno", None) or errno.EIO,
+        f"{who}: could not write {path}: {getattr(error, 'strerror', None) or error}; "
+        "make room, or give another folder, and run the same again",
+    )
 
 
 def output_folder(path: Path) -> Path:

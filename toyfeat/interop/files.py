@@ -1,9 +1,5 @@
 """Reading, checking and replacing files of dictionaries, for every library."""
 
-import contextlib
-import errno
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,66 +155,3 @@ def check_tensors(dictionary: Dictionary, tensors: dict[str, Any], who: str) -> 
             f"{who}: {dictionary.architecture.name} wants tensors {wanted}, got "
             f"{shapes}"
         )
-
-
-def replace(
-    who: str,
-    folder: Path,
-    writers: dict[str, Callable[[Path], object]],
-    obsolete: tuple[str, ...] = (),
-) -> None:
-    """Replace files of a folder when all of the new ones are written.
-
-    Args:
-      who: the function, for messages.
-      folder: made if it does not exist.
-      writers: file name to what writes that file at a path; the order of the
-        names is the order in which the files appear.
-      obsolete: names of files that are removed.
-
-    Raises:
-      OSError: if a file cannot be written; names it.  The old files stay.
-    """
-    parts = {name: folder / f".{name}.part" for name in writers}
-    old = {name: folder / f".{name}.old" for name in (*obsolete, *writers)}
-    moved: list[str] = []
-    path = folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Write and flush all drafts before anything old is touched.
-        for name, write in writers.items():
-            path = folder / name
-            write(parts[name])
-            _flush(parts[name])
-        # Set the old files aside, the last one first: without it the others are not
-        # read, so that a kill never leaves old and new files as one dictionary.
-        for name in reversed(old):
-            path = folder / name
-            if path.exists():
-                os.rename(path, old[name])
-                moved.append(name)
-        for name, part in parts.items():
-            path = folder / name
-            os.replace(part, path)
-    except BaseException as error:
-        for name in reversed(moved):
-            os.rename(old[name], folder / name)
-        # safetensors has an error of its own for a full disk.
-        if not isinstance(error, OSError) and "I/O error" not in str(error):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(
-            getattr(error, "errno", None) or errno.EIO,
-            f"{who}: could not write {path}: {reason}; make room, or give another "
-            "folder, and save again",
-        ) from error
-    finally:
-        for path in (*parts.values(), *old.values()):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file is on the disk, where a late error may still come."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

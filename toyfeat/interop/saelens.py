@@ -12,6 +12,7 @@ import numpy as np
 
 from toyfeat.dictionary.table import ARCHITECTURES
 from toyfeat.dictionary.types import Architecture, Config, Dictionary, SavedAs
+from toyfeat.files.atomic import replace_files
 from toyfeat.files.json import check_keys, field, read_json
 from toyfeat.files.safetensors import library, tensors_of
 from toyfeat.interop import extra_tensors, files, gemma_scope
@@ -107,7 +108,7 @@ def save_saelens(
         }
         writers = extra_writer | writers
     obsolete = () if extra else (extra_tensors.FILE,)
-    files.replace("save_saelens", Path(path), writers, obsolete)
+    replace_files("save_saelens", Path(path), writers, obsolete)
 
 
 def load_saelens(

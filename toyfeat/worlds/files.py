@@ -1,13 +1,17 @@
 """Read and write synthetic worlds in the format of SAELens."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.files.atomic import replace_files
+from toyfeat.files.json import check_keys, field, list_field, read_json
 from toyfeat.files.safetensors import library, tensors_of
+from toyfeat.files.tensors import finite_tensors
 from toyfeat.worlds.config import (
     ConstantMagnitude,
     CorrelationConfig,
@@ -27,6 +31,9 @@ from toyfeat.worlds.world import World, assemble_world, firing
 
 _CONFIG, _WEIGHTS = "synthetic_model_config.json", "synthetic_model.safetensors"
 _HIERARCHY = "hierarchy.json"
+_WHO = "load_synthetic_model"
+_SIZES = ("num_features", "hidden_dim", "rank")
+_MAX_SIZE = 2**31 - 1  # JAX indexes arrays by int32
 _FIRING = {"zipfian": ZipfianFiring, "linear": LinearFiring, "random": RandomFiring}
 _MAGNITUDE = {
     "constant": ConstantMagnitude,
@@ -44,11 +51,13 @@ def save_synthetic_model(path: str | Path, world: World) -> None:
     disagree with it are an error.
 
     Args:
-      path: a folder, created if it does not exist; its files are overwritten.
+      path: a folder, created if it does not exist; its files are replaced, only when
+        all of the new ones are written.
       world: from :func:`synthetic_world` or :func:`load_synthetic_model`.
 
     Raises:
       ValueError: if the world has no configuration, or was changed after it was made.
+      OSError: if a file cannot be written; names it.
       ImportError: without safetensors (``pip install "toyfeat[sae]"``).
 
     References:
@@ -68,13 +77,15 @@ def save_synthetic_model(path: str | Path, world: World) -> None:
         for name, value in tensors.items()
         if value is not None
     }
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, folder / _WEIGHTS)
-    _write_json(folder / _CONFIG, _config_json(config))
-    (folder / _HIERARCHY).unlink(missing_ok=True)
+    writers: dict[str, Callable[[Path], object]] = {
+        _WEIGHTS: lambda part: save_file(arrays, part)
+    }
     if world.hierarchy is not None:
-        _write_json(folder / _HIERARCHY, {"roots": _nodes(world.hierarchy)})
+        trees = {"roots": _nodes(world.hierarchy)}
+        writers[_HIERARCHY] = lambda part: _write_json(part, trees)
+    writers[_CONFIG] = lambda part: _write_json(part, _config_json(config))
+    obsolete = () if _HIERARCHY in writers else (_HIERARCHY,)
+    replace_files("save_synthetic_model", Path(path), writers, obsolete)
 
 
 def load_synthetic_model(path: str | Path) -> World:
@@ -90,8 +101,9 @@ def load_synthetic_model(path: str | Path) -> World:
 
     Raises:
       FileNotFoundError: if the configuration or the tensors are missing.
-      ValueError: if a setting is not known here, magnitudes are to be drawn without a
-        seed, or tensors are missing or of other shapes.
+      ValueError: if a file is broken, a setting is not known here or of another type,
+        magnitudes are to be drawn without a seed, or tensors are missing, of other
+        shapes or not finite.
       ImportError: without safetensors.
 
     Example:
@@ -108,23 +120,25 @@ def load_synthetic_model(path: str | Path) -> World:
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).exists():
             raise FileNotFoundError(
-                f"load_synthetic_model: there is no {folder / name}"
+                f"{_WHO}: there is no {folder / name}; give a folder of a world"
             )
-    config = _parse_config(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
-    stored = tensors_of(folder / _WEIGHTS, "load_synthetic_model")
-    tensors = {name: np.asarray(x, np.float32) for name, x in stored.items()}
-    _check_shapes(config, tensors)
+    config = _parse_config(read_json(folder / _CONFIG, _WHO), folder / _CONFIG)
+    stored = tensors_of(folder / _WEIGHTS, _WHO)
+    tensors = finite_tensors(stored, folder / _WEIGHTS, _WHO)
+    _check_tensors(config, tensors, folder / _WEIGHTS)
     trees = None
     if (folder / _HIERARCHY).exists():
-        text = (folder / _HIERARCHY).read_text(encoding="utf-8")
-        trees = _parse_nodes(json.loads(text)["roots"], config.num_features)
+        trees = _parse_nodes(folder / _HIERARCHY, config.num_features)
     shared = None
     if "correlation_factor" in tensors:
         names = "correlation_factor", "correlation_diag"
         shared = jnp.asarray(tensors[names[0]]), jnp.asarray(tensors[names[1]])
     vectors, bias = (jnp.asarray(tensors[k]) for k in ("feature_vectors", "bias"))
     probabilities = tensors["firing_probabilities"]
-    return assemble_world(config, vectors, bias, probabilities, shared, trees)
+    try:
+        return assemble_world(config, vectors, bias, probabilities, shared, trees)
+    except ValueError as error:  # a setting is out of its range
+        raise ValueError(f"{_WHO}: {folder / _CONFIG}: {error}") from error
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -155,8 +169,14 @@ def _check_config(world: World) -> WorldConfig:
     return config
 
 
-def _check_shapes(config: WorldConfig, tensors: dict[str, np.ndarray]) -> None:
-    """Raise a ValueError if tensors do not have the shapes of the configuration."""
+def _check_tensors(
+    config: WorldConfig, tensors: dict[str, np.ndarray], source: Path
+) -> None:
+    """Check the shapes of tensors, and that probabilities are some.
+
+    Raises:
+      ValueError: if they are not.
+    """
     num, dim = config.num_features, config.hidden_dim
     wanted = {"feature_vectors": (num, dim), "bias": (dim,)}
     wanted["firing_probabilities"] = (num,)
@@ -165,7 +185,15 @@ def _check_shapes(config: WorldConfig, tensors: dict[str, np.ndarray]) -> None:
         wanted["correlation_diag"] = (num,)
     shapes = {name: x.shape for name, x in tensors.items()}
     if shapes != wanted:
-        raise ValueError(f"load_synthetic_model: wanted tensors {wanted}, got {shapes}")
+        raise ValueError(f"{_WHO}: wanted tensors {wanted} in {source}, got {shapes}")
+    ranges = {"firing_probabilities": (0.0, 1.0), "correlation_diag": (0.0, np.inf)}
+    for name, (low, high) in ranges.items():
+        values = tensors.get(name, np.zeros(1))
+        if values.min() < low or values.max() > high:
+            raise ValueError(
+                f"{_WHO}: tensor {name!r} in {source} must be in {low} .. {high}, got "
+                f"{values.min()} .. {values.max()}; save it again"
+            )
 
 
 def _config_json(config: WorldConfig) -> dict[str, Any]:
@@ -184,52 +212,64 @@ def _config_json(config: WorldConfig) -> dict[str, Any]:
     return plain(config) | {"dtype": "float32"}
 
 
-def _parse_config(settings: dict[str, Any]) -> WorldConfig:
+def _parse_config(settings: dict[str, Any], source: Path) -> WorldConfig:
     """Build a configuration from the JSON values of SAELens."""
     settings = {k: v for k, v in settings.items() if k != "dtype"}
+    # Replace the objects in the file by records.
     settings["firing_probability"] = _parse_generator(
-        settings["firing_probability"], _FIRING
+        field(settings, "firing_probability", dict, source, _WHO), _FIRING, source
     )
     for name in ("std_firing_magnitudes", "mean_firing_magnitudes"):
         if isinstance(settings.get(name), dict):
-            settings[name] = _parse_generator(settings[name], _MAGNITUDE)
+            settings[name] = _parse_generator(settings[name], _MAGNITUDE, source)
     parts = {
         "hierarchy": HierarchyConfig,
         "orthogonalization": OrthogonalizationConfig,
         "correlation": CorrelationConfig,
     }
     for name, kind in parts.items():
-        if settings.get(name) is not None:
-            fields = dict(settings[name])
-            factor = fields.get("branching_factor")
-            if isinstance(factor, list):
-                fields["branching_factor"] = tuple(factor)
-            settings[name] = _build_record(kind, fields)
-    settings["bias"] = float(settings.get("bias", 1.0))  # true is a length of 1
-    return _build_record(WorldConfig, settings)
+        fields = field(settings, name, dict, source, _WHO, default=None)
+        settings[name] = None if fields is None else _build_record(kind, fields, source)
+    if isinstance(settings.get("bias"), bool):
+        settings["bias"] = float(settings["bias"])  # true is a length of 1
+    return _build_record(WorldConfig, settings, source)
 
 
-def _parse_generator(settings: dict[str, Any], kinds: dict[str, Any]) -> Any:
+def _parse_generator(settings: dict[str, Any], kinds: dict[str, Any], source: Path):
     """Build the record of a distribution, by the name of its generator."""
     fields = dict(settings)
     name = fields.pop("generator_name", None)
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise ValueError(
-            f"load_synthetic_model: generator {name!r} is not known here; known are "
-            f"{', '.join(kinds)}"
+            f"{_WHO}: generator {name!r} is not known here; known are "
+            f"{', '.join(kinds)}, another one is in {source}"
         )
-    return _build_record(kinds[name], fields)
+    return _build_record(kinds[name], fields, source)
 
 
-def _build_record(kind: Any, fields: dict[str, Any]) -> Any:
-    """Build a record, or raise a ValueError that names unknown fields."""
-    unknown = set(fields) - set(kind._fields)
-    if unknown:
-        raise ValueError(
-            f"load_synthetic_model: {kind.__name__} has no {sorted(unknown)}; known "
-            f"are {', '.join(kind._fields)}"
-        )
-    return kind(**fields)
+def _build_record(kind: Any, fields: dict[str, Any], source: Path) -> Any:
+    """Build a record, or raise a ValueError that names the field that does not fit."""
+    check_keys(fields, kind._fields, source, f"{_WHO}: {kind.__name__}")
+    missing = [n for n in kind._fields if n not in {**kind._field_defaults, **fields}]
+    # What is missing is looked up too, for the error.
+    names = [*fields, *missing]
+    return kind(**{name: _check_value(kind, name, fields, source) for name in names})
+
+
+def _check_value(kind: Any, name: str, fields: dict[str, Any], source: Path) -> Any:
+    """Check the type of a value against the annotation of a record's field."""
+    value, annotation = fields.get(name), kind.__annotations__[name]
+    if hasattr(value, "_asdict"):  # a record that was built before
+        return value
+    if name == "branching_factor" and isinstance(value, list):
+        bounds = list_field(fields, name, int, source, _WHO, low=1)
+        if len(bounds) == len(("least", "most")):
+            return tuple(bounds)
+    types = get_args(annotation) or (annotation,)
+    optional = {"default": None} if type(None) in types else {}
+    scalar = next((t for t in (bool, int, float) if t in types), dict)
+    sizes = {"low": 1, "high": _MAX_SIZE} if name in _SIZES else {}
+    return field(fields, name, scalar, source, _WHO, **optional, **sizes)
 
 
 def _nodes(trees: Hierarchy) -> list[dict[str, Any]]:
@@ -261,27 +301,41 @@ def _nodes(trees: Hierarchy) -> list[dict[str, Any]]:
     return roots + [node(None, {k: v}) for k, v in below.get(-1, {}).items()]
 
 
-def _parse_nodes(roots: list[dict[str, Any]], num: int) -> Hierarchy:
+def _parse_nodes(source: Path, num: int) -> Hierarchy:
     """Build a hierarchy from nested nodes, which are visited depth first."""
     parents, groups = np.full(num, -1), np.full(num, -1)
     scaled, seen, count = np.zeros(num, bool), set(), 0
+    roots = list_field(read_json(source, _WHO), "roots", dict, source, _WHO)
     waiting = [(root, -1, False) for root in roots]
     while waiting:
         node, parent, scales = waiting.pop()
-        feature, children = node.get("feature_index"), node.get("children", [])
+        feature = _feature_index(node, source, num)
+        # A node without a feature hands its parent on to its children.
         if feature is not None:
-            if feature in seen or not 0 <= feature < num:
+            if feature in seen:
                 raise ValueError(
-                    f"load_synthetic_model: feature_index {feature} appears twice or "
-                    f"is not in 0 .. {num - 1}"
+                    f"{_WHO}: feature_index {feature} appears twice in {source}; save "
+                    "the world again"
                 )
             seen.add(feature)
             parents[feature], scaled[feature] = parent, scales and parent >= 0
             parent = feature
-        if node.get("mutually_exclusive_children"):
-            inside = [c.get("feature_index") for c in children]
+        children = []
+        if "children" in node:
+            children = list_field(node, "children", dict, source, _WHO)
+        # Children that exclude each other get the number of their group.
+        name = "mutually_exclusive_children"
+        if field(node, name, bool, source, _WHO, default=False):
+            inside = [_feature_index(child, source, num) for child in children]
             groups[[f for f in inside if f is not None]] = count
             count += 1
-        flag = bool(node.get("scale_children_by_parent"))
-        waiting += [(child, parent, flag) for child in children]
+        name = "scale_children_by_parent"
+        scales = field(node, name, bool, source, _WHO, default=False)
+        waiting += [(child, parent, scales) for child in children]
     return hierarchy(parents, groups, scaled)
+
+
+def _feature_index(node: dict[str, Any], source: Path, num: int) -> int | None:
+    """Look up the feature of a node, which may have none."""
+    name, high = "feature_index", num - 1
+    return field(node, name, int, source, _WHO, default=None, low=0, high=high)

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from toyfeat.files.atomic import write_whole
+from toyfeat.files.json import read_json, read_json_lines
 from toyfeat.jobs.config import Attribution, Job
 
 # Entries that may be extended in a folder that has results already.
@@ -24,8 +26,10 @@ _FORMER_TRAIN_DEFAULTS = {
     "train.attribution.attribution": asdict(Attribution()),
 }
 
-
 _FORMER_DEFAULTS = {"weights": "float32"}
+
+_OTHER_FOLDER = "give another folder as out, or move it away"
+_DELETE_LINE = "delete that line, and its result is computed again"
 
 
 def claim_folder(job: Job, *parts: str) -> Path:
@@ -44,7 +48,7 @@ def claim_folder(job: Job, *parts: str) -> Path:
     folder = Path(job.out)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.json"
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    saved = read_json(path, "job", advice=_OTHER_FOLDER) if path.exists() else {}
     if saved:
         saved = _FORMER_DEFAULTS | saved
     if "train.steps" in saved:
@@ -54,7 +58,7 @@ def claim_folder(job: Job, *parts: str) -> Path:
         if saved[name] != settings[name]:
             raise ValueError(
                 f"job: {folder} has work with {name} = {saved[name]!r}, not "
-                f"{settings[name]!r}; give another folder as out, or move it away"
+                f"{settings[name]!r}; {_OTHER_FOLDER}"
             )
     if settings.keys() - saved.keys():
         write_whole(path, json.dumps(saved | settings, indent=1) + "\n")
@@ -79,17 +83,21 @@ def _flat_settings(job: Job, parts: Iterable[str]) -> dict[str, Any]:
 class Rows:
     """Results in a file of JSON lines, each result once.
 
-    A line that a kill cut off is dropped when the file is opened.  A number that is
-    not finite is ``null`` in the file and ``None`` here.
+    A last line that a kill cut off is dropped when the file is opened; another broken
+    line is an error that names it.  A number that is not finite is ``null`` in the
+    file and ``None`` here.
     """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = [x for x in text.splitlines(keepends=True) if x.endswith("}\n")]
-        if "".join(lines) != text:
-            write_whole(path, "".join(lines))
-        self._path, self.rows = path, [json.loads(line) for line in lines]
+        self._path, self.rows = path, []
+        if not path.exists():
+            return
+        self.rows = read_json_lines(path, "job", advice=_DELETE_LINE)
+        # Cut off what is after the last whole line, so that new rows begin one.
+        size = path.read_bytes().rfind(b"\n") + 1
+        if size < path.stat().st_size:
+            os.truncate(path, size)
 
     def has(self, key: dict[str, Any]) -> bool:
         """Check whether a row has these entries."""
@@ -100,8 +108,16 @@ class Rows:
         if self.has(key):
             return False
         row = {**key, **{name: _finite_or_none(x) for name, x in values.items()}}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        line = json.dumps(row, allow_nan=False) + "\n"
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"job: could not write {self._path}: {error.strerror}; make room and "
+                "run the same again, which goes on here",
+            ) from error
         self.rows.append(row)
         return True
 
@@ -111,6 +127,8 @@ class Rows:
 
 
 def _finite_or_none(value: Any) -> Any:
-    """Replace a number that JSON does not have by ``None``."""
+    """Replace numbers that JSON does not have by ``None``, in lists too."""
+    if isinstance(value, list | tuple):
+        return [_finite_or_none(entry) for entry in value]
     is_bad = isinstance(value, float) and not math.isfinite(value)
     return None if is_bad else value

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.checkpoint import save_tree
 from toyfeat.data.store import Store, store_size
 from toyfeat.interop import load_saelens
 from toyfeat.jobs.bases import compute_bases
@@ -25,23 +24,26 @@ from toyfeat.jobs.evaluate import (
 )
 from toyfeat.jobs.results import Rows, claim_folder
 from toyfeat.jobs.runs import Run, finished_runs, is_finished, list_runs
+from toyfeat.jobs.stores import (
+    open_collected,
+    open_moments,
+    require_collected,
+    require_store,
+    verify_once,
+)
 from toyfeat.jobs.taps import MAX_BYTES_IN_MEMORY, TapSource, from_store
 from toyfeat.jobs.train import train_one, train_together
 from toyfeat.jobs.workspace import (
     Log,
     Site,
     Workspace,
-    moments_path,
     num_readouts,
-    open_collected,
     open_job,
     open_site,
     open_taps,
     probed_from,
     provenance,
     readout_from,
-    require_collected,
-    require_store,
     site_width,
 )
 from toyfeat.lm.collect import collect, store_moments, tap_windows
@@ -52,19 +54,23 @@ _CHECKED_BASELINES = "pca", "random"  # an upper and a lower bound of what is li
 
 
 def collect_taps(
-    work: Workspace, report: Callable[[int, int], None] = lambda done, total: None
+    work: Workspace,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    log: Log = print,
 ) -> dict[str, Store]:
     """Store activations and gradients of the training text, and their moments.
 
     Args:
       work: from :func:`toyfeat.jobs.workspace.open_job`.
       report: called with the tokens done and all of them.
+      log: called with a line if moments were damaged.
 
     Returns:
       Site to store.
 
     Raises:
-      ValueError: for a job without a store, or one whose store is of other settings.
+      ValueError: for a job without a store, or one whose store is of other settings or
+        damaged.
     """
     job, settings = work.job, work.job.collect
     require_store(job)
@@ -82,10 +88,10 @@ def collect_taps(
         metadata=provenance(work),
         report=report,
     )
+    # Shards of earlier calls may have been damaged since: moments are of whole ones.
     for site, store in stores.items():
-        path = moments_path(job, site)
-        if not path.exists():
-            save_tree(path, store_moments(store))
+        verify_once(store)
+        open_moments(job, site, store.dim, partial(store_moments, store), log)
     return stores
 
 
@@ -168,7 +174,8 @@ def _decompose_site(site: Site, rows: Rows, log: Log) -> None:
     bases = compute_bases(site, [name for name in settings.bases if not is_done(name)])
     for name, basis in bases.items():
         values = np.asarray(basis.spectrum, np.float64)
-        ratio = float(values.sum() ** 2 / np.sum(values**2))
+        energy = float(np.sum(values**2))  # 0 where all gradients are
+        ratio = float(values.sum() ** 2 / energy) if energy > 0 else float("nan")
         if rows.add(
             {"site": site.name, "basis": name},
             {"spectrum": values.tolist(), "participation": ratio},

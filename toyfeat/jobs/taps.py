@@ -13,6 +13,7 @@ from toyfeat.checkpoint import load_tree
 from toyfeat.data import array_batches, store_batches
 from toyfeat.data.batches import Batches as DeviceBatches
 from toyfeat.data.store import Store, shard_taps
+from toyfeat.files.json import field
 from toyfeat.lm.collect import read_chunks
 from toyfeat.types import Array, Moments, Params, Taps
 
@@ -221,5 +222,7 @@ def count_massive(store: Store) -> int:
         int(np.sum(np.asarray(shard_taps(store, index).weights) == 0))
         for index in range(len(store.shards))
     )
-    windows = store.rows // store.metadata["length"]
+    source = store.path / "store.json"
+    length = field(store.metadata, "length", int, source, "job", low=1)
+    windows = store.rows // length
     return zeros - 2 * windows

@@ -13,6 +13,7 @@ import numpy as np
 from toyfeat.dictionary import losses, paired, topk
 from toyfeat.dictionary.types import Dictionary, Objective
 from toyfeat.files.atomic import write_whole
+from toyfeat.files.json import parse_json, read_bytes, read_json_lines
 from toyfeat.interop import save_saelens
 from toyfeat.jobs.config import Attribution, Train
 from toyfeat.jobs.runs import Run, finished_runs
@@ -155,10 +156,7 @@ def _find_population(runs: Sequence[Run], folder: Path) -> tuple[Path, list[Run]
     """
     number = 0
     while (path := _members_path(runs[0], folder, number)).exists():
-        members = [
-            runs[0]._replace(k=k, seed=seed)
-            for k, seed in json.loads(path.read_text(encoding="utf-8"))
-        ]
+        members = [runs[0]._replace(k=k, seed=seed) for k, seed in _read_members(path)]
         if set(runs) <= set(members):
             return path.parent, members
         number += 1
@@ -167,19 +165,38 @@ def _find_population(runs: Sequence[Run], folder: Path) -> tuple[Path, list[Run]
     return path.parent, list(runs)
 
 
+def _read_members(path: Path) -> list[tuple[int, int]]:
+    """Read ``k`` and seed of the members of a population.
+
+    Raises:
+      ValueError: if the file is broken; says what to do.
+    """
+    advice = f"delete the folder {path.parent}, and its training begins anew"
+    pairs = parse_json(read_bytes(path, "train"), path, "train", advice=advice)
+    is_list = isinstance(pairs, list)
+    if not is_list or any(
+        not isinstance(pair, list) or [type(number) for number in pair] != [int, int]
+        for pair in pairs
+    ):
+        raise ValueError(
+            f"train: {path} must be a list of pairs [k, seed], got {pairs!r:.80}; "
+            f"{advice}"
+        )
+    return [(k, seed) for k, seed in pairs]
+
+
 def _members_path(run: Run, folder: Path, number: int) -> Path:
     return folder / f"{run.label} together {number}" / "members.json"
 
 
 def _save_metrics(member: int, shared: Path, folder: Path) -> None:
     """Save the metrics of one member of a population into its own folder."""
-    lines = (shared / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [
         {
             name: value[member] if isinstance(value, list) else value
-            for name, value in json.loads(line).items()
+            for name, value in row.items()
         }
-        for line in lines
+        for row in read_json_lines(shared / "metrics.jsonl", "train")
     ]
     folder.mkdir(exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -199,14 +216,18 @@ def load_curves(train: Train, folder: Path) -> dict[str, dict[str, np.ndarray]]:
     curves = {}
     for run, features in finished_runs(train, folder):
         path = features.parent / "metrics.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        rows = [json.loads(line) for line in text.splitlines()]
+        rows = read_json_lines(path, "train") if path.exists() else []
         if rows:
             names = [n for n, x in rows[-1].items() if isinstance(x, int | float)]
             curves[run.name] = {
-                n: np.array([row.get(n) for row in rows], np.float64) for n in names
+                n: np.array([_number(row.get(n)) for row in rows]) for n in names
             }
     return curves
+
+
+def _number(value: Any) -> float:
+    """Return a number, NaN for what is none."""
+    return float(value) if isinstance(value, int | float) else float("nan")
 
 
 def _make_trainer(

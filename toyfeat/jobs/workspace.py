@@ -10,21 +10,20 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.checkpoint import save_tree
-from toyfeat.data.store import Store, open_store
 from toyfeat.decompose.second_moments import covariance
 from toyfeat.files.atomic import write_whole
+from toyfeat.files.json import field, read_json
 from toyfeat.jobs.config import Job
 from toyfeat.jobs.hub import hub_commit, is_hub
 from toyfeat.jobs.runs import list_runs
 from toyfeat.jobs.sources import locate, read_texts
-from toyfeat.jobs.taps import TapSource, from_model, from_store, load_moments
+from toyfeat.jobs.stores import open_collected, open_moments
+from toyfeat.jobs.taps import TapSource, from_model, from_store
 from toyfeat.lm.collect import (
     ReadoutOf,
     accumulate_moments,
     fingerprint,
     make_readout,
-    site_folder,
     tap_windows,
 )
 from toyfeat.lm.split import check_site
@@ -181,13 +180,13 @@ def open_site(work: Workspace, name: str, log: Log = print) -> Site:
       ValueError: as :func:`open_taps`.
     """
     source = open_taps(work, name)
-    path = moments_path(work.job, name)
-    if path.exists():
-        stats = load_moments(path, source.dim)
-    else:
-        log(f"{name}: {work.tokens.size:,} tokens straight from the model")
-        stats = accumulate_moments(source.chunks(), source.dim)
-        save_tree(path, stats)
+
+    def compute() -> Moments:
+        kind = "the store" if work.job.source == "store" else "the model"
+        log(f"{name}: {work.tokens.size:,} tokens straight from {kind}")
+        return accumulate_moments(source.chunks(), source.dim)
+
+    stats = open_moments(work.job, name, source.dim, compute, log)
     return Site(
         work=work,
         name=name,
@@ -221,7 +220,8 @@ def open_taps(work: Workspace, name: str) -> TapSource:
         _claim_model_and_text(work)
         return source
     store = open_collected(work.job, name)
-    _check_weights(work, store.path, store.metadata["weights"])
+    weights = field(store.metadata, "weights", str, store.path / "store.json", "job")
+    _check_weights(work, store.path, weights)
     return from_store(store, work.job.train.batch)
 
 
@@ -247,47 +247,6 @@ def model_taps(work: Workspace, name: str) -> TapSource:
     )
 
 
-def open_collected(job: Job, site: str) -> Store:
-    """Open the store of a site.
-
-    Raises:
-      FileNotFoundError: if nothing was collected there.
-    """
-    require_collected(job, site)
-    return open_store(Path(job.out) / "stores" / site_folder(site))
-
-
-def moments_path(job: Job, site: str) -> Path:
-    """Folder of the second moments of a site."""
-    folder = "moments" if job.source == "store" else "moments of the model"
-    return Path(job.out) / folder / site_folder(site)
-
-
-def require_collected(job: Job, site: str) -> None:
-    """Refuse a step that comes before collecting.
-
-    Raises:
-      FileNotFoundError: if nothing was collected, of a job with a store.
-    """
-    if job.source == "store" and not moments_path(job, site).exists():
-        raise FileNotFoundError(
-            f"job: {job.out} has nothing of {site!r} yet; run scripts/collect.py first"
-        )
-
-
-def require_store(job: Job) -> None:
-    """Refuse to collect for a job without a store.
-
-    Raises:
-      ValueError: for a job without a store.
-    """
-    if job.source != "store":
-        raise ValueError(
-            f"job: source is {job.source!r}, so that nothing is stored; leave this "
-            'step out, or set source = "store"'
-        )
-
-
 def _claim_model_and_text(work: Workspace) -> None:
     """Keep which weights and text the folder of a job without a store is of."""
     path = Path(work.job.out) / "model and text.json"
@@ -295,9 +254,9 @@ def _claim_model_and_text(work: Workspace) -> None:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"weights": work.weights, "tokens": text}) + "\n")
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    _check_weights(work, path.parent, saved["weights"])
-    if saved["tokens"] != text:
+    saved = read_json(path, "job", advice="give another folder as out")
+    _check_weights(work, path.parent, field(saved, "weights", str, path, "job"))
+    if field(saved, "tokens", str, path, "job") != text:
         raise ValueError(
             f"job: {path.parent} has work on another text than {work.job.text} is now; "
             "give another folder as out"

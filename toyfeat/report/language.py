@@ -81,6 +81,11 @@ def _format_range(values: Sequence[Any]) -> str:
     return spread(numbers, ".3f") + (f", {missing} missing" if missing else "")
 
 
+def _format_number(value: Any) -> str:
+    """Format a number, nothing for ``None``, as of a site without gradients."""
+    return "" if value is None else f"{value:.1f}"
+
+
 def write_language(
     folder: Path,
     evaluation: Sequence[Mapping[str, Any]],
@@ -156,7 +161,7 @@ def _basis_sections(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     image = data_uri(png(decomposition_figure(rows)))
     lines = [("site", "basis", "participation ratio")]
     lines += [
-        (row["site"], row["basis"], f"{row['participation']:.1f}")
+        (row["site"], row["basis"], _format_number(row.get("participation")))
         for row in rows
         if "basis" in row
     ]

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from toyfeat.jobs.config import BASES
-from toyfeat.report.plots import BLUE, GREEN, GREY, ORANGE, RED, figure
+from toyfeat.report.names import label
+from toyfeat.report.plots import BLUE, GREEN, GREY, ORANGE, RED, add_legend, figure
 
 _COLOURS = {
     "acts": BLUE,
@@ -58,17 +59,24 @@ def fronts_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     for kind in kinds:
         of_kind = [row for row in scores if kind_of(row["method"]) == kind]
         groups = [*group_seeds(of_kind).values()]
-        groups.sort(key=lambda rows: np.median([row["l0"] for row in rows]))
-        x = [float(np.median([row["l0"] for row in rows])) for rows in groups]
+        groups.sort(key=_median_l0)  # those without one come last
+        x = [_median_l0(rows) for rows in groups]
+        x = [latents if np.isfinite(latents) else np.nan for latents in x]
         for axis, name in zip(axes, panels, strict=True):
             medians, bars = _medians_and_bars(groups, name)
-            axis.errorbar(x, medians, bars, label=kind, **_style(kind, kinds))
+            axis.errorbar(x, medians, bars, label=label(kind), **_style(kind, kinds))
     for axis, name in zip(axes, panels.values(), strict=True):
         axis.set_xlabel("latents per token")
         axis.set_ylabel(name)
         axis.set_xscale("log", base=2)
-    axes[0].legend(fontsize=6)
+    add_legend(axes[0], fontsize=6)
     return picture
+
+
+def _median_l0(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Median of the active latents over seeds, infinite where none is known."""
+    known = [x for x in (_number(row.get("l0")) for row in rows) if np.isfinite(x)]
+    return float(np.median(known)) if known else np.inf
 
 
 def _medians_and_bars(
@@ -129,19 +137,19 @@ def curves_figure(curves: Mapping[str, Mapping[str, Any]]) -> Any:
     }
     picture = figure(12, 3.6)
     axes, labelled = picture.subplots(1, 3), set()
-    for name, metrics in curves.items():
-        kind = kind_of(name)
+    for run, metrics in curves.items():
+        kind = kind_of(run)
         colour, line = _colour(kind)
         for axis, metric in zip(axes, _CURVES, strict=True):
             if metric in metrics:
-                label = None if (kind, metric) in labelled else kind
+                name = None if (kind, metric) in labelled else label(kind)
                 labelled.add((kind, metric))
                 style = {"color": colour, "linestyle": line, "linewidth": 0.8}
-                axis.plot(metrics["step"], metrics[metric], label=label, **style)
+                axis.plot(metrics["step"], metrics[metric], label=name, **style)
     for axis, metric in zip(axes, _CURVES, strict=True):
         axis.set_xlabel("step")
         axis.set_ylabel(titles[metric])
-    axes[0].legend(fontsize=6)
+    add_legend(axes[0], fontsize=6)
     return picture
 
 
@@ -160,12 +168,14 @@ def faithfulness_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     picture = figure(3.2 * across, 3 * down)
     axes = np.atleast_1d(picture.subplots(down, across)).ravel()
     for axis, row in zip(axes, checked, strict=False):
-        predicted, true = np.asarray(row["effects"]).T
+        effects = np.asarray(row["effects"], float).reshape(-1, 2)
+        effects = effects[np.isfinite(effects).all(axis=1)]
+        predicted, true = effects.T
         colour, _ = _colour(kind_of(row["method"]))
         axis.scatter(predicted, true, s=4, alpha=0.4, color=colour, linewidths=0)
         # A margin around the largest effect; effects span orders of magnitude, so that
         # the axes are linear near zero only.
-        limit = 1.05 * max(np.abs(predicted).max(), np.abs(true).max(), 1e-12)
+        limit = 1.05 * np.abs(effects).max(initial=1e-12)
         axis.plot([-limit, limit], [-limit, limit], color="black", linewidth=0.6)
         axis.set_xscale("symlog", linthresh=limit / 300)
         axis.set_yscale("symlog", linthresh=limit / 300)
@@ -173,7 +183,7 @@ def faithfulness_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
         axis.set_xticks(ticks)
         axis.set_yticks(ticks)
         axis.minorticks_off()
-        title = f"{row['method']}: r {_number(row['correlation']):.2f}"
+        title = label(f"{row['method']}: r {_number(row.get('correlation')):.2f}")
         axis.set_title(title, size=9)
         axis.tick_params(labelsize=6)
     for axis in axes[len(checked) :]:
@@ -207,27 +217,30 @@ def _draw_recovered(axis: Any, rows: Sequence[Mapping[str, Any]], site: str) -> 
     """Draw the cross-entropy recovered by the first directions of every basis."""
     for basis in dict.fromkeys(row["method"].rpartition(",")[0] for row in rows):
         line = [r for r in rows if r["method"].rpartition(",")[0] == basis]
-        line.sort(key=lambda row: row["l0"])
-        values = [_number(row["recovered"]) for row in line]
-        axis.plot([row["l0"] for row in line], values, marker="o", label=basis)
+        line.sort(key=lambda row: _median_l0([row]))
+        values = [_number(row.get("recovered")) for row in line]
+        directions = [_number(row.get("l0")) for row in line]
+        axis.plot(directions, values, marker="o", label=label(basis))
     axis.set_xscale("log", base=4)
     axis.set_ylim(-0.5, 1.05)
-    axis.set_title(site, size=9)
+    axis.set_title(label(site), size=9)
     axis.set_xlabel("directions kept")
     axis.set_ylabel("cross-entropy recovered")
-    if axis.lines:
-        axis.legend(fontsize=7)
+    add_legend(axis, fontsize=7)
 
 
 def _draw_spectra(axis: Any, rows: Sequence[Mapping[str, Any]], site: str) -> None:
     """Draw the positive part of the spectrum of every basis, by its largest value."""
     for row in rows:
         values = np.asarray(row["spectrum"], float)
-        values = values[values > 0] / values.max()
-        axis.plot(1 + np.arange(len(values)), values, label=row["basis"])
+        values = values[values > 0]
+        if len(values):  # of a site without gradients there is nothing to draw
+            values = values / values.max()
+            axis.plot(1 + np.arange(len(values)), values, label=label(row["basis"]))
     axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_title(f"{site}: spectra", size=9)
+    if axis.lines:
+        axis.set_yscale("log")
+    axis.set_title(label(f"{site}: spectra"), size=9)
     axis.set_xlabel("direction")
     axis.set_ylabel("share of the largest")
 

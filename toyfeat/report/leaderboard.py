@@ -11,6 +11,7 @@ from rich.console import Console
 
 from toyfeat.files.atomic import write_whole
 from toyfeat.report import page
+from toyfeat.report.names import label, printable
 from toyfeat.report.plots import data_uri, figure, png
 from toyfeat.report.tables import html_lines, print_lines, spread
 
@@ -117,8 +118,9 @@ def heat_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
             axis.text(
                 j, i, f"{value:.2f}", ha="center", va="center", color=colour, size=7
             )
-    axis.set_xticks(range(len(tasks)), tasks, rotation=40, ha="right", size=8)
-    axis.set_yticks(range(len(methods)), methods, size=8)
+    columns, lines = [*map(label, tasks)], [*map(label, methods)]
+    axis.set_xticks(range(len(tasks)), columns, rotation=40, ha="right", size=8)
+    axis.set_yticks(range(len(methods)), lines, size=8)
     drawn.colorbar(image, ax=axis, label="coverage of the true features", shrink=0.8)
     return drawn
 
@@ -190,7 +192,7 @@ def _print_tables(
 ) -> None:
     """Print the tables of all tasks, the summary and the verdicts."""
     for task in _names(rows)[0]:
-        console.print(task)
+        console.print(printable(task), markup=False)
         print_lines(task_lines(rows, task), console)
         console.print()
     print_lines(summary_lines(rows), console)

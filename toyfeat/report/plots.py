@@ -25,6 +25,12 @@ def plain_ticks(side: Any) -> None:
     side.set_minor_formatter(NullFormatter())
 
 
+def add_legend(axis: Any, **style: Any) -> None:
+    """Add a legend to an axis on which something with a label is drawn."""
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(**style)
+
+
 def png(figure: Any) -> bytes:
     """Render a figure as the bytes of a PNG file."""
     buffer = io.BytesIO()

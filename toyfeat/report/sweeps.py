@@ -15,6 +15,7 @@ from rich.console import Console
 
 from toyfeat.files.atomic import write_whole
 from toyfeat.report import page
+from toyfeat.report.names import label
 from toyfeat.report.plots import (
     BLUE,
     GREEN,
@@ -91,23 +92,24 @@ def front_figure(
         points = _points(members, (x, y), scales)
         finite = np.array([m.finite for m in members]) & np.isfinite(points).all(1)
         saturated = finite & np.array([m.saturated for m in members])
-        label = f"{name}: {finite.sum()} of {len(members)} runs finite"
-        axis.scatter(*points[finite & ~saturated].T, s=26, label=label, **look)
+        text = label(f"{name}: {finite.sum()} of {len(members)} runs finite")
+        axis.scatter(*points[finite & ~saturated].T, s=26, label=text, **look)
         if saturated.any():
-            label = f"{name}: {saturated.sum()} saturated"
-            axis.scatter(*points[saturated].T, s=40, fc="none", label=label, **look)
+            text = label(f"{name}: {saturated.sum()} saturated")
+            axis.scatter(*points[saturated].T, s=40, fc="none", label=text, **look)
         front = pareto_front(members, x, y, larger=larger)
         line = _points(front, (x, y), scales).T
         steps = "steps-pre" if x in larger else "steps-post"
         style = {"color": look["color"], "lw": 2, "drawstyle": steps}
-        axis.plot(*line, label=f"{name}: Pareto front", **style)
+        axis.plot(*line, label=label(f"{name}: Pareto front"), **style)
     # Axes.
     labels = [
-        f"{n} ({'larger' if n in larger else 'smaller'} is better)" for n in (x, y)
+        label(f"{n} ({'larger' if n in larger else 'smaller'} is better)")
+        for n in (x, y)
     ]
     (_, xscale), (_, yscale) = scales
     axis.set(xlabel=labels[0], ylabel=labels[1], xscale=xscale, yscale=yscale)
-    axis.set_title(f"{y} against {x}")
+    axis.set_title(label(f"{y} against {x}"))
     for side, (_, scale) in zip((axis.xaxis, axis.yaxis), scales, strict=True):
         if scale == "log":
             plain_ticks(side)
@@ -167,11 +169,12 @@ def brittleness_figure(
         share = success_share(members, score, good, larger=larger)
         word = "≥" if larger else "≤"
         axis.set_title(
-            f"{name}\n{share:.0%} of runs have {score} {word} {good:g}", fontsize=10
+            f"{label(name)}\n{share:.0%} of runs have {label(score)} {word} {good:g}",
+            fontsize=10,
         )
-        axis.set_xlabel(x)
-    panels[0].set_ylabel(y)
-    picture.colorbar(image, ax=list(panels), label=score, shrink=0.9)
+        axis.set_xlabel(label(x))
+    panels[0].set_ylabel(label(y))
+    picture.colorbar(image, ax=list(panels), label=label(score), shrink=0.9)
     return picture
 
 

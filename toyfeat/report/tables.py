@@ -22,6 +22,7 @@ from rich.table import Table
 
 import toyfeat as ft
 from toyfeat.files.atomic import write_whole
+from toyfeat.report.names import printable
 
 _WIDE = 110  # columns of a terminal from which on ranges and random figures fit
 
@@ -152,12 +153,12 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
         if row.case != case:
             case = row.case
             table.add_section()
-            table.add_row(f"[bold cyan]{escape(case)}[/]")
+            table.add_row(f"[bold cyan]{_text(case)}[/]")
         name, median, *details, bound, mark = cells(row)
         colour = {"ok": "green", "missed": "bold red", "": ""}[mark]
         mark = f"[{colour}]{mark}[/]" if mark else ""
         shown = details if wide else []
-        table.add_row(f"  {escape(name)}", median, *shown, bound, mark)
+        table.add_row(f"  {_text(name)}", median, *shown, _text(bound), mark)
     console.print(table)
 
 
@@ -189,10 +190,15 @@ def print_lines(lines: Sequence[tuple[str, ...]], console: Console) -> None:
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     for index, heading in enumerate(lines[0]):
         justify = "right" if index else "left"
-        table.add_column(heading, justify=justify, no_wrap=index == 0)
+        table.add_column(_text(heading), justify=justify, no_wrap=index == 0)
     for line in lines[1:]:
-        table.add_row(*map(escape, line))
+        table.add_row(*map(_text, line))
     console.print(table)
+
+
+def _text(name: str) -> str:
+    """Escape what a terminal or rich gives a meaning."""
+    return escape(printable(name))
 
 
 def html_lines(lines: Sequence[tuple[str, ...]]) -> str:

@@ -270,8 +270,8 @@ def _strip_prefix(source: Source, prefix: str) -> Source:
             n for n in names if {n, f"{prefix}{n}"} <= source.shapes.keys()
         )
         raise ValueError(
-            f"{_WHO}: {source.name} has the tensor {duplicate} twice, as {prefix}{duplicate} "
-            "too; delete one of them"
+            f"{_WHO}: {source.name} has the tensor {duplicate} twice, also as "
+            f"{prefix}{duplicate}; delete one of them"
         )
     return Source(
         source.name,

@@ -114,8 +114,8 @@ def check_tokenizer(who: str, tokenizer: Any, vocab: int, path: Path) -> None:
     num = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if num > vocab:
         raise ValueError(
-            f"{who}: {path}: the tokenizer has {num} tokens, the model {vocab}; they "
-            "do not belong together: take both from one place"
+            f"{who}: the tokenizer has {num} tokens, the model {vocab}; they do not "
+            f"belong together, take all of {path} from one place"
         )
 
 

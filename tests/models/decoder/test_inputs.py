@@ -207,6 +207,18 @@ def test_masks_that_do_not_fit(mask, match):
         model.apply(case("gpt2").params, TOKENS, mask)
 
 
+@pytest.mark.parametrize("past", [ONES, [ONES]])
+def test_a_past_that_is_no_mapping(past):
+    with pytest.raises(ValueError, match=r"^Decoder: the past must map sites to keys"):
+        Decoder(case("gpt2").config).apply(case("gpt2").params, TOKENS, None, past)
+
+
+@pytest.mark.parametrize("start", ["1", 1.5])
+def test_a_start_that_is_no_layer(start):
+    with pytest.raises(ValueError, match=r"^Decoder: start must be in 0 .* got .*1"):
+        Decoder(case("gpt2").config, start=start).apply(case("gpt2").params, TOKENS)
+
+
 def test_a_mask_behind_a_past_is_of_the_past_too():
     past = {
         f"blocks_{i}/attn/{name}": jnp.zeros((2, 3, 12))

@@ -39,7 +39,9 @@ def check_inputs(
     _check_start(config, start, scan)
     _check_shape(config, inputs, start)
     shape = jnp.shape(inputs)
-    num_past = _check_past(config, shape[0], past, start, scan) if past else 0
+    num_past = 0
+    if not isinstance(past, Mapping) or past:
+        num_past = _check_past(config, shape[0], past, start, scan)
     positions = num_past + shape[1]
     if mask is not None:
         _check_mask(mask, (shape[0], positions), shape[1])
@@ -56,9 +58,10 @@ def check_inputs(
 
 
 def _check_start(config: DecoderConfig, start: int | None, scan: bool) -> None:
-    if start is not None and not 0 <= start <= config.layers:
+    if start is not None and start not in range(config.layers + 1):
         raise ValueError(
-            f"Decoder: start must be in 0 .. {config.layers}, the layers, got {start}"
+            f"Decoder: start must be in 0 .. {config.layers}, the layers, got "
+            f"{start!r}; give None to run the model from tokens on"
         )
     if scan and start not in (None, 0, config.layers):
         raise ValueError(
@@ -77,9 +80,15 @@ def _check_shape(config: DecoderConfig, inputs: Array, start: int | None) -> Non
         fits = fits and jnp.issubdtype(dtype, jnp.floating)
         expected = f"the residual stream [B, T, {config.dim}] before block {start}"
     if not fits:
-        raise ValueError(f"Decoder: wanted {expected}, got shape {shape} of {dtype}")
+        raise ValueError(
+            f"Decoder: wanted {expected}, got shape {shape} of {dtype}; "
+            f"{'start is None' if start is None else f'start is {start}'}"
+        )
     if not shape[1]:
-        raise ValueError("Decoder: there is no position, the inputs are empty")
+        raise ValueError(
+            f"Decoder: there is no position, the inputs are empty, got shape {shape}; "
+            "give at least one"
+        )
 
 
 def _check_mask(mask: Array, shape: tuple[int, int], time: int) -> None:
@@ -92,7 +101,8 @@ def _check_mask(mask: Array, shape: tuple[int, int], time: int) -> None:
         past = shape[1] - time
         raise ValueError(
             f"Decoder: the mask must be of all positions, {past} of the past and "
-            f"{time} of the inputs, shape {shape}, got {jnp.shape(mask)}"
+            f"{time} of the inputs, shape {shape}, got {jnp.shape(mask)}; give 1 at "
+            "tokens and 0 at padding"
         )
     if _is_concrete(mask) and not np.isin(np.asarray(mask), (0, 1)).all():
         raise ValueError(
@@ -156,6 +166,11 @@ def _check_past(
     scan: bool,
 ) -> int:
     """Check the keys and values of the blocks that are run; return their positions."""
+    if not isinstance(past, Mapping):
+        raise ValueError(
+            "Decoder: the past must map sites to keys and values, got "
+            f"{type(past).__name__}; give {{}} for none"
+        )
     if scan:
         raise ValueError("Decoder: a scanned model takes no past; use scan=False")
     blocks = range(start or 0, config.layers)
@@ -164,7 +179,7 @@ def _check_past(
     if missing:
         raise ValueError(
             f"Decoder: the past wants keys and values of {len(blocks)} blocks, such as "
-            f"{missing[0]!r}, got {sorted(past)}"
+            f"{missing[0]!r}, got {sorted(past)}; tap these sites"
         )
     shapes = {jnp.shape(past[site]) for site in sites}
     width = config.kv_heads * config.head_dim
@@ -173,6 +188,6 @@ def _check_past(
     if len(shapes) > 1 or len(shape) != 3 or (shape[0], shape[2]) != (batch, width):
         raise ValueError(
             f"Decoder: the past must be of one shape [{batch}, P, {width}], got "
-            f"{sorted(shapes)}"
+            f"{sorted(shapes)}; cut all of them alike"
         )
     return shape[1]

@@ -114,10 +114,11 @@ class Decoder(nn.Module):
           past: keys and values ``[B, P, kv_heads * head_dim]`` of the positions
             before, by site.
         """
-        config, past = self.config, past or {}
+        config, past = self.config, {} if past is None else past
         num_past = check_inputs(
             config, inputs, mask, past, start=self.start, scan=self.scan
         )
+        # Positions count the tokens of a row; without padding they are 0, 1, 2, ...
         positions = None
         if mask is not None:
             mask = jnp.asarray(mask, bool)

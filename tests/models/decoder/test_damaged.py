@@ -9,11 +9,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from toyfeat.models.decoder import load_decoder, token_windows
+from toyfeat.models.decoder import (
+    load_decoder,
+    stack_blocks,
+    token_windows,
+    unstack_blocks,
+)
 
 safetensors = pytest.importorskip("safetensors.numpy")
 tokenizers = pytest.importorskip("tokenizers")
 gguf = pytest.importorskip("gguf")
+
+WORDS = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, "a"))
 
 
 def refused(path, match, kind=ValueError, **options):
@@ -127,6 +134,48 @@ def test_weights_that_are_not_finite(folder, value):
     tensors["model.norm.weight"][3] = value
     safetensors.save_file(tensors, folder / "model.safetensors")
     refused(folder, r"must store finite numbers in norm.weight, got nan or inf")
+
+
+def test_weights_beyond_a_dtype(folder):
+    tensors = oracle.random_tensors(oracle.LLAMA)
+    tensors["model.norm.weight"][3] = -7e4
+    safetensors.save_file(tensors, folder / "model.safetensors")
+    refused(folder, r"in norm.weight than the 65504 of float16; give", dtype=np.float16)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, bool, np.complex64])
+def test_parameters_of_another_dtype(folder, dtype):
+    with pytest.raises(ValueError, match=r"^load_decoder: dtype must be a floating-po"):
+        load_decoder(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("path", [3, None, ["model"]])
+def test_a_path_of_another_type(path):
+    with pytest.raises(TypeError, match=r"^load_decoder: path must be a str or a Path"):
+        load_decoder(path)
+
+
+@pytest.mark.parametrize(
+    ("length", "start", "match"),
+    [
+        ("3", None, r"length must be at least 2, got '3'; give"),
+        (2.5, None, r"length must be at least 2, got 2.5; give"),
+        (2, -1, r"start must be the id of a token, got -1; give"),
+        (2, 99, r"start must be the id of a token, got 99; give"),
+        (2, "a", r"start must be the id of a token, got 'a'; give"),
+    ],
+)
+def test_windows_that_cannot_be(length, start, match):
+    with pytest.raises(ValueError, match=rf"^token_windows: {match}"):
+        token_windows(WORDS, ["a b"], length, start=start)
+
+
+@pytest.mark.parametrize("change", [stack_blocks, unstack_blocks])
+@pytest.mark.parametrize("params", [{"blocks_0": {}}, None, [1]])
+def test_variables_without_parameters(change, params):
+    match = rf"^{change.__name__}: wanted variables with 'params', got .*; give"
+    with pytest.raises(ValueError, match=match):
+        change(params)
 
 
 def test_messages_of_libraries_are_shortened(folder):
@@ -401,7 +450,6 @@ def test_an_embedding_without_sizes(tmp_path):
 
 # Tokenizers whose library panics.
 
-WORDS = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, "a"))
 PANICS = {  # the first when it is read
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]},
     "normalizer": {"type": "Precompiled", "precompiled_charsmap": ""},

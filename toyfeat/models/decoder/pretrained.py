@@ -1,5 +1,6 @@
 """Decoders with the weights of released language models."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +48,9 @@ def load_decoder(
     Raises:
       FileNotFoundError: if the folder, or a file that it needs, does not exist.
       ValueError: for an architecture that is not covered, tensors that are missing,
-        left over or of another shape, a damaged file, or a tokenizer with more tokens
-        than the model.
+        left over, of another shape or beyond ``dtype``, a damaged file, a tokenizer
+        with more tokens than the model, or a ``dtype`` that is no floating-point type.
+      TypeError: for a path of another type.
       ImportError: without the ``lm`` extra.
 
     Example:
@@ -56,6 +58,16 @@ def load_decoder(
       >>> tokens = model.tokenizer.encode("The capital of France is").ids
       ... # doctest: +SKIP
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"load_decoder: path must be a str or a Path, got {path!r}; give the "
+            "folder or the file of a model"
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"load_decoder: dtype must be a floating-point type, got {dtype!r}; give "
+            "jnp.float32 or jnp.bfloat16"
+        )
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
@@ -65,7 +77,8 @@ def load_decoder(
     is_folder = path.is_dir()
     if not is_folder and path.suffix != ".gguf":
         raise ValueError(
-            f"load_decoder: wanted a folder or a .gguf file, got the file {path.name}"
+            f"load_decoder: wanted a folder or a .gguf file, got the file {path.name}; "
+            "save its weights as safetensors first"
         )
     load = huggingface.load_folder if is_folder else gguf.load_gguf
     config, params = load(path, dtype)

@@ -1,8 +1,12 @@
 """Conversion of parameters between a loop and a scan over the layers."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from toyfeat.models.decoder.checks import show_value
 from toyfeat.types import Params
 
 _PREFIX = "blocks_"
@@ -30,13 +34,13 @@ def stack_blocks(params: Params) -> Params:
       >>> jnp.allclose(Decoder(config).apply(params, tokens), scanned)
       Array(True, dtype=bool)
     """
-    tree = params["params"]
+    tree = _module_params("stack_blocks", params)
     num = sum(name.startswith(_PREFIX) for name in tree)
     names = [f"{_PREFIX}{i}" for i in range(num)]
     if not num or any(name not in tree for name in names):
         raise ValueError(
             f"stack_blocks: wanted params['params'] with {_PREFIX}0 .. {_PREFIX}<n>, "
-            f"got {sorted(tree)}"
+            f"got {sorted(tree)}; give those of an unrolled decoder"
         )
     others = {name: x for name, x in tree.items() if name not in names}
     blocks = jax.tree.map(lambda *x: jnp.stack(x), *(tree[name] for name in names))
@@ -55,10 +59,11 @@ def unstack_blocks(params: Params) -> Params:
     Raises:
       ValueError: if there are no ``blocks``.
     """
-    tree = params["params"]
+    tree = _module_params("unstack_blocks", params)
     if "blocks" not in tree:
         raise ValueError(
-            f"unstack_blocks: wanted params['params'] with 'blocks', got {sorted(tree)}"
+            "unstack_blocks: wanted params['params'] with 'blocks', got "
+            f"{sorted(tree)}; give those of a scanned decoder"
         )
     others = {name: x for name, x in tree.items() if name != "blocks"}
     num = len(jax.tree.leaves(tree["blocks"])[0])
@@ -67,3 +72,13 @@ def unstack_blocks(params: Params) -> Params:
         for i in range(num)
     }
     return {**params, "params": {**others, **blocks}}
+
+
+def _module_params(who: str, params: Params) -> Mapping[str, Any]:
+    """Look up the parameters of the module in its variables."""
+    if not isinstance(params, Mapping) or "params" not in params:
+        raise ValueError(
+            f"{who}: wanted variables with 'params', got {show_value(params)}; give "
+            "what init returns"
+        )
+    return params["params"]

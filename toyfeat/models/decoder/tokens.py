@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from toyfeat.models.decoder import gguf
-from toyfeat.models.decoder.checks import shorten, show_value
+from toyfeat.models.decoder.checks import is_size, shorten, show_value
 
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens of a GGUF file that are not split
 _WITHOUT = "fetch it again, or read without: tokenizer=False"
@@ -136,7 +136,8 @@ def token_windows(
 
     Raises:
       TypeError: for one text instead of several.
-      ValueError: for a length below 2, or if no text fills a window.
+      ValueError: for a length below 2, a start that is no token, a text that the
+        tokenizer cannot encode, or if no text fills a window.
 
     Example:
       >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -147,8 +148,16 @@ def token_windows(
     """
     if isinstance(texts, str):
         raise TypeError("token_windows: wanted several texts, got one; give [text]")
-    if length < 2:
-        raise ValueError(f"token_windows: length must be at least 2, got {length}")
+    if not is_size(length) or length < 2:
+        raise ValueError(
+            f"token_windows: length must be at least 2, got {show_value(length)}; give "
+            "an int"
+        )
+    if start is not None and start not in tokenizer.get_vocab().values():
+        raise ValueError(
+            "token_windows: start must be the id of a token, got "
+            f"{show_value(start)}; give one of the tokenizer's"
+        )
     # Windows without the token in front.
     width = length - (start is not None)
     rows = []

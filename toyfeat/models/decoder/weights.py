@@ -81,7 +81,7 @@ def assemble_params(
     for piece in pieces:
         if piece.tensor not in last:
             last = {piece.tensor: source.read(piece.tensor)}
-            _check_values(who, source, piece.tensor, last[piece.tensor])
+            _check_values(who, source, piece.tensor, last[piece.tensor], dtype)
         param = piece.extract(last[piece.tensor])
         flat[tuple(piece.param.split("/"))] = jnp.asarray(param).astype(dtype)
     # The table of pieces must be that of the module.
@@ -134,8 +134,10 @@ def list_pieces(
     return listed
 
 
-def _check_values(who: str, source: Source, name: str, tensor: np.ndarray) -> None:
-    """Raise for values that are not finite, and for integers.
+def _check_values(
+    who: str, source: Source, name: str, tensor: np.ndarray, dtype: Any
+) -> None:
+    """Raise for values that are not finite or beyond a dtype, and for integers.
 
     Integers are weights only together with scales, which are elsewhere.
     """
@@ -148,6 +150,12 @@ def _check_values(who: str, source: Source, name: str, tensor: np.ndarray) -> No
         raise ValueError(
             f"{who}: {source.name} must store finite numbers in {name}, got nan or "
             "inf; fetch it again"
+        )
+    bound = float(jnp.finfo(dtype).max)
+    if jnp.finfo(tensor.dtype).max > bound and np.abs(tensor).max(initial=0) > bound:
+        raise ValueError(
+            f"{who}: {source.name} has larger numbers in {name} than the {bound:.5g} "
+            f"of {jnp.dtype(dtype)}; give another dtype"
         )
 
 

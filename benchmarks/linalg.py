@@ -37,7 +37,7 @@ from harness import (
 from spectra import with_spectrum
 
 import toyfeat as ft
-from toyfeat.linalg.gram import scaled_gram
+from toyfeat.linalg.gram import unit_gram
 
 TORCH, SKLEARN = "torch.svd_lowrank(niter=2)", "sklearn randomized_svd"
 FBPCA, SSYRK = "fbpca", "numpy ssyrk + eigh"
@@ -248,7 +248,7 @@ def stream(blocks: int, rows: int, dim: int, rank: int, peak: float) -> tuple:
     a = jnp.asarray(with_spectrum(rows, dim, 1 / np.arange(1, dim + 1)))
     acc = ft.linalg.stream_svd(dim, rank)
     step = jax.jit(acc.update, donate_argnums=0).lower(acc.init(), a).compile()
-    product = program(lambda a: scaled_gram(a, jnp.ones(())), a)
+    product = program(lambda a: unit_gram(a), a)
 
     def fold(count: int) -> Any:
         state = acc.init()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import toyfeat as ft
-from toyfeat.linalg.gram import scaled_gram
+from toyfeat.linalg.gram import unit_gram
 from toyfeat.linalg.randomized.operators import from_array
 
 
@@ -47,18 +47,18 @@ def passes(a: jax.Array, rank: int, **options: Any) -> tuple[Any, dict]:
         lambda key: ft.linalg.randomized_svd(key, a, rank, **options).info,
         jax.random.key(0),
     )
-    op, width = from_array(a, len(a)), plan.width
+    op, width, one = from_array(a, len(a)), plan.width, jnp.ones(())
 
     def chain(z: jax.Array) -> Any:
         if plan.method == "gram":
-            gram = scaled_gram(a, jnp.ones(()))
-            return gram, op.forward(z) if options.get("compute_u", True) else ()
+            gram = unit_gram(a)
+            return gram, op.forward(z, one) if options.get("compute_u", True) else ()
         products = []
         for index in range((plan.passes + 1) // 2):
-            y = op.forward(z)
+            y = op.forward(z, one)
             products.append(y)
             if 2 * index + 1 < plan.passes:
-                z = op.backward(y) * 1e-3
+                z = op.backward(y, one) * 1e-3
         return products
 
     z = jax.random.normal(jax.random.key(1), (min(width, a.shape[1]), a.shape[1]))

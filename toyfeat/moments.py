@@ -163,6 +163,7 @@ def moments_of(taps: Taps | Mapping[str, Taps]) -> Moments:
             f"moments_of: wanted Taps or a dict with one site, got "
             f"{type(taps).__name__}; tap(...) returns such a dict"
         )
+    _check_types("moments_of", taps)
     if jnp.ndim(taps.acts) != 2:
         raise ValueError(
             f"moments_of: wanted acts [N, D], got shape {jnp.shape(taps.acts)}"
@@ -283,10 +284,9 @@ def _dtype() -> jnp.dtype:
 def _check_types(who: str, taps: Taps) -> None:
     """Check that taps are taps of real arrays."""
     if not isinstance(taps, Taps):
-        hint = (
-            "pass the taps of one site, taps[site]" if isinstance(taps, Mapping) else ""
-        )
-        hint = hint or "toyfeat.tap returns a dict of them"
+        hint = "toyfeat.tap returns a dict of them"
+        if isinstance(taps, Mapping):
+            hint = "pass the taps of one site, taps[site]"
         raise TypeError(f"{who}: wanted Taps, got {type(taps).__name__}; {hint}")
     # Every field that is there is a real array.
     for name in ("acts", "weights", "grads"):

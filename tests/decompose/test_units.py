@@ -20,7 +20,7 @@ FLAT = GRADS[:, 0]
 
 @functools.cache
 def update(kind):
-    acc = ft.moments(DIM) if kind == "moments" else sketched_moments(DIM, 4, width=DIM)
+    acc = ft.moments(DIM) if kind == "moments" else sketched_moments(DIM, DIM)
     return acc, jax.jit(acc.update)
 
 
@@ -146,15 +146,15 @@ BAD = {
     "no dim": (lambda: ft.moments(0), "moments: dim must be at least 1, got 0"),
     "list of acts": (
         lambda: ft.moments_of(ft.Taps([[1.0, 2.0]], None, jnp.ones(1))),
-        "moments_of: wanted acts|moments: acts must be an array, got list",
+        "moments_of: acts must be an array, got list",
     ),
     "list of weights": (
         lambda: ft.moments_of(ft.Taps(jnp.ones((1, 2)), None, [1.0])),
-        "moments: weights must be an array, got list",
+        "moments_of: weights must be an array, got list",
     ),
     "complex acts": (
-        lambda: ft.moments_of(TAPS._replace(acts=TAPS.acts * 1j)),
-        "moments: acts must be real, got complex64",
+        lambda: ft.moments_of(TAPS._replace(acts=TAPS.acts.astype(complex))),
+        "moments_of: acts must be real, got complex64",
     ),
     "dict of taps": (
         lambda: ft.moments(4).update(ft.moments(4).init(), {"a": TAPS}),
@@ -186,7 +186,7 @@ BAD = {
     ),
     "encode taps": (lambda: ft.encode(BASIS(), TAPS), r"encode: acts .*taps\.acts"),
     "encode complex": (
-        lambda: ft.encode(BASIS(), jnp.ones((2, DIM)) * 1j),
+        lambda: ft.encode(BASIS(), np.ones((2, DIM), complex)),
         "encode: acts must be real",
     ),
     "dict as basis": (

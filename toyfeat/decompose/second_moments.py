@@ -38,7 +38,9 @@ def pca(stats: Stats, rank: int) -> Basis:
       each component, ``spectrum / diagnostics.total`` its share.
 
     Raises:
-      ValueError: if ``rank`` is out of range.
+      ValueError: if ``rank`` is out of range; outside of a trace, if ``stats`` are not
+        finite, or the spectrum leaves the float's range.
+      TypeError: if ``stats`` are no statistics, or ``rank`` is no int.
 
     Example:
       >>> import jax.numpy as jnp
@@ -88,7 +90,8 @@ def gradient_pca(stats: Stats, rank: int, *, center: bool = False) -> Basis:
       A basis; ``spectrum`` holds the eigenvalues of :math:`G`.
 
     Raises:
-      ValueError: if ``stats`` hold no gradients or ``rank`` is out of range.
+      ValueError: if ``stats`` hold no gradients, and as :func:`pca`.
+      TypeError: as :func:`pca`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -145,7 +148,8 @@ def joint_pca(stats: Stats, rank: int) -> Basis:
       are left out.
 
     Raises:
-      ValueError: if ``stats`` hold no gradients or ``rank`` is out of range.
+      ValueError: if ``stats`` hold no gradients, and as :func:`pca`.
+      TypeError: as :func:`pca`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,9 +1,9 @@
 """Full-precision products, safe scales, and the limit of squared numbers.
 
 Sums and products here work in *units*: a power of two near the largest entry is taken
-out first and put back last.  Both steps are exact, so that results between 1e-30 and
-1e30 (1e-36 and 1e36 where their squares are not part of the result) are those of the
-same data at 1, and ordinary results have the same bits as without.
+out first and put back last.  Both steps are exact, so that results at any size in range
+(see :mod:`toyfeat.linalg`) are those of the same data at 1, and ordinary results have
+the same bits as without.
 """
 
 import jax

@@ -123,12 +123,16 @@ def randomized_svd(
       :class:`SVD` ``(u [N, R], s [R], vt [R, D], info)``.  The largest entry of
       each row of ``vt``, by magnitude, is positive.  Where the matrix has a
       smaller rank, further values are 0 to rounding and vectors still
-      orthonormal.
+      orthonormal.  ``info.accurate`` is false where the values are not as good as
+      promised, 5e-6 of the first: for spectra that fall slowly, beyond the sizes
+      for which ``"gram"`` is taken (:mod:`toyfeat.linalg` has the range of sizes).
 
     Raises:
       ValueError: if an argument is out of range, the matrix is not two
-        dimensional, or holds NaN or inf (inside a trace: ``info.finite``).
-      TypeError: if the matrix is not of a real floating dtype.
+        dimensional, or holds NaN or inf (inside a trace: ``info.finite``), or if
+        ``rmatvec`` is not the transpose of ``matvec``.
+      TypeError: if the matrix is not of a real floating dtype, a number is no int,
+        or the key none.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -55,6 +55,11 @@ def interaction_edges(
       Bushnaq et al. (2024), arXiv 2405.10928, section 3.4, "squared" edges with
       the gradient at the data in place of the integral along a path.
     """
+    if not callable(batches):
+        raise TypeError(
+            "interaction_edges: batches must be a function that returns a fresh "
+            f"iterator, got {type(batches).__name__}; write lambda: iter(batches)"
+        )
     if not isinstance(bases, Mapping) or not bases:
         raise TypeError(
             f"interaction_edges: bases must be a dict of site to basis, got "
@@ -76,25 +81,32 @@ def interaction_edges(
             part = step(params, inputs, bases[site], next_basis)
             total = part if total is None else total + part
             count += len(jax.tree.leaves(inputs)[0])
-        if total is None:
-            raise ValueError(
-                "interaction_edges: batches() must give at least one batch, got none; "
-                "return a fresh iterator at every call"
-            )
-        known = not isinstance(total, Tracer)
-        if known and not jnp.all(jnp.isfinite(total)):
-            raise ValueError(
-                f"interaction_edges: effects of {site!r} on {name!r} must be finite, "
-                "got NaN or inf; look at the parameters and the inputs"
-            )
-        if known and not jnp.any(total != 0):
-            warnings.warn(
-                f"interaction_edges: nothing at {site!r} acts on {name!r}; bases must "
-                "be in order from input to output (jax.jit sorts a dict by its keys)",
-                stacklevel=2,
-            )
-        edges[site, name] = total / count
+        _check_effects(site, name, total)
+        edges[site, name] = jnp.asarray(total) / count
     return edges
+
+
+def _check_effects(site: str, name: str, total: Array | None) -> None:
+    """Check that there are effects, and outside of a trace that they are finite."""
+    if total is None:
+        raise ValueError(
+            "interaction_edges: batches() must give at least one batch, got none; "
+            "return a fresh iterator at every call"
+        )
+    if isinstance(total, Tracer):
+        return
+    if not jnp.all(jnp.isfinite(total)):
+        raise ValueError(
+            f"interaction_edges: effects of {site!r} on {name!r} must be finite, got "
+            "NaN or inf; look at the parameters and the inputs"
+        )
+    # Zeros everywhere come from sites in another order.
+    if not jnp.any(total != 0):
+        warnings.warn(
+            f"interaction_edges: nothing at {site!r} acts on {name!r}; bases must be in "
+            "order from input to output (jax.jit sorts a dict by its keys)",
+            stacklevel=3,
+        )
 
 
 @partial(jax.jit, static_argnames=("probed", "site", "next_site", "batch_size"))

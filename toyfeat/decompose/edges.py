@@ -103,8 +103,8 @@ def _check_effects(site: str, name: str, total: Array | None) -> None:
     # Zeros everywhere come from sites in another order.
     if not jnp.any(total != 0):
         warnings.warn(
-            f"interaction_edges: nothing at {site!r} acts on {name!r}; bases must be in "
-            "order from input to output (jax.jit sorts a dict by its keys)",
+            f"interaction_edges: nothing at {site!r} acts on {name!r}; bases must be "
+            "in order from input to output (jax.jit sorts a dict by its keys)",
             stacklevel=3,
         )
 

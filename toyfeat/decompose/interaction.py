@@ -111,8 +111,8 @@ def local_interaction_basis(
     sites, rank, sources = _check_options(batches, sites, rank, sources, key)
     if mask is not None and not callable(mask):
         raise TypeError(
-            f"{_WHO}: mask must be a function of the inputs, got {type(mask).__name__}; "
-            "write lambda inputs: ..."
+            f"{_WHO}: mask must be a function of the inputs, got "
+            f"{type(mask).__name__}; write lambda inputs: ..."
         )
     # Activations at all sites, in one pass over the batches.
     acts, num = _acts_moments(probed, params, batches, sites, mask, batch_size)

@@ -1,5 +1,6 @@
 """Statistics in units of their size, and what comes of them checked."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -67,7 +68,7 @@ def _root_size(squares: Array) -> Array:
 
 def _divide_svd(svd: SVD, unit: Array) -> SVD:
     """Singular values, and the residual, over a unit."""
-    info = svd.info.replace(residual=jnp.asarray(svd.info.residual) / unit)
+    info = replace(svd.info, residual=jnp.asarray(svd.info.residual) / unit)
     return svd._replace(s=jnp.asarray(svd.s) / unit, info=info)
 
 

@@ -120,14 +120,10 @@ def check_key(who: str, key: Any) -> None:
     Raises:
       TypeError: if it is not one key, of ``jax.random.key`` or ``jax.random.PRNGKey``.
     """
-    dtype = getattr(key, "dtype", None)
-    if isinstance(key, jax.Array):
-        typed = jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ()
-        raw = dtype == jnp.uint32 and key.ndim == 1
-        if typed or raw:
+    if isinstance(key, np.ndarray | jax.Array):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+        if typed or (key.dtype == np.uint32 and key.ndim == 1):
             return
-    elif isinstance(key, np.ndarray) and dtype == np.uint32 and key.ndim == 1:
-        return
     raise TypeError(
         f"{who}: key must be one key, such as jax.random.key(0), got {_describe(key)}"
     )

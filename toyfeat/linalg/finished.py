@@ -32,12 +32,9 @@ def moments_from_rows(who: str, acts: RowMoments, grads: RowMoments | None) -> M
     mean = to_float(acts.mean)
     root = acts.unit * jnp.sqrt(acts.mass)
     rounding = (jnp.finfo(mean.dtype).eps * jnp.max(jnp.abs(mean))) ** 2 * weight
-    stats = Moments(
-        weight=weight * acts.mass,
-        mean=mean * acts.unit,
-        scatter=_in_range(scatter, root, rounding),
-    )
-    _check_finite(who, "activations", acts, stats.weight, stats.scatter)
+    scatter = _in_range(scatter, root, rounding)
+    stats = Moments(weight * acts.mass, mean * acts.unit, scatter)
+    _check_finite(who, "activations", acts, stats.weight, scatter)
     if grads is None:
         return stats
     # Per example, not per row: each example has a row per readout.
@@ -46,13 +43,11 @@ def moments_from_rows(who: str, acts: RowMoments, grads: RowMoments | None) -> M
     centred = ratio(to_float(grads.scatter), weight) * share
     mean = to_float(grads.mean)
     second = centred + readouts * outer(mean)
-    stats = stats._replace(
-        grad_mean=mean * grads.unit,
-        grad_second=_in_range(second, grads.unit, jnp.zeros(())),
-        readouts=readouts,
+    second = _in_range(second, grads.unit, jnp.zeros(()))
+    _check_finite(who, "gradients", grads, stats.weight, second)
+    return stats._replace(
+        grad_mean=mean * grads.unit, grad_second=second, readouts=readouts
     )
-    _check_finite(who, "gradients", grads, stats.weight, stats.grad_second)
-    return stats
 
 
 def _in_range(squares: Array, root: Array, rounding: Array) -> Array:

@@ -90,10 +90,14 @@ def from_array(
         w = _product(y[0] / inner, matrix, 0, 0, sketch) / outer
         return sum_over_devices(w, axis) / near_one
 
+    def gram() -> tuple[Array, Array]:
+        squares, unit = unit_gram(matrix)
+        return normalized_gram(squares, unit, axis)
+
     return Operator(
         forward=forward,
         backward=backward,
-        gram=lambda: normalized_gram(*unit_gram(matrix), axis),
+        gram=gram,
         materialize=lambda: [matrix],
         shape=(rows, matrix.shape[1]),
         dtype=matrix.dtype,

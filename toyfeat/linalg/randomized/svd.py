@@ -161,8 +161,9 @@ def randomized_svd(
         )
     )
     # Only arrays are split over a mesh.
-    blocks = callable(matrix) or isinstance(matrix, list | tuple | Iterator)
-    if (blocks or isinstance(matrix, LinearMap)) and (mesh, axis) != (None, None):
+    others = LinearMap | list | tuple | Iterator
+    split = mesh is not None or axis is not None
+    if split and (callable(matrix) or isinstance(matrix, others)):
         raise ValueError(
             "randomized_svd: mesh and axis are for arrays, got them with "
             f"{type(matrix).__name__}; leave them out, or pass an array"
@@ -170,7 +171,7 @@ def randomized_svd(
     # One function per kind of matrix.
     if isinstance(matrix, LinearMap):
         svd = _decompose_linear_map(key, matrix, request)
-    elif blocks:
+    elif callable(matrix) or isinstance(matrix, list | tuple | Iterator):
         svd = _decompose_blocks(key, matrix, request)
     else:
         svd = _decompose_array(key, matrix, request, mesh, axis)

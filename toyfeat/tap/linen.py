@@ -5,10 +5,10 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import errors
 from flax.core import FrozenDict, unfreeze
 
 from toyfeat.tap.linen_recording import (
@@ -104,15 +104,17 @@ def from_linen(
     ) -> tuple[Outputs, Acts]:
         batch = infer_batch_size(inputs)
         record_wider = functools.partial(_record_wider, model, params, inputs)
+        recorder = Recorder(probes)
         # Array probes are variables, so the shapes of their sites are needed first.
         deltas: dict[str, Any] = {}
         if probes:
-            recorded = _record_shapes(model, params, inputs)
+            plain = Recorder({})
+            recorded = _record_shapes(model, params, inputs, plain)
+            recorder.skip_branches = plain.skip_branches
             slots = dict(read_slots(recorded, batch, record_wider))
             check_probes(slots.values(), probes, "from_linen")
             deltas = pack_deltas(recorded, slots, probes)
         # Run the model and split what was recorded into sites.
-        recorder = Recorder(probes)
         outputs, updates = _run(model, params, inputs, recorder, deltas)
         warn_batch_statistics("from_linen", recorder.notes)
         recorded = updates.get(ACTS, {})
@@ -177,6 +179,8 @@ def _run(
         finally:
             RECORDING.reset(token)
 
+    if recorder.functions or deltas:
+        return apply()  # which worked without them
     with _explained_errors(variables, inputs if args else (), method):
         try:
             return apply()
@@ -190,24 +194,24 @@ def _run(
 
 
 def _record_shapes(
-    model: _Model, params: Params, inputs: Inputs, recorder: Recorder | None = None
+    model: _Model, params: Params, inputs: Inputs, recorder: Recorder
 ) -> Any:
     """Record the shapes of all values, without running the model."""
-    recorder = Recorder({}) if recorder is None else recorder
     return jax.eval_shape(
-        lambda p, x: _run(model, p, x, recorder, {})[1].get(ACTS, {}), params, inputs
+        lambda: _run(model, params, inputs, recorder, {})[1].get(ACTS, {})
     )
 
 
 def _record_wider(model: _Model, params: Params, inputs: Inputs) -> Any:
     """Record shapes with one more example; nothing if the model cannot take it."""
 
-    def widen(leaf: Any) -> Any:
-        return jnp.concatenate([jnp.asarray(leaf), jnp.asarray(leaf)[:1]])
+    def record(inputs: Inputs) -> Any:
+        arrays = jax.tree.map(jnp.asarray, inputs)
+        wider = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1]]), arrays)
+        return _run(model, params, wider, Recorder({}), {})[1].get(ACTS, {})
 
     try:
-        wider = jax.eval_shape(lambda x: jax.tree.map(widen, x), inputs)
-        return _record_shapes(model, params, wider)
+        return jax.eval_shape(record, inputs)
     except (TypeError, ValueError):
         return {}
 
@@ -238,9 +242,9 @@ def _explained_errors(
     try:
         yield
     except (
-        flax.errors.ApplyScopeInvalidVariablesTypeError,
-        flax.errors.ScopeParamNotFoundError,
-        flax.errors.ScopeCollectionNotFound,
+        errors.ApplyScopeInvalidVariablesTypeError,
+        errors.ScopeParamNotFoundError,
+        errors.ScopeCollectionNotFound,
     ) as error:
         if "params" in variables:
             raise

@@ -33,7 +33,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import DenyList, lift, tracers, unfreeze
-from flax.core.scope import in_filter
+from flax.core.scope import in_filter, subtract_filters
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from toyfeat.tap.probes import (
@@ -292,7 +292,7 @@ def mutable_collections(mutable: Any, fresh: bool) -> Any:
     if mutable is True:
         return DenyList(number) if fresh else True
     if isinstance(mutable, DenyList):
-        return DenyList([*mutable.deny, *number]) if fresh else mutable
+        return subtract_filters(mutable, number)
     collections = [mutable] if isinstance(mutable, str) else list(mutable or ())
     return [ACTS, *collections, *number]
 

@@ -101,12 +101,13 @@ def split_inputs(
     Args:
       who: the adapter, for error messages.
       method: the unbound method; its first parameter is the module.
-      inputs: a tuple of positional arguments, a dict of keyword arguments (if the
-        method has parameters of these names), or the one positional argument.
+      inputs: a tuple of positional arguments, a dict of keyword arguments, or the one
+        positional argument.  A dict none of whose keys is a parameter of the method
+        is the one argument too.
       options: further keyword arguments of the call.
 
     Raises:
-      TypeError: if the inputs are a list.
+      TypeError: if the inputs are a list, or a dict with some wrong keys.
     """
     if type(inputs) is list:
         raise TypeError(
@@ -116,15 +117,17 @@ def split_inputs(
         )
     if type(inputs) is tuple:
         return inputs, {}
-    if isinstance(inputs, Mapping):
-        signature = inspect.signature(method)
-        known = {k: v for k, v in options.items() if k in signature.parameters}
-        try:
-            signature.bind(None, **inputs, **known)
-        except TypeError:
-            return (inputs,), {}  # a method with one parameter for the whole dict
-        return (), dict(inputs)
-    return (inputs,), {}
+    if not isinstance(inputs, Mapping):
+        return (inputs,), {}
+    signature = inspect.signature(method)
+    known = {k: v for k, v in options.items() if k in signature.parameters}
+    try:
+        signature.bind(None, **inputs, **known)
+    except TypeError:
+        if any(key in signature.parameters for key in inputs):
+            raise TypeError(explain_inputs(who, method, inputs)) from None
+        return (inputs,), {}
+    return (), dict(inputs)
 
 
 def explain_inputs(who: str, method: Callable[..., Any], inputs: Inputs) -> str | None:

@@ -262,3 +262,25 @@ def test_nnx_layers_in_train_mode_are_named(mode):
             probed(params, X, {})
     else:
         probed(params, X, {})
+
+
+def test_a_collection_that_a_call_updates_is_named():
+    model = nn.MultiHeadDotProductAttention(num_heads=2, decode=True)
+    variables = model.init(KEY, jnp.ones((2, 3, D)))
+    probed = ft.from_linen(model, mutable=["cache"])
+    named = probed.train_mode(variables, jnp.ones((2, 1, D)))
+    assert named == ("the collection 'cache' is updated by a call",)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rngs": {"dropout": KEY, "noise": KEY}}, r"\"mean\" in \"/norm\""),
+        ({"mutable": ["batch_stats"]}, r"drop needs PRNG for \"dropout\""),
+    ],
+    ids=["mutable", "rngs"],
+)
+def test_a_model_in_train_mode_without_its_options_is_refused(options, match):
+    variables = Training().init(KEY, X, train=False)
+    with pytest.raises(ValueError, match=rf"from_linen: .*train mode.*{match}.*train="):
+        ft.from_linen(Training(), **options)(variables, X, {})

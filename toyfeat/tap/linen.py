@@ -24,6 +24,7 @@ from toyfeat.tap.linen_recording import (
     read_slots,
 )
 from toyfeat.tap.probes import (
+    BATCH,
     check_new_site,
     explain_inputs,
     infer_batch_size,
@@ -130,7 +131,13 @@ def from_linen(
     def train_mode(params: Params, inputs: Inputs) -> tuple[str, ...]:
         """Name what makes the result of an example depend on the others."""
         recorder = Recorder({}, fresh=True)
-        _record_shapes(model, params, inputs, recorder)
+
+        def record() -> Any:
+            updates = _run(model, params, inputs, recorder, {})[1]
+            _note_updates(recorder, _check_variables(params), updates)
+            return updates.get(ACTS, {})
+
+        jax.eval_shape(record)
         return tuple(f"{name} {note}" for name, note in recorder.notes.items())
 
     probed.__dict__["train_mode"] = train_mode
@@ -202,6 +209,18 @@ def _record_shapes(
     )
 
 
+def _note_updates(
+    recorder: Recorder, variables: Mapping[str, Any], updates: Mapping[str, Any]
+) -> None:
+    """Note the collections, such as a cache, whose variables a call has replaced."""
+    if BATCH in recorder.notes.values():
+        return  # the statistics of a layer that is named already
+    for name in variables.keys() & updates.keys():
+        old, new = jax.tree.leaves(variables[name]), jax.tree.leaves(updates[name])
+        if any(a is not b for a, b in zip(old, new, strict=False)):
+            recorder.notes[f"the collection {name!r}"] = "is updated by a call"
+
+
 def _record_wider(model: _Model, params: Params, inputs: Inputs) -> Any:
     """Record shapes with one more example; nothing if the model cannot take it."""
 
@@ -252,6 +271,13 @@ def _explained_errors(
             "from_linen: params must hold the collections that module.init returned, "
             f"got {sorted(map(str, variables))} without 'params'; give "
             "{'params': ...} with them"
+        ) from error
+    except (errors.ModifyScopeVariableError, errors.InvalidRngError) as error:
+        raise ValueError(
+            "from_linen: a model in train mode needs random keys and mutable "
+            f"collections, got none of them: {str(error).partition(' (http')[0]}; run "
+            "it in evaluation mode (from_linen(module, train=False), or what its "
+            "option is called), or give rngs and mutable"
         ) from error
     except (TypeError, AttributeError, ValueError, LookupError) as error:
         explanation = explain_inputs("from_linen", method, inputs)

@@ -66,11 +66,10 @@ def check_mask(who: str, mask: Any) -> Any:
     if mask is None:
         return None
     mask = as_array(who, "mask", mask)
-    real = mask.dtype == bool or not jnp.issubdtype(mask.dtype, jnp.complexfloating)
-    if not mask.ndim or not real:
-        raise ValueError(
-            f"{who}: mask must be weights [B] or [B, positions...], got shape "
-            f"{mask.shape} of {mask.dtype}; give one number >= 0 per example"
+    if jnp.issubdtype(mask.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{who}: mask must be real weights, got {mask.dtype}; give one number >= 0 "
+            "per example"
         )
     if isinstance(mask, np.ndarray) and not np.all(np.isfinite(mask) & (mask >= 0)):
         raise ValueError(

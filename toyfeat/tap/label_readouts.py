@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from toyfeat.tap import label_rules
 from toyfeat.tap.arguments import (
@@ -74,14 +75,8 @@ def loss(
             "loss: labels must be arrays with leading axis B, got none; use scalar for "
             "a function of the outputs alone"
         )
-    # An input whose labels are all ignored has weight 0.
-    if ignore is not None and label_rules.is_label_array(labels) and labels.ndim:
-        counted = jnp.asarray(label_rules.counted_labels(labels, ignore))
-        counted = counted.reshape(len(counted), -1).any(axis=1)
-        weights = jnp.ones(counted.shape) if mask is None else jnp.asarray(mask)
-        if weights.shape[0] == len(counted):  # tap raises for other sizes
-            rows = counted.reshape((-1, *(1,) * (weights.ndim - 1)))
-            mask = jnp.where(rows, weights, jnp.zeros_like(weights))
+    if label_rules.is_label_array(labels) and labels.ndim:
+        mask = _weights_of_inputs(label_rules.counted_labels(labels, ignore), mask)
     return Readout(
         rule=label_rules.loss, options=(fn, ignore), labels=labels, mask=mask
     )
@@ -206,3 +201,16 @@ def logit_difference(
 def _check_ignore(who: str, ignore: Any) -> int | None:
     """Return the value of labels that do not count as an int, or raise."""
     return None if ignore is None else check_count(who, "ignore", ignore, least=None)
+
+
+def _weights_of_inputs(counted: Any, mask: Any) -> Any:
+    """Set the weight of inputs whose labels are all ignored to 0."""
+    # Most often there are none: the readout then keeps its structure, and its program.
+    counted = counted.reshape(len(counted), -1).any(axis=1)
+    if not isinstance(counted, Tracer) and np.all(counted):
+        return mask
+    weights = jnp.ones(counted.shape) if mask is None else jnp.asarray(mask)
+    if weights.shape[:1] != counted.shape:
+        return mask  # tap raises, and names both sizes
+    rows = counted.reshape((-1, *(1,) * (weights.ndim - 1)))
+    return jnp.where(rows, weights, jnp.zeros_like(weights))

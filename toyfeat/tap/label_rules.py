@@ -51,7 +51,8 @@ def loss(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
         if concrete and counted.all():
             counted = None
     # Ignored labels are replaced by 0, so that the loss is finite, and then left out.
-    safe = labels if counted is None else jnp.where(counted, labels, 0)
+    where = np.where if concrete else jnp.where
+    safe = labels if counted is None else where(counted, labels, 0).astype(labels.dtype)
     batched = as_batch_function(fn, (outputs, safe))
 
     def terms(outputs: Outputs) -> Array:

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from toyfeat.tap.arguments import check_count, check_function
+from toyfeat.tap.chunks import check_chunks, map_chunks
 from toyfeat.tap.probes import check_sites, infer_batch_size, is_float_array
-from toyfeat.tap.readouts import Readout
-from toyfeat.tap.rules import Chunk
+from toyfeat.tap.rules import Chunk, Readout
 from toyfeat.types import Acts, Array, Inputs, Outputs, Params, Probe, Probed, Taps
 
 
@@ -41,15 +42,20 @@ def tap(
       readout: which gradients (see :mod:`toyfeat.tap.readouts`); ``None`` for
         activations only.
       batch_size: how many inputs to run at a time, to bound memory.  The
-        result does not depend on it.
+        result does not depend on it: a model that draws random numbers for a whole
+        batch (dropout), or that computes statistics over it, is refused.
 
     Returns:
       For each site ``Taps(acts [N, D], grads [N, K, D], weights [N])``, acts and
-      grads in the dtype of the site.
+      grads in the dtype of the site.  Small gradients are 0 in float16, which
+      :func:`toyfeat.check_taps` warns of; scale the readout up.
 
     Raises:
+      TypeError: if an argument has the wrong type.
       ValueError: for an unknown site, a site without batch or feature axis,
-        labels, masks or cotangents of the wrong shape.
+        labels, masks or cotangents of the wrong shape, several outputs or none where
+        the readout needs one, labels that the outputs do not have (where they are
+        concrete), or a ``batch_size`` that would change the result.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,12 +68,15 @@ def tap(
       >>> taps.acts.shape, taps.grads.shape, taps.grads[0, 0].tolist()
       ((4, 3), (4, 1, 3), [6.0, 6.0, 6.0])
     """
-    sites = (sites,) if isinstance(sites, str) else tuple(sites)
+    names = _check_names(sites)
+    check_function("tap", "probed", probed, "from ft.from_linen, ft.from_function, ...")
     size = infer_batch_size(inputs)
-    _check_arguments(sites, readout, size, batch_size)
+    if batch_size is not None:
+        batch_size = check_count("tap", "batch_size", batch_size)
+    _check_readout(readout, size)
     # Check sites, mask and outputs by shape, before anything runs.
-    outputs, shapes = jax.eval_shape(lambda p, x: probed(p, x, {}), params, inputs)
-    shapes = _select_sites(sites, shapes, size, readout)
+    outputs, shapes = _model_shapes(probed, params, inputs)
+    shapes = _select_sites(names, shapes, size, readout)
     if readout is not None:
         _check_outputs(outputs, size)
     # What is split into chunks: one row per input.
@@ -84,53 +93,68 @@ def tap(
 
     if batch_size is None or batch_size >= size:
         return taps_of(per_input)
-    return _map_chunks(taps_of, per_input, size, batch_size)
+    # In chunks labels are traced, so concrete ones are checked with the shapes.
+    check_chunks(probed, params, inputs, size, batch_size)
+    if readout is not None and readout.key is None:
+        chunk = Chunk(readout.labels, readout.shared, None)
+        jax.eval_shape(lambda y: readout.rule(readout.options, y, chunk), outputs)
+    return map_chunks(taps_of, per_input, size, batch_size)
 
 
-def _check_arguments(
-    sites: tuple[str, ...], readout: Any, size: int, batch_size: int | None
-) -> None:
-    """Raise if sites, sizes or the leaves of the readout do not fit the inputs."""
-    if not sites:
-        raise ValueError("tap: sites is empty; name at least one site")
+def _check_names(sites: Any) -> tuple[str, ...]:
+    """Return the names of the sites, or raise."""
+    try:
+        names = (sites,) if isinstance(sites, str) else tuple(sites)
+    except TypeError:
+        names = (sites,)
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(
+            f"tap: sites must be a name or several names, got {wrong[0]!r:.80}; "
+            "ft.site_shapes lists them"
+        )
+    if not names:
+        raise ValueError(
+            "tap: sites must be a name or several names, got none, sites is empty; "
+            "name at least one site"
+        )
+    return names
+
+
+def _model_shapes(probed: Probed, params: Params, inputs: Inputs) -> tuple[Any, Any]:
+    """Return the shapes of the outputs and of the sites of a model."""
+    result = jax.eval_shape(lambda p, x: probed(p, x, {}), params, inputs)
+    pair = isinstance(result, tuple) and len(result) == 2
+    if not pair or not isinstance(result[1], dict):
+        raise TypeError(
+            "tap: probed must return outputs and a dict of activations, got "
+            f"{jax.tree.structure(result)}; make it with ft.from_linen, ft.from_nnx or "
+            "ft.from_function"
+        )
+    return result
+
+
+def _check_readout(readout: Any, size: int) -> None:
+    """Raise if the readout or the leaves of it do not fit the inputs."""
     if size < 1:
-        raise ValueError("tap: inputs hold no example (leading axis 0)")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"tap: batch_size must be at least 1, got {batch_size}")
+        raise ValueError(
+            "tap: inputs must hold at least one example, got leading axis 0; leave out "
+            "batches without inputs"
+        )
     if readout is None:
         return
     if not isinstance(readout, Readout):
         raise TypeError(
             "tap: readout must come from toyfeat.readouts, got "
-            f"{type(readout).__name__}"
+            f"{type(readout).__name__}; None gives activations alone"
         )
     for name, tree in (("labels", readout.labels), ("mask", readout.mask)):
         for leaf in jax.tree.leaves(tree):
             if jnp.shape(leaf)[:1] != (size,):
                 raise ValueError(
                     f"tap: the readout's {name} must have leading axis {size} like the "
-                    f"inputs, got shape {jnp.shape(leaf)}"
+                    f"inputs, got shape {jnp.shape(leaf)}; give one row per input"
                 )
-
-
-def _map_chunks(
-    taps_of: Callable[[Any], dict[str, Taps]], tree: Any, size: int, batch_size: int
-) -> dict[str, Taps]:
-    """Map over chunks of the batch; the padding of the last one is cut off."""
-    # The last input is repeated until the chunks are full.
-    chunks = -(-size // batch_size)
-    index = jnp.minimum(jnp.arange(chunks * batch_size), size - 1)
-
-    def split(leaf: Array) -> Array:
-        leaf = jnp.asarray(leaf)
-        padded = leaf if size == chunks * batch_size else leaf[index]
-        return padded.reshape((chunks, batch_size, *leaf.shape[1:]))
-
-    def join(leaf: Array) -> Array:  # [chunks, batch_size * positions, ...]
-        flat = leaf.reshape((-1, *leaf.shape[2:]))
-        return flat[: size * leaf.shape[1] // batch_size]
-
-    return jax.tree.map(join, jax.lax.map(taps_of, jax.tree.map(split, tree)))
 
 
 def _tap_chunk(
@@ -217,8 +241,6 @@ def _float_cotangents(cotangents: Outputs, outputs: Outputs) -> list[Array]:
         for c, y in zip(jax.tree.leaves(cotangents), leaves, strict=True)
         if is_float_array(y)
     ]
-    if not pairs:
-        raise ValueError("tap: the model has no floating-point output to differentiate")
     num = {jnp.shape(c)[:1] for c, _ in pairs}
     wrong = [(jnp.shape(c), y.shape) for c, y in pairs if jnp.shape(c)[1:] != y.shape]
     if wrong or len(num) != 1:
@@ -264,7 +286,12 @@ def _select_sites(
         if len(shape) < 2 or shape[0] != size:
             raise ValueError(
                 f"tap: site {site!r} must have shape [B, ..., D] with B = {size}, got "
-                f"{shape}"
+                f"{shape}; give the model a batch axis there"
+            )
+        if not shape[-1]:
+            raise ValueError(
+                f"tap: site {site!r} must have a width of at least 1, got shape "
+                f"{shape}; there is nothing to analyse"
             )
         if readout is not None and readout.mask is not None:
             _check_mask(site, jnp.shape(readout.mask), shape)
@@ -282,7 +309,13 @@ def _check_mask(site: str, mask: tuple[int, ...], shape: tuple[int, ...]) -> Non
 
 
 def _check_outputs(outputs: Outputs, size: int) -> None:
-    """Raise if a float output does not have the batch axis."""
+    """Raise if there is no float output, or one does not have the batch axis."""
+    if not any(is_float_array(leaf) for leaf in jax.tree.leaves(outputs)):
+        got = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(outputs)]
+        raise ValueError(
+            "tap: the model has no floating-point output to differentiate, got "
+            f"{', '.join(got) or 'none'}; return logits or losses, or pass readout=None"
+        )
     for leaf in jax.tree.leaves(outputs):
         if is_float_array(leaf) and leaf.shape[:1] != (size,):
             raise ValueError(

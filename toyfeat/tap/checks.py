@@ -1,5 +1,6 @@
 """Checks of taps and models that need concrete values and run outside of jit."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from toyfeat.tap.arguments import check_function, check_key
 from toyfeat.tap.probes import infer_batch_size, is_float_array
 from toyfeat.types import Array, Inputs, Params, Probed, Taps
 
@@ -18,9 +20,23 @@ _ROUNDINGS = 1e2
 _NARROW_ROUNDINGS = 4
 _NARROW_OFFSET = 1e-4
 
+# Share of the gradients that are not 0 from which underflow is reported, if that many
+# are near it: below that the second moments, sums of squares, lose next to nothing.
+_UNDERFLOW_SHARE = 0.1
+
+# Multiple of the smallest float16 up to which rounding is more than 1/16 of a value.
+_COARSE_FLOAT16 = 8
+
+# Multiple of the smallest normal number of other types up to which as many entries lie
+# as below it, where a device has flushed them to 0: one octave.
+_NEAR_UNDERFLOW = 2
+
 
 def check_taps(taps: Taps | Mapping[str, Taps]) -> None:
     """Raise if taps hold NaN, infinite values or invalid weights.
+
+    Gradients that are all 0, or many of which underflowed, are no error (a site that
+    nothing reads has none) but hold nothing to analyse: a warning says so.
 
     Args:
       taps: taps of one site, or site name to taps.
@@ -29,8 +45,12 @@ def check_taps(taps: Taps | Mapping[str, Taps]) -> None:
       ValueError: if the activations or gradients of a site have entries that are
         not finite in examples of positive weight (says how many and where the
         first is), if a weight is negative or not finite, or if no example has
-        weight.
-      TypeError: inside jit, where values are not known.
+        weight, or shapes do not fit.
+      TypeError: inside jit, where values are not known, and for what are no taps.
+
+    Warns:
+      UserWarning: if all gradients of a site are 0 in the examples that count, or
+        many are as small as its dtype can tell.
 
     Example:
       >>> import jax.numpy as jnp
@@ -40,12 +60,25 @@ def check_taps(taps: Taps | Mapping[str, Taps]) -> None:
       ValueError: check_taps: site 'mlp' has 1 non-finite of 2 entries in acts, ...
     """
     by_site = {"": taps} if isinstance(taps, Taps) else taps
+    if not isinstance(by_site, Mapping) or not by_site:
+        raise TypeError(
+            f"check_taps: taps must be Taps or a dict of them, got {taps!r:.80}; pass "
+            "what ft.tap returned"
+        )
     for name, site_taps in by_site.items():
-        _check_site(f"site {name!r}" if name else "the taps", site_taps)
+        who = f"site {name!r}" if name else "the taps"
+        if not isinstance(site_taps, Taps):
+            raise TypeError(
+                f"check_taps: {who} must be Taps, got {type(site_taps).__name__}; pass "
+                "what ft.tap returned"
+            )
+        _check_site(who, site_taps)
+        warn_of_lost_grads(f"check_taps: {who}", site_taps, stacklevel=3)
 
 
 def _check_site(who: str, taps: Taps) -> None:
-    """Check the weights of a site, then its activations and gradients."""
+    """Check the shapes and weights of a site, then its activations and gradients."""
+    _check_shapes(who, taps)
     weights = _to_numpy("check_taps", taps.weights)
     if not np.all(np.isfinite(weights)) or np.any(weights < 0):
         raise ValueError(
@@ -57,9 +90,9 @@ def _check_site(who: str, taps: Taps) -> None:
     if not counted.any():
         raise ValueError(
             f"check_taps: {who} has no example of positive weight among "
-            f"{weights.size}; the readout's mask leaves out everything"
+            f"{weights.size}; the readout's mask leaves out everything, change it"
         )
-    for field in ("acts", "grads"):
+    for field in ("acts", "grads", "targets"):
         value = getattr(taps, field)
         if value is None:
             continue
@@ -73,6 +106,67 @@ def _check_site(who: str, taps: Taps) -> None:
                 f"entries in {field}, the first in example {first[0]}; look at its "
                 "input, the readout's scale and the dtype"
             )
+
+
+def _check_shapes(who: str, taps: Taps) -> None:
+    """Raise unless the arrays of a site have the shapes of taps."""
+    num, width = jnp.shape(taps.acts)[:1], jnp.shape(taps.acts)[1:]
+    outputs = width if taps.targets is None else jnp.shape(taps.targets)[1:]
+    fits = len(width) == 1 and len(outputs) == 1 and jnp.shape(taps.weights) == num
+    if taps.targets is not None:
+        fits = fits and jnp.shape(taps.targets)[:1] == num
+    if taps.grads is not None:
+        shape = jnp.shape(taps.grads)
+        fits = fits and len(shape) == 3 and shape[:1] == num and shape[2:] == outputs
+    if not fits:
+        named = taps._asdict().items()
+        got = ", ".join(f"{k} {list(jnp.shape(v))}" for k, v in named if v is not None)
+        raise ValueError(
+            f"check_taps: {who} must have acts [N, D], grads [N, K, D] and weights "
+            f"[N], got {got}; flatten positions to examples as ft.tap does"
+        )
+
+
+def warn_of_lost_grads(who: str, taps: Taps, *, stacklevel: int) -> None:
+    """Warn of gradients that are all 0, or many of which underflowed.
+
+    Args:
+      who: the function and what it looks at, which begin the message.
+      taps: of a site; concrete.
+      stacklevel: as of ``warnings.warn``, seen from the caller of this function.
+    """
+    if taps.grads is None or isinstance(taps.grads, Tracer):
+        return
+    # Magnitudes of the entries that are not 0 in examples that count.
+    grads = np.asarray(taps.grads)[np.asarray(taps.weights) > 0]
+    sizes = np.abs(grads[grads != 0].astype(np.float64))
+    if not grads.size:
+        return
+    advice = "scale the readout up, or take gradients in float32 or bfloat16"
+    if not sizes.size:
+        narrow = grads.dtype.itemsize < np.dtype(np.float32).itemsize
+        warnings.warn(
+            f"{who} wants gradients, got {grads.size} that are all 0: nothing that is "
+            "differentiated reads the site (behind a stop_gradient, a head of 0, "
+            "another branch)"
+            + (f", or all underflowed in {grads.dtype}; {advice}" if narrow else "")
+            + "; take another site or readout",
+            stacklevel=stacklevel + 1,
+        )
+        return
+    # Entries of which few digits are left, or as many as were flushed to 0.
+    info = jnp.finfo(grads.dtype)
+    limit = _NEAR_UNDERFLOW * float(info.tiny)
+    if info.dtype == np.float16:
+        limit = _COARSE_FLOAT16 * float(info.smallest_subnormal)
+    share = np.mean(sizes < limit)
+    if share > _UNDERFLOW_SHARE:
+        warnings.warn(
+            f"{who} wants gradients of full precision, got {grads.dtype} of which "
+            f"{share:.0%} of those but 0 are below {limit:.2g}, so that others "
+            f"underflowed to 0; {advice}",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _to_numpy(who: str, value: Any) -> np.ndarray:
@@ -102,9 +196,10 @@ def check_no_mixing(
       key: for the noise; a fixed key by default.
 
     Raises:
-      ValueError: if the batch has fewer than two inputs, or if examples mix; the
-        message names the sites, or the outputs.
-      TypeError: inside jit.
+      ValueError: if the batch has fewer than two inputs, if examples mix (the message
+        names the sites, or the outputs), or if values of an example are all NaN, in
+        which no change can be seen.
+      TypeError: inside jit, or if an argument has the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -116,10 +211,14 @@ def check_no_mixing(
       Traceback (most recent call last):
       ValueError: check_no_mixing: examples of a batch influence each other at site...
     """
+    check_function("check_no_mixing", "probed", probed, "from ft.from_linen, ...")
+    if key is not None:
+        check_key("check_no_mixing", key)
     size = infer_batch_size(inputs)
     if size < 2:
         raise ValueError(
-            f"check_no_mixing: needs at least two inputs to compare, got {size}"
+            f"check_no_mixing: needs at least two inputs to compare, got {size}; "
+            "give a larger batch"
         )
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, inputs))):
         raise TypeError("check_no_mixing: looks at values, so call it outside of jit")
@@ -130,6 +229,7 @@ def check_no_mixing(
     _check_output_axes(outputs, size)
     no_noise = _noise(key, acts, np.zeros(size, bool))
     before = run(inputs, no_noise)
+    _check_comparable(before, no_noise)
     # Two rows differ in some bit of their index, so every pair is told apart.
     for bit in range((size - 1).bit_length()):
         for value in (0, 1):
@@ -159,7 +259,23 @@ def _check_output_axes(outputs: Any, size: int) -> None:
         if jnp.shape(leaf)[:1] != (size,):
             raise ValueError(
                 f"check_no_mixing: the outputs must have leading batch axis {size}, "
-                f"got shape {jnp.shape(leaf)}"
+                f"got shape {jnp.shape(leaf)}; do not reduce over the batch"
+            )
+
+
+def _check_comparable(before: Any, sites: Any) -> None:
+    """Raise if all values of an example are NaN, which is never seen to change."""
+    outputs, acts = before
+    named = [(f"site {site!r}", acts[site]) for site in sites]
+    named += [("the outputs", leaf) for leaf in jax.tree.leaves(outputs)]
+    for name, value in named:
+        nan = np.isnan(_to_numpy("check_no_mixing", value))
+        blind = nan.reshape(len(nan), -1).all(axis=1) & (nan.size > 0)
+        if blind.any():
+            raise ValueError(
+                f"check_no_mixing: wants finite values to compare, got {name} all NaN "
+                f"in {int(blind.sum())} of {len(blind)} examples, the first of them "
+                f"{int(np.argmax(blind))}; look at the parameters and the inputs"
             )
 
 

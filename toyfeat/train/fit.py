@@ -15,6 +15,7 @@ import numpy as np
 
 from toyfeat.checkpoint import checkpoints, newest_checkpoint, save_checkpoint
 from toyfeat.data.batches import Batches
+from toyfeat.tap.checks import warn_of_lost_grads
 from toyfeat.train.chunks import Feed, make_feed, run_chunk
 from toyfeat.train.health import (
     catch_sigterm,
@@ -134,7 +135,8 @@ def fit(
       UserWarning: for a damaged checkpoint that is skipped, for a directory whose run
         began from other parameters (another key), for members of a population whose
         loss is not finite, for activations whose mean or massive dimensions impede
-        training, and at the end for members whose controller is saturated.
+        training, for gradients of the first batch that are all 0 or underflowed, and
+        at the end for members whose controller is saturated.
 
     Example:
       >>> def update(state, taps):
@@ -239,6 +241,9 @@ def _check_first_batch(run: _Run, source: Any, step: int) -> None:
             f"batch of step {step}"
         )
     warn_of_outliers(taps, recipe.dictionary.config, recipe.center)
+    reads_grads = recipe.dictionary.architecture.reads_gradients
+    if reads_grads or any(term.needs_grads for term in recipe.objective):
+        warn_of_lost_grads("fit: the first batch", taps, stacklevel=4)
 
 
 def _chunk_end(run: _Run, step: int) -> int:

@@ -1,11 +1,21 @@
 """Ablate directions at a site, or edges between features, and measure the model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from toyfeat.decompose import decode, encode
+from toyfeat.tap.arguments import (
+    as_array,
+    as_float_array,
+    as_floats,
+    check_count,
+    check_function,
+    check_type,
+)
 from toyfeat.types import Array, Basis, Inputs, Outputs, Params, Probed
 
 
@@ -56,12 +66,21 @@ def ablation_curve(
     References:
       Bushnaq et al. (2024), arXiv 2405.10928, section 4: "node ablation".
     """
+    check_function("ablation_curve", "probed", probed, "from ft.from_linen, ...")
+    check_function("ablation_curve", "metric", metric, "of the outputs")
+    check_type("ablation_curve", "basis", basis, Basis)
     width = basis.writers.shape[0]
-    ranks = list(range(width + 1) if ranks is None else ranks)
+    ranks = range(width + 1) if ranks is None else ranks
+    if not isinstance(ranks, Iterable):
+        raise TypeError(
+            f"ablation_curve: ranks must be several ranks, got {ranks!r:.80}; pass a "
+            "list"
+        )
+    ranks = [check_count("ablation_curve", "ranks", r, least=None) for r in ranks]
     if any(not 0 <= r <= width for r in ranks):
         raise ValueError(
             f"ablation_curve: ranks must be in 0 .. {width}, the rank of the basis, "
-            f"got {ranks}"
+            f"got {ranks}; leave out the others"
         )
     counts = jnp.asarray(ranks, jnp.int32)
     masks = (jnp.arange(width)[None, :] < counts[:, None]).astype(basis.mean.dtype)
@@ -101,10 +120,28 @@ def edge_ablation(
     Returns:
       The metric.
 
+    Raises:
+      TypeError: if an argument has the wrong type.
+      ValueError: if ``kept`` does not fit the bases.
+
     References:
       Bushnaq et al. (2024), arXiv 2405.10928, section 4: "edge ablation".
     """
-    site, basis = source
+    check_function("edge_ablation", "probed", probed, "from ft.from_linen, ...")
+    check_function("edge_ablation", "metric", metric, "of the outputs")
+    site, basis = _check_end("source", source)
+    if target is not None:
+        _check_end("target", target)
+    kept = as_array("edge_ablation", "kept", kept)
+    sources = basis.writers.shape[0]
+    rows = None if target is None else target[1].writers.shape[0]
+    wrong_rows = kept.ndim == 2 and rows is not None and len(kept) != rows
+    if kept.ndim != 2 or kept.shape[1] != sources or wrong_rows:
+        raise ValueError(
+            f"edge_ablation: kept must be [{rows or 'R_target'}, {sources}], one row "
+            f"per target feature, got shape {kept.shape}; take that of the edges"
+        )
+    kept = jnp.asarray(kept)
 
     def target_feature(mask: Array, index: Array) -> Array:
         mask = mask.astype(basis.mean.dtype)
@@ -142,6 +179,9 @@ def edges_needed(
     Returns:
       How many edges, or one more than there are if all of them do not do.
 
+    Raises:
+      ValueError: if an edge, the metric or ``least`` is NaN.
+
     Example:
       >>> import jax.numpy as jnp
       >>> strengths = jnp.array([[4.0, 1.0], [3.0, 2.0]])
@@ -149,12 +189,27 @@ def edges_needed(
       >>> edges_needed(metric, strengths, least=6.5)
       2
     """
+    check_function("edges_needed", "metric_at", metric_at, "of kept edges")
+    edges = as_float_array("edges_needed", "edges", edges)
+    least = float(as_floats("edges_needed", "least", least))
+    if edges.ndim != 2 or jnp.isnan(edges).any() or np.isnan(least):
+        raise ValueError(
+            "edges_needed: edges must be strengths [R', R] without NaN, and least a "
+            f"number, got shape {edges.shape} with {int(jnp.isnan(edges).sum())} NaN "
+            f"and {least}; look at the model's values"
+        )
     # The place of every edge in the order of strength.
     order = jnp.argsort(-edges.ravel())
     place = jnp.zeros(edges.size, jnp.int32).at[order].set(jnp.arange(edges.size))
 
     def is_enough(count: int) -> bool:
-        return bool(metric_at((place < count).reshape(edges.shape)) >= least)
+        value = metric_at((place < count).reshape(edges.shape))
+        if np.isnan(np.asarray(value)).any():
+            raise ValueError(
+                f"edges_needed: metric_at must return numbers, got NaN for {count} "
+                "edges; look at the model's values"
+            )
+        return bool(value >= least)
 
     # Bisect; one more than all edges stands for "never".
     low, high = 0, edges.size + 1
@@ -165,6 +220,17 @@ def edges_needed(
         else:
             low = middle + 1
     return low
+
+
+def _check_end(name: str, end: Any) -> tuple[str, Basis]:
+    """Return a site and its basis, or raise."""
+    pair = isinstance(end, tuple) and len(end) == 2
+    if not pair or not isinstance(end[0], str) or not isinstance(end[1], Basis):
+        raise TypeError(
+            f"edge_ablation: {name} must be a pair of a site and its Basis, got "
+            f"{type(end).__name__}; pass (site, basis)"
+        )
+    return end
 
 
 def _masked(basis: Basis, mask: Array) -> Callable[[Array], Array]:

@@ -4,13 +4,14 @@ A latent stands for the feature whose direction is nearest to its own; whether t
 feature fires where the latent does is then a question of precision and recall.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.tap.arguments import as_array, as_floats
 from toyfeat.types import Array, ArrayLike
 
 
@@ -94,8 +95,8 @@ def latent_classification(
     # Count firings of latents, of their features, and of both, batch by batch.
     counts = np.zeros((3, len(nearest)))
     num_examples = 0
-    for codes, planted in batches:
-        codes, planted = _check_codes(codes, planted, widths)
+    for pair in _check_batches(batches):
+        codes, planted = _check_codes(*pair, widths)
         num_examples += len(codes)
         counts += np.stack(_count_firings(codes, planted, nearest))
     if not num_examples:
@@ -111,20 +112,39 @@ def latent_classification(
     return Classification(*(float(x.mean()) for x in (precision, recall, f1)))
 
 
+def _check_batches(batches: Any) -> Iterator[tuple[Any, Any]]:
+    """Iterate over batches, or raise unless they are pairs."""
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            "latent_classification: batches must be pairs of codes and planted codes, "
+            f"got {type(batches).__name__}; pass a list of them"
+        )
+    for pair in batches:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(
+                "latent_classification: a batch must be a pair of codes and planted "
+                f"codes, got {type(pair).__name__}; pass [(codes, planted), ...]"
+            )
+        yield pair[0], pair[1]
+
+
 def _check_codes(
     codes: ArrayLike, planted: ArrayLike, widths: tuple[int, int]
 ) -> tuple[Array, Array]:
     """Return a batch as arrays of the right widths and equal length."""
-    codes, planted = jnp.asarray(codes), jnp.asarray(planted)
+    codes = jnp.asarray(as_array("latent_classification", "codes", codes))
+    planted = jnp.asarray(as_array("latent_classification", "planted codes", planted))
     fits = codes.ndim == planted.ndim == 2 and len(codes) == len(planted)
     if not fits or (codes.shape[1], planted.shape[1]) != widths:
         raise ValueError(
             f"latent_classification: wanted codes [N, {widths[0]}] and planted codes "
-            f"[N, {widths[1]}], got shapes {codes.shape} and {planted.shape}"
+            f"[N, {widths[1]}], got shapes {codes.shape} and {planted.shape}; "
+            "one column per direction"
         )
     if not (jnp.isfinite(codes).all() and jnp.isfinite(planted).all()):
         raise ValueError(
-            "latent_classification: codes must be finite; the dictionary diverged"
+            "latent_classification: codes must be finite, got NaN or infinity; the "
+            "dictionary diverged, train another"
         )
     return codes, planted
 
@@ -145,21 +165,25 @@ def _share(part: np.ndarray, total: np.ndarray) -> np.ndarray:
 
 def _nearest_truths(who: str, directions: ArrayLike, truth: ArrayLike) -> np.ndarray:
     """Return ``[R]``, the index of the truth of the largest ``|cos|``."""
-    directions = np.asarray(directions, np.float64)
-    truth = np.asarray(truth, np.float64)
+    directions = as_floats(who, "directions", directions)
+    truth = as_floats(who, "truth", truth)
     wide = directions.ndim == truth.ndim == 2 and directions.shape[1] == truth.shape[1]
     if not wide:
         raise ValueError(
             f"{who}: wanted directions [R, D] and truth [F, D], one direction per row, "
-            f"got shapes {directions.shape} and {truth.shape}"
+            f"got shapes {directions.shape} and {truth.shape}; transpose readers of a "
+            "basis"
         )
     if not (len(directions) and len(truth)):
         raise ValueError(
             f"{who}: wanted at least one direction and one truth, got "
-            f"{len(directions)} and {len(truth)}"
+            f"{len(directions)} and {len(truth)}; nothing was found"
         )
     if not (np.isfinite(directions).all() and np.isfinite(truth).all()):
-        raise ValueError(f"{who}: directions must be finite; the dictionary diverged")
+        raise ValueError(
+            f"{who}: directions must be finite, got NaN or infinity; the dictionary "
+            "diverged, train another"
+        )
     norms = np.linalg.norm(truth, axis=1)
     unit_truth = truth / np.where(norms > 0, norms, 1)[:, None]
     return np.argmax(np.abs(directions @ unit_truth.T), axis=1)

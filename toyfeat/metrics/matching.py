@@ -16,6 +16,7 @@ from toyfeat.metrics.assignment import (
     nearest_cosines,
     unit_rows,
 )
+from toyfeat.tap.arguments import as_floats, as_integers, check_count, check_key
 from toyfeat.types import Array, ArrayLike
 
 # |cos| with a truth from which a found direction counts as precise.
@@ -135,12 +136,16 @@ def random_coverage(
       >>> 0.2 < random_coverage(jax.random.key(0), 10, np.eye(10)[:1]) < 0.8
       True
     """
-    if num < 1 or draws < 1:
+    check_key("random_coverage", key)
+    num = check_count("random_coverage", "num", num)
+    draws = check_count("random_coverage", "draws", draws)
+    width = as_floats("random_coverage", "truth", truth).shape[-1:]
+    if not width:
         raise ValueError(
-            f"random_coverage: num and draws must be at least 1, got {num} and {draws}"
+            "random_coverage: truth must be [F, D], got one number; give one direction "
+            "per row"
         )
-    width = np.shape(truth)[-1]
-    sets = np.asarray(jax.random.normal(key, (draws, num, width)))
+    sets = np.asarray(jax.random.normal(key, (draws, num, *width)))
     matches = [match_features(rows, truth, group=group) for rows in sets]
     return float(np.mean([match.coverage for match in matches]))
 
@@ -149,8 +154,8 @@ def _check_match(
     directions: ArrayLike, truth: ArrayLike, group: ArrayLike | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return float64 directions and truth, and a group for every truth."""
-    directions = np.asarray(directions, np.float64)
-    truth = np.asarray(truth, np.float64)
+    directions = as_floats("match_features", "directions", directions)
+    truth = as_floats("match_features", "truth", truth)
     wide = directions.ndim == truth.ndim == 2 and directions.shape[1] == truth.shape[1]
     if not wide:
         raise ValueError(
@@ -162,17 +167,19 @@ def _check_match(
         if not np.all(np.isfinite(rows)):
             raise ValueError(
                 f"match_features: {name} has {int(np.sum(~np.isfinite(rows)))} entries "
-                "that are not finite"
+                "that are not finite; leave such rows out"
             )
     if not len(truth) or np.any(np.linalg.norm(truth, axis=1) == 0):
         raise ValueError(
             "match_features: truth needs at least one row and no zero rows, got "
-            f"{len(truth)} rows"
+            f"{len(truth)} rows; leave out features without a direction"
         )
-    groups = np.arange(len(truth)) if group is None else np.asarray(group)
+    groups = np.arange(len(truth))
+    if group is not None:
+        groups = np.asarray(as_integers("match_features", "group", group))
     if groups.shape != (len(truth),):
         raise ValueError(
             f"match_features: group needs one entry per truth {(len(truth),)}, got "
-            f"shape {groups.shape}"
+            f"shape {groups.shape}; equal numbers mean one subspace"
         )
     return directions, truth, groups

@@ -9,6 +9,7 @@ import numpy as np
 from toyfeat.metrics.matching import match_features, random_coverage
 from toyfeat.metrics.preservation import preserved_share
 from toyfeat.models.planted.task import Task
+from toyfeat.tap.arguments import as_floats, check_count, check_key, check_type
 from toyfeat.types import Array, Features
 
 # Length of a unit row's part in ignored structure from which the row is a part of it.
@@ -84,7 +85,10 @@ def score_task(
       >>> round(scores.readers, 3), round(scores.writers, 3), scores.num_found
       (1.0, 1.0, 20)
     """
-    _check_examples("score_task", examples)
+    check_key("score_task", key)
+    check_type("score_task", "task", task, Task)
+    check_type("score_task", "features", features, Features)
+    examples = _check_examples("score_task", examples)
     truths = {"readers": task.truth.readers, "writers": task.truth.writers}
     side = truths.get(task.side)
     if side is None:
@@ -161,31 +165,47 @@ def mean_active_features(key: Array, task: Task, examples: int = 1000) -> int:
       >>> mean_active_features(jax.random.key(0), task)
       2
     """
-    _check_examples("mean_active_features", examples)
+    check_key("mean_active_features", key)
+    check_type("mean_active_features", "task", task, Task)
+    examples = _check_examples("mean_active_features", examples)
     values = np.asarray(task.features(task.params, task.sample(key, examples)))
+    if not np.all(np.isfinite(values)):
+        raise ValueError(
+            "mean_active_features: features must be finite, got "
+            f"{int(np.sum(~np.isfinite(values)))} values that are not; look at the "
+            "parameters of the task"
+        )
     size = np.abs(values)
     counts = np.sum(size > _MIN_ACTIVATION * size.max(initial=1e-30), axis=1)
     return max(1, math.ceil(counts[counts > 0].mean())) if counts.any() else 1
 
 
-def _check_examples(name: str, examples: int) -> None:
-    if not isinstance(examples, int) or examples < 1:
+def _check_examples(name: str, examples: int) -> int:
+    """Return the number of examples, or raise."""
+    try:
+        return check_count(name, "examples", examples)
+    except (TypeError, ValueError):
         raise ValueError(
-            f"{name}: wanted an int of at least 1 examples, got {examples}"
-        )
+            f"{name}: wanted an int of at least 1 examples, got {examples!r:.80}; 1000 "
+            "are usual"
+        ) from None
 
 
 def _check_features(features: Features, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Return float64 readers and writers without the pairs that have a row of 0."""
-    readers, writers = (np.asarray(rows, np.float64) for rows in features)
+    readers = as_floats("score_task", "readers", features.readers)
+    writers = as_floats("score_task", "writers", features.writers)
     if readers.shape != writers.shape or readers.ndim != 2 or readers.shape[1] != width:
         raise ValueError(
             f"score_task: wanted readers and writers [R, {width}], got shapes "
-            f"{readers.shape} and {writers.shape}"
+            f"{readers.shape} and {writers.shape}; give one pair per row"
         )
     lengths = [np.linalg.norm(rows, axis=1) for rows in (readers, writers)]
     if not np.isfinite(lengths).all():
-        raise ValueError("score_task: readers and writers must be finite")
+        raise ValueError(
+            "score_task: readers and writers must be finite, got NaN or infinity; "
+            "leave such pairs out"
+        )
     nonzero = np.all(np.array(lengths) > 0, axis=0)
     return readers[nonzero], writers[nonzero]
 

@@ -110,6 +110,12 @@ def preserved_share(
 
     # The model's output with each of them, against the output itself.
     outputs = _flat(task.probed(task.params, inputs, {})[0], examples)
+    if not np.all(np.isfinite(outputs)):
+        raise ValueError(
+            "preserved_share: outputs must be finite, got "
+            f"{int(np.sum(~np.isfinite(outputs)))} entries that are not; look at the "
+            "parameters of the task"
+        )
     total = np.sum((outputs - outputs.mean(0)) ** 2)
     noise = _MIN_OUTPUT_VARIANCE * np.sum(outputs**2)
     shares = []
@@ -119,7 +125,7 @@ def preserved_share(
         spliced = _flat(task.probed(task.params, inputs, probe)[0], examples)
         lost = np.sum((outputs - spliced) ** 2)
         shares.append(1 - lost / total if total > noise else float(lost <= noise))
-    return float(max(shares))
+    return float(np.max(shares))
 
 
 def _flat(outputs: Outputs, examples: int) -> np.ndarray:

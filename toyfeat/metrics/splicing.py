@@ -1,11 +1,12 @@
 """Splice a dictionary into a model, and measure what that costs the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from toyfeat.dictionary.types import Dictionary
+from toyfeat.tap.arguments import as_floats, check_type
 from toyfeat.types import Array, ArrayLike, Params
 
 # Decimals of a correlation: what lies behind them is float64 rounding.
@@ -57,6 +58,13 @@ def splice(
       >>> probed(None, jnp.ones((4, 5, 3)), {"acts": probe})[0].shape
       (4, 5)
     """
+    check_type("splice", "dictionary", dictionary, Dictionary)
+    if not isinstance(params, Mapping) or "b_dec" not in params:
+        raise TypeError(
+            "splice: params must be parameters of the dictionary, got "
+            f"{type(params).__name__}; pass what dictionary.init or ft.denormalized "
+            "returned"
+        )
 
     def probe(act: Array) -> Array:
         flat = act.reshape(-1, act.shape[-1]).astype(params["b_dec"].dtype)
@@ -80,13 +88,19 @@ def ce_recovered(
       ablated: with the site at 0, or at its mean.
 
     Returns:
-      The share, in the shape of the arguments; nan where the ablation costs nothing.
+      The share, in the shape of the arguments; nan where the ablation costs nothing
+      or a loss is nan.
+
+    Raises:
+      TypeError: if an argument does not hold numbers.
 
     Example:
       >>> float(ce_recovered(3.0, 3.5, 8.0))
       0.9
     """
-    clean, spliced, ablated = (np.asarray(x, float) for x in (clean, spliced, ablated))
+    clean = as_floats("ce_recovered", "clean", clean)
+    spliced = as_floats("ce_recovered", "spliced", spliced)
+    ablated = as_floats("ce_recovered", "ablated", ablated)
     cost = ablated - clean
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(cost > 0, (ablated - spliced) / cost, np.nan)
@@ -110,14 +124,19 @@ def attribution_faithfulness(predicted: ArrayLike, true: ArrayLike) -> Faithfuln
       >>> attribution_faithfulness([1.0, -2.0, 0.5], [2.0, -4.0, 1.0])[:3]
       (1.0, 2.0, 0.25)
     """
-    p, t = (np.asarray(x, np.float64) for x in (predicted, true))
+    p = as_floats("attribution_faithfulness", "predicted", predicted)
+    t = as_floats("attribution_faithfulness", "true", true)
     if p.shape != t.shape or p.ndim != 1 or not p.size:
         raise ValueError(
             "attribution_faithfulness: wanted predicted and true [P] with P >= 1, got "
-            f"shapes {p.shape} and {t.shape}"
+            f"shapes {p.shape} and {t.shape}; one pair per latent"
         )
     if not (np.isfinite(p).all() and np.isfinite(t).all()):
-        raise ValueError("attribution_faithfulness: effects must be finite")
+        bad = int(np.sum(~np.isfinite(p) | ~np.isfinite(t)))
+        raise ValueError(
+            f"attribution_faithfulness: effects must be finite, got {bad} pairs that "
+            "are not; look at the model's losses"
+        )
     # In units of the largest effect: squares of tiny ones would vanish.
     size = max(np.abs(p).max(), np.abs(t).max(), np.finfo(float).tiny)
     p, t = p / size, t / size

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.decompose import covariance, decode, encode
+from toyfeat.tap.arguments import as_float_array, check_function, check_type
+from toyfeat.tap.probes import is_float_array
 from toyfeat.types import Array, ArrayLike, Basis, Inputs, Moments, Params, Probed
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -40,11 +42,12 @@ def principal_angles(a: ArrayLike, b: ArrayLike) -> Array:
     References:
       Björck and Golub (1973).
     """
-    a, b = jnp.asarray(a), jnp.asarray(b)
+    a = as_float_array("principal_angles", "a", a)
+    b = as_float_array("principal_angles", "b", b)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(
             "principal_angles: wanted row vectors [R, D] and [Q, D], got shapes "
-            f"{a.shape} and {b.shape}"
+            f"{a.shape} and {b.shape}; one direction per row"
         )
     overlap = jnp.matmul(_row_basis(a), _row_basis(b).T, precision=_HIGHEST)
     cosines = jnp.clip(jnp.linalg.svd(overlap, compute_uv=False), 0, 1)
@@ -60,16 +63,18 @@ def r_squared(scores: ArrayLike, target: ArrayLike) -> Array:
       target: ``[N]``.
 
     Returns:
-      ``[]`` or ``[R]``, in ``0 .. 1``; 0 where either side is constant.
+      ``[]`` or ``[R]``, in ``0 .. 1``; 0 where either side is constant, NaN where
+      one holds NaN.
 
     Raises:
       ValueError: if there is not one target per score.
     """
-    scores, target = jnp.asarray(scores), jnp.asarray(target)
+    scores = as_float_array("r_squared", "scores", scores)
+    target = as_float_array("r_squared", "target", target)
     if target.ndim != 1 or scores.shape[:1] != target.shape:
         raise ValueError(
             "r_squared: wanted scores [N] or [N, R] and a target [N], got shapes "
-            f"{scores.shape} and {target.shape}"
+            f"{scores.shape} and {target.shape}; one target per row"
         )
     s, t = _standardized(scores), _standardized(target)
     product = jnp.tensordot(t, s, axes=1, precision=_HIGHEST)
@@ -88,7 +93,11 @@ def variance_explained(basis: Basis, stats: Moments) -> Array:
       stats: moments of the same site.
 
     Returns:
-      ``[]``; 1 if the activations do not vary.
+      ``[]``; 1 if the activations do not vary, NaN if they are NaN.
+
+    Raises:
+      TypeError: if an argument is none of these.
+      ValueError: if the widths differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -98,7 +107,14 @@ def variance_explained(basis: Basis, stats: Moments) -> Array:
       >>> float(variance_explained(ft.pca(stats, 1), stats))
       0.75
     """
+    check_type("variance_explained", "basis", basis, Basis)
+    check_type("variance_explained", "stats", stats, Moments)
     cov = covariance(stats)
+    if len(cov) != len(basis.readers):
+        raise ValueError(
+            "variance_explained: basis and stats must be of one site, got widths "
+            f"{len(basis.readers)} and {len(cov)}; take moments of the basis' site"
+        )
     projection = jnp.matmul(basis.readers, basis.writers, precision=_HIGHEST)
     residual = jnp.eye(len(cov), dtype=cov.dtype) - projection
     lost = jnp.trace(
@@ -125,16 +141,28 @@ def output_preserved(
 
     Returns:
       ``[]``, at most 1; it can be negative, and is minus infinity where a
-      constant output moves.
+      constant output moves.  NaN if an output is NaN.
+
+    Raises:
+      TypeError: if an argument has the wrong type, or the output is no
+        floating-point array.
     """
+    check_function("output_preserved", "probed", probed, "from ft.from_linen, ...")
+    check_type("output_preserved", "basis", basis, Basis)
     outputs, _ = probed(params, inputs, {})
+    if not is_float_array(outputs):
+        got = jax.tree.map(lambda x: f"{jnp.result_type(x)}{jnp.shape(x)}", outputs)
+        raise TypeError(
+            f"output_preserved: outputs must be one floating-point array, got {got}; "
+            "wrap the model so that it returns the array that counts"
+        )
     spliced, _ = probed(
         params, inputs, {site: lambda a: decode(basis, encode(basis, a))}
     )
     scale = _largest(outputs)  # squares of tiny or huge outputs have no float32
     moved = jnp.sum(((outputs - spliced) / scale) ** 2)
     total = jnp.sum((_centred(outputs) / scale) ** 2)
-    return 1 - _share(moved, total, jnp.where(moved > 0, jnp.inf, 0.0))
+    return 1 - _share(moved, total, jnp.where(moved > 0, jnp.inf, moved))
 
 
 def _largest(x: Array) -> Array:
@@ -164,9 +192,11 @@ def _standardized(x: Array) -> Array:
 
 
 def _share(part: Array, total: Array, otherwise: Array | float) -> Array:
-    """Return ``part / total``, and ``otherwise`` where the total is 0."""
-    safe = jnp.where(total > 0, total, jnp.ones_like(total))
-    return jnp.where(total > 0, part / safe, otherwise)
+    """Return ``part / total``, and ``otherwise`` where the total is 0; NaN if it is."""
+    zero = total <= 0
+    return jnp.where(
+        zero, otherwise, part / jnp.where(zero, jnp.ones_like(total), total)
+    )
 
 
 def _row_basis(x: Array) -> Array:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from toyfeat.types import Array
 
@@ -102,6 +103,42 @@ def as_integers(who: str, name: str, value: Any) -> Array:
             f"{who}: {name} must be integers, got {jnp.asarray(array).dtype}; give ids"
         )
     return jnp.asarray(array)
+
+
+def check_type(who: str, name: str, value: Any, kind: type) -> None:
+    """Raise unless an argument is a record of its kind."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{who}: {name} must be a {kind.__name__}, got {type(value).__name__}; "
+            "pass one"
+        )
+
+
+def as_floats(who: str, name: str, value: Any) -> np.ndarray:
+    """Return numbers as a float64 array of the host, or raise."""
+    array = as_array(who, name, value)
+    if isinstance(array, Tracer):
+        raise TypeError(
+            f"{who}: {name} must be known values, got a traced array; call it outside "
+            "of jit"
+        )
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{who}: {name} must be real, got {array.dtype}; take its parts"
+        )
+    return np.asarray(array, np.float64)
+
+
+def as_float_array(who: str, name: str, value: Any) -> Array:
+    """Return numbers as a floating-point array of JAX, or raise."""
+    array = jnp.asarray(as_array(who, name, value))
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{who}: {name} must be real, got {array.dtype}; take its parts"
+        )
+    return array.astype(jnp.result_type(float))
 
 
 def _is_array(value: Any) -> bool:

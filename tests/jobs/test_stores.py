@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from toyfeat.jobs.config import Collect
 from toyfeat.jobs.results import Rows, claim_folder
 from toyfeat.jobs.runs import Run
 from toyfeat.jobs.stores import moments_path, open_collected, open_moments, store_path
+from toyfeat.jobs.taps import load_moments
 from toyfeat.jobs.train import load_curves, train_together
 from toyfeat.lm.collect import store_moments
 from toyfeat.types import Taps
@@ -94,12 +96,13 @@ def test_a_store_is_verified_once_and_again_when_a_file_changes(job, monkeypatch
 
 def test_damaged_moments_are_computed_again(job):
     path = moments_path(job, SITE)
-    before, said = path.read_bytes(), []
-    flip(path, at=len(before) // 2)
+    before, said = load_moments(path, DIM), []
+    flip(path, at=path.stat().st_size // 2)
     store = open_collected(job, SITE)
     compute = lambda: store_moments(store)  # noqa: E731
     stats = open_moments(job, SITE, DIM, compute, said.append)
-    assert path.read_bytes() == before
+    for saved in (stats, load_moments(path, DIM)):
+        jax.tree.map(np.testing.assert_array_equal, saved, before)
     acts = np.concatenate([data_store.shard_taps(store, i).acts for i in range(5)])
     np.testing.assert_allclose(stats.mean, acts.mean(0), rtol=1e-4, atol=1e-6)
     assert len(said) == 1
@@ -116,6 +119,12 @@ def test_moments_of_another_width_are_refused(job):
 def test_broken_settings_of_a_folder_are_named(job, data):
     (Path(job.out) / "job.json").write_bytes(data)
     with pytest.raises(ValueError, match=r"^job: .*job\.json must be a JSON object .*"):
+        claim_folder(job, "collect")
+
+
+def test_results_without_their_settings_are_not_taken_for_this_jobs(job):
+    match = r"^job: .* must have job\.json, .*got stores without it; give another"
+    with pytest.raises(ValueError, match=match):
         claim_folder(job, "collect")
 
 

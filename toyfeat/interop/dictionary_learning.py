@@ -141,6 +141,7 @@ def _config(
         raise ValueError(
             f"{_WHO}: group_sizes must sum to the {latents} latents, got {widths[-1]}"
         )
+    # Settings of this architecture, and sizes, which must be those of the weights.
     own: dict[str, Any] = {
         key: field(trainer, key, float, source, _WHO, default=None, low=0) or default
         for key, default in architecture.defaults.items()

@@ -290,6 +290,7 @@ def _settings(
     metadata: dict[str, Any],
 ) -> dict[str, Any]:
     """Settings as SAELens names them."""
+    # Settings that SAELens has for some architectures only.
     name, optional = saved_as.architecture, {}
     if ARCHITECTURES.get(name, architecture).selects == "example":
         rescale = config.rescale_acts_by_decoder_norm

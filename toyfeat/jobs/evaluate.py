@@ -51,6 +51,7 @@ def open_held_out(site: Site) -> HeldOutSite:
 
     @cache
     def tap_once() -> HeldOut:
+        # Whole batches only.
         num = min(settings.windows, len(work.held_out))
         num = num // settings.batch * settings.batch
         if not num:
@@ -155,11 +156,13 @@ def score_methods(
     }
     if not missing:
         return
+    # Losses of the model itself, and of the site's mean in its place.
     params = held.site.work.model.params
     batch = held.site.work.job.evaluate.batch
     taps = held.taps()
     losses = reference_losses(held.split, params, taps, batch=batch)
     rows.add({"site": site, "what": "losses"}, losses._asdict())
+    # A few methods at once, whose scores are written before the next ones begin.
     names = list(missing)
     for start in range(0, len(names), _METHODS_AT_ONCE):
         part = {n: missing[n] for n in names[start : start + _METHODS_AT_ONCE]}

@@ -29,6 +29,7 @@ _FORMER_TRAIN_DEFAULTS = {
 _FORMER_DEFAULTS = {"weights": "float32"}
 
 _OTHER_FOLDER = "give another folder as out, or move it away"
+_RESULTS = ("stores", "train", "decompose.jsonl", "evaluation.jsonl")
 _DELETE_LINE = "delete that line, and its result is computed again"
 
 
@@ -49,10 +50,18 @@ def claim_folder(job: Job, *parts: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.json"
     saved = read_json(path, "job", advice=_OTHER_FOLDER) if path.exists() else {}
+    results = [name for name in _RESULTS if (folder / name).exists()]
+    if results and not saved:
+        raise ValueError(
+            f"job: {folder} must have job.json, which says of which settings its "
+            f"results are, got {', '.join(results)} without it; {_OTHER_FOLDER}"
+        )
+    # Folders of before an entry existed have its value of then.
     if saved:
         saved = _FORMER_DEFAULTS | saved
     if "train.steps" in saved:
         saved = _FORMER_TRAIN_DEFAULTS | saved
+    # Refuse other settings, add those of steps that were not taken before.
     settings = _flat_settings(job, parts)
     for name in sorted(saved.keys() & settings.keys()):
         if saved[name] != settings[name]:

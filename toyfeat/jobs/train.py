@@ -117,6 +117,7 @@ def train_together(
       FloatingPointError: if a member diverged; those that did not are saved.
     """
     shared, members = _find_population(runs, folder)
+    # One trainer for all: members keep fewer codes than the largest k, by their own.
     run_trainer, of_gradients = _make_trainer(
         members[0], train, source, max(run.k for run in members)
     )
@@ -133,6 +134,7 @@ def train_together(
         on_chunk=on_chunk,
         check_data=False,
     )
+    # Save the members that are wanted and finite.
     diverged = []
     for i, run in enumerate(members):
         member = jax.tree.map(lambda x, i=i: x[i], state)

@@ -173,11 +173,13 @@ def find_contexts(
     Raises:
       ValueError: if the taps are not of these tokens or have no gradients.
     """
+    # Choose latents by their effects; keep their codes and attributions everywhere.
     measured = _measure(view, chunks, tokens.size, num)
     names = [model.tokenizer.decode([i]) for i in range(model.config.vocab)]
     chosen = measured.chosen
     promoted = _promoted(model.params, view.writers[chosen]) if residual else None
     neighbours = _neighbours(np.asarray(view.readers, np.float64), chosen)
+    # Describe each by its largest contexts and the tokens that its writer promotes.
     latents = []
     for slot, index in enumerate(chosen):
         codes = measured.codes[:, slot]

@@ -78,6 +78,7 @@ def tap_held_out(
         the first and the last.
     """
     tokens = _check_windows(np.asarray(tokens), batch)
+    # Batch by batch on the device, all of them together on the host.
     tap_batch = _make_batch_tap(split, massive, extra_readout)
     batches = [
         tap_batch(params, tokens[start : start + batch], start)

@@ -177,6 +177,7 @@ def latent_html(latent: Latent) -> str:
         f"activation density {latent.frequency:.2%}, mean absolute attribution "
         f"{latent.effect:.2g} nats; nearest readers: {near}"
     )
+    # Words that its writer promotes, then its contexts of either kind.
     parts = [f"<h3>Latent {latent.index}</h3>", page.paragraph(head)]
     for title, words in (
         ("promoted tokens:", latent.promoted),

@@ -136,6 +136,7 @@ def curves_figure(curves: Mapping[str, Mapping[str, Any]]) -> Any:
         "unexplained_share": "first-order effect that no latent has",
     }
     picture = figure(12, 3.6)
+    # A kind has one entry in the legend, however many dictionaries it has.
     axes, labelled = picture.subplots(1, 3), set()
     for run, metrics in curves.items():
         kind = kind_of(run)

@@ -154,6 +154,7 @@ def write_leaderboard(
     """
     if not rows:
         raise ValueError("write_leaderboard: there are no rows")
+    # The rows, the picture of all tasks, and a page with a section per task.
     text = json.dumps({**header, "rows": list(rows)}, indent=1, allow_nan=False)
     write_whole(folder / "leaderboard.json", text + "\n")
     image = png(heat_figure(rows))

@@ -42,10 +42,12 @@ def task_figure(key: Array, task: Task) -> Any:
         view = _by_angle(grads, features, readers, pairs)
     else:
         view = _by_feature(grads, features, readers)
+    # Activations and gradients in planes of their own, with one key for both.
     left, middle, right = drawn.subplots(1, 3, width_ratios=(1, 1, 1.15))
     _draw_activations(left, acts - acts.mean(axis=0), view)
     _draw_gradients(middle, grads, readers, view)
     _draw_key(drawn, [left, middle], view)
+    # All readers beside all writers; a single one entry by entry.
     if len(readers) > 1:
         cosines = np.abs(_unit(readers) @ _unit(writers).T)
         image = right.imshow(cosines, vmin=0, vmax=1, cmap="magma_r")

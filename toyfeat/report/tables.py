@@ -139,6 +139,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
       rows: in the order of their cases.
       console: where to print; ranges and random figures are left out of a narrow one.
     """
+    # Columns, as far as the terminal is wide.
     wide = console.width >= _WIDE
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("figure")
@@ -148,6 +149,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
         table.add_column("random", justify="right", style="dim")
     table.add_column("expected")
     table.add_column("")
+    # A heading per case, then a line per figure.
     case = None
     for row in rows:
         if row.case != case:

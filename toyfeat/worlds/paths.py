@@ -179,14 +179,20 @@ def _walk_trees(
             fires, node = fires & (value > 0), node * width + child
             parameters = [_select_children(x, [child]) for x in parameters]
             path.append(child)
-        # Draw the code, and scale it by the code of the parent.
-        _, mean, std, least, gain = parameters
         drawn = sizes[roots * depth : roots * (depth + 1)]
-        size = _truncated_normal(drawn, mean, std, least)
-        size = jnp.where(gain > 0, size * value * gain, size)
-        value = jnp.where(fires, size, jnp.zeros_like(size))
+        value = _draw_codes(drawn, fires, value, parameters[1:])
         steps.append((node + starts[depth], value))
     return steps
+
+
+def _draw_codes(
+    drawn: Array, fires: Array, parent: Array, parameters: Sequence[Array]
+) -> Array:
+    """Draw the codes of features that fire, scaled by the codes of their parents."""
+    mean, std, least, gain = parameters
+    size = _truncated_normal(drawn, mean, std, least)
+    size = jnp.where(gain > 0, size * parent * gain, size)
+    return jnp.where(fires, size, jnp.zeros_like(size))
 
 
 def _select_children(x: Array, path: Sequence[Array]) -> Array:

@@ -94,6 +94,7 @@ def set_detail(name, value):
         ("topk", "rescale_act_by_decoder_norm", True),
         ("topk", "aply_b_dec_to_input", False),
         ("topk", "num_phases", 4),
+        ("topk", "dtype", 32),
     ],
 )
 def test_a_setting_of_another_type_or_name_is_refused(saved, name, key, value):
@@ -107,6 +108,19 @@ def test_a_setting_in_the_metadata_has_its_type(saved, value):
     folder = saved("gradient", set_detail("gradient_weight", value))
     with pytest.raises(ValueError, match=r"'gradient_weight' in .*cfg\.json must be a"):
         ft.interop.load_saelens(folder)
+
+
+@pytest.mark.parametrize("details", [None, {}, {"x": 1}, ...])
+@pytest.mark.parametrize("name", ["gradient", "paired"])
+def test_a_dictionary_without_its_details_is_not_read_as_another(saved, name, details):
+    def change(settings):
+        settings["metadata"].pop(DETAILS)
+        if details is not ...:
+            settings["metadata"][DETAILS] = details
+
+    match = rf"load_saelens: {DETAILS} in .*cfg\.json must have .*; save the dictionary"
+    with pytest.raises(ValueError, match=match):
+        ft.interop.load_saelens(saved(name, change))
 
 
 @pytest.mark.parametrize("key", ["d_in", "d_sae", "architecture", "metadata"])

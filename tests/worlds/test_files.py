@@ -170,6 +170,9 @@ def test_a_broken_file_is_refused_by_name(changed, file, data):
         ("firing_probability", {"generator_name": "zipfian", "max_prob": np.nan}),
         ("firing_probability", {"generator_name": "zipfian", "mx_prob": 0.1}),
         ("firing_probability", {"generator_name": []}),
+        ("firing_probability", {"generator_name": "zipfian", "max_prob": 2.0}),
+        ("std_firing_magnitudes", -1.0),
+        ("std_firing_magnitudes", {"generator_name": "folded_normal", "std": -1.0}),
         ("std_firing_magnitudes", None),
         ("std_firing_magnitudes", {"generator_name": "linear", "start": 1.0}),
         ("mean_firing_magnitudes", "x"),
@@ -207,6 +210,7 @@ def test_a_setting_of_another_type_is_refused_by_name(changed, key, value):
         {"feature_index": 0, "children": [{"feature_index": 0}]},
         {"feature_index": 0, "mutually_exclusive_children": "false"},
         {"feature_index": 0, "scale_children_by_parent": 1},
+        {"feature_index": 0, "mutually_exclusive_childern": False},
     ],
 )
 def test_a_node_of_another_type_is_refused_by_name(changed, node):

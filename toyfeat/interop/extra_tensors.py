@@ -126,7 +126,7 @@ def _split_form(
     """Look up how a dictionary was split, ``None`` if it was not.
 
     Raises:
-      ValueError: if it was, and its architecture is not known.
+      ValueError: if it was, and its architecture or its settings are not known.
     """
     architecture = known.get(name or "")
     if architecture is None and name is not None and _DIGEST in details:
@@ -137,7 +137,12 @@ def _split_form(
     saved_as = None if architecture is None else architecture.saved_as
     if saved_as is None or saved_as.fold is not None or saved_as.architecture == name:
         return None
-    return saved_as if set(details) & {_DIGEST, *saved_as.metadata} else None
+    if not set(details) & {_DIGEST, *saved_as.metadata}:
+        raise ValueError(
+            f"{_WHO}: {_DETAILS} in {source} must have the settings of this {name} "
+            f"dictionary, got {details}; {_WAY_OUT}"
+        )
+    return saved_as
 
 
 def _as_saelens(saved_as: SavedAs, config: Config) -> Config:

@@ -228,6 +228,8 @@ def _config(
 ) -> Config:
     """Make a configuration from SAELens' settings."""
     check_keys(settings, _KNOWN, source, _LOAD, ignore_off=True)
+    for key in ("dtype", "device"):  # which change nothing here
+        field(settings, key, str, source, _LOAD, default=None)
     full = field(settings, "architecture", str, source, _LOAD)
     name = full.removesuffix("_transcoder") if full != "transcoder" else "standard"
     for key in ("normalize_activations", "reshape_activations"):

@@ -89,6 +89,8 @@ def _config(folder: files.Files) -> Config:
             raise ValueError(
                 f"{_WHO}: {key} = {value!r} asks for {_ABSENT[key]}; it is in {source}"
             )
+    for key in ("multi_topk", "normalize_decoder"):  # which change nothing here
+        field(settings, key, bool, source, _WHO, default=False)
     check_keys(settings, _KNOWN, source, _WHO, ignore_off=True)
     activation = settings.get("activation", "topk")
     if activation != "topk":

@@ -32,8 +32,16 @@ from toyfeat.worlds.world import World, assemble_world, firing
 _CONFIG, _WEIGHTS = "synthetic_model_config.json", "synthetic_model.safetensors"
 _HIERARCHY = "hierarchy.json"
 _WHO = "load_synthetic_model"
-_SIZES = ("num_features", "hidden_dim", "rank")
 _MAX_SIZE = 2**31 - 1  # JAX indexes arrays by int32
+_RANGES = {
+    **dict.fromkeys(("num_features", "hidden_dim", "rank"), (1, _MAX_SIZE)),
+    **dict.fromkeys(("std", "std_firing_magnitudes", "correlation_scale"), (0, None)),
+    **dict.fromkeys(("min_prob", "max_prob", "mutually_exclusive_portion"), (0, 1)),
+}
+_NODE = (
+    *("feature_index", "feature_id", "children"),
+    *("mutually_exclusive_children", "scale_children_by_parent"),
+)
 _FIRING = {"zipfian": ZipfianFiring, "linear": LinearFiring, "random": RandomFiring}
 _MAGNITUDE = {
     "constant": ConstantMagnitude,
@@ -268,8 +276,8 @@ def _check_value(kind: Any, name: str, fields: dict[str, Any], source: Path) -> 
     types = get_args(annotation) or (annotation,)
     optional = {"default": None} if type(None) in types else {}
     scalar = next((t for t in (bool, int, float) if t in types), dict)
-    sizes = {"low": 1, "high": _MAX_SIZE} if name in _SIZES else {}
-    return field(fields, name, scalar, source, _WHO, **optional, **sizes)
+    low, high = _RANGES.get(name, (None, None))
+    return field(fields, name, scalar, source, _WHO, low=low, high=high, **optional)
 
 
 def _nodes(trees: Hierarchy) -> list[dict[str, Any]]:
@@ -309,6 +317,7 @@ def _parse_nodes(source: Path, num: int) -> Hierarchy:
     waiting = [(root, -1, False) for root in roots]
     while waiting:
         node, parent, scales = waiting.pop()
+        check_keys(node, _NODE, source, _WHO, ignore_off=True)
         feature = _feature_index(node, source, num)
         # A node without a feature hands its parent on to its children.
         if feature is not None:

@@ -21,7 +21,6 @@ No model needed more features with the local interaction basis at any site; two 
 the five needed more edges in all.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +34,7 @@ import tyro
 
 from examples.modular import network
 from examples.modular.compare import compare_bases, mean_table
+from toyfeat.files.json import field, read_json
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,12 @@ def compare_on_model(model: Path, config: Config) -> list[dict]:
             raise ValueError(
                 f"there is no {path}; python scripts/modular.py --out {model} makes it"
             )
-    sizes = json.loads(settings.read_text(encoding="utf-8"))
-    task = network.Modular(**{name: sizes[name] for name in network.Modular._fields})
+    sizes = read_json(settings, "modular_lib")
+    values = {
+        name: field(sizes, name, int, settings, "modular_lib", low=1)
+        for name in network.Modular._fields
+    }
+    task = network.Modular(**values)
     params = {name: jnp.asarray(array) for name, array in np.load(model).items()}
     print(f"{model}, accuracy {float(network.accuracy(params, *network.pairs(task)))}")
     return compare_bases(

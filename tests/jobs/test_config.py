@@ -152,6 +152,11 @@ def test_the_examples_are_jobs(name):
         ("[train]\nlearning_rate = nan", "learning_rate must be finite, got nan"),
         ("[train]\nlearning_rate = -1e-3", "learning_rate must be above 0, got -0.0"),
         ("[collect]\nmassive = 0.0", "massive must be above 0, got 0.0"),
+        (f"[train]\nlearning_rate = 1{'0' * 400}", "learning_rate must be at most 9"),
+        (f"[collect]\ntokens = 1{'0' * 30}", "collect, tokens must be at most 9"),
+        ("model = " + "[" * 2000, "job.toml is not TOML"),
+        ("[collect]\nseed = 4294967296", "seed must be at most 2147483647"),
+        ("[train]\nseeds = [0, 4294967296]", "seeds must be at most 2147483647"),
         ("[collect]\nseed = -1", "seed must be at least 0, got -1"),
     ],
 )

@@ -18,15 +18,19 @@ class Limit(NamedTuple):
       at_least: smallest value, or ``None``.
       above: value that has to be exceeded, or ``None``.
       finite: whether ``inf`` is refused; NaN is in any case.
+      at_most: largest value, or ``None``.
     """
 
     at_least: int | None = None
     above: int | None = None
     finite: bool = True
+    at_most: int | None = None
 
 
 Count = Annotated[int, Limit(at_least=1)]
 CountOrZero = Annotated[int, Limit(at_least=0)]
+# Keys of JAX drop higher bits, so that larger seeds would be others.
+Seed = Annotated[int, Limit(at_least=0, at_most=2**31 - 1)]
 TokenOrNone = Annotated[int, Limit(at_least=-1)]
 Positive = Annotated[float, Limit(above=0)]
 PositiveOrInf = Annotated[float, Limit(above=0, finite=False)]
@@ -66,14 +70,16 @@ class Collect:
     tokens: Count = 50_000
     held_out: CountOrZero = 8192
     length: Count = 128
-    start: TokenOrNone = -1
+    start: # Keys of JAX drop higher bits, so that larger seeds would be others.
+Seed = Annotated[int, Limit(at_least=0, at_most=2**31 - 1)]
+TokenOrNone = -1
     batch: Count = 8
     dtype: Dtype = "float32"
     compute: Dtype = "float32"
     rows_per_shard: Count = 8192
     massive: PositiveOrInf = 10.0
     every: Count = 10
-    seed: CountOrZero = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ class Train:
     site: str = ""
     kinds: tuple[str, ...] = ("acts", "attribution", "gradients", "paired")
     ks: tuple[Count, ...] = (8, 16, 32)
-    seeds: tuple[CountOrZero, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     latents: Count = 2304
     steps: Count = 2000
     batch: Count = 1024
@@ -167,7 +173,7 @@ class Evaluate:
     uniform: CountOrZero = 2000
     largest: CountOrZero = 500
     pair_batch: Count = 16
-    seed: CountOrZero = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,9 @@ class Job:
         return self.train.site or self.collect.sites[0]
 
 
+_MAX_INT = 2**63 - 1  # of TOML, and of numpy
+
+
 def read_job(path: str | Path) -> Job:
     """Read a job from a TOML file; entries that it leaves out have their defaults.
 
@@ -225,7 +234,7 @@ def read_job(path: str | Path) -> Job:
         raise FileNotFoundError(f"read_job: there is no {path}")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"read_job: {path} is not TOML ({error})") from None
     return _read_table(Job, content, str(path))
 
@@ -264,8 +273,10 @@ def _read_value(hint: Any, value: Any, place: str) -> Any:
         table = f"a table, [{place.rpartition(', ')[2]}]"
         _require(isinstance(value, dict), place, table, value)
         return _read_table(hint, value, place)
-    if hint is float and type(value) is int:
-        return float(value)
+    if type(value) is int:
+        _require(abs(value) <= _MAX_INT, place, f"at most {_MAX_INT}", value)
+        if hint is float:
+            return float(value)
     _require(type(value) is hint, place, hint.__name__, value)
     return value
 
@@ -277,6 +288,8 @@ def _check_limit(limit: Limit, number: float, place: str) -> None:
     if limit.at_least is not None:
         wanted = f"at least {limit.at_least}"
         _require(number >= limit.at_least, place, wanted, number)
+    if limit.at_most is not None:
+        _require(number <= limit.at_most, place, f"at most {limit.at_most}", number)
     if limit.above is not None:
         _require(number > limit.above, place, f"above {limit.above}", number)
 

@@ -5,7 +5,12 @@ import os
 
 import pytest
 
-from toyfeat.files.atomic import output_folder, replace_files, write_whole
+from toyfeat.files.atomic import (
+    open_draft,
+    output_folder,
+    replace_files,
+    write_whole,
+)
 
 
 def test_a_text_file_is_replaced_and_no_draft_is_left(tmp_path):
@@ -14,6 +19,30 @@ def test_a_text_file_is_replaced_and_no_draft_is_left(tmp_path):
         write_whole(path, text)
         assert path.read_text(encoding="utf-8") == text
     assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_a_draft_is_never_written_through_a_link(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    path, victim = tmp_path / "table.json", other / "victim"
+    victim.write_text("mine")
+    # Links wherever a draft was or is, and at the file itself.
+    for name in ("table.json", "table.json.partial", ".table.json.draft"):
+        (tmp_path / name).symlink_to(victim)
+    write_whole(path, "new")
+    with open_draft(path) as file:
+        file.write(b"newer")
+    assert (victim.read_text(), path.read_text()) == ("mine", "newer")
+    assert not path.is_symlink()
+
+
+def test_a_draft_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "table.json"
+    write_whole(path, "old")
+    with pytest.raises(TypeError), open_draft(path) as file:
+        file.write("no bytes")
+    assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
+    assert path.read_text() == "old"
 
 
 def test_an_output_folder_keeps_what_is_in_it(tmp_path):
@@ -32,7 +61,7 @@ def fail(*_args, **_kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace"])
+@pytest.mark.parametrize("call", ["os.fsync", "os.replace"])
 def test_a_text_file_survives_a_full_disk(tmp_path, monkeypatch, call):
     path = tmp_path / "table.json"
     write_whole(path, "old\n")

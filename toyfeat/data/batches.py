@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from toyfeat.data.checks import check_taps
 from toyfeat.data.permutation import LARGEST, epoch_words, host_words, permute_index
 from toyfeat.data.store import ALIGN, Store, check_shard, shard_taps
+from toyfeat.linalg.checks import check_int
 from toyfeat.types import Array, Taps
 
 
@@ -61,16 +64,21 @@ def store_batches(
       ValueError: if the batch is larger than the store, or the seed or window is
         out of range; from the function that is returned, if a shard was cut short.
     """
+    if not isinstance(store, Store):
+        raise TypeError(
+            "store_batches: store must be that of open_store(path), got "
+            f"{type(store).__name__}; open it first"
+        )
     rows = store.rows
-    _check_batch("store_batches", batch, rows)
-    if not (isinstance(seed, int) and seed >= 0):
-        raise ValueError(f"store_batches: seed must be an int above -1, got {seed!r}")
+    batch = _check_batch("store_batches", batch, rows)
+    seed = check_int("store_batches", "seed", seed, 0)
     shards = len(store.shards)
     window = shards if window is None else window
-    if window < 1 or min(window, shards) * store.rows_per_shard > LARGEST:
+    window = check_int("store_batches", "window", window, 1)
+    if min(window, shards) * store.rows_per_shard > LARGEST:
         raise ValueError(
             f"store_batches: a window must have 1 .. {LARGEST} rows, got {window} "
-            f"shards of {store.rows_per_shard}"
+            f"shards of {store.rows_per_shard}; make the window smaller"
         )
     # A batch may cross the border of two windows and of two epochs.
     map_shard = lru_cache(maxsize=2 * window)(partial(shard_taps, store))
@@ -81,9 +89,8 @@ def store_batches(
         return map_shard(index)
 
     def batches(step: int) -> Taps:
-        if step < 0:
-            raise ValueError(f"store_batches: step must not be negative, got {step}")
-        epoch, start = divmod(int(step) * batch, rows)
+        step = check_int("store_batches", "step", _concrete(step), 0)
+        epoch, start = divmod(step * batch, rows)
         count = min(batch, rows - start)
         ids = [*_row_ids(epoch_order(epoch), seed, epoch, start, count)]
         if count < batch:  # fill the batch from the next epoch
@@ -116,7 +123,9 @@ def array_batches(
       ``step -> Taps`` of ``batch`` rows; a :class:`jax.tree_util.Partial`.
 
     Raises:
-      ValueError: if the batch is larger than the data, or the arrays differ in length.
+      ValueError: if the batch is larger than the data, the arrays differ in length or
+        a weight is negative or NaN.
+      TypeError: if an argument is of another type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -127,13 +136,24 @@ def array_batches(
       >>> sorted(run(batches).ravel().tolist())
       [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     """
-    taps = jax.tree.map(jnp.asarray, taps)
-    lengths = [len(x) for x in jax.tree.leaves(taps)]
-    if len(set(lengths)) > 1:
-        raise ValueError(f"array_batches: arrays must have one length, got {lengths}")
-    _check_batch("array_batches", batch, lengths[0])
-    if lengths[0] > LARGEST:
-        raise ValueError(f"array_batches: at most {LARGEST} rows, got {lengths[0]}")
+    taps = check_taps(taps)
+    num = len(taps.weights)
+    batch = _check_batch("array_batches", batch, num)
+    if num > LARGEST:
+        raise ValueError(
+            f"array_batches: at most {LARGEST} rows, got {num}; use a store for more"
+        )
+    if not isinstance(seed, jax.Array):  # one that is traced cannot be looked at
+        seed = check_int("array_batches", "seed", seed, -(2**63), 2**63 - 1)
+    elif seed.shape != () or not jnp.issubdtype(seed.dtype, jnp.integer):
+        raise TypeError(
+            f"array_batches: seed must be one int, got {seed.dtype}{list(seed.shape)}; "
+            "pass one int"
+        )
+    if not isinstance(replace, bool):
+        raise TypeError(
+            f"array_batches: replace must be True or False, got {replace!r}; pass one"
+        )
     key, offsets = jax.random.key(seed), jnp.arange(batch, dtype=jnp.uint32)
     if replace:
         return jax.tree_util.Partial(_take_drawn, taps, key, offsets)
@@ -190,13 +210,14 @@ def _divmod_of_product(step: Array, batch: int, num: int) -> tuple[Array, Array]
     return quotient, remainder
 
 
-def _check_batch(who: str, batch: int, rows: int) -> None:
-    """Raise a ValueError for a batch size that is not in ``1 .. rows``."""
-    if not (isinstance(batch, int) and 1 <= batch <= rows):
-        raise ValueError(
-            f"{who}: batch must be an int in 1 .. {rows}, the rows there are, got "
-            f"{batch!r}"
-        )
+def _check_batch(who: str, batch: int, rows: int) -> int:
+    """Return a batch size as an int, or raise unless it is in ``1 .. rows``."""
+    return check_int(who, "batch", batch, 1, rows, ", the rows there are")
+
+
+def _concrete(step: Any) -> Any:
+    """Convert a scalar array that is not traced to a number of NumPy."""
+    return step if isinstance(step, Tracer | int) else np.asarray(step)[()]
 
 
 class _Order(NamedTuple):

@@ -1,69 +1,41 @@
-"""Store of activations and gradients on disk: format, opening and verification."""
+"""Store of activations and gradients on disk: opening and verification."""
 
 import hashlib
-import json
-import re
-from functools import partial
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.files.json import field, read_json
+from toyfeat.data.format import (
+    AGAIN,
+    ALIGN,
+    Shard,
+    Store,
+    empty_store,
+    read_store,
+    shard_bytes,
+    split_blocks,
+)
+from toyfeat.files.paths import inside
+from toyfeat.linalg.checks import check_int
 from toyfeat.types import Taps
 
-VERSION = 1  # of the format of store.json
-ALIGN = 64  # bytes; JAX on a CPU uses host memory of this alignment without a copy
-_DTYPES = ("float32", "bfloat16")
-_SHARD_NAME = re.compile(r"shard-\d{6,9}-\d{1,10}(-\d{1,6})?\.bin")
-_AGAIN = "restore the store from a copy, or collect it again in another folder"
+__all__ = [
+    "ALIGN",
+    "Shard",
+    "Store",
+    "check_shard",
+    "check_shards",
+    "file_sha256",
+    "open_store",
+    "shard_taps",
+    "store_size",
+    "verify_store",
+]
 
-
-class Shard(NamedTuple):
-    """File of a store.
-
-    Attributes:
-      file: name in the folder.
-      rows: number of examples; every shard but the last is full.
-      sha256: checksum of the bytes.
-    """
-
-    file: str
-    rows: int
-    sha256: str
-
-
-class Store(NamedTuple):
-    """Folder of activations and gradients, none of which are in memory.
-
-    ``store.json`` holds these fields.  A shard of ``n`` rows is ``acts [n, D]``,
-    ``grads [n, K, D]`` (unless ``readouts`` is ``None``) and ``weights [n]`` (always
-    float32), each little-endian, in C order and padded with zeros to a multiple of
-    64 bytes.
-
-    Attributes:
-      path: the folder.
-      dim: width ``D`` of the site.
-      readouts: gradients ``K`` per example, or ``None`` without gradients.
-      dtype: ``"float32"`` or ``"bfloat16"``, of ``acts`` and ``grads``.
-      rows_per_shard: rows of a full shard.
-      metadata: JSON values that describe model, site, readout and text.
-      shards: completed shards.
-    """
-
-    path: Path
-    dim: int
-    readouts: int | None
-    dtype: str
-    rows_per_shard: int
-    metadata: dict[str, Any]
-    shards: tuple[Shard, ...]
-
-    @property
-    def rows(self) -> int:
-        """Number of examples."""
-        return sum(shard.rows for shard in self.shards)
+_READERS = 8  # threads that compute checksums; a disk gives no more bytes for more
 
 
 def store_size(
@@ -93,8 +65,7 @@ def store_size(
       >>> store_size(10**9, dim=512, readouts=1, dtype="bfloat16") / 2**40
       1.866...
     """
-    if rows < 0:
-        raise ValueError(f"store_size: rows must not be negative, got {rows}")
+    rows = check_int("store_size", "rows", rows, 0)
     store = empty_store(
         "store_size",
         "",
@@ -104,8 +75,9 @@ def store_size(
         rows_per_shard=rows_per_shard,
         metadata={},
     )
-    full, remainder = divmod(rows, rows_per_shard)
-    return full * shard_bytes(store, rows_per_shard) + shard_bytes(store, remainder)
+    size = store.rows_per_shard
+    full, remainder = divmod(rows, size)
+    return full * shard_bytes(store, size) + shard_bytes(store, remainder)
 
 
 def open_store(path: str | Path) -> Store:
@@ -133,9 +105,10 @@ def check_shards(store: Store, who: str) -> None:
 
     Raises:
       FileNotFoundError: if a shard is missing.
-      ValueError: if a shard has the wrong size.
+      ValueError: if a shard has the wrong size or is a link out of the folder.
     """
     for shard in store.shards:
+        inside(store.path, shard.file, who)
         check_shard(store, shard, who)
 
 
@@ -168,6 +141,9 @@ def check_shard(store: Store, shard: Shard, who: str) -> None:
 def verify_store(path: str | Path) -> None:
     """Verify all bytes of a store against its checksums.
 
+    Shards are read in parallel.  What was read before in this process is not read
+    again, unless the size or a time of the file changed.
+
     Args:
       path: the folder.
 
@@ -176,14 +152,28 @@ def verify_store(path: str | Path) -> None:
       ValueError: if shards are damaged; it names them.
     """
     store = open_store(path)
-    damaged = [
-        s.file for s in store.shards if file_sha256(store.path / s.file) != s.sha256
-    ]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _READERS)) as pool:
+        intact = list(pool.map(partial(_is_intact, store.path), store.shards))
+    damaged = [s.file for s, ok in zip(store.shards, intact, strict=True) if not ok]
     if damaged:
         raise ValueError(
             f"verify_store: {len(damaged)} of {len(store.shards)} shards of "
-            f"{store.path} are not what was written: {', '.join(damaged)}"
+            f"{store.path} are not what was written: {', '.join(damaged)}; {AGAIN}"
         )
+
+
+def _is_intact(folder: Path, shard: Shard) -> bool:
+    """Return whether a shard has its checksum."""
+    stat = (folder / shard.file).stat()
+    version = stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return _sha256_of(folder / shard.file, version) == shard.sha256
+
+
+@cache
+def _sha256_of(file: Path, version: tuple[int, ...]) -> str:
+    """Compute the checksum of a version of a file once in a process."""
+    del version
+    return file_sha256(file)
 
 
 def shard_taps(store: Store, index: int) -> Taps:
@@ -207,155 +197,7 @@ def shard_taps(store: Store, index: int) -> Taps:
     return split_blocks(store, shard.rows, mapped)
 
 
-def empty_store(
-    who: str,
-    path: str | Path,
-    *,
-    dim: int,
-    readouts: int | None,
-    dtype: str,
-    rows_per_shard: int,
-    metadata: dict[str, Any],
-) -> Store:
-    """Create the record of a store without shards, after checking its settings.
-
-    Raises:
-      ValueError: if a size or the dtype is not valid; ``who`` opens the message.
-    """
-    sizes = {"dim": dim, "readouts": readouts, "rows_per_shard": rows_per_shard}
-    for name, size in sizes.items():
-        if size is None and name == "readouts":
-            continue
-        if not (isinstance(size, int) and size > 0):
-            raise ValueError(f"{who}: {name} must be an int above 0, got {size!r}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"{who}: dtype must be one of {_DTYPES}, got {dtype!r}")
-    return Store(
-        path=Path(path),
-        dim=dim,
-        readouts=readouts,
-        dtype=dtype,
-        rows_per_shard=rows_per_shard,
-        metadata=json.loads(json.dumps(metadata)),  # as they will be read again
-        shards=(),
-    )
-
-
-def read_store(path: str | Path, who: str) -> Store:
-    """Read ``store.json``, without looking at the shards.
-
-    Raises:
-      FileNotFoundError: if there is no ``store.json``.
-      ValueError: if it is damaged, of another format, or names files outside.
-    """
-    file = Path(path) / "store.json"
-    saved = read_json(file, who, advice=_AGAIN)
-    if saved.get("format") != "toyfeat store" or saved.get("version") != VERSION:
-        raise ValueError(
-            f"{who}: wanted a toyfeat store of version {VERSION}, {file} says "
-            f"{saved.get('format')!r:.80}, version {saved.get('version')!r:.80}; "
-            f"{_AGAIN}"
-        )
-    read = partial(field, saved, source=file, who=who)
-    store = Store(
-        path=Path(path),
-        dim=read("dim", kind=int, low=1),
-        readouts=read("readouts", kind=int, low=1, default=None),
-        dtype=read("dtype", kind=str),
-        rows_per_shard=read("rows_per_shard", kind=int, low=1),
-        metadata=read("metadata", kind=dict),
-        shards=tuple(
-            _read_shard(entry, file, who) for entry in read("shards", kind=list)
-        ),
-    )
-    if store.dtype not in _DTYPES:
-        raise ValueError(
-            f"{who}: dtype in {file} must be one of {_DTYPES}, got "
-            f"{store.dtype!r:.80}; {_AGAIN}"
-        )
-    _check_numbers(store, file, who)
-    return store
-
-
-def is_shard_name(name: str) -> bool:
-    """Return whether a file name is one that a writer gives to shards."""
-    return _SHARD_NAME.fullmatch(name) is not None
-
-
-def _read_shard(entry: Any, file: Path, who: str) -> Shard:
-    """Read the entry of a shard in ``store.json``."""
-    if not isinstance(entry, dict):
-        raise ValueError(
-            f"{who}: shards in {file} must be objects, got {entry!r:.80}; {_AGAIN}"
-        )
-    read = partial(field, entry, source=file, who=who)
-    shard = Shard(
-        file=read("file", kind=str),
-        rows=read("rows", kind=int, low=1),
-        sha256=read("sha256", kind=str),
-    )
-    if not is_shard_name(shard.file):
-        raise ValueError(
-            f"{who}: {file} names a shard {shard.file!r:.80}, wanted a name in its "
-            f"folder such as shard-000000-8.bin; {_AGAIN}"
-        )
-    return shard
-
-
-def _check_numbers(store: Store, file: Path, who: str) -> None:
-    """Raise a ValueError for shards that are not full, or twice the same."""
-    *full, _ = [shard.rows for shard in store.shards] or [0]
-    fits = all(rows == store.rows_per_shard for rows in full)
-    fits = fits and all(s.rows <= store.rows_per_shard for s in store.shards)
-    if not fits or len({shard.file for shard in store.shards}) < len(store.shards):
-        raise ValueError(
-            f"{who}: shards in {file} must be different files of "
-            f"{store.rows_per_shard} rows, the last one of no more; {_AGAIN}"
-        )
-
-
-def store_json(store: Store) -> bytes:
-    """Serialize a store as the contents of ``store.json``."""
-    settings = {name: getattr(store, name) for name in Store._fields[1:-1]}
-    shards = [shard._asdict() for shard in store.shards]
-    head = {"format": "toyfeat store", "version": VERSION}
-    text = json.dumps({**head, **settings, "shards": shards}, indent=1)
-    return (text + "\n").encode()
-
-
-def shard_bytes(store: Store, rows: int) -> int:
-    """Compute the size of a shard with a given number of rows."""
-    return sum(_padded_size(block) for block in _block_sizes(store, rows))
-
-
-def split_blocks(store: Store, rows: int, raw: np.ndarray) -> Taps:
-    """View the bytes of a shard as its arrays."""
-    dtype = np.dtype(jnp.dtype(store.dtype)).newbyteorder("<")
-    sizes = _block_sizes(store, rows)
-    starts = np.cumsum([0, *(_padded_size(size) for size in sizes)])
-    acts, grads, weights = (
-        raw[start : start + size] for start, size in zip(starts, sizes, strict=False)
-    )
-    shape = (rows, store.readouts or 0, store.dim)
-    return Taps(
-        acts.view(dtype).reshape(rows, store.dim),  # pyright: ignore[reportArgumentType]
-        grads.view(dtype).reshape(shape) if store.readouts else None,  # pyright: ignore[reportArgumentType]
-        weights.view("<f4"),  # pyright: ignore[reportArgumentType]
-    )
-
-
 def file_sha256(path: Path) -> str:
     """Compute the SHA-256 checksum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _block_sizes(store: Store, rows: int) -> tuple[int, int, int]:
-    """Compute the sizes in bytes of ``acts``, ``grads`` and ``weights``."""
-    acts = rows * store.dim * np.dtype(jnp.dtype(store.dtype)).itemsize
-    return acts, acts * (store.readouts or 0), rows * 4
-
-
-def _padded_size(size: int) -> int:
-    """Round a size up to a multiple of ``ALIGN`` bytes."""
-    return -(-size // ALIGN) * ALIGN

@@ -1,10 +1,8 @@
 """Writer of a store: activations and gradients to disk, one shard at a time."""
 
 import hashlib
-import importlib
 import os
 import shutil
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.data.store import (
+from toyfeat.data.format import (
     Shard,
     Store,
-    check_shards,
     empty_store,
-    file_sha256,
     is_shard_name,
     read_store,
     shard_bytes,
-    shard_taps,
     split_blocks,
     store_json,
 )
+from toyfeat.data.store import check_shards, file_sha256, shard_taps
+from toyfeat.files.paths import lock_folder
 from toyfeat.types import Taps
 
 
@@ -89,7 +86,7 @@ def store_writer(
             readouts=readouts,
             dtype=dtype,
             rows_per_shard=rows_per_shard,
-            metadata=metadata or {},
+            metadata={} if metadata is None else metadata,
         )
     )
 
@@ -99,7 +96,7 @@ class StoreWriter:
 
     def __init__(self, wanted: Store):
         wanted.path.mkdir(parents=True, exist_ok=True)
-        self._release = weakref.finalize(self, os.close, _lock_folder(wanted.path))
+        self._release = lock_folder(wanted.path, self, "store_writer")
         try:
             self._open(wanted)
         except BaseException:
@@ -289,32 +286,6 @@ def _sync_folder(path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def _lock_folder(path: Path) -> int:
-    """Lock a folder against other writers.
-
-    Returns:
-      A descriptor that holds the lock as long as it is open.
-
-    Raises:
-      BlockingIOError: if another writer holds the lock.
-    """
-    try:
-        fcntl = importlib.import_module("fcntl")
-    except ImportError:  # not a POSIX system: no lock
-        return os.open(os.devnull, os.O_RDONLY)
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise BlockingIOError(
-            f"store_writer: another writer has {path} open; close it first"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    return folder
 
 
 def _check_settings(store: Store, wanted: Store) -> None:

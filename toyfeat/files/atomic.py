@@ -4,8 +4,9 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -14,15 +15,42 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
       OSError: if it cannot be written; names it.  The old content stays.
     """
-    draft = path.with_name(path.name + ".partial")
     try:
-        draft.write_text(text, encoding="utf-8", errors="backslashreplace")
-        _flush(draft)
-        draft.replace(path)
+        with open_draft(path, mark=str(os.getpid())) as file:
+            file.write(text.encode("utf-8", errors="backslashreplace"))
     except OSError as error:
+        raise _not_written("write_whole", path, error) from error
+
+
+@contextlib.contextmanager
+def open_draft(path: Path, *, mark: str = "", sync: bool = True) -> Iterator[BinaryIO]:
+    """Open a draft that replaces a file once it is written, and is deleted otherwise.
+
+    The draft is a new file, ``.NAME.draft``: a link of that name is removed, not
+    followed, and so is the draft of a process that was killed.
+
+    Args:
+      path: of the file that is replaced; a link is replaced, not followed.
+      mark: part of the name of the draft, where processes without a lock may write
+        the same file.
+      sync: whether to wait until the draft is on the disk before it replaces the file.
+
+    Yields:
+      The draft, open for writing bytes.
+    """
+    draft = path.with_name(f".{path.name}.{mark}{'.' * bool(mark)}draft")
+    draft.unlink(missing_ok=True)
+    try:
+        with draft.open("xb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise _not_written("write_whole", path, error) from error
+        raise
 
 
 def replace_files(

@@ -1,0 +1,85 @@
+"""Checks of arrays that batches are made of."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from toyfeat.types import Array, Taps
+
+
+def check_taps(taps: Taps) -> Taps:
+    """Convert taps to arrays of JAX, after checking shapes and concrete values.
+
+    Raises:
+      TypeError: if they are no taps of floats.
+      ValueError: if their shapes do not fit, a weight is negative or not finite, or a
+        row of a positive weight is not finite.
+    """
+    if not isinstance(taps, Taps):
+        raise TypeError(
+            f"array_batches: taps must be Taps, got {type(taps).__name__}; wrap "
+            "activations [N, D] as Taps(acts, None, jnp.ones(len(acts)))"
+        )
+    arrays = Taps(*(None if x is None else _as_array(x) for x in taps))
+    ranks = {"acts": 2, "grads": 3, "weights": 1, "targets": 2}
+    shapes = {n: x.shape for n, x in arrays._asdict().items() if x is not None}
+    fits = "acts" in shapes and "weights" in shapes
+    fits = fits and all(len(shape) == ranks[n] for n, shape in shapes.items())
+    if not fits or len({shape[0] for shape in shapes.values()}) > 1:
+        raise ValueError(
+            "array_batches: arrays must have one length, acts [N, D], grads [N, K, D] "
+            f"or None, weights [N], got {shapes}; reshape them to rows"
+        )
+    _check_values(arrays)
+    return arrays
+
+
+def _check_values(taps: Taps) -> None:
+    """Raise for weights that are none, and for NaN in rows of a positive weight."""
+    leaves = jax.tree.leaves(taps)
+    if any(isinstance(x, Tracer) for x in leaves):
+        return
+    for name, x in taps._asdict().items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(
+                f"array_batches: {name} must be floating-point, got {x.dtype}; convert "
+                "them with astype(jnp.float32)"
+            )
+    least, wrong = _least_weight_and_wrong_rows(taps)
+    if not 0 <= float(least) < math.inf:
+        raise ValueError(
+            f"array_batches: weights must be finite and at least 0, got {least}; give "
+            "rows that are to be left out a weight of 0"
+        )
+    if int(wrong):
+        raise ValueError(
+            f"array_batches: rows must be finite, got {wrong} of {len(taps.weights)} "
+            "with NaN or inf; give them a weight of 0"
+        )
+
+
+@jax.jit
+def _least_weight_and_wrong_rows(taps: Taps) -> tuple[Array, Array]:
+    """Smallest weight (NaN or inf if there is one), and how many rows are not finite.
+
+    Rows of weight 0 do not count.
+    """
+    weights = taps.weights
+    ends = jnp.min(weights), jnp.max(weights)
+    least = jnp.where(jnp.isfinite(ends[1]), ends[0], ends[1])
+    finite = jnp.ones(len(weights), bool)
+    for x in (taps.acts, taps.grads, taps.targets):
+        if x is not None:
+            finite &= jnp.isfinite(x).all(tuple(range(1, x.ndim)))
+    return least, jnp.sum(~finite & (weights > 0))
+
+
+def _as_array(x: Any) -> Array:
+    """Convert to an array of JAX, which knows no foreign byte order."""
+    if isinstance(x, np.ndarray) and not x.dtype.isnative:
+        x = x.astype(x.dtype.newbyteorder("="))
+    return jnp.asarray(x)

@@ -321,7 +321,85 @@ def test_a_real_limit_of_size(tmp_path):
 def test_halves_of_a_killed_process_are_neither_read_nor_kept(tmp_path):
     like = three(tmp_path)
     whole = (tmp_path / "step_00000030.npz").read_bytes()
-    (tmp_path / ".step_00000040.npz.half").write_bytes(whole[:100])
+    (tmp_path / ".step_00000050.npz.draft").write_bytes(whole[:100])
     assert newest_checkpoint(tmp_path, like).step == 30
     save_checkpoint(tmp_path, 50, state_at(50), {}, keep=1)
     assert os.listdir(tmp_path) == ["step_00000050.npz"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "dtype"),
+    [
+        (3_000_000_000, jnp.int32),
+        (2**40 + 1, jnp.int32),
+        (70_000, np.int16),
+        (-1, np.uint8),
+        (2**24 + 1.0, jnp.float32),
+        (1e300, jnp.float32),
+        (-1e6, np.float16),
+        (1e-60, jnp.float32),
+        (1e-300 + 1e300j, jnp.complex64),
+    ],
+)
+def test_a_number_that_the_dtype_does_not_hold_is_refused(tmp_path, saved, dtype):
+    save_tree(tmp_path / "t.npz", {"n": saved})
+    for like in (np.zeros((), dtype), jnp.zeros((), dtype)):
+        with pytest.raises(ValueError, match=r"^load_tree: .*\['n'\] is .* not hold; "):
+            load_tree(tmp_path / "t.npz", {"n": like})
+    again = load_tree(tmp_path / "t.npz", {"n": type(saved)(0)})["n"]
+    assert (again, type(again)) == (saved, type(saved))
+
+
+@pytest.mark.parametrize(
+    ("saved", "dtype"),
+    [
+        (5, jnp.int32),
+        (255, np.uint8),
+        (0.1, jnp.float32),
+        (1e-3, np.float16),
+        (np.inf, jnp.float32),
+        (np.nan, jnp.float32),
+        (2.0**100, jnp.bfloat16),
+        (1 + 0.1j, jnp.complex64),
+        (True, jnp.bool_),
+    ],
+)
+def test_a_number_that_the_dtype_holds_is_the_nearest(tmp_path, saved, dtype):
+    save_tree(tmp_path / "t.npz", {"n": saved})
+    again = load_tree(tmp_path / "t.npz", {"n": jnp.zeros((), dtype)})["n"]
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(saved).astype(dtype))
+
+
+@pytest.mark.parametrize("number", [2**70, -(2**63) - 1])
+def test_an_int_of_more_than_64_bits_is_refused(tmp_path, number):
+    with pytest.raises(ValueError, match=r"^save_tree: \['n'\] .* 64 bits, got .*; sa"):
+        save_tree(tmp_path / "t.npz", {"n": number})
+    save_tree(tmp_path / "t.npz", {"n": 2**64 - 1})
+    assert load_tree(tmp_path / "t.npz", {"n": 0})["n"] == 2**64 - 1
+
+
+def test_foreign_byte_orders_are_saved_and_loaded_by_value(tmp_path):
+    save_tree(tmp_path / "t.npz", {"w": np.arange(3, dtype=">f4")})
+    again = load_tree(tmp_path / "t.npz", {"w": np.zeros(3, ">f4")})["w"]
+    assert again.dtype == np.dtype(">f4")
+    for w in (again, load_tree(tmp_path / "t.npz", {"w": jnp.zeros(3)})["w"]):
+        np.testing.assert_array_equal(np.asarray(w), [0, 1, 2])
+
+
+def test_files_of_others_are_neither_deleted_nor_overwritten(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(folder, 1, state_at(1), {"start": 1}, keep=1)
+    others = {"step_1.npz", ".step_a.half", "step_00000002.npz", "notes.tmp"}
+    for name in others:
+        (folder / name).write_text("mine")
+    (folder / ".step_00000005.npz.draft").symlink_to(victim)
+    (folder / "step_00000002.npz.damaged").write_text("mine")
+    for step in (4, 5):
+        save_checkpoint(folder, step, state_at(step), {"start": 2}, keep=1)
+    assert newest_checkpoint(folder, state_at(0)).step == 5
+    names = {"step_00000001.npz", "step_00000005.npz", "step_00000002.npz.damaged"}
+    assert set(os.listdir(folder)) == others | names
+    assert victim.read_text() == "mine"
+    assert all((folder / name).read_text() == "mine" for name in others)

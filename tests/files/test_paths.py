@@ -7,9 +7,29 @@ from toyfeat.files.paths import inside, lock_folder
 
 @pytest.mark.parametrize(
     "name",
-    "../x a/../../x /etc/x . .. C:/x C:x ..\\x a\0b".split(" ") + ["", None, 3, ["x"]],
+    [
+        "../x",
+        "a/../../x",
+        "/etc/x",
+        ".",
+        "..",
+        "C:/x",
+        "C:x",
+        "..\\x",
+        "a\x00b",
+        "",
+        None,
+        3,
+        ["x"],
+    ],
 )
 def test_names_that_lead_outside_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=r"^load: names of files .* got .*; correct"):
+        inside(tmp_path, name, "load")
+
+
+@pytest.mark.parametrize("name", [None, 3, True, ["x"], b"x"])
+def test_what_is_no_name_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=r"^load: names of files .* got .*; correct"):
         inside(tmp_path, name, "load")
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from toyfeat.checkpoint.leaves import check_leaf, encode_leaf
 from toyfeat.files.archives import array_from_npy, open_archive
+from toyfeat.files.atomic import open_draft
 
 _FORMAT = 1  # version of the manifest
 _MANIFEST = "manifest.json"
@@ -28,20 +29,12 @@ def write_file(path: Path, tree: Any, about: dict[str, Any], who: str) -> None:
     for leaf_path, leaf in leaves:
         check_leaf(leaf_path, leaf, who)
     # Write and flush a draft, then rename it: readers never see a part of a file.
-    draft = path.with_name(f".{path.name}.half")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "wb") as file:
+        with open_draft(path) as file:
             _write_members(file, leaves, about)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
         _sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+    except OSError as error:
         raise OSError(
             error.errno,
             f"{who}: could not write {path}: {error.strerror or error}; what was "
@@ -95,13 +88,27 @@ def read_file(path: Path, who: str) -> tuple[dict[str, Any], dict[str, Any]]:
       DamagedFileError: if it is not what was written.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{who}: there is no {path}")
+        raise FileNotFoundError(f"{who}: there is no {path}; give another path")
     with open(path, "rb") as file:
         try:
             return _read_members(file)
         except Exception as error:  # a damaged archive fails in a dozen ways
             reason = f"{type(error).__name__}: {error}"
             raise DamagedFileError(f"{who}: {path} is damaged ({reason})") from error
+
+
+def read_about(path: Path) -> dict[str, Any] | None:
+    """Read the JSON values that a file was saved with, and no array.
+
+    Returns:
+      The values, or ``None`` if it is not a file of :func:`write_file`.
+    """
+    try:
+        with path.open("rb") as file, open_archive(file) as members:
+            manifest = json.loads(members.read(_MANIFEST))
+        return manifest["about"] if manifest["format"] == _FORMAT else None
+    except Exception:  # a file of another kind fails in a dozen ways
+        return None
 
 
 def _read_members(file: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -125,6 +132,10 @@ def _read_verified(members: zipfile.ZipFile, entry: dict[str, Any]) -> np.ndarra
     value = array_from_npy(members.read(entry["member"]))
     if _digest(value) != entry["sha256"]:
         raise ValueError(f"{entry['path']} does not have the SHA-256 it was saved with")
-    if "impl" not in entry:
+    # The manifest tells dtype and shape, the header of the array its byte order, which
+    # the checksum does not cover: bytes are those of this machine.
+    if "impl" in entry:
+        value = value.view(value.dtype.newbyteorder("="))
+    else:
         value = value.view(np.dtype(entry["dtype"])).reshape(entry["shape"])
     return value

@@ -1,5 +1,6 @@
 """Encode a leaf of a tree as a NumPy array and an entry of the manifest, and back."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,10 +12,17 @@ def check_leaf(path: Any, leaf: Any, who: str) -> None:
     """Raise if a leaf cannot be saved to a file."""
     kind, name = type(leaf).__name__, jax.tree_util.keystr(path) or "the tree"
     if not (_is_number(leaf) or (hasattr(leaf, "dtype") and hasattr(leaf, "shape"))):
-        raise TypeError(f"{who}: {name} is a {kind}, wanted an array or a number")
+        raise TypeError(
+            f"{who}: {name} is a {kind}, wanted an array or a number; convert it"
+        )
     if not _is_number(leaf) and not _is_key(leaf) and not _is_numeric(leaf.dtype):
         raise TypeError(
-            f"{who}: {name} has dtype {leaf.dtype}, wanted numbers or bools"
+            f"{who}: {name} has dtype {leaf.dtype}, wanted numbers or bools; convert it"
+        )
+    if _is_number(leaf) and np.asarray(leaf).dtype == object:
+        raise ValueError(
+            f"{who}: {name} must be an int of at most 64 bits, got {leaf:.3e}; save it "
+            "as a float, or as several numbers"
         )
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         raise ValueError(
@@ -60,9 +68,12 @@ def encode_leaf(leaf: Any) -> tuple[dict[str, Any], np.ndarray]:
 
 def leaf_entry(leaf: Any) -> dict[str, Any]:
     """Return the dtype and shape of a leaf, as the manifest would hold them."""
+    dtype = getattr(leaf, "dtype", None)
+    if isinstance(dtype, np.dtype):
+        dtype = dtype.newbyteorder("=")
     if _is_number(leaf):
         return {"dtype": str(np.asarray(leaf).dtype), "shape": [], "number": True}
-    return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+    return {"dtype": str(dtype), "shape": list(leaf.shape)}
 
 
 def format_entry(entry: dict[str, Any]) -> str:
@@ -84,6 +95,29 @@ def entries_match(entry: dict[str, Any], wanted: dict[str, Any]) -> bool:
     # Unsigned integers count as integers, bfloat16 (kind "V") as a float.
     kinds = [np.dtype(n).kind.replace("u", "i").replace("V", "f") for n in names]
     return kinds[0] == kinds[1]
+
+
+def changes_on_load(leaf: Any, entry: dict[str, Any], value: np.ndarray) -> bool:
+    """Return whether a saved number has no place in the dtype of ``leaf``.
+
+    Whole numbers must stay as they are; a fraction is rounded, but neither to 0 nor to
+    infinity.  Arrays have the same dtype and do not change.
+    """
+    if "number" not in entry or "impl" in entry or _is_number(leaf):
+        return False
+    with np.errstate(all="ignore"):
+        loaded = value.astype(leaf.dtype).astype(value.dtype)
+    if value.dtype.kind not in "fc":
+        return loaded.item() != value.item()
+    old, new = complex(value.item()), complex(loaded.item())
+    return _is_lost(old.real, new.real) or _is_lost(old.imag, new.imag)
+
+
+def _is_lost(old: float, new: float) -> bool:
+    """Return whether a float is more than rounded."""
+    if old == new or math.isnan(old):
+        return False
+    return old.is_integer() or new == 0 or not math.isfinite(new)
 
 
 def decode_leaf(leaf: Any, entry: dict[str, Any], value: np.ndarray) -> Any:

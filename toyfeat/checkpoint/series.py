@@ -1,12 +1,18 @@
 """Save the checkpoints of a training run and find the newest that is undamaged."""
 
 import contextlib
+import os
 import re
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from toyfeat.checkpoint.files import DamagedFileError, read_file, write_file
+from toyfeat.checkpoint.files import (
+    DamagedFileError,
+    read_about,
+    read_file,
+    write_file,
+)
 from toyfeat.checkpoint.trees import unflatten_like
 
 _NAME = re.compile(r"step_(\d+)\.npz")
@@ -30,19 +36,30 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """List the checkpoints of a folder, step and file, the oldest first."""
     paths = folder.iterdir() if folder.is_dir() else ()
     matches = [(_NAME.fullmatch(path.name), path) for path in paths]
-    return sorted((int(match[1]), path) for match, path in matches if match)
+    steps = [(int(match[1]), path) for match, path in matches if match]
+    return sorted(pair for pair in steps if pair[1].name == _file_name(pair[0]))
+
+
+def _file_name(step: int) -> str:
+    """Return the name of the checkpoint of a step."""
+    return f"step_{step:08d}.npz"
 
 
 def save_checkpoint(
     folder: Path, step: int, state: Any, about: dict[str, Any], *, keep: int
 ) -> Path:
-    """Write a checkpoint, then remove all but the ``keep`` newest."""
-    for draft in folder.glob(".step_*.half"):  # of a process that was killed
-        draft.unlink()
-    path = folder / f"step_{step:08d}.npz"
+    """Write a checkpoint, then remove all but the ``keep`` newest of the same run.
+
+    Checkpoints are of one run if they have the same ``about["start"]``; others, and
+    files that only have such a name, stay.
+    """
+    path = folder / _file_name(step)
     write_file(path, state, about, "fit")
-    for _, old in checkpoints(folder)[:-keep]:
-        old.unlink()
+    older = [old for at, old in checkpoints(folder) if at <= step]
+    for old in older[:-keep]:
+        saved = read_about(old)
+        if saved is not None and saved.get("start") == about.get("start"):
+            old.unlink()
     return path
 
 
@@ -77,10 +94,10 @@ def newest_checkpoint(folder: Path, like: Any) -> Restored | None:
                 f"to step {step}, {path}",
                 stacklevel=4,
             )
-            with contextlib.suppress(OSError):
-                damaged_path.rename(
-                    damaged_path.with_name(damaged_path.name + ".damaged")
-                )
+            aside = damaged_path.with_name(damaged_path.name + ".damaged")
+            if not os.path.lexists(aside):
+                with contextlib.suppress(OSError):
+                    damaged_path.rename(aside)
         return Restored(step=step, state=state, about=about)
     if damaged:
         reasons = "; ".join(str(error) for _, error in damaged)

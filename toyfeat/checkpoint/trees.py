@@ -7,6 +7,7 @@ import jax
 
 from toyfeat.checkpoint.files import read_file, write_file
 from toyfeat.checkpoint.leaves import (
+    changes_on_load,
     check_leaf,
     decode_leaf,
     entries_match,
@@ -31,7 +32,8 @@ def save_tree(path: str | Path, tree: Any) -> None:
 
     Raises:
       TypeError: if a leaf is something else.
-      ValueError: if a leaf is spread over several processes.
+      ValueError: if a leaf is spread over several processes, or an int has more than
+        64 bits.
       OSError: if the disk is full or the file cannot be written; a file that was
         there before is untouched.
 
@@ -95,10 +97,17 @@ def unflatten_like(leaves: dict[str, Any], like: Any, path: Path, who: str) -> A
                 f"{name or 'it'} is {format_entry(saved)} in the file, wanted "
                 f"{format_entry(like_entry)}"
             )
+        elif changes_on_load(named[name], *leaves[name]):
+            wrong.append(
+                f"{name or 'it'} is {leaves[name][1].item()!r} in the file, which "
+                f"{format_entry(like_entry)} does not hold"
+            )
     if wrong:
         num_hidden = max(len(wrong) - _MAX_LISTED, 0)
         listed = "; ".join(sorted(wrong)[:_MAX_LISTED])
         listed += f" and {num_hidden} more" if num_hidden else ""
-        raise ValueError(f"{who}: {path} holds another tree: {listed}")
+        raise ValueError(
+            f"{who}: {path} holds another tree: {listed}; load it like that"
+        )
     values = [decode_leaf(leaf, *leaves[name]) for name, leaf in named.items()]
     return jax.tree.unflatten(treedef, values)

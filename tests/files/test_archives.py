@@ -3,6 +3,7 @@
 import io
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 
@@ -130,3 +131,42 @@ def test_a_member_is_one_leaf(tmp_path):
     path.write_bytes(archive_of(members | {"manifest.json": shared}).getvalue())
     with pytest.raises(ValueError, match=r"tree\.npz is damaged .*two leaves are in"):
         load_tree(path, tree)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        (b'"dtype": "int64", ', b"", "no sound .'dtype'."),
+        (b'"shape": [3]', b'"shape": ["3"]', "no sound shape"),
+        (b'"shape": [3]', b'"shape": 3', "no sound .'shape'."),
+        (b'"dtype": "int64"', b'"dtype": {"a": 1}', "no sound .'dtype'."),
+        (b'"dtype": "int64"', b'"dtype": "key<fry>"', "key without its implement"),
+        (b'"shape": []', b'"shape": [1]', "has keys of the shape"),
+        (b'"path": "', b'"path": "' + b"a" * 5000, "holds another tree"),
+        (b'"member": "', b'"member": "' + b"a" * 5000, "damaged .KeyError: .There is"),
+        (
+            b'"impl": "threefry2x32"',
+            b'"impl": [1]',
+            "implementation that is not known here",
+        ),
+        (
+            b'"impl": "threefry2x32"',
+            b'"impl": "a"',
+            "implementation that is not known here",
+        ),
+    ],
+)
+def test_a_manifest_that_was_not_written_here_is_refused(old, new, match, tmp_path):
+    tree = {"key": jax.random.key(0), "w": np.arange(3)}
+    save_tree(tmp_path / "tree.npz", tree)
+    with zipfile.ZipFile(tmp_path / "tree.npz") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    manifest = members["manifest.json"]
+    assert old in manifest
+    members["manifest.json"] = manifest.replace(old, new)
+    (tmp_path / "tree.npz").write_bytes(archive_of(members).getvalue())
+    with pytest.raises(
+        ValueError, match=rf"load_tree: .*tree\.npz .*{match}"
+    ) as caught:
+        load_tree(tmp_path / "tree.npz", tree)
+    assert len(str(caught.value)) < 2000

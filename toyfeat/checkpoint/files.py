@@ -17,6 +17,8 @@ from toyfeat.files.atomic import open_draft
 
 _FORMAT = 1  # version of the manifest
 _MANIFEST = "manifest.json"
+_ENTRY = {"path": str, "member": str, "dtype": str, "sha256": str, "shape": list}
+_MAX_REASON = 400  # characters of what is said about a damaged file: a few lines
 
 
 class DamagedFileError(ValueError):
@@ -93,7 +95,7 @@ def read_file(path: Path, who: str) -> tuple[dict[str, Any], dict[str, Any]]:
         try:
             return _read_members(file)
         except Exception as error:  # a damaged archive fails in a dozen ways
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"[:_MAX_REASON]
             raise DamagedFileError(f"{who}: {path} is damaged ({reason})") from error
 
 
@@ -117,6 +119,8 @@ def _read_members(file: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         manifest = json.loads(members.read(_MANIFEST))
         if manifest["format"] != _FORMAT:
             raise ValueError(f"format {manifest['format']} is not known here")
+        for entry in manifest["leaves"]:
+            _check_entry(entry)
         # Leaves of one member would make much of a small file.
         if len({x["member"] for x in manifest["leaves"]}) < len(manifest["leaves"]):
             raise ValueError("two leaves are in one member of the archive")
@@ -127,6 +131,16 @@ def _read_members(file: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return leaves, manifest["about"]
 
 
+def _check_entry(entry: dict[str, Any]) -> None:
+    """Raise if an entry of the manifest is not one that was written."""
+    wrong = [name for name, kind in _ENTRY.items() if type(entry.get(name)) is not kind]
+    if wrong or not all(type(size) is int for size in entry["shape"]):
+        raise ValueError(f"a leaf of its manifest has no sound {wrong or 'shape'}")
+    # Typed keys, and nothing else, have an implementation.
+    if ("impl" in entry) != entry["dtype"].startswith("key<"):
+        raise ValueError("a leaf of its manifest is a key without its implementation")
+
+
 def _read_verified(members: zipfile.ZipFile, entry: dict[str, Any]) -> np.ndarray:
     """Read an array, compare its checksum and restore its dtype."""
     value = array_from_npy(members.read(entry["member"]))
@@ -134,8 +148,9 @@ def _read_verified(members: zipfile.ZipFile, entry: dict[str, Any]) -> np.ndarra
         raise ValueError(f"{entry['path']} does not have the SHA-256 it was saved with")
     # The manifest tells dtype and shape, the header of the array its byte order, which
     # the checksum does not cover: bytes are those of this machine.
-    if "impl" in entry:
-        value = value.view(value.dtype.newbyteorder("="))
-    else:
-        value = value.view(np.dtype(entry["dtype"])).reshape(entry["shape"])
+    if "impl" not in entry:
+        return value.view(np.dtype(entry["dtype"])).reshape(entry["shape"])
+    value = value.view(value.dtype.newbyteorder("="))
+    if list(value.shape[:-1]) != entry["shape"]:  # a key has a few words
+        raise ValueError(f"{entry['path']} has keys of the shape {value.shape[:-1]}")
     return value

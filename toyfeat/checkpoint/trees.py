@@ -16,6 +16,7 @@ from toyfeat.checkpoint.leaves import (
 )
 
 _MAX_LISTED = 6  # differences in an error message, about what a person reads
+_MAX_TEXT = 400  # characters of a difference: a damaged file may have any path
 
 
 def save_tree(path: str | Path, tree: Any) -> None:
@@ -104,10 +105,16 @@ def unflatten_like(leaves: dict[str, Any], like: Any, path: Path, who: str) -> A
             )
     if wrong:
         num_hidden = max(len(wrong) - _MAX_LISTED, 0)
-        listed = "; ".join(sorted(wrong)[:_MAX_LISTED])
+        listed = "; ".join(text[:_MAX_TEXT] for text in sorted(wrong)[:_MAX_LISTED])
         listed += f" and {num_hidden} more" if num_hidden else ""
         raise ValueError(
             f"{who}: {path} holds another tree: {listed}; load it like that"
         )
-    values = [decode_leaf(leaf, *leaves[name]) for name, leaf in named.items()]
+    try:
+        values = [decode_leaf(leaf, *leaves[name]) for name, leaf in named.items()]
+    except (TypeError, ValueError, KeyError) as error:  # shapes and dtypes are right
+        raise ValueError(
+            f"{who}: {path} has keys of an implementation that is not known here: "
+            f"{error}"
+        ) from error
     return jax.tree.unflatten(treedef, values)

@@ -165,6 +165,9 @@ def test_numbers_of_either_byte_order_are_read(torch, tmp_path):
     swapped = {"byteorder": b"big", "data/0": np.arange(6, dtype=">f4")}
     big = write_archive(tmp_path / "b.pt", state, **swapped)
     np.testing.assert_array_equal(state_dict(big, "reader")["w"], wanted)
+    other = write_archive(tmp_path / "c.pt", state, byteorder=b"littlelittle")
+    with pytest.raises(ValueError, match="byte order little or big, got littlelittle"):
+        state_dict(other, "reader")
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -261,6 +261,10 @@ def _read_tensors(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     order = "little"
     if root + "byteorder" in names:
         order = archive.read(root + "byteorder").decode()
+    if order not in ("little", "big"):
+        raise ValueError(
+            f"wanted the byte order little or big, got {_shortened(order)}"
+        )
     # Unpickle the descriptions of the tensors, and check all of them.
     size = archive.getinfo(root + "data.pkl").file_size
     if size > _MAX_PICKLE:

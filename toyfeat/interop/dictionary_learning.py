@@ -1,5 +1,6 @@
 """Dictionaries from the files of dictionary_learning."""
 
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from toyfeat.interop import files
 from toyfeat.types import Params
 
 _WHO = "load_dictionary_learning"
+_MAX_SIZE = 2**31 - 1  # JAX indexes arrays by int32
 _LINEAR = {
     "encoder.weight": "W_enc",
     "encoder.bias": "b_enc",
@@ -91,14 +93,14 @@ def load_dictionary_learning(path: str | Path) -> tuple[Dictionary, Params]:
     if kind not in _CLASSES:
         raise ValueError(
             f"{_WHO}: trainer.dict_class in {folder.source} must be one of "
-            f"{', '.join(_CLASSES)}, got {kind!r}; others cannot be read"
+            f"{', '.join(_CLASSES)}, got {reprlib.repr(kind)}; others cannot be read"
         )
     name, tensor_names = _CLASSES[kind]
     architecture = ARCHITECTURES[name]
     # Their tensors under our names, their settings as ours.
     state = state_dict(folder.weights, _WHO)
-    tensors = _rename(kind, architecture, tensor_names, state)
-    widths = _widths(tensors.pop("group_sizes", None))
+    tensors = _rename(kind, architecture, tensor_names, state, folder.weights)
+    widths = _widths(tensors.pop("group_sizes", None), folder.weights)
     config = _config(kind, architecture, trainer, tensors, widths, folder.source)
     if architecture.selects != "all":
         config = config._replace(k=_k(trainer, state, folder.source))
@@ -114,6 +116,7 @@ def _rename(
     architecture: Architecture,
     names: dict[str, str],
     state: dict[str, np.ndarray],
+    weights: Path,
 ) -> dict[str, np.ndarray]:
     """Tensors under our names; matrices of torch's linear layers are transposed."""
     unused: set[str] = set()
@@ -121,7 +124,8 @@ def _rename(
         unused = {"k", "threshold"} - set(names)
     if set(state) - unused != set(names):
         raise ValueError(
-            f"{_WHO}: {kind} wants tensors {sorted(names)}, got {sorted(state)}"
+            f"{_WHO}: {weights}: {kind} wants tensors {sorted(names)}, got "
+            f"{reprlib.repr(sorted(state))}; give the folder of one trainer"
         )
     arrays = {name: x.T if "." in name else x for name, x in state.items()}
     return {ours: arrays[theirs] for theirs, ours in names.items()}
@@ -139,7 +143,8 @@ def _config(
     dim, latents = np.atleast_2d(tensors["W_enc"]).shape[-2:]
     if widths and widths[-1] != latents:
         raise ValueError(
-            f"{_WHO}: group_sizes must sum to the {latents} latents, got {widths[-1]}"
+            f"{_WHO}: group_sizes in {source.with_name('ae.pt')} must sum to the "
+            f"{latents} latents, got {widths[-1]}; fetch or save it again"
         )
     # Settings of this architecture, and sizes, which must be those of the weights.
     own: dict[str, Any] = {
@@ -148,7 +153,7 @@ def _config(
     }
     sizes = {"activation_dim": dim, "dict_size": latents}
     dim, latents = (
-        field(trainer, name, int, source, _WHO, default=size, low=1)
+        field(trainer, name, int, source, _WHO, default=size, low=1, high=_MAX_SIZE)
         for name, size in sizes.items()
     )
     return Config(
@@ -183,13 +188,14 @@ def _k(
     return numbers[0] if numbers else None
 
 
-def _widths(sizes: np.ndarray | None) -> tuple[int, ...]:
+def _widths(sizes: np.ndarray | None, weights: Path) -> tuple[int, ...]:
     if sizes is None:
         return ()
     is_list = sizes.ndim == 1 and len(sizes) and sizes.dtype.kind in "iu"
     if not is_list or sizes.min() < 1:
         raise ValueError(
-            f"{_WHO}: group_sizes must be a list of positive ints, got {sizes.tolist()}"
+            f"{_WHO}: group_sizes in {weights} must be a list of positive ints, got "
+            f"{reprlib.repr(sizes.tolist())}; fetch or save it again"
         )
     return tuple(int(width) for width in np.cumsum(sizes))
 

@@ -258,7 +258,7 @@ class Norm(nn.Module):
         # Divide by the root mean square.
         einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
         mean_square = einsum("btd,btd->bt", x, x) / x.shape[-1]
-        inverse = jax.lax.rsqrt(mean_square + config.eps)
+        inverse = jax.lax.rsqrt(mean_square + float(config.eps))
         x = einsum("btd,bt->btd", x, inverse) * scale[None, None].astype(jnp.float32)
         if is_centred:
             bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)

@@ -70,9 +70,7 @@ class Collect:
     tokens: Count = 50_000
     held_out: CountOrZero = 8192
     length: Count = 128
-    start: # Keys of JAX drop higher bits, so that larger seeds would be others.
-Seed = Annotated[int, Limit(at_least=0, at_most=2**31 - 1)]
-TokenOrNone = -1
+    start: TokenOrNone = -1
     batch: Count = 8
     dtype: Dtype = "float32"
     compute: Dtype = "float32"

@@ -447,8 +447,8 @@ def test_rotations_have_no_last_position():
     assert shape == (1, 20, 13)
 
 
-def test_a_base_of_rotations_is_any_whole_number():
-    model = Decoder(llama(vocab=13, rotary_base=10**10))
+def test_a_base_of_rotations_and_an_eps_are_any_whole_number():
+    model = Decoder(llama(vocab=13, rotary_base=10**10, eps=10**18))
     jax.eval_shape(model.init, jax.random.key(0), TOKENS)  # more than an int32
 
 

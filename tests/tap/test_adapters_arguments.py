@@ -1,4 +1,4 @@
-"""What the adapters of flax take: methods, options, inputs, parameters, train mode."""
+"""Arguments of the adapters of flax: methods, options, inputs, parameters, train mode."""
 
 import flax.linen as nn
 import jax

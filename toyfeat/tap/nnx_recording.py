@@ -49,7 +49,7 @@ class _Delta(nnx.Perturbation):
 
 
 class Run(NamedTuple):
-    """What the methods of a clone look up while they run.
+    """State of a run, which the methods of a clone look up.
 
     Attributes:
       functions: function probes, by site.

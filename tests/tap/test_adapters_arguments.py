@@ -1,4 +1,4 @@
-"""Arguments of the adapters of flax: methods, options, inputs, parameters, train mode."""
+"""Arguments of the flax adapters: methods, options, inputs, params, train mode."""
 
 import flax.linen as nn
 import jax

@@ -103,6 +103,73 @@ def test_taps_of_an_overflowing_model_are_caught():
         ft.check_taps(taps)
 
 
+# gradients that hold nothing
+
+
+LOST = {
+    "nothing_reads_it": (lambda a: 0 * a, "float32"),
+    "stop_gradient": (jax.lax.stop_gradient, "float32"),
+    "all_underflowed": (lambda a: a * 1e-9, "float16"),
+    "many_underflowed": (lambda a: a**2 * 1e-7, "float16"),
+    "many_underflowed_bfloat16": (lambda a: a * 1e-38, "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_lost_gradients_are_told(name):
+    fn, dtype = LOST[name]
+
+    def suffix(p, acts):  # the factors are small in float32 only
+        return fn(acts.astype(jnp.float32)).sum(-1)
+
+    x = jnp.asarray(RNG.standard_normal((50, 4)), dtype)
+    probed = ft.from_split(lambda p, x: x, suffix)
+    taps = ft.tap(
+        probed, None, x, sites="acts", readout=ft.readouts.scalar(lambda y: y)
+    )
+    underflowed = dtype != "float32"
+    match = r"^check_taps: site 'acts' wants .*got .*" + (
+        r"underflowed.*scale the readout up" if underflowed else r"all 0.*take another"
+    )
+    with pytest.warns(UserWarning, match=match):
+        ft.check_taps(taps)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_sparse_gradients_of_ordinary_size_are_not_lost(dtype, scale):
+    grads = scale * RNG.standard_normal((50, 2, 3)) * (RNG.random((50, 2, 3)) < 0.1)
+    acts, weights = jnp.ones((50, 3)), jnp.ones(50)
+    ft.check_taps(ft.Taps(acts, jnp.asarray(grads, dtype), weights))
+
+
+def test_only_examples_that_count_have_gradients():
+    grads = jnp.zeros((N, K, D)).at[2].set(1.0)
+    with pytest.warns(UserWarning, match="all 0"):
+        ft.check_taps(ft.Taps(ACTS, grads, ONES.at[2].set(0.0)))
+
+
+@pytest.mark.parametrize(
+    "taps",
+    [
+        None,
+        {},
+        3,
+        {"a": None},
+        {"a": ACTS},
+        ft.Taps(ACTS, None, jnp.ones(3)),
+        ft.Taps(ACTS, GRADS[:, 0], ONES),
+        ft.Taps(ACTS, GRADS[:, :, :1], ONES),
+        ft.Taps(ACTS[0], None, ONES),
+        ft.Taps(ACTS, None, ONES, jnp.full((N, 2), jnp.nan)),
+    ],
+    ids=range(10),
+)
+def test_what_are_no_taps_is_named(taps):
+    with pytest.raises((TypeError, ValueError), match=r"^check_taps: .*; "):
+        ft.check_taps(taps)
+
+
 # mixing of examples
 
 # The adapters warn of the layers that these tests want to be found.
@@ -356,3 +423,26 @@ def test_check_of_mixing_refuses_traced_parameters():
     probed = ft.from_split(lambda p, x: x * p, lambda p, a: a)
     with pytest.raises(TypeError, match=r"check_no_mixing: .*outside of jit"):
         jax.jit(lambda p: ft.check_no_mixing(probed, p, X))(jnp.float32(1.0))
+
+
+@pytest.mark.parametrize("where", ["parameters", "inputs", "outputs"])
+def test_values_that_are_nan_do_not_pass_for_unmixed(where):
+    nan, x = jnp.float32(jnp.nan), X
+    if where == "inputs":
+        x = X.at[3].set(nan)
+    scale = nan if where == "parameters" else jnp.float32(1.0)
+    suffix = (lambda p, a: nan * a) if where == "outputs" else (lambda p, a: a)
+    probed = ft.from_split(lambda p, x: x * p, suffix)
+    match = r"^check_no_mixing: wants finite values .*got .*NaN in \d of 6 .*; look"
+    with pytest.raises(ValueError, match=match):
+        ft.check_no_mixing(probed, scale, x)
+
+
+@pytest.mark.parametrize(
+    ("probed", "key"),
+    [(None, None), (ft.from_split(mlp, mlp), 3)],
+    ids=["probed", "key"],
+)
+def test_arguments_of_the_check_of_mixing_are_named(probed, key):
+    with pytest.raises(TypeError, match=r"^check_no_mixing: .*got.*; "):
+        ft.check_no_mixing(probed, None, X, key=key)

@@ -620,3 +620,218 @@ def test_the_first_token_after_left_padding_is_left_out_too():
     np.testing.assert_array_equal(readout.mask, [[0, 0, 0, 1, 0], [0, 1, 1, 0, 0]])
     shown = readouts.next_token_loss(tokens, mask=mask, first=True)
     np.testing.assert_array_equal(shown.mask, [[0, 0, 1, 1, 0], [1, 1, 1, 0, 0]])
+
+
+# labels that do not count, and labels that the outputs do not have
+
+LOGITS = normal(2, 5, V)
+TO_LOGITS = ft.from_split(lambda w, x: x, lambda w, a: a)  # the site is the logits
+
+
+def logit_taps(readout, batch_size=None, logits=LOGITS):
+    return ft.tap(
+        TO_LOGITS, None, logits, sites="acts", readout=readout, batch_size=batch_size
+    )["acts"]
+
+
+def cross_entropy_gradient(labels, counts, logits=LOGITS):
+    """Softmax minus one-hot in float64, 0 where a label does not count."""
+    grads = softmax(float64(logits))
+    for place in zip(*np.nonzero(counts), strict=True):
+        grads[(*place, labels[place])] -= 1
+    return grads * np.asarray(counts)[..., None]
+
+
+@pytest.mark.parametrize("ignore", [-100, -1, 3])
+@pytest.mark.parametrize("places", [[2], [0], [4], [0, 1], [1, 3], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("jit", [False, True])
+def test_ignored_tokens_have_no_loss_and_no_weight(ignore, places, jit):
+    tokens = np.array([[1, 0, 2, 0, 1], [0, 1, 1, 2, 0]])
+    tokens[0, places] = ignore
+    present = tokens != ignore
+    counts = np.zeros((2, 5), bool)
+    counts[:, :-1] = present[:, :-1] & present[:, 1:]
+
+    def taps_of_tokens(tokens):
+        options = {} if ignore == -100 else {"ignore": np.int64(ignore)}
+        return logit_taps(readouts.next_token_loss(tokens, first=True, **options))
+
+    taps = (jax.jit(taps_of_tokens) if jit else taps_of_tokens)(jnp.asarray(tokens))
+    want = cross_entropy_gradient(np.roll(tokens, -1, axis=1), counts)
+    assert_close(taps.grads, want.reshape(10, 1, V))
+    np.testing.assert_array_equal(taps.weights, counts.ravel())
+
+
+@pytest.mark.parametrize("token", [-1, V, 500])
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_targets_that_the_logits_do_not_have_raise_or_are_nan(token, batch_size):
+    tokens = jnp.zeros((2, 5), jnp.int32).at[1, 2].set(token)
+    match = (
+        rf"next_token_loss: .* 0 \.\. 3 .*got {token} at position 2 of input 1; mark"
+    )
+    with pytest.raises(ValueError, match=match):
+        logit_taps(readouts.next_token_loss(tokens), batch_size)
+    traced = jax.jit(lambda t: logit_taps(readouts.next_token_loss(t), batch_size))
+    grads = float64(traced(tokens).grads).reshape(2, 5, V)
+    np.testing.assert_array_equal(
+        np.isnan(grads).all(-1), np.arange(10).reshape(2, 5) == 6
+    )
+    # what is no target may be any number
+    masked = readouts.next_token_loss(tokens, mask=jnp.ones((2, 5)).at[1, 2].set(0))
+    assert np.isfinite(logit_taps(masked, batch_size).grads).all()
+
+
+CROSS_ENTROPY = optax.softmax_cross_entropy_with_integer_labels
+
+
+@pytest.mark.parametrize("ignore", [-100, 2, None])
+@pytest.mark.parametrize("shape", [(2, 5), (2,)])
+@pytest.mark.parametrize("jit", [False, True])
+def test_ignored_labels_of_a_loss_have_no_gradient(ignore, shape, jit):
+    labels = np.resize([1, 0, 3, 3, 0, 1, 1], shape)
+    logits = LOGITS if len(shape) == 2 else LOGITS[:, 0]
+    counts = np.ones(shape, bool)
+    if ignore is not None:
+        labels.flat[1::3], counts.flat[1::3] = ignore, False
+
+    def taps_of_labels(labels):
+        return logit_taps(
+            readouts.loss(CROSS_ENTROPY, labels, ignore=ignore), None, logits
+        )
+
+    taps = (jax.jit(taps_of_labels) if jit else taps_of_labels)(jnp.asarray(labels))
+    want = cross_entropy_gradient(labels, counts, logits)
+    assert_close(taps.grads, want.reshape(-1, 1, V))
+    of_input = counts.reshape(2, -1).any(1)
+    np.testing.assert_array_equal(
+        taps.weights, np.repeat(of_input, len(taps.weights) // 2)
+    )
+
+
+@pytest.mark.parametrize("reduce", [jnp.mean, jnp.sum])
+def test_an_ignored_label_inside_a_mean_raises_or_is_nan(reduce):
+    labels = jnp.zeros((2, 5), jnp.int32).at[1, 3].set(-100)
+
+    def mean_loss(y, label):
+        return reduce(CROSS_ENTROPY(y, label))
+
+    with pytest.raises(ValueError, match=r"loss: .*\(2,\) for labels \(2, 5\); do not"):
+        logit_taps(readouts.loss(mean_loss, labels))
+    traced = jax.jit(lambda x: logit_taps(readouts.loss(mean_loss, x)))(labels)
+    grads = float64(traced.grads).reshape(2, -1)
+    assert np.isfinite(grads[0]).all()
+    assert np.isnan(grads[1]).all()
+    counted = readouts.loss(mean_loss, jnp.zeros((2, 5), jnp.int32))
+    assert np.isfinite(logit_taps(counted).grads).all()
+
+
+@pytest.mark.parametrize("label", [-1, V, -V - 1])
+def test_labels_of_a_loss_that_the_outputs_do_not_have_raise(label):
+    labels = jnp.array([0, label])
+    with pytest.raises(ValueError, match=rf"loss: .*{label}.*; .*ignore"):
+        logit_taps(readouts.loss(CROSS_ENTROPY, labels), None, LOGITS[:, 0])
+
+
+def test_integer_targets_of_a_regression_may_be_negative():
+    labels = jnp.array([-1, -7])
+
+    def squared(y, label):
+        return (y[0] - label.astype(y.dtype)) ** 2
+
+    grads = logit_taps(readouts.loss(squared, labels), None, LOGITS[:, 0]).grads
+    want = 2 * (float64(LOGITS[:, 0, 0]) - np.array([-1, -7]))
+    assert_close(grads[:, 0, 0], want)
+
+
+def test_an_index_that_the_logits_do_not_have_is_refused_in_chunks_and_nan_in_jit():
+    index = jnp.array([0, -100])
+    with pytest.raises(ValueError, match=r"logit_difference: index .*-100.*; give"):
+        logit_taps(readouts.logit_difference(index, 1), 1, LOGITS[:, 0])
+    traced = jax.jit(
+        lambda i: logit_taps(readouts.logit_difference(i, 1), None, LOGITS[:, 0]).grads
+    )(index)
+    assert np.isfinite(traced[0]).all()
+    assert np.isnan(traced[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "readout"),
+    [
+        ("sampled_labels", readouts.sampled_labels(KEY)),
+        ("jacobian", readouts.jacobian()),
+        ("random_directions", readouts.random_directions(KEY, 2)),
+        ("logit_difference", readouts.logit_difference(0, 1)),
+    ],
+)
+def test_several_outputs_without_select_are_named(name, readout):
+    both = ft.from_split(
+        lambda w, x: x, lambda w, a: {"logits": a @ w, "hidden": a, "n": None}
+    )
+    match = rf"{name}: .*outputs\['hidden'\] \(6, 5\), outputs\['logits'\].*select"
+    with pytest.raises(ValueError, match=match):
+        traced_tap(both, X, readout)
+
+
+@pytest.mark.parametrize("over", ["all", "positions", "units"])
+def test_random_directions_of_half_precision_outputs(over):
+    logits = LOGITS.astype(jnp.float16)
+    readout = readouts.random_directions(KEY, 2, over=over)
+    taps = logit_taps(readout, None, logits)
+    assert taps.grads.dtype == jnp.float16
+    sizes = np.unique(np.abs(float64(taps.grads)))
+    np.testing.assert_allclose(sizes[sizes > 0], 2**-0.5, rtol=1e-3)
+
+
+BAD = {
+    "scalar: fn": lambda: readouts.scalar(None),
+    "scalar: mask": lambda: readouts.scalar(jnp.sum, mask="a"),
+    "half_squared_norm: mask|scalar: mask": lambda: readouts.half_squared_norm(
+        mask="a"
+    ),
+    "loss: fn": lambda: readouts.loss(None, X),
+    "loss: labels": lambda: readouts.loss(jnp.sum, None),
+    "loss: labels must": lambda: readouts.loss(jnp.sum, "a"),
+    "loss: ignore": lambda: readouts.loss(jnp.sum, X, ignore=1.5),
+    "next_token_loss: tokens": lambda: readouts.next_token_loss(None),
+    "next_token_loss: first": lambda: readouts.next_token_loss(TOKENS, first="no"),
+    "next_token_loss: select": lambda: readouts.next_token_loss(TOKENS, select=3),
+    "next_token_loss: ignore": lambda: readouts.next_token_loss(TOKENS, ignore=True),
+    "next_token_loss: mask": lambda: readouts.next_token_loss(TOKENS, mask=[[np.nan]]),
+    "sampled_labels: key": lambda: readouts.sampled_labels(None),
+    "sampled_labels: num": lambda: readouts.sampled_labels(KEY, num=2.0),
+    "sampled_labels: family": lambda: readouts.sampled_labels(KEY, family=[]),
+    "random_directions: key": lambda: readouts.random_directions(3, 2),
+    "random_directions: num": lambda: readouts.random_directions(KEY, True),
+    "random_directions: over": lambda: readouts.random_directions(KEY, 2, over=None),
+    "directions: cotangents": lambda: readouts.directions(None),
+    "directions: cotangents must": lambda: readouts.directions("a"),
+    "jacobian: mask": lambda: readouts.jacobian(mask=np.array([-1.0])),
+    "logit_difference: a": lambda: readouts.logit_difference(None, 1),
+    "logit_difference: position": lambda: readouts.logit_difference(0, 1, position="a"),
+    "along_path: readout": lambda: readouts.along_path(None, [1.0]),
+    "along_path: scales": lambda: readouts.along_path(readouts.jacobian(), "a"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_arguments_of_readouts_are_named(name):
+    with pytest.raises((TypeError, ValueError), match=rf"^({name}).*got.*; "):
+        BAD[name]()
+
+
+def test_integers_of_numpy_and_jax_are_taken():
+    a = readouts.random_directions(KEY, np.int64(3))
+    b = readouts.random_directions(KEY, jnp.int32(3))
+    assert a.options[0] == b.options[0] == 3
+    assert (
+        readouts.logit_difference(np.int32(0), 1, position=np.int64(-1)).options[0]
+        == -1
+    )
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda y: (y, y), lambda y: jnp.argmax(y), lambda y: None], ids=range(3)
+)
+def test_a_scalar_must_return_one_float_array(fn):
+    with pytest.raises((TypeError, ValueError), match=r"^readout: .*got.*; what is"):
+        traced_tap(SPLIT, X, readouts.scalar(fn))

@@ -911,3 +911,159 @@ def test_outputs_without_a_batch_axis_are_refused(readout, reduced):
     probed = ft.from_function(pooled)
     with pytest.raises(ValueError, match=r"outputs.* 10"):
         jax.eval_shape(lambda x: ft.tap(probed, None, x, sites="s", readout=readout), X)
+
+
+# randomness of the model and chunks
+
+
+class Dropped(nn.Module):
+    rate: float = 0.5
+    broadcast: tuple = ()
+
+    @nn.compact
+    def __call__(self, x):
+        h = jnp.tanh(nn.Dense(4, name="hidden")(x))
+        drop = nn.Dropout(
+            self.rate, self.broadcast, deterministic=self.rate == 0, name="drop"
+        )
+        return nn.Dense(2, name="out")(drop(h))
+
+
+def dropped(batch_size, **options):
+    model = Dropped(**options)
+    variables = Dropped(0.0).init(jax.random.key(1), X)
+    probed = ft.from_linen(model, rngs={"dropout": jax.random.key(2)})
+    return ft.tap(
+        probed,
+        variables,
+        X,
+        sites="drop",
+        readout=readouts.scalar(lambda y: y[0] ** 2),
+        batch_size=batch_size,
+    )["drop"]
+
+
+def keyed(params, inputs, tap):
+    """Dropout from one key of each input."""
+    x, keys = inputs
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (WIDTHS[0],)))(keys)
+    return tap("s", jnp.where(keep, x, 0.0)).sum(-1)
+
+
+def noisy(params, x, tap):
+    """The same key in every chunk: rows 0 and 2 of chunks of two would be alike."""
+    return tap("s", x + jax.random.normal(jax.random.key(0), x.shape)).sum(-1)
+
+
+def split_keys(params, x, tap):
+    keys = jax.random.split(jax.random.key(0), len(x))
+    draw = jax.vmap(lambda key: jax.random.normal(key, (WIDTHS[0],)))
+    return tap("s", x + draw(keys)).sum(-1)
+
+
+def projected(params, x, tap):
+    """What is drawn does not depend on the batch."""
+    matrix = jax.random.normal(jax.random.key(0), (WIDTHS[0], 3))
+    return tap("s", x @ matrix).sum(-1)
+
+
+@pytest.mark.parametrize("size", [1, 3, B - 1])
+@pytest.mark.parametrize("model", [noisy, split_keys, None])
+def test_a_model_that_draws_for_the_whole_batch_is_refused_in_chunks(model, size):
+    match = (
+        rf"^tap: batch_size={size} .*10 inputs, got a model in train mode: .*; switch"
+    )
+    with pytest.raises(ValueError, match=match):
+        dropped(size) if model is None else tap_of(
+            ft.from_function(model), sites="s", readout=None, batch_size=size
+        )
+
+
+@pytest.mark.parametrize("options", [{"rate": 0.0}, {"broadcast": (0,)}])
+def test_masks_that_do_not_depend_on_the_batch_are_the_same_in_chunks(options):
+    whole, chunks = dropped(None, **options), dropped(3, **options)
+    assert_close(chunks.acts, whole.acts)
+    assert_close(chunks.grads, whole.grads)
+
+
+@pytest.mark.parametrize("model", [keyed, projected])
+def test_a_key_of_each_input_or_of_the_model_is_fine_in_chunks(model):
+    keys = jax.random.split(jax.random.key(5), B)
+    inputs = (X, keys) if model is keyed else X
+
+    def run(batch_size):
+        probed = ft.from_function(model)
+        return ft.tap(
+            probed, None, inputs, sites="s", readout=None, batch_size=batch_size
+        )["s"].acts
+
+    assert_close(run(3), run(None))
+
+
+def test_dropout_of_the_whole_batch_is_the_models_own():
+    """Without chunks the mask is that of the module itself, one for each example."""
+    taps = dropped(None)
+    variables = Dropped(0.0).init(jax.random.key(1), X)
+    _, state = Dropped().apply(
+        variables,
+        X,
+        rngs={"dropout": jax.random.key(2)},
+        capture_intermediates=lambda module, _: module.name == "drop",
+    )
+    assert_close(taps.acts, state["intermediates"]["drop"]["__call__"][0])
+    assert len(np.unique(np.asarray(taps.acts) == 0, axis=0)) > 1
+
+
+IDENTITY = ft.from_split(lambda p, x: x, lambda p, a: a.sum(-1))
+READ = readouts.scalar(lambda y: y)
+
+
+def tap_of(probed=IDENTITY, inputs=X, sites="acts", readout=READ, **options):
+    return ft.tap(probed, None, inputs, sites=sites, readout=readout, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"batch_size": 2.5}, r"batch_size .*got 2.5"),
+        ({"batch_size": "a"}, r"batch_size .*got 'a'"),
+        ({"batch_size": True}, r"batch_size .*got True"),
+        ({"batch_size": np.nan}, r"batch_size .*got nan"),
+        ({"sites": 3}, r"sites .*got 3"),
+        ({"sites": [3]}, r"sites .*got 3"),
+        ({"sites": None}, r"sites .*got None"),
+        ({"probed": None}, r"probed .*got NoneType"),
+        ({"probed": lambda p, x, probes: x}, r"probed .*got PyTreeDef"),
+        ({"readout": "loss"}, r"readout .*got str"),
+        ({"inputs": X[:0]}, r"inputs .*leading axis 0"),
+        (
+            {"probed": ft.from_split(lambda p, x: x, lambda p, a: a.argmax(-1))},
+            r"no floating-point output to differentiate, got int32\[10\]",
+        ),
+        (
+            {"probed": ft.from_split(lambda p, x: x, lambda p, a: None)},
+            r"no floating-point output to differentiate, got none",
+        ),
+        (
+            {"probed": ft.from_split(lambda p, x: x[:, :0], lambda p, a: a.sum(-1))},
+            r"site 'acts' must have a width .*got .*\(10, 0\)",
+        ),
+        (
+            {
+                "probed": ft.from_function(
+                    lambda p, x, tap: tap("i", x.argmax(-1, keepdims=True))
+                ),
+                "sites": "i",
+            },
+            r"no site 'i'; .*floating-point",
+        ),
+    ],
+)
+def test_arguments_of_tap_are_named(changes, match):
+    with pytest.raises((TypeError, ValueError), match=rf"(?s)^tap: .*{match}"):
+        tap_of(**changes)
+
+
+@pytest.mark.parametrize("size", [np.int64(3), jnp.int32(3), np.uint8(3)])
+def test_batch_size_may_be_an_integer_of_numpy_or_jax(size):
+    assert_close(tap_of(batch_size=size)["acts"].grads, np.ones((B, 1, WIDTHS[0])))

@@ -222,7 +222,8 @@ def unknown_sites_message(missing: list[str], known: list[str], *, who: str) -> 
         )
     return (
         f"{who}: no site {', '.join(map(repr, missing))}; the sites are "
-        f"{', '.join(map(repr, known)) or '(none)'}. Likely: {reason}"
+        f"{', '.join(map(repr, known)) or '(none)'}. Likely: {reason}. "
+        "Only floating-point values are sites"
     )
 
 

@@ -193,7 +193,7 @@ def random_directions(
     if over not in ("all", "positions", "units"):
         raise ValueError(
             "random_directions: over must be 'all', 'positions' or 'units', got "
-            f"{over!r}"
+            f"{over!r}; choose one"
         )
     check_key("random_directions", key)
     check_select("random_directions", select)

@@ -68,5 +68,5 @@ class SVD(NamedTuple):
 
 
 def is_accurate(error: Array) -> Array:
-    """Whether an error is as small as promised; not if it is NaN."""
+    """Compare an error with the promised accuracy; false if it is NaN."""
     return error <= jnp.asarray(ACCURACY, error.dtype)

@@ -66,10 +66,14 @@ def save_saelens(
         activations.
       metadata: JSON values such as ``model_name`` and ``hook_name``; the version, the
         training's architecture and its details are set here.
+        :func:`saelens_metadata` reads them again.
 
     Raises:
-      ValueError: if the parameters are not those of the dictionary or not finite, or
-        SAELens has no such architecture (a linear one, a transcoder with top-k codes).
+      ValueError: if the parameters are not those of the dictionary or not finite,
+        SAELens has no such architecture (a linear one, a transcoder with top-k codes),
+        or a number in the metadata is not finite.
+      TypeError: if the metadata have a value that JSON does not have.
+      OSError: if a file cannot be written; names it, and the old files stay.
       ImportError: without safetensors (``pip install "toyfeat[sae]"``).
 
     References:
@@ -114,7 +118,7 @@ def save_saelens(
 def load_saelens(
     path: str | Path, *, architectures: Sequence[Architecture] = ()
 ) -> tuple[Dictionary, Params]:
-    """Read a dictionary that SAELens 6 or :func:`save_saelens` wrote.
+    """Read a dictionary that SAELens 6 or :func:`save_saelens` wrote, or of Gemma Scope.
 
     Dictionaries of :func:`save_saelens` are restored as they were, but for
     :func:`toyfeat.dictionaries.batch_topk` and :func:`toyfeat.dictionaries.matryoshka`,
@@ -122,7 +126,8 @@ def load_saelens(
 
     Args:
       path: the folder with ``cfg.json``, ``sae_weights.safetensors`` and, where there
-        are tensors that SAELens does not know, ``toyfeat.safetensors``.
+        are tensors that SAELens does not know, ``toyfeat.safetensors``; or one of Gemma
+        Scope with ``params.npz``, a :func:`toyfeat.dictionaries.jump_relu`.
       architectures: records of your own architectures, beside those of the library.
 
     Returns:
@@ -130,9 +135,9 @@ def load_saelens(
 
     Raises:
       FileNotFoundError: if one of the files is missing.
-      ValueError: if the architecture or a setting is not known here, the format is
-        older than 6, tensors are missing or of other shapes, or
-        ``toyfeat.safetensors`` does not belong to the weights.
+      ValueError: if the architecture or a setting is not known here or of another
+        type, the format is older than 6, tensors are missing, of other shapes or not
+        finite, or ``toyfeat.safetensors`` does not belong to the weights.
       ImportError: without safetensors.
 
     Example:

@@ -118,7 +118,7 @@ def save_saelens(
 def load_saelens(
     path: str | Path, *, architectures: Sequence[Architecture] = ()
 ) -> tuple[Dictionary, Params]:
-    """Read a dictionary that SAELens 6 or :func:`save_saelens` wrote, or of Gemma Scope.
+    """Read a dictionary of SAELens 6, of :func:`save_saelens` or of Gemma Scope.
 
     Dictionaries of :func:`save_saelens` are restored as they were, but for
     :func:`toyfeat.dictionaries.batch_topk` and :func:`toyfeat.dictionaries.matryoshka`,

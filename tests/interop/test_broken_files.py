@@ -267,6 +267,9 @@ def test_other_archives_in_its_place_are_refused(tmp_path):
         np.savez(path, **{**arrays, **change})
         with pytest.raises(ValueError, match=f"load_saelens: .*{match}"):
             ft.interop.load_saelens(tmp_path)
+    np.savez_compressed(path, **arrays)
+    with pytest.raises(ValueError, match=r"params\.npz is not .*without compression"):
+        ft.interop.load_saelens(tmp_path)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="is not a whole archive"):
         ft.interop.load_saelens(tmp_path)

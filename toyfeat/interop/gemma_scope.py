@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from toyfeat.dictionary.jump_relu import JUMP_RELU
 from toyfeat.dictionary.types import Config, Dictionary
+from toyfeat.files.archives import array_from_npy, open_archive
 from toyfeat.interop import files
 from toyfeat.types import Params
 
@@ -36,9 +35,11 @@ def load_params(path: Path, who: str) -> tuple[Dictionary, Params]:
       Lieberum et al. (2024), "Gemma Scope", section 2.
     """
     try:
-        # numpy would leave a broken file open.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            tensors = {name: archive[name] for name in archive.files}
+        with path.open("rb") as file, open_archive(file) as archive:
+            tensors = {
+                name.removesuffix(".npy"): array_from_npy(archive.read(name))
+                for name in archive.namelist()
+            }
     except OSError:
         raise
     except Exception as error:  # a damaged archive fails in a dozen ways

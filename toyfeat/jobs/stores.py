@@ -54,8 +54,9 @@ def verify_once(store: Store) -> None:
     try:
         verify_store(store.path)
     except ValueError as error:
+        fault = str(error).partition("; ")[0]  # without its advice
         raise ValueError(
-            f"job: the store must hold what was collected, got {error}; delete the "
+            f"job: the store must hold what was collected, got {fault}; delete the "
             f"folder {store.path} and run scripts/collect.py again, which collects "
             "this site anew"
         ) from error

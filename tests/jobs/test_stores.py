@@ -146,17 +146,21 @@ def test_numbers_that_json_does_not_have_are_null_in_lists_too(tmp_path):
     assert rows.rows == Rows(tmp_path / "rows.jsonl").rows == [row]
 
 
-def test_a_row_on_a_full_disk_names_the_file(tmp_path, monkeypatch):
+def test_a_row_on_a_full_disk_names_the_file_and_leaves_no_part(tmp_path, monkeypatch):
     rows = Rows(tmp_path / "rows.jsonl")
+    rows.add({"a": 1}, {})
 
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.open", full)
     match = r"job: could not write .*rows\.jsonl: No space left .*; make room"
-    with pytest.raises(OSError, match=match):
-        rows.add({"a": 1}, {})
-    assert rows.rows == []
+    for call in ("pathlib.Path.open", "os.fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(call, full)
+            with pytest.raises(OSError, match=match):
+                rows.add({"a": 2}, {})
+    rows.add({"a": 3}, {})
+    assert rows.rows == Rows(tmp_path / "rows.jsonl").rows == [{"a": 1}, {"a": 3}]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Results of a job: the folder that is its own, and rows that are written once."""
 
+import contextlib
 import json
 import math
 import os
@@ -118,10 +119,15 @@ class Rows:
             return False
         row = {**key, **{name: _finite_or_none(x) for name, x in values.items()}}
         line = json.dumps(row, allow_nan=False) + "\n"
+        size = self._path.stat().st_size if self._path.exists() else 0
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
+            with contextlib.suppress(OSError):  # no part of a line stays
+                os.truncate(self._path, size)
             raise OSError(
                 error.errno,
                 f"job: could not write {self._path}: {error.strerror}; make room and "

@@ -1,8 +1,10 @@
 """Paths of files whose names come from elsewhere, and locks of folders."""
 
+import contextlib
 import importlib
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -62,6 +64,20 @@ def lock_folder(path: Path, holder: object, who: str) -> "weakref.finalize[Any, 
       BlockingIOError: if the folder is locked.
     """
     return weakref.finalize(holder, os.close, _open_locked(path, who))
+
+
+@contextlib.contextmanager
+def locked(path: Path, who: str) -> Iterator[None]:
+    """Hold the lock of a folder, as :func:`lock_folder` does.
+
+    Raises:
+      BlockingIOError: if the folder is locked.
+    """
+    folder = _open_locked(path, who)
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def _open_locked(path: Path, who: str) -> int:

@@ -115,12 +115,23 @@ def _stack(*leaves: Any) -> Any:
 def _check_taps(taps: Any, who: str) -> Taps:
     """Return taps with the right fields and shapes, or raise."""
     if not isinstance(taps, Taps):
-        raise TypeError(f"fit: {who} must return Taps, got {type(taps).__name__}")
+        raise TypeError(
+            f"fit: {who} must return Taps, got {type(taps).__name__}; wrap activations "
+            "[N, D] as Taps(acts, None, jnp.ones(len(acts)))"
+        )
     for name, value in taps._asdict().items():
         optional = name in ("grads", "targets") and value is None
         if not hasattr(value, "dtype") and not optional:
             kind = type(value).__name__
-            raise TypeError(f"fit: {who} must hold arrays, got {name} = a {kind}")
+            raise TypeError(
+                f"fit: {who} must hold arrays, got {name} = a {kind}; "
+                "convert it with jnp.asarray"
+            )
+        if value is not None and not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(
+                f"fit: {who} must hold real floats, got {name} of {value.dtype}; "
+                "convert them with astype(jnp.float32)"
+            )
     # Gradients belong to the targets if there are any, else to the activations.
     shapes = [None if x is None else tuple(x.shape) for x in taps]
     acts, grads, weights, targets = shapes
@@ -133,7 +144,7 @@ def _check_taps(taps: Any, who: str) -> Taps:
         got_targets = "" if targets is None else f" and targets {targets}"
         raise ValueError(
             f"fit: {who} must return acts [N, D], grads [N, K, D] or None and weights "
-            f"[N], got shapes {acts}, {grads}, {weights}{got_targets}"
+            f"[N], got shapes {acts}, {grads}, {weights}{got_targets}; reshape them"
         )
     return taps
 

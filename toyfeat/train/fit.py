@@ -1,22 +1,21 @@
 """Run the host loop of training: chunks, checkpoints, resumption."""
 
-import json
+import contextlib
 import operator
+import os
 import time
-import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.checkpoint import checkpoints, newest_checkpoint, save_checkpoint
 from toyfeat.data.batches import Batches
+from toyfeat.files.paths import locked
 from toyfeat.tap.checks import warn_of_lost_grads
-from toyfeat.train.chunks import Feed, make_feed, run_chunk
+from toyfeat.train.chunks import make_feed, run_chunk
 from toyfeat.train.health import (
     catch_sigterm,
     check_members,
@@ -25,44 +24,23 @@ from toyfeat.train.health import (
 )
 from toyfeat.train.outliers import warn_of_outliers
 from toyfeat.train.progress import Report, open_reports
+from toyfeat.train.run import (
+    OnChunk,
+    Run,
+    Sizes,
+    fingerprint,
+    read_step,
+    restore_run,
+    save_run,
+)
+from toyfeat.train.settings import (
+    check_batch,
+    check_state,
+    describe_batch,
+    describe_trainer,
+)
 from toyfeat.train.types import Trainer, TrainState
 from toyfeat.types import Taps
-
-OnChunk = Callable[[int, dict[str, np.ndarray]], Any]
-
-
-class _Sizes(NamedTuple):
-    """The integer arguments of :func:`fit`, each at least 1."""
-
-    steps: int
-    chunk: int
-    checkpoint_every: int
-    keep: int
-
-
-class _Run(NamedTuple):
-    """The constants of a call of :func:`fit`.
-
-    Attributes:
-      trainer: as given.
-      feed: of the batches.
-      folder: of the run, or ``None``.
-      hyper: the state's settings as JSON values.
-      sizes: steps, chunk, checkpoint_every and keep.
-      on_chunk: as given.
-      check_data: as given.
-      start: step and checksum of the parameters that the run began from, or ``None``
-        without a folder.
-    """
-
-    trainer: Trainer
-    feed: Feed
-    folder: Path | None
-    hyper: dict[str, Any]
-    sizes: _Sizes
-    on_chunk: OnChunk | None
-    check_data: bool
-    start: dict[str, int] | None
 
 
 def fit(
@@ -80,6 +58,7 @@ def fit(
     on_chunk: OnChunk | None = None,
     resume: bool = True,
     check_data: bool = True,
+    allow_changes: bool = False,
 ) -> TrainState:
     """Train until ``steps`` updates are done, resuming an interrupted run.
 
@@ -110,11 +89,12 @@ def fit(
       on_chunk: called with the step, the mean of every metric and ``finite``, after
         a chunk and its checkpoint.
       resume: go on from the newest undamaged checkpoint of ``directory``, which
-        replaces ``state``; whether the batches are the same is not checked.  If
-        false, the directory must not hold a run.
+        replaces ``state``.  If false, the directory must not hold a run.
       check_data: look at the first batch with
         :func:`toyfeat.metrics.outlier_dims`, before the first step of a trainer of
         :func:`toyfeat.trainer`.
+      allow_changes: go on although settings of the trainer or the batches are not those
+        that the run had so far; hyper-parameters are always those of the run.
 
     Returns:
       The state after ``steps`` updates.  Members of a population that diverged stay
@@ -125,8 +105,9 @@ def fit(
         finite; the message has the step and the last checkpoint, which is finite.
       FileExistsError: with ``resume=False`` and a directory that holds a run.
       ValueError: if sizes, shapes, the state's tree or the settings do not fit, a
-        weight of the first batch is negative, or all checkpoints of the directory
-        are damaged.
+        weight of the first batch is negative, all checkpoints of the directory
+        are damaged, or its run had other settings or batches.
+      BlockingIOError: if another call of ``fit`` uses the directory.
       TypeError: if an argument has the wrong type.
       OSError: if the disk is full; the last checkpoint is undamaged.
       ImportError: with ``tensorboard`` and without tensorboardX.
@@ -155,8 +136,8 @@ def fit(
         steps=steps, chunk=chunk, checkpoint_every=checkpoint_every, keep=keep
     )
     state = _copy_state(trainer, state)
-    folder = None if directory is None else Path(directory)
-    run = _Run(
+    folder = None if directory is None else _make_folder(directory)
+    run = Run(
         trainer=trainer,
         feed=make_feed(batches),
         folder=folder,
@@ -164,29 +145,57 @@ def fit(
         sizes=sizes,
         on_chunk=on_chunk,
         check_data=check_data,
-        start=None if folder is None else _fingerprint(state),
+        start=None if folder is None else fingerprint(state),
+        settings={} if folder is None else describe_trainer(trainer),
+        allow_changes=allow_changes,
     )
-    run, state = _restore(run, state, resume)
-    first = _read_step(state)
-    if first >= steps:
-        return state
-    reports = {"bar": progress, "tensorboard": tensorboard}
-    with (
-        catch_sigterm(folder is not None) as should_stop,
-        open_reports(folder, first, steps, **reports) as report,
-    ):
-        return _train(run, state, should_stop, report)
+    lock = contextlib.nullcontext() if folder is None else locked(folder, "fit")
+    with lock:
+        run, state = restore_run(run, state, resume)
+        first = read_step(state)
+        if first >= steps:
+            return state
+        reports = {"bar": progress, "tensorboard": tensorboard}
+        with (
+            catch_sigterm(folder is not None) as should_stop,
+            open_reports(folder, first, steps, **reports) as report,
+        ):
+            return _train(run, state, should_stop, report)
+
+
+def _make_folder(directory: str | Path) -> Path:
+    """Make the folder of a run.
+
+    Raises:
+      TypeError: if the directory is not a path.
+      ValueError: if it cannot be made.
+    """
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(
+            f"fit: directory must be a path or None, got {directory!r}; pass a str"
+        )
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"fit: directory must be a folder, got {directory} ({error.strerror}); "
+            "give another one"
+        ) from None
+    return Path(directory)
 
 
 def _train(
-    run: _Run, state: TrainState, should_stop: Callable[[], bool], report: Report
+    run: Run, state: TrainState, should_stop: Callable[[], bool], report: Report
 ) -> TrainState:
     """Train chunk by chunk; the next batches are fetched while the device works."""
-    step, steps = _read_step(state), run.sizes.steps
+    step, steps = read_step(state), run.sizes.steps
     warned = np.zeros(np.size(state.step), bool)
     means: dict[str, np.ndarray] = {}
     began = time.perf_counter()
     next_batches = run.feed.fetch(step, _chunk_end(run, step) - step)
+    if run.next_batch is not None:
+        batch = describe_batch(run.feed, next_batches.source, step)
+        check_batch(run.next_batch, batch, str(run.folder))
     _check_first_batch(run, next_batches.source, step)
     while step < steps:
         # Start the chunk; the call returns before the device has finished.
@@ -216,7 +225,7 @@ def _train(
         # Save, call back, and stop if SIGTERM came.
         step, stop = end, should_stop()
         if stop or _is_checkpoint_due(run, step):
-            _save(run, state, step, batches.resume_state)
+            save_run(run, state, step, batches, next_batches)
         if run.on_chunk is not None:
             run.on_chunk(step, means)
         if stop:
@@ -225,7 +234,7 @@ def _train(
     return state
 
 
-def _check_first_batch(run: _Run, source: Any, step: int) -> None:
+def _check_first_batch(run: Run, source: Any, step: int) -> None:
     """Check the weights of the first batch and warn of its outlier dimensions."""
     recipe = run.trainer.recipe
     if step or recipe is None or not run.check_data:
@@ -246,7 +255,7 @@ def _check_first_batch(run: _Run, source: Any, step: int) -> None:
         warn_of_lost_grads("fit: the first batch", taps, stacklevel=4)
 
 
-def _chunk_end(run: _Run, step: int) -> int:
+def _chunk_end(run: Run, step: int) -> int:
     """Return the step after the chunk of ``step``, a multiple of the chunk or the last.
 
     Chunks do not depend on the step that a run starts from, so that a resumed run has
@@ -256,90 +265,13 @@ def _chunk_end(run: _Run, step: int) -> int:
     return min(run.sizes.steps, (step // chunk + 1) * chunk)
 
 
-def _is_checkpoint_due(run: _Run, step: int) -> bool:
+def _is_checkpoint_due(run: Run, step: int) -> bool:
     """Return whether the state after ``step`` updates is to be saved."""
     period = run.sizes.chunk * run.sizes.checkpoint_every
     return step == run.sizes.steps or step % period == 0
 
 
-def _save(run: _Run, state: TrainState, step: int, batches_state: str | None) -> None:
-    """Write a checkpoint, if the run has a folder."""
-    if run.folder is not None:
-        about = {"hyper": run.hyper, "batches": batches_state, "start": run.start}
-        folder = run.folder / "checkpoint"
-        save_checkpoint(folder, step, state, about, keep=run.sizes.keep)
-
-
-def _restore(run: _Run, state: TrainState, resume: bool) -> tuple[_Run, TrainState]:
-    """Load the newest checkpoint, if there is one, and restore the batches' state."""
-    first, steps = _read_step(state), run.sizes.steps
-    if first > steps:
-        raise ValueError(f"fit: state.step is {first}, past steps = {steps}")
-    if run.folder is None:
-        return run, state
-    series, lines = run.folder / "checkpoint", run.folder / "metrics.jsonl"
-    if not resume and (checkpoints(series) or lines.exists()):
-        raise FileExistsError(
-            f"fit: resume=False, but {run.folder} holds a run; choose another "
-            "directory, or move that one away"
-        )
-    restored = newest_checkpoint(series, state)
-    if restored is None:
-        return run, state
-    # The checkpoint must belong to a run with these settings, steps and batches.
-    _check_hyper(restored.about["hyper"], run.hyper, run.folder)
-    if restored.step > steps or restored.step < first:
-        raise ValueError(
-            f"fit: the newest checkpoint in {series} has step {restored.step}, but "
-            f"this call goes from step {first} to {steps}; choose another directory"
-        )
-    batches_state = restored.about["batches"]
-    if (batches_state is None) != (run.feed.restore is None):
-        held = "no state" if batches_state is None else "a state"
-        raise ValueError(
-            f"fit: the checkpoint of step {restored.step} in {series} holds {held} of "
-            "batches, which does not fit the batches of this call"
-        )
-    if run.feed.restore is not None and restored.step < steps:
-        run.feed.restore(json.loads(batches_state))
-    # A run that began from other parameters goes on, with a warning.
-    start = restored.about.get("start", run.start)
-    if start["step"] == first and start != run.start:
-        warnings.warn(
-            f"fit: {run.folder} holds a run that began from other parameters (another "
-            "key, device or version), and that run goes on; choose another directory "
-            "to begin from these",
-            stacklevel=3,
-        )
-    return run._replace(start=start), restored.state
-
-
-def _fingerprint(state: TrainState) -> dict[str, int]:
-    """Compute the step and a checksum of the parameters of a state."""
-    checksum = 0
-    for leaf in jax.tree.leaves(state.params):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        values = np.ascontiguousarray(leaf).reshape(-1)  # bfloat16 has no buffer
-        checksum = zlib.crc32(values.view(np.uint8).data, checksum)
-    return {"step": _read_step(state), "crc32": checksum}
-
-
-def _check_hyper(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Raise if the settings of a run differ from those of its checkpoint."""
-    wrong = [
-        f"{name} was {before.get(name)} and is {now.get(name)}"
-        for name in sorted(before | now)
-        if repr(before.get(name)) != repr(now.get(name))
-    ]
-    if wrong:
-        raise ValueError(
-            f"fit: {folder} holds a run with other settings: {'; '.join(wrong)}; "
-            "choose another directory, or the same settings"
-        )
-
-
-def _check_sizes(**sizes: Any) -> _Sizes:
+def _check_sizes(**sizes: Any) -> Sizes:
     """Return the sizes as integers, or raise if one is not an int of at least 1."""
     for name, size in sizes.items():
         try:
@@ -347,8 +279,10 @@ def _check_sizes(**sizes: Any) -> _Sizes:
         except TypeError:
             wrong = True
         if wrong:
-            raise ValueError(f"fit: {name} must be an int of at least 1, got {size!r}")
-    return _Sizes(**{name: operator.index(size) for name, size in sizes.items()})
+            raise ValueError(
+                f"fit: {name} must be an int of at least 1, got {size!r}; pass one"
+            )
+    return Sizes(**{name: operator.index(size) for name, size in sizes.items()})
 
 
 def _copy_state(trainer: Any, state: Any) -> TrainState:
@@ -356,23 +290,22 @@ def _copy_state(trainer: Any, state: Any) -> TrainState:
     for value, kind in ((trainer, Trainer), (state, TrainState)):
         if not isinstance(value, kind):
             got = type(value).__name__
-            raise TypeError(f"fit: wanted a {kind.__name__}, got a {got}")
+            raise TypeError(
+                f"fit: wanted a {kind.__name__}, got a {got}; make it with "
+                "trainer(...) and its init(key)"
+            )
     copy = jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype, copy=True), state)
     if (
         copy.step.ndim > 1
         or copy.step.size == 0
-        or not (copy.step == _read_step(copy)).all()
+        or not (copy.step == read_step(copy)).all()
     ):
         raise ValueError(
             "fit: state.step must be [], or [P] with the same step for all members, "
-            f"got {np.asarray(copy.step)}"
+            f"got {np.asarray(copy.step)}; start it with trainer.init"
         )
+    check_state(trainer, copy)
     return copy
-
-
-def _read_step(state: TrainState) -> int:
-    """Return the step of a state, which all members share."""
-    return int(np.asarray(state.step).flat[0])
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
@@ -383,8 +316,8 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 def _check_step(state: TrainState, end: int) -> None:
     """Raise if the updates of a chunk did not count themselves."""
-    if _read_step(state) != end:
+    if read_step(state) != end:
         raise ValueError(
             f"fit: trainer.update must add 1 to state.step; wanted {end} after the "
-            f"chunk, got {_read_step(state)}"
+            f"chunk, got {read_step(state)}"
         )

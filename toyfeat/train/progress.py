@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from toyfeat.files.atomic import open_draft
 from toyfeat.train.health import SATURATED_SHARE
 
 Report = Callable[[int, float, float, dict[str, np.ndarray]], None]
@@ -51,9 +51,8 @@ def _jsonl_report(path: Path, start: int) -> Report:
     old = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     valid = [line for line in old if _line_step(line) <= start]
     if len(valid) < len(old):
-        draft = path.with_name(f".{path.name}.half")
-        draft.write_bytes(b"".join(valid))
-        os.replace(draft, path)
+        with open_draft(path, sync=False) as file:
+            file.write(b"".join(valid))
 
     def report(
         step: int, seconds: float, rate: float, means: dict[str, np.ndarray]

@@ -1,0 +1,174 @@
+"""A run of :func:`toyfeat.fit` and its checkpoints: saved, restored, compared."""
+
+import json
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.checkpoint import checkpoints, newest_checkpoint, save_checkpoint
+from toyfeat.train.chunks import ChunkBatches, Feed
+from toyfeat.train.settings import changed_settings, describe_batch
+from toyfeat.train.types import Trainer, TrainState
+
+OnChunk = Callable[[int, dict[str, np.ndarray]], Any]
+
+
+class Sizes(NamedTuple):
+    """The integer arguments of :func:`fit`, each at least 1."""
+
+    steps: int
+    chunk: int
+    checkpoint_every: int
+    keep: int
+
+
+class Run(NamedTuple):
+    """The constants of a call of :func:`fit`.
+
+    Attributes:
+      trainer: as given.
+      feed: of the batches.
+      folder: of the run, or ``None``.
+      hyper: the state's settings as JSON values.
+      sizes: steps, chunk, checkpoint_every and keep.
+      on_chunk: as given.
+      check_data: as given.
+      start: step and checksum of the parameters that the run began from, or ``None``
+        without a folder.
+      settings: of the trainer, as JSON values; empty without a folder.
+      allow_changes: as given.
+      next_batch: the first batch after the checkpoint, as it was when that was saved,
+        or ``None``.
+    """
+
+    trainer: Trainer
+    feed: Feed
+    folder: Path | None
+    hyper: dict[str, Any]
+    sizes: Sizes
+    on_chunk: OnChunk | None
+    check_data: bool
+    start: dict[str, int] | None
+    settings: dict[str, Any]
+    allow_changes: bool
+    next_batch: dict[str, Any] | None = None
+
+
+def save_run(
+    run: Run,
+    state: TrainState,
+    step: int,
+    batches: ChunkBatches,
+    next_batches: ChunkBatches,
+) -> None:
+    """Write a checkpoint, if the run has a folder."""
+    if run.folder is None:
+        return
+    about = {
+        "hyper": run.hyper,
+        "batches": batches.resume_state,
+        "start": run.start,
+        "settings": run.settings,
+    }
+    # Batches of the host are not called for a step that this run does not need.
+    if run.feed.take is not None or step < run.sizes.steps:
+        about["next_batch"] = describe_batch(run.feed, next_batches.source, step)
+    folder = run.folder / "checkpoint"
+    save_checkpoint(folder, step, state, about, keep=run.sizes.keep)
+
+
+def restore_run(run: Run, state: TrainState, resume: bool) -> tuple[Run, TrainState]:
+    """Load the newest checkpoint, if there is one, and restore the batches' state."""
+    first, steps = read_step(state), run.sizes.steps
+    if first > steps:
+        raise ValueError(
+            f"fit: state.step is {first}, past steps = {steps}; ask for more steps"
+        )
+    if run.folder is None:
+        return run, state
+    series, lines = run.folder / "checkpoint", run.folder / "metrics.jsonl"
+    if not resume and (checkpoints(series) or lines.exists()):
+        raise FileExistsError(
+            f"fit: resume=False, but {run.folder} holds a run; choose another "
+            "directory, or move that one away"
+        )
+    restored = newest_checkpoint(series, state)
+    if restored is None:
+        return run, state
+    # The checkpoint must belong to a run with these settings, steps and batches.
+    _check_hyper(restored.about["hyper"], run.hyper, run.folder)
+    _check_settings(run, restored.about)
+    if restored.step > steps or restored.step < first:
+        raise ValueError(
+            f"fit: the newest checkpoint in {series} has step {restored.step}, but "
+            f"this call goes from step {first} to {steps}; choose another directory"
+        )
+    batches_state = restored.about["batches"]
+    if (batches_state is None) != (run.feed.restore is None):
+        held = "no state" if batches_state is None else "a state"
+        raise ValueError(
+            f"fit: the checkpoint of step {restored.step} in {series} holds {held} of "
+            "batches, which does not fit the batches of this call"
+        )
+    if run.feed.restore is not None and restored.step < steps:
+        run.feed.restore(json.loads(batches_state))
+    # A run that began from other parameters goes on, with a warning.
+    start = restored.about.get("start", run.start)
+    if start["step"] == first and start != run.start:
+        warnings.warn(
+            f"fit: {run.folder} holds a run that began from other parameters (another "
+            "key, device or version), and that run goes on; choose another directory "
+            "to begin from these",
+            stacklevel=3,
+        )
+    next_batch = None if run.allow_changes else restored.about.get("next_batch")
+    return run._replace(start=start, next_batch=next_batch), restored.state
+
+
+def _check_settings(run: Run, about: dict[str, Any]) -> None:
+    """Raise if the trainer's settings are not those of the checkpoint."""
+    # Checkpoints of earlier versions have no settings.
+    if run.allow_changes or "settings" not in about:
+        return
+    if changes := changed_settings(about["settings"], run.settings):
+        raise ValueError(
+            f"fit: {run.folder} holds a run with other settings: {'; '.join(changes)}; "
+            "choose another directory, give the same settings, or go on with these by "
+            "allow_changes=True"
+        )
+
+
+def fingerprint(state: TrainState) -> dict[str, int]:
+    """Compute the step and a checksum of the parameters of a state."""
+    checksum = 0
+    for leaf in jax.tree.leaves(state.params):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        values = np.ascontiguousarray(leaf).reshape(-1)  # bfloat16 has no buffer
+        checksum = zlib.crc32(values.view(np.uint8).data, checksum)
+    return {"step": read_step(state), "crc32": checksum}
+
+
+def _check_hyper(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raise if the settings of a run differ from those of its checkpoint."""
+    wrong = [
+        f"{name} was {before.get(name)} and is {now.get(name)}"
+        for name in sorted(before | now)
+        if repr(before.get(name)) != repr(now.get(name))
+    ]
+    if wrong:
+        raise ValueError(
+            f"fit: {folder} holds a run with other settings: {'; '.join(wrong)}; "
+            "choose another directory, or the same settings"
+        )
+
+
+def read_step(state: TrainState) -> int:
+    """Return the step of a state, which all members share."""
+    return int(np.asarray(state.step).flat[0])

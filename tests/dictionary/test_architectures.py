@@ -1,3 +1,5 @@
+from functools import partial
+
 import dictionary_oracle as oracle
 import jax
 import jax.numpy as jnp
@@ -224,7 +226,7 @@ def test_a_zero_row_of_the_decoder_does_no_harm():
         ),
         (
             lambda: ft.dictionaries.jump_relu(4, 8, threshold=0.0),
-            "must be positive, got 0.0",
+            "must be a finite number above 0, got 0.0",
         ),
         (
             lambda: make_dictionary(LINEAR, Config("gated", 4, 8)),
@@ -248,3 +250,53 @@ def test_wrong_shapes_are_named():
         sae.encode(params, jnp.ones((2, 5)))
     with pytest.raises(ValueError, match=r"wanted codes \[N, 20\], got shape \(2, 6\)"):
         sae.decode(params, jnp.ones((2, 6)))
+
+
+@pytest.mark.parametrize("wrong", [True, 2.0, "3", None, -1, np.nan, [2], np.bool_(1)])
+@pytest.mark.parametrize("place", ["dim", "latents", "k"])
+def test_a_size_that_is_no_int_is_refused(place, wrong):
+    sizes = {"dim": 4, "latents": 8, "k": 2} | {place: wrong}
+    for make in (ft.dictionaries.topk, ft.dictionaries.paired):
+        with pytest.raises(ValueError, match=rf"^\w+: {place} must be an int .*; pass"):
+            make(**sizes)
+    with pytest.raises((ValueError, TypeError), match=r"^matryoshka\w*: .*, got "):
+        ft.dictionaries.matryoshka(**sizes, widths=(4, 8))
+
+
+@pytest.mark.parametrize(
+    "widths", [8, "48", (4.0, 8), (True, 8), None, (-4, 8), (8, 4)]
+)
+def test_widths_that_are_none_are_refused(widths):
+    with pytest.raises((ValueError, TypeError), match=r"^matryoshka\w*: .*, got "):
+        ft.dictionaries.matryoshka(4, 8, 2, widths=widths)
+
+
+@pytest.mark.parametrize("wrong", ["a", None, np.nan, -1.0, [1.0], True])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (partial(ft.dictionaries.standard, 4, 8), "decoder_norm"),
+        (partial(ft.dictionaries.jump_relu, 4, 8), "threshold"),
+        (partial(ft.dictionaries.jump_relu, 4, 8), "bandwidth"),
+        (partial(ft.dictionaries.gradient_topk, 4, 8, 2), "weight"),
+        (ft.losses.quadratic_l0, "target"),
+        (ft.controllers.target_l0, "target"),
+        (partial(ft.controllers.target_fvu, 0.1), "memory"),
+    ],
+)
+def test_a_number_that_is_none_is_refused(make, name, wrong):
+    with pytest.raises(
+        (ValueError, TypeError), match=r"^\w+: .*number.*, got .*; pass"
+    ):
+        make(**{name: wrong})
+
+
+def test_numbers_of_numpy_are_taken():
+    sizes = {"dim": np.int64(4), "latents": np.int32(8), "k": np.uint8(2)}
+    sae = ft.dictionaries.matryoshka(**sizes, widths=np.array([4, 8]))
+    assert sae.config == ft.dictionaries.matryoshka(4, 8, 2, widths=(4, 8)).config
+    assert type(sae.config.k) is int
+    ft.dictionaries.jump_relu(4, 8, threshold=np.float32(1), bandwidth=1)
+    ft.controllers.target_l0(np.int64(3))
+    with pytest.raises(TypeError, match="rescale_acts_by_decoder_norm must be True or"):
+        ft.dictionaries.topk(4, 8, 2, rescale_acts_by_decoder_norm="no")

@@ -121,9 +121,13 @@ def test_many_at_once_are_each_of_them():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="target must be positive, got -1"):
+    with pytest.raises(
+        ValueError, match="target must be a finite number above 0, got -1"
+    ):
         controllers.target_l0(-1.0)
-    with pytest.raises(ValueError, match="target must be positive, got 0"):
+    with pytest.raises(
+        ValueError, match="target must be a finite number above 0, got 0"
+    ):
         controllers.target_fvu(0.0)
     with pytest.raises(ValueError, match=r"unknown gains \['speed'\]; known are .*'m"):
         controllers.target_attribution_l0(3.0, speed=1.0)

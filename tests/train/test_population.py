@@ -91,5 +91,18 @@ def test_errors():
         many.init(keys, learning=1.0)
     grouped = ft.population(ft.trainer(sae, ft.losses.default(sae)), group=2)
     taps = ft.Taps(jnp.ones((4, D)), None, jnp.ones(4))
-    with pytest.raises(ValueError, match="group 2 does not divide 3"):
+    with pytest.raises(ValueError, match="got group 2 of 3 members"):
         grouped.update(grouped.init(keys), taps)
+    one = ft.trainer(sae, ft.losses.default(sae))
+    for wrong in (0, -1, 1.5, True, "a"):
+        with pytest.raises((ValueError, TypeError), match=r"^population: group must"):
+            ft.population(one, group=wrong)
+    for wrong in (jax.random.key(0), keys[:0], None, 3, jnp.ones(3)):
+        with pytest.raises(
+            (ValueError, TypeError), match=r"^population: keys .*; pass"
+        ):
+            many.init(wrong)
+    with pytest.raises(TypeError, match=r"^population: k must be numbers, got 'a'"):
+        many.init(keys, k="a")
+    with pytest.raises(TypeError, match=r"^population: trainer must be a Trainer, got"):
+        ft.population(sae)

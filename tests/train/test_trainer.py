@@ -418,8 +418,8 @@ def test_hyper_parameters_with_which_nothing_can_be_trained(hyper, kind, match):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"readouts": 0}, "readouts must be an int of at least 1, got 0"),
-        ({"dead_after": -5}, "dead_after must be an int of at least 1, got -5"),
+        ({"readouts": 0}, "readouts must be at least 1, got 0"),
+        ({"dead_after": -5}, "dead_after must be at least 1, got -5"),
         ({"threshold_rate": 0.0}, r"threshold_rate must be in \(0, 1\], got 0"),
         ({"clip": -1.0}, "the clip must be positive, got -1"),
         ({"warm_up": -1}, "warm_up must not be negative"),
@@ -431,6 +431,49 @@ def test_settings_with_which_nothing_can_be_trained(settings, match):
         ft.trainer(sae, losses.default(sae), **settings)
     with pytest.raises(ValueError, match="sparsity must be finite, got nan"):
         ft.trainer(sae, losses.default(sae, sparsity=np.nan))
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        *(("objective", x) for x in ((), 5, None, (3,), losses.sparsity())),
+        *(("revive", x) for x in ("a", 1.5, 0, True, np.nan)),
+        *(("dead_after", x) for x in ("a", 1.5, None, True)),
+        *(("readouts", x) for x in ("a", 1.5, None, True)),
+        *(("threshold_rate", x) for x in ("a", None, np.nan, -1.0, True)),
+        *(("normalize", x) for x in ("no", None, 2)),
+        *(("center", x) for x in ("no", None, 2)),
+        *(("schedule", x) for x in (3, "a")),
+        *(("controller", x) for x in (3, "a")),
+        *(("clip", x) for x in ("a", None, np.nan, True)),
+        *(("dictionary", x) for x in (None, 3)),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(argument, wrong):
+    sae = ALL["standard"]()
+    arguments = {"dictionary": sae, "objective": losses.default(sae)}
+    with pytest.raises(
+        (ValueError, TypeError), match=r"^trainer: .* got .*; "
+    ) as error:
+        ft.trainer(**(arguments | {argument: wrong}))
+    assert argument in str(error.value)
+
+
+def test_one_member_has_one_value_of_every_hyper_parameter():
+    _, trainer = make("topk")
+    with pytest.raises(ValueError, match=r"^trainer: k must be one number, .*populat"):
+        trainer.init(jax.random.key(0), k=jnp.ones(3))
+    with pytest.raises(TypeError, match=r"^trainer: k must be a number, got 'a'"):
+        trainer.init(jax.random.key(0), k="a")
+
+
+def test_a_controller_without_its_metric_is_told():
+    sae = ALL["standard"]()
+    control = controllers.target_attribution_l0(3.0, term="sparsity")
+    trainer = ft.trainer(sae, losses.default(sae), controller=control)
+    taps = ft.Taps(jnp.ones((N, D)), None, jnp.ones(N))
+    with pytest.raises(ValueError, match=r"^update: .* 'attribution_l0', got .*; attr"):
+        jax.eval_shape(trainer.update, trainer.init(jax.random.key(0)), taps)
 
 
 def test_errors_of_taps():

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from toyfeat.dictionary.checks import check_flag, check_number, check_size
 from toyfeat.dictionary.gather import affine, decode_dense, scatter, weighted_rows
 from toyfeat.dictionary.types import (
     Architecture,
@@ -70,6 +71,8 @@ def make_dictionary(
       (2, 16)
     """
     _check(architecture, config)
+    check_number(architecture.name, "decoder_norm", decoder_norm, above=0)
+    config = _with_ints(config)
     return Dictionary(
         init=partial(_init, architecture, config, decoder_norm, start),
         encode=partial(_encode, architecture, config),
@@ -180,23 +183,35 @@ def _check(architecture: Architecture, config: Config) -> None:
         )
     sizes = {"dim": config.d_in, "latents": latents, "target_dim": config.d_out}
     for argument, size in sizes.items():
-        if size is not None and not (isinstance(size, int) and size > 0):
-            raise ValueError(
-                f"{name}: {argument} must be an int of at least 1, got {size!r}"
-            )
-    by_k = architecture.selects != "all"
-    if by_k and not (isinstance(config.k, int) and 1 <= config.k <= latents):
-        raise ValueError(
-            f"{name}: k must be an int in 1 .. latents = {latents}, got {config.k!r}"
-        )
+        if size is not None or argument != "target_dim":
+            check_size(name, argument, size)
+    if architecture.selects != "all":
+        check_size(name, "k", config.k, most=latents)
+    check_flag(
+        name, "rescale_acts_by_decoder_norm", config.rescale_acts_by_decoder_norm
+    )
+    for setting in ("bandwidth", "gradient_weight"):
+        check_number(name, setting, getattr(config, setting), 0)
     if config.d_out is None:
         return
     if config.apply_b_dec_to_input:
         raise ValueError(
-            f"{name}: a transcoder has no b_dec to subtract from its input"
+            f"{name}: a transcoder has no b_dec to subtract from its input; set "
+            "apply_b_dec_to_input=False"
         )
     if not architecture.transcodes:
-        raise ValueError(f"{name}: there are no transcoders of this architecture")
+        raise ValueError(
+            f"{name}: there are no transcoders of this architecture; leave target_dim "
+            "out"
+        )
+
+
+def _with_ints(config: Config) -> Config:
+    """Convert the sizes of a configuration, which may be ints of NumPy, to ints."""
+    sizes = {name: getattr(config, name) for name in ("d_in", "d_sae", "d_out", "k")}
+    sizes = {name: int(size) for name, size in sizes.items() if size is not None}
+    widths = tuple(int(width) for width in config.matryoshka_widths)
+    return config._replace(**sizes, matryoshka_widths=widths)
 
 
 def _init(

@@ -28,6 +28,7 @@ from toyfeat.dictionary.types import (
     SavedAs,
     zero_bias,
 )
+from toyfeat.linalg.checks import check_int
 from toyfeat.types import Array, Params
 
 
@@ -108,11 +109,18 @@ def matryoshka(
       Bussmann et al. (2025), "Learning multi-level features with Matryoshka sparse
       autoencoders".
     """
-    widths = tuple(widths)
+    if not isinstance(widths, Sequence | np.ndarray) or isinstance(widths, str):
+        raise TypeError(
+            f"matryoshka: widths must be a sequence of ints, got {widths!r}; such as "
+            "(latents // 2, latents)"
+        )
+    latents = check_int("matryoshka", "latents", latents, 1)
+    widths = tuple(check_int("matryoshka", "a width", x, 1) for x in widths)
     steps = zip((0, *widths), widths, strict=False)
     if not widths or widths[-1] != latents or any(a >= b for a, b in steps):
         raise ValueError(
-            f"matryoshka: widths must increase to latents = {latents}, got {widths}"
+            f"matryoshka: widths must increase to latents = {latents}, got {widths}; "
+            "the last one is latents"
         )
     config = factory_config(
         MATRYOSHKA,

@@ -13,12 +13,12 @@ thresholds.  The default gains are for thousands of steps; ``integral=0.015`` su
 they were chosen.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from toyfeat.dictionary.checks import check_number
 from toyfeat.types import Array
 
 GAINS = {"integral": 0.005, "proportional": 3.0, "memory": 20.0, "limit": 1e4}
@@ -143,15 +143,15 @@ def _controller(
         raise ValueError(
             f"controller: unknown gains {sorted(unknown)}; known are {sorted(GAINS)}"
         )
-    if not target > 0:
-        raise ValueError(f"controller: the target must be positive, got {target}")
+    if not isinstance(term, str):
+        raise TypeError(
+            f"controller: term must be the name of a term, got {term!r}; such as "
+            "'sparsity'"
+        )
+    check_number("controller", "target", target, above=0)
     gains = GAINS | gains
     for name, least in _LEAST_GAINS.items():
-        if not least <= gains[name] < math.inf:
-            raise ValueError(
-                f"controller: {name} must be finite and at least {least:g}, got "
-                f"{gains[name]}"
-            )
+        check_number("controller", name, gains[name], least)
     decay, limit = 1 - 1 / gains["memory"], jnp.log(gains["limit"])
 
     def init() -> ControllerState:

@@ -8,6 +8,7 @@ from toyfeat.dictionary.base import (
     make_dictionary,
     weighted_mean,
 )
+from toyfeat.dictionary.checks import check_number
 from toyfeat.dictionary.selection import heaviside, jump
 from toyfeat.dictionary.types import (
     Architecture,
@@ -66,11 +67,8 @@ def jump_relu(
     References:
       Rajamanoharan et al. (2024), "Jumping ahead", equations 11 and 12.
     """
-    if not (threshold > 0 and bandwidth > 0):
-        raise ValueError(
-            "jump_relu: threshold and bandwidth must be positive, got "
-            f"{threshold} and {bandwidth}"
-        )
+    for name, value in {"threshold": threshold, "bandwidth": bandwidth}.items():
+        check_number("jump_relu", name, value, above=0)
     config = factory_config(JUMP_RELU, dim, latents, target_dim, bandwidth=bandwidth)
     return make_dictionary(
         JUMP_RELU, config, decoder_norm=decoder_norm, threshold=threshold
@@ -90,6 +88,7 @@ def quadratic_l0(target: float) -> Term:
     References:
       SAELens 6 (``jumprelu_sparsity_loss_mode="quadratic"``).
     """
+    check_number("quadratic_l0", "target", target, above=0)
 
     def loss(inputs: Inputs) -> Array:
         config = inputs.dictionary.config

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from toyfeat.linalg.checks import check_int
 from toyfeat.train.types import Trainer, TrainState
 from toyfeat.types import Array, Taps
 
@@ -42,15 +44,22 @@ def population(trainer: Trainer, *, group: int | None = None) -> Trainer:
       >>> state.params["W_dec"].shape
       (3, 32, 8)
     """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"population: trainer must be a Trainer, got {type(trainer).__name__}; "
+            "make one by toyfeat.trainer"
+        )
+    if group is not None:
+        group = check_int("population", "group", group, 1, about=", or None")
 
     def init(keys: Array, **hyper: Any) -> TrainState:
-        num = len(keys)
-        values = {name: jnp.asarray(value) for name, value in hyper.items()}
+        num = _number_of(keys)
+        values = {name: _as_numbers(name, value) for name, value in hyper.items()}
         for name, value in values.items():
             if value.shape not in ((), (num,)):
                 raise ValueError(
                     f"population: {name} must be one value or one per key ({num}), "
-                    f"got shape {value.shape}"
+                    f"got shape {value.shape}; give as many as there are keys"
                 )
         # The trainer checks values only where they are concrete, not inside vmap, so
         # it is given the smallest and the largest of each first.
@@ -64,6 +73,43 @@ def population(trainer: Trainer, *, group: int | None = None) -> Trainer:
     return Trainer(init, update, trainer.recipe)
 
 
+def _as_numbers(name: str, value: Any) -> Array:
+    """Convert a hyper-parameter to an array.
+
+    Raises:
+      TypeError: if it is not of numbers.
+    """
+    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.floating)):
+        raise TypeError(
+            f"population: {name} must be numbers, got {value!r:.80}; pass floats"
+        )
+    return jnp.asarray(value)
+
+
+def _number_of(keys: Any) -> int:
+    """Return the number of keys, typed ``[P]`` or raw ``[P, 2]``.
+
+    Raises:
+      TypeError: if they are no vector of keys.
+      ValueError: if there is none.
+    """
+    dtype, shape = getattr(keys, "dtype", None), np.shape(keys)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not ((typed and len(shape) == 1) or (dtype == jnp.uint32 and len(shape) == 2)):
+        kind = f"shape {shape}" if typed else type(keys).__name__
+        raise TypeError(
+            f"population: keys must be one key for each member, got {kind}; pass "
+            "jax.random.split(key, members)"
+        )
+    if not shape[0]:
+        raise ValueError(
+            "population: keys must be at least one, got none; pass "
+            "jax.random.split(key, members)"
+        )
+    return shape[0]
+
+
 def _update_members(
     update: Callable[..., Any], group: int | None, state: TrainState, taps: Taps
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -73,7 +119,10 @@ def _update_members(
         return update_all(state, taps)
     num = len(state.step)
     if num % group:
-        raise ValueError(f"population: group {group} does not divide {num} members")
+        raise ValueError(
+            f"population: group must divide the number of members, got group {group} "
+            f"of {num} members; choose another group"
+        )
     split = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), state)
     updated = jax.lax.map(lambda part: update_all(part, taps), split)
     return jax.tree.map(lambda x: x.reshape(num, *x.shape[2:]), updated)

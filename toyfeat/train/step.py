@@ -155,6 +155,11 @@ def _run_controller(
     controller = recipe.controller
     if controller is None:
         return state.controller, running, {}
+    if controller.measures not in metrics:
+        raise ValueError(
+            f"update: the controller reads the metric {controller.measures!r}, got "
+            f"{', '.join(sorted(metrics))}; attribution_l0 needs taps with gradients"
+        )
     measured = metrics[controller.measures]
     after, factor, saturated = controller.update(
         state.controller, measured, state.hyper["target"]

@@ -10,8 +10,10 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from toyfeat.dictionary.checks import check_flag, check_number
 from toyfeat.dictionary.controllers import Controller
-from toyfeat.dictionary.types import Dictionary, Objective
+from toyfeat.dictionary.types import Dictionary, Objective, Term
+from toyfeat.linalg.checks import check_int
 from toyfeat.train.step import split_learned, update
 from toyfeat.train.types import Recipe, Trainer, TrainState
 from toyfeat.types import Array
@@ -83,7 +85,7 @@ def trainer(
         ``revive`` that is not positive, an unknown hyper-parameter, a setting that
         is not finite or out of its range, and in ``update`` for taps that do not
         fit.
-      TypeError: for a hyper-parameter that is not a number.
+      TypeError: for an argument or a hyper-parameter of another type.
 
     Example:
       >>> import jax, optax
@@ -104,25 +106,18 @@ def trainer(
       loss, here by its squared error, no example twice, and where codes compete (a
       dictionary with ``k``) the encoder is not made shorter.
     """
-    names = [term.name for term in objective]
-    if len(set(names)) < len(names):
-        raise ValueError(f"trainer: terms must have different names, got {names}")
-    if controller is not None and controller.term not in names:
-        raise ValueError(
-            f"trainer: the controller steers {controller.term!r}, the objective has "
-            f"{names}"
-        )
-    if revive is not None and not revive >= 1:
-        raise ValueError(f"trainer: revive must be None or at least 1, got {revive}")
+    _check_parts(dictionary, objective, controller, schedule)
+    if revive is not None:
+        revive = check_int("trainer", "revive", revive, 1, about=", or None")
     sizes = {"readouts": readouts, "dead_after": dead_after}
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"trainer: {name} must be an int of at least 1, got {size}"
-            )
+    sizes = {name: check_int("trainer", name, x, 1) for name, x in sizes.items()}
+    for name, flag in {"normalize": normalize, "center": center}.items():
+        check_flag("trainer", name, flag)
+    check_number("trainer", "threshold_rate", threshold_rate)
     if not 0 < threshold_rate <= 1:
         raise ValueError(
-            f"trainer: threshold_rate must be in (0, 1], got {threshold_rate}"
+            f"trainer: threshold_rate must be in (0, 1], got {threshold_rate}; 1 keeps "
+            "the newest threshold"
         )
     if optimizer is None:
         optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=LEARNING_RATE)
@@ -131,10 +126,9 @@ def trainer(
         objective=objective,
         optimizer=optimizer,
         controller=controller,
-        readouts=readouts,
         normalize=normalize,
         center=center,
-        dead_after=dead_after,
+        **sizes,
         threshold_rate=threshold_rate,
         schedule=schedule,
         revive=revive,
@@ -154,6 +148,52 @@ def trainer(
     )
 
 
+def _check_parts(
+    dictionary: Dictionary,
+    objective: Objective,
+    controller: Controller | None,
+    schedule: Callable[[Array], Array] | None,
+) -> None:
+    """Check the parts of a trainer that are no numbers.
+
+    Raises:
+      TypeError: if a part is of another type.
+      ValueError: if parts do not fit each other.
+    """
+    if not isinstance(dictionary, Dictionary):
+        raise TypeError(
+            "trainer: dictionary must be a Dictionary, got "
+            f"{type(dictionary).__name__}; make one by toyfeat.dictionaries"
+        )
+    terms = objective if isinstance(objective, tuple | list) else ()
+    if not terms or not all(isinstance(term, Term) for term in terms):
+        raise TypeError(
+            f"trainer: objective must be one or more terms in a tuple, got "
+            f"{objective!r:.80}; toyfeat.losses.default(dictionary) makes one"
+        )
+    names = [term.name for term in terms]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"trainer: terms must have different names, got {names}; rename one by "
+            "_replace(name=...)"
+        )
+    if controller is not None and not isinstance(controller, Controller):
+        raise TypeError(
+            "trainer: controller must be a Controller or None, got "
+            f"{controller!r:.80}; make one by toyfeat.controllers"
+        )
+    if controller is not None and controller.term not in names:
+        raise ValueError(
+            f"trainer: the controller steers {controller.term!r}, the objective has "
+            f"{names}; make it with term= one of them"
+        )
+    if schedule is not None and not callable(schedule):
+        raise TypeError(
+            "trainer: schedule must be a function of the step or None, got "
+            f"{schedule!r}; lambda step: {schedule!r} is a constant factor"
+        )
+
+
 def _init(
     recipe: Recipe, defaults: dict[str, float], key: Array, **hyper: Any
 ) -> TrainState:
@@ -170,8 +210,14 @@ def _init(
             f"trainer: unknown hyper-parameters {sorted(unknown)}; known are "
             f"{sorted(known)}{hint}"
         )
-    _check_k(dictionary, hyper)
     _check_hyper(hyper)
+    _check_k(dictionary, hyper)
+    for name, value in hyper.items():
+        if np.shape(value) != ():
+            raise ValueError(
+                f"trainer: {name} must be one number, got shape {np.shape(value)}; "
+                "toyfeat.population(trainer) takes one for each member"
+            )
     dtype = params["W_dec"].dtype
     values = {name: jnp.asarray(hyper.get(name, x), dtype) for name, x in known.items()}
     if injected:
@@ -211,7 +257,7 @@ def _check_k(dictionary: Dictionary, hyper: dict[str, Any]) -> None:
     if not np.all((k >= 1) & (k <= limit) & (k == np.floor(k))):
         raise ValueError(
             f"trainer: k must be a whole number in 1 .. {limit}, what the dictionary "
-            f"was made with, got {hyper['k']}"
+            f"was made with, got {hyper['k']}; make it with a larger k"
         )
 
 
@@ -226,14 +272,24 @@ def _check_hyper(hyper: dict[str, Any]) -> None:
         if isinstance(value, Tracer):
             continue
         values = np.asarray(value)
-        if values.dtype.kind not in "biuf":
-            raise TypeError(f"trainer: {name} must be a number, got {value!r}")
+        kinds = jnp.integer, jnp.floating
+        if not any(jnp.issubdtype(values.dtype, kind) for kind in kinds):
+            raise TypeError(
+                f"trainer: {name} must be a number, got {value!r}; pass a float"
+            )
         if name in ("target", "clip") and not np.all(values > 0):
-            raise ValueError(f"trainer: the {name} must be positive, got {value}")
+            raise ValueError(
+                f"trainer: the {name} must be positive, got {value}; without a limit "
+                "it is clip=inf, without a target controller=None"
+            )
         if name in ("warm_up", "learning_rate") and not np.all(values >= 0):
-            raise ValueError(f"trainer: {name} must not be negative, got {value}")
+            raise ValueError(
+                f"trainer: {name} must not be negative, got {value}; 0 switches it off"
+            )
         if name != "clip" and not np.all(np.isfinite(values)):
-            raise ValueError(f"trainer: {name} must be finite, got {value}")
+            raise ValueError(
+                f"trainer: {name} must be finite, got {value}; pass another number"
+            )
 
 
 UNSTABILIZED: Mapping[str, Any] = {

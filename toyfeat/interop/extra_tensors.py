@@ -7,6 +7,7 @@ from another dictionary is never taken for this one's.
 """
 
 import hashlib
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,8 @@ def _split_form(
     architecture = known.get(name or "")
     if architecture is None and name is not None and _DIGEST in details:
         raise ValueError(
-            f"{_WHO}: the files in {source.parent} are of the architecture {name!r}, "
+            f"{_WHO}: the files in {source.parent} are of the architecture "
+            f"{reprlib.repr(name)}, "
             "which is not known here; pass its record, architectures=(...,)"
         )
     saved_as = None if architecture is None else architecture.saved_as

@@ -192,7 +192,7 @@ def _metadata(settings: dict[str, Any], source: Path) -> dict[str, Any]:
     if number is None or int(number[0]) < _OLDEST:
         raise ValueError(
             f"{_LOAD}: {source} must have the format of SAELens {_OLDEST} or newer, it "
-            f"says {text}; load it with SAELens and save it again"
+            f"says {text[:40]}; load it with SAELens and save it again"
         )
     return metadata
 
@@ -240,8 +240,8 @@ def _config(
     for key in ("normalize_activations", "reshape_activations"):
         if settings.get(key, "none") not in ("none", None):
             raise ValueError(
-                f"{_LOAD}: {key} = {settings[key]!r} is not known here; fold it into "
-                f"the weights with SAELens first; it is in {source}"
+                f"{_LOAD}: {key} = {reprlib.repr(settings[key])} is not known here; "
+                f"fold it into the weights with SAELens first; it is in {source}"
             )
     # Only architectures that are saved as themselves are names in SAELens' files.
     readable = {
@@ -253,9 +253,9 @@ def _config(
     architecture, is_transcoder = readable.get(name), "transcoder" in full
     if architecture is None or (is_transcoder and not architecture.transcodes):
         raise ValueError(
-            f"{_LOAD}: architecture {full!r} in {source} is not known here; known are "
-            f"{', '.join(readable)}, and transcoders of {', '.join(transcoders)}; pass "
-            "records of your own, architectures=(...,)"
+            f"{_LOAD}: {source}: architecture {reprlib.repr(full)} is not known "
+            f"here; known are {', '.join(readable)}, and transcoders of "
+            f"{', '.join(transcoders)}; pass records of your own, architectures=(...,)"
         )
     values = {"apply_b_dec_to_input": not is_transcoder, **settings}
     if is_transcoder:

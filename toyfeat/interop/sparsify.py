@@ -1,5 +1,6 @@
 """Dictionaries from the files of sparsify."""
 
+import reprlib
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def load_sparsify(path: str | Path) -> tuple[Dictionary, Params]:
     if set(state) != set(_NAMES):
         raise ValueError(
             f"{_WHO}: wanted tensors {sorted(_NAMES)} in {folder.weights}, got "
-            f"{sorted(state)}"
+            f"{reprlib.repr(sorted(state))}"
         )
     tensors = {ours: np.asarray(state[theirs]) for theirs, ours in _NAMES.items()}
     tensors["W_enc"] = tensors["W_enc"].T
@@ -87,7 +88,8 @@ def _config(folder: files.Files) -> Config:
     for key, value in settings.items():
         if value and key in _ABSENT:
             raise ValueError(
-                f"{_WHO}: {key} = {value!r} asks for {_ABSENT[key]}; it is in {source}"
+                f"{_WHO}: {key} = {reprlib.repr(value)} asks for {_ABSENT[key]}; it is "
+                f"in {source}"
             )
     for key in ("multi_topk", "normalize_decoder"):  # which change nothing here
         field(settings, key, bool, source, _WHO, default=False)
@@ -95,8 +97,8 @@ def _config(folder: files.Files) -> Config:
     activation = settings.get("activation", "topk")
     if activation != "topk":
         raise ValueError(
-            f"{_WHO}: activation {activation!r} is not known here; known is 'topk', "
-            f"another one is in {source}"
+            f"{_WHO}: activation {reprlib.repr(activation)} is not known here; "
+            f"known is 'topk', another one is in {source}"
         )
     dim = field(settings, "d_in", int, source, _WHO, low=1)
     # Latents by number, or, without one, by a multiple of the width.

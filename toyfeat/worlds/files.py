@@ -1,6 +1,7 @@
 """Read and write synthetic worlds in the format of SAELens."""
 
 import json
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -249,7 +250,7 @@ def _parse_generator(settings: dict[str, Any], kinds: dict[str, Any], source: Pa
     name = fields.pop("generator_name", None)
     if not isinstance(name, str) or name not in kinds:
         raise ValueError(
-            f"{_WHO}: generator {name!r} is not known here; known are "
+            f"{_WHO}: generator {reprlib.repr(name)} is not known here; known are "
             f"{', '.join(kinds)}, another one is in {source}"
         )
     return _build_record(kinds[name], fields, source)

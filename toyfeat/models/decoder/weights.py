@@ -152,7 +152,8 @@ def _check_values(
             "inf; fetch it again"
         )
     bound = float(jnp.finfo(dtype).max)
-    if jnp.finfo(tensor.dtype).max > bound and np.abs(tensor).max(initial=0) > bound:
+    can_exceed = float(jnp.finfo(tensor.dtype).max) > bound
+    if can_exceed and float(np.abs(tensor).max(initial=0)) > bound:
         raise ValueError(
             f"{who}: {source.name} has larger numbers in {name} than the {bound:.5g} "
             f"of {jnp.dtype(dtype)}; give another dtype"

@@ -160,3 +160,29 @@ def test_moments_that_are_not_finite_are_refused():
     stats = acc.finish(acc.update(acc.init(), ft.Taps(acts, None, jnp.ones(9))))
     with pytest.raises(ValueError, match="not all finite"):
         ft.metrics.outlier_dims(stats)
+
+
+@pytest.mark.parametrize("lost", [0.0, 1.0])
+@pytest.mark.parametrize("reads_grads", [False, True])
+def test_fit_tells_of_gradients_that_are_all_zero(lost, reads_grads):
+    sae = ft.dictionaries.standard(6, 8)
+    loss = ft.losses.default(sae)
+    if reads_grads:
+        loss = ft.losses.attribution(sae, sparsity=0.3, attribution_sparsity=0.3)
+    trainer = ft.trainer(sae, loss)
+    acts = jax.random.normal(jax.random.key(0), (16, 6))
+    taps = ft.Taps(acts, lost * acts[:, None], jnp.ones(16))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for check_data in (True, False):
+            ft.fit(
+                trainer,
+                trainer.init(jax.random.key(1)),
+                lambda step: taps,
+                steps=1,
+                progress=False,
+                check_data=check_data,
+            )
+    told = [str(w.message) for w in caught if "all 0" in str(w.message)]
+    assert len(told) == (reads_grads and not lost)
+    assert all(text.startswith("fit: the first batch wants grad") for text in told)

@@ -96,8 +96,9 @@ def _check_no_wrapping(batched: Any, outputs: Outputs, labels: np.ndarray) -> No
     with jax.ensure_compile_time_eval():
         trial = join([jnp.asarray(draw, floats[0].dtype)])
         shifted = np.where(labels < 0, labels + size, labels).astype(labels.dtype)
-        pair = [np.asarray(batched(trial, jnp.asarray(x))) for x in (labels, shifted)]
-    if np.array_equal(*pair):
+        losses = np.asarray(batched(trial, jnp.asarray(labels)))
+        later = np.asarray(batched(trial, jnp.asarray(shifted)))
+    if np.array_equal(losses, later):
         raise ValueError(
             f"loss: labels must be ids 0 .. {size - 1} of the outputs, got "
             f"{labels.min()}, which the loss counts from the end; mark labels that do "

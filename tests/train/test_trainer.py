@@ -452,9 +452,7 @@ def test_settings_with_which_nothing_can_be_trained(settings, match):
 def test_an_argument_of_another_kind_is_named(argument, wrong):
     sae = ALL["standard"]()
     arguments = {"dictionary": sae, "objective": losses.default(sae)}
-    with pytest.raises(
-        (ValueError, TypeError), match=r"^trainer: .* got .*; "
-    ) as error:
+    with pytest.raises((ValueError, TypeError), match=r"^trainer: .* got ") as error:
         ft.trainer(**(arguments | {argument: wrong}))
     assert argument in str(error.value)
 

@@ -224,7 +224,7 @@ def test_bare_arrays_and_wrong_ranks_are_named():
         (acts, TypeError, r"must be Taps, got ndarray; wrap .* Taps\(acts, None"),
         (Taps(acts, None, acts), ValueError, r"weights \[N\], got .*\(4, 3\)"),
         (Taps(acts, None, 1.0), ValueError, "weights"),
-        (Taps(acts.astype(int), None, acts[:, 0]), TypeError, "acts must be floating"),
+        (Taps(acts, acts[1:], acts[:, 0]), ValueError, r"'grads': \(3, 3\)"),
     ):
         with pytest.raises(kind, match=f"^array_batches: .*{match}"):
             array_batches(taps, batch=2, seed=0)
@@ -244,6 +244,12 @@ def test_values_that_are_none_are_refused(field, value):
     if field != "weights":  # an example of weight 0 is not there
         taps.weights[2] = 0
         array_batches(taps, batch=2, seed=0)
+
+
+def test_rows_of_ints_and_of_other_ranks_are_drawn_too():
+    tokens = Taps(np.arange(12).reshape(6, 2), np.arange(6), np.ones(6, np.float32))
+    batch = array_batches(tokens, batch=6, seed=0)(0)
+    np.testing.assert_array_equal(np.asarray(batch.acts)[:, 0] // 2, batch.grads)
 
 
 def test_other_byte_orders_have_the_same_values():

@@ -15,7 +15,7 @@ def check_taps(taps: Taps) -> Taps:
     """Convert taps to arrays of JAX, after checking shapes and concrete values.
 
     Raises:
-      TypeError: if they are no taps of floats.
+      TypeError: if they are no taps.
       ValueError: if their shapes do not fit, a weight is negative or not finite, or a
         row of a positive weight is not finite.
     """
@@ -25,11 +25,10 @@ def check_taps(taps: Taps) -> Taps:
             "activations [N, D] as Taps(acts, None, jnp.ones(len(acts)))"
         )
     arrays = Taps(*(None if x is None else _as_array(x) for x in taps))
-    ranks = {"acts": 2, "grads": 3, "weights": 1, "targets": 2}
     shapes = {n: x.shape for n, x in arrays._asdict().items() if x is not None}
-    fits = "acts" in shapes and "weights" in shapes
-    fits = fits and all(len(shape) == ranks[n] for n, shape in shapes.items())
-    if not fits or len({shape[0] for shape in shapes.values()}) > 1:
+    # Rows of other ranks and of integers, such as tokens, are drawn like others.
+    fits = "acts" in shapes and len(shapes.get("weights", ())) == 1
+    if not fits or len({shape[:1] for shape in shapes.values()}) > 1:
         raise ValueError(
             "array_batches: arrays must have one length, acts [N, D], grads [N, K, D] "
             f"or None, weights [N], got {shapes}; reshape them to rows"
@@ -43,12 +42,6 @@ def _check_values(taps: Taps) -> None:
     leaves = jax.tree.leaves(taps)
     if any(isinstance(x, Tracer) for x in leaves):
         return
-    for name, x in taps._asdict().items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(
-                f"array_batches: {name} must be floating-point, got {x.dtype}; convert "
-                "them with astype(jnp.float32)"
-            )
     least, wrong = _least_weight_and_wrong_rows(taps)
     if not 0 <= float(least) < math.inf:
         raise ValueError(
@@ -73,7 +66,7 @@ def _least_weight_and_wrong_rows(taps: Taps) -> tuple[Array, Array]:
     least = jnp.where(jnp.isfinite(ends[1]), ends[0], ends[1])
     finite = jnp.ones(len(weights), bool)
     for x in (taps.acts, taps.grads, taps.targets):
-        if x is not None:
+        if x is not None and jnp.issubdtype(x.dtype, jnp.inexact):
             finite &= jnp.isfinite(x).all(tuple(range(1, x.ndim)))
     return least, jnp.sum(~finite & (weights > 0))
 

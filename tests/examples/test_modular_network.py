@@ -129,6 +129,7 @@ def test_a_split_holds_every_pair_once(fraction, num, key):
     assert np.all((rest.sum(1) % 7) == held_out)
 
 
+@pytest.mark.slow
 def test_training_answers_all_pairs_and_those_held_out(small):
     params, seen = small
     accuracy = jax.jit(modular.accuracy)
@@ -140,6 +141,7 @@ def test_training_answers_all_pairs_and_those_held_out(small):
     assert seen[-1][1] < 0.01 < seen[0][1]
 
 
+@pytest.mark.slow
 def test_the_trained_embedding_holds_few_waves(small):
     embed = np.asarray(small[0]["embed"], np.float64)[:-1]
     waves = np.sum(np.abs(np.fft.rfft(embed - embed.mean(0), axis=0)) ** 2, axis=1)

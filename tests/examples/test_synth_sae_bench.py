@@ -28,6 +28,7 @@ def run(folder):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_the_script_trains_scores_saves_and_goes_on(tmp_path):
     rows = run(tmp_path)
     assert [row["name"] for row in rows] == ["jump_relu"]

@@ -24,6 +24,10 @@ BROKEN = {
     "deep objects": (b'{"a":' * 100_000, "nested too deeply"),
     "long number": (b'{"k": ' + b"9" * 6000 + b"}", "digits"),
     "key twice": (b'{"k": 1, "k": 2}', "the key 'k' twice"),
+    "one of many twice": (
+        b"{%s}" % b",".join(b'"%d": 1' % (min(i, 99_998)) for i in range(100_000)),
+        "the key '99998' twice",
+    ),
     "list": (b"[1, 2]", r"\[1, 2\]"),
     "string": (b'"x"', "'x'"),
     "number": (b"3", "got 3"),

@@ -9,6 +9,7 @@ file that does not exist.
 import json
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -147,8 +148,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of its pairs, with no key twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)
+        ((twice, _),) = counts.most_common(1)
         raise ValueError(f"the key {_short(twice)} twice")
     return values
 

@@ -24,7 +24,8 @@ def check_taps(taps: Taps) -> Taps:
             f"array_batches: taps must be Taps, got {type(taps).__name__}; wrap "
             "activations [N, D] as Taps(acts, None, jnp.ones(len(acts)))"
         )
-    arrays = Taps(*(None if x is None else _as_array(x) for x in taps))
+    fields: Any = [None if x is None else _as_array(x) for x in taps]
+    arrays = Taps(*fields)
     shapes = {n: x.shape for n, x in arrays._asdict().items() if x is not None}
     # Rows of other ranks and of integers, such as tokens, are drawn like others.
     fits = "acts" in shapes and len(shapes.get("weights", ())) == 1

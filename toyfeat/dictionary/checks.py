@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def check_number(
@@ -39,7 +40,7 @@ def check_number(
         number = number and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
     if not number:
         raise TypeError(f"{wanted}; pass a float")
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     if not (least <= float(value) < math.inf and float(value) > above):
         raise ValueError(f"{wanted}; pass another one")

@@ -17,7 +17,8 @@ from toyfeat.types import Taps
 VERSION = 1  # of the format of store.json
 ALIGN = 64  # bytes; JAX on a CPU uses host memory of this alignment without a copy
 AGAIN = "restore the store from a copy, or collect it again in another folder"
-_DTYPES = ("float32", "bfloat16")
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+_DTYPES = tuple(_ITEM_BYTES)
 _SHARD_NAME = re.compile(r"shard-\d{6,9}-\d{1,10}(-\d{1,6})?\.bin")
 
 
@@ -221,7 +222,7 @@ def split_blocks(store: Store, rows: int, raw: np.ndarray) -> Taps:
 
 def _block_sizes(store: Store, rows: int) -> tuple[int, int, int]:
     """Compute the sizes in bytes of ``acts``, ``grads`` and ``weights``."""
-    acts = rows * store.dim * np.dtype(jnp.dtype(store.dtype)).itemsize
+    acts = rows * store.dim * _ITEM_BYTES[store.dtype]
     return acts, acts * (store.readouts or 0), rows * 4
 
 

@@ -122,9 +122,9 @@ def check_shard(store: Store, shard: Shard, who: str) -> None:
       FileNotFoundError: if the shard is missing.
       ValueError: if it has the wrong size.
     """
-    file = store.path / shard.file
+    file = os.path.join(store.path, shard.file)
     try:
-        size = file.stat().st_size
+        size = os.stat(file).st_size
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{who}: shard {file} is missing; bring it back, or take its entry out of "

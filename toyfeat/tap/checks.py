@@ -269,7 +269,7 @@ def _check_comparable(before: Any, sites: Any) -> None:
     named = [(f"site {site!r}", acts[site]) for site in sites]
     named += [("the outputs", leaf) for leaf in jax.tree.leaves(outputs)]
     for name, value in named:
-        nan = np.asarray(np.isnan(_to_numpy("check_no_mixing", value)))
+        nan = np.atleast_1d(np.isnan(_to_numpy("check_no_mixing", value)))
         blind = nan.reshape(len(nan), -1).all(axis=1) & (nan.size > 0)
         if blind.any():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Checks of arrays that batches are made of."""
+"""Checks of arrays that batches are made of, and that a store takes."""
 
 import math
 from typing import Any
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from toyfeat.data.format import Store
 from toyfeat.types import Array, Taps
 
 
@@ -77,3 +78,41 @@ def _as_array(x: Any) -> Array:
     if isinstance(x, np.ndarray) and not x.dtype.isnative:
         x = x.astype(x.dtype.newbyteorder("="))
     return jnp.asarray(x)
+
+
+def check_appended(store: Store, taps: Taps) -> None:
+    """Raise an error for taps whose shapes or dtypes do not fit the store."""
+    rows = taps.acts.shape[0] if taps.acts.ndim else 0
+    grads = None if store.readouts is None else (rows, store.readouts, store.dim)
+    wanted = (rows, store.dim), grads, (rows,)
+    if taps.targets is not None:
+        raise ValueError(
+            "append: a store holds one site; write targets to a store of their own"
+        )
+    shapes = tuple(None if x is None else x.shape for x in taps[:3])
+    if shapes != wanted:
+        raise ValueError(
+            f"append: the store wants acts, grads, weights of shapes {wanted}, got "
+            f"{shapes}"
+        )
+    for name, x in taps._asdict().items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"append: {name} must be floating-point, got {x.dtype}")
+    # Values that the store can hold.  A NaN is neither at least nor at most anything.
+    largest = float(jnp.finfo(store.dtype).max)
+    bounds = {
+        "acts": (-largest, largest),
+        "grads": (-largest, largest),
+        "weights": (0.0, float(np.finfo(np.float32).max)),
+    }
+    for name, (low, high) in bounds.items():
+        x = getattr(taps, name)
+        if x is None or not x.size:
+            continue
+        least, most = float(x.min()), float(x.max())
+        if not (low <= least and most <= high):
+            raise ValueError(
+                f"append: {name} must be finite numbers in {low:.3g} .. {high:.3g}, "
+                f"which {store.dtype} holds, got {least} .. {most}; leave out the rows "
+                "that are not, or give them activations of 0 and weight 0"
+            )

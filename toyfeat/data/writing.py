@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.data.checks import check_appended
 from toyfeat.data.format import (
     Shard,
     Store,
@@ -160,7 +160,7 @@ class StoreWriter:
         if self._closed:
             raise ValueError("append: the writer is closed; call store_writer again")
         taps = jax.tree.map(np.asarray, taps)
-        _check_taps(self._store, taps)
+        check_appended(self._store, taps)
         start, rows = 0, len(taps.weights)
         while start < rows:
             stop = min(rows, start + self._store.rows_per_shard - self._num_buffered)
@@ -312,41 +312,3 @@ def _check_no_shards(path: Path) -> None:
 def _assign(block: np.ndarray, values: np.ndarray) -> None:
     """Copy values into a block, with its dtype."""
     block[...] = values
-
-
-def _check_taps(store: Store, taps: Taps) -> None:
-    """Raise an error for taps whose shapes or dtypes do not fit the store."""
-    rows = taps.acts.shape[0] if taps.acts.ndim else 0
-    grads = None if store.readouts is None else (rows, store.readouts, store.dim)
-    wanted = (rows, store.dim), grads, (rows,)
-    if taps.targets is not None:
-        raise ValueError(
-            "append: a store holds one site; write targets to a store of their own"
-        )
-    shapes = tuple(None if x is None else x.shape for x in taps[:3])
-    if shapes != wanted:
-        raise ValueError(
-            f"append: the store wants acts, grads, weights of shapes {wanted}, got "
-            f"{shapes}"
-        )
-    for name, x in taps._asdict().items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"append: {name} must be floating-point, got {x.dtype}")
-    # Values that the store can hold.  A NaN is neither at least nor at most anything.
-    largest = float(jnp.finfo(store.dtype).max)
-    bounds = {
-        "acts": (-largest, largest),
-        "grads": (-largest, largest),
-        "weights": (0.0, float(np.finfo(np.float32).max)),
-    }
-    for name, (low, high) in bounds.items():
-        x = getattr(taps, name)
-        if x is None or not x.size:
-            continue
-        least, most = float(x.min()), float(x.max())
-        if not (low <= least and most <= high):
-            raise ValueError(
-                f"append: {name} must be finite numbers in {low:.3g} .. {high:.3g}, "
-                f"which {store.dtype} holds, got {least} .. {most}; leave out the rows "
-                "that are not, or give them activations of 0 and weight 0"
-            )

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 
 from toyfeat.tap.arguments import check_count, check_function
 from toyfeat.tap.chunks import check_chunks, map_chunks
-from toyfeat.tap.probes import check_sites, infer_batch_size, is_float_array
+from toyfeat.tap.probes import (
+    check_params,
+    check_sites,
+    infer_batch_size,
+    is_float_array,
+)
 from toyfeat.tap.rules import Chunk, Readout
 from toyfeat.types import Acts, Array, Inputs, Outputs, Params, Probe, Probed, Taps
 
@@ -123,6 +128,7 @@ def _check_names(sites: Any) -> tuple[str, ...]:
 
 def _model_shapes(probed: Probed, params: Params, inputs: Inputs) -> tuple[Any, Any]:
     """Return the shapes of the outputs and of the sites of a model."""
+    check_params(params, "tap")
     result = jax.eval_shape(lambda p, x: probed(p, x, {}), params, inputs)
     pair = isinstance(result, tuple) and len(result) == 2
     if not pair or not isinstance(result[1], dict):

@@ -274,7 +274,7 @@ def _check_comparable(before: Any, sites: Any) -> None:
         if blind.any():
             raise ValueError(
                 f"check_no_mixing: wants finite values to compare, got {name} all NaN "
-                f"in {int(blind.sum())} of {len(blind)} examples, the first of them "
+                f"in {int(blind.sum())} of {len(nan)} examples, the first of them "
                 f"{int(np.argmax(blind))}; look at the parameters and the inputs"
             )
 

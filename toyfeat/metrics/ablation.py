@@ -82,6 +82,7 @@ def ablation_curve(
             f"ablation_curve: ranks must be in 0 .. {width}, the rank of the basis, "
             f"got {ranks}; leave out the others"
         )
+    # A mask of the first directions for every rank, so that one program runs all.
     counts = jnp.asarray(ranks, jnp.int32)
     masks = (jnp.arange(width)[None, :] < counts[:, None]).astype(basis.mean.dtype)
 

@@ -174,6 +174,7 @@ def _check_match(
             "match_features: truth needs at least one row and no zero rows, got "
             f"{len(truth)} rows; leave out features without a direction"
         )
+    # Every truth is a direction of its own, unless groups share a subspace.
     groups = np.arange(len(truth))
     if group is not None:
         groups = np.asarray(as_integers("match_features", "group", group))

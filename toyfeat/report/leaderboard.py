@@ -112,6 +112,7 @@ def heat_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     shades = np.ma.masked_invalid(values)
     image = axis.imshow(shades, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axis.set_facecolor("#e4e4e4")
+    # Every cell has its figure, legible on its shade.
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
             colour = "white" if value < _DARK else "black"

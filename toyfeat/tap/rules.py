@@ -95,6 +95,7 @@ def pull_to_outputs(
     floats, join = split_floats(outputs)
     if select is None:
         return join(cotangents(floats))
+    # The rule sees what is selected; its cotangents are pulled back to all outputs.
     selected, pullback = jax.vjp(lambda f: split_floats(select(join(f)))[0], floats)
     size = jax.tree.leaves(outputs)[0].shape[:1]
     if not selected or any(y.shape[:1] != size for y in selected):

@@ -247,6 +247,7 @@ def _float_cotangents(cotangents: Outputs, outputs: Outputs) -> list[Array]:
         for c, y in zip(jax.tree.leaves(cotangents), leaves, strict=True)
         if is_float_array(y)
     ]
+    # One K for all outputs, and the shape of each output behind it.
     num = {jnp.shape(c)[:1] for c, _ in pairs}
     wrong = [(jnp.shape(c), y.shape) for c, y in pairs if jnp.shape(c)[1:] != y.shape]
     if wrong or len(num) != 1:

@@ -172,6 +172,7 @@ def _mean_and_std(data: Taps | Moments) -> tuple[np.ndarray, np.ndarray]:
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(data)):
         raise TypeError("outlier_dims: looks at values, so call it outside of jit")
     if isinstance(data, Taps):
+        # Examples without weight may be NaN, so they are left out first.
         weights = np.asarray(data.weights, np.float64)
         acts = np.asarray(data.acts, np.float64)[weights > 0]
         weights = weights[weights > 0]
@@ -179,6 +180,7 @@ def _mean_and_std(data: Taps | Moments) -> tuple[np.ndarray, np.ndarray]:
         mean = weights @ acts / total if total > 0 else np.zeros(acts.shape[1:])
         square = weights @ (acts - mean) ** 2
     else:
+        # Second moments hold the sums already.
         total = float(np.asarray(data.weight))
         mean = np.asarray(data.mean, np.float64)
         square = np.diagonal(np.asarray(data.scatter, np.float64))

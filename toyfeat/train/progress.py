@@ -112,6 +112,7 @@ def _bar_report(start: int, steps: int) -> Iterator[Report]:
         def report(
             step: int, seconds: float, rate: float, means: dict[str, np.ndarray]
         ) -> None:
+            # Members that diverged do not count as the lowest loss.
             loss = means["loss"]
             lowest = np.min(loss, where=np.isfinite(loss), initial=np.inf)
             label = "loss" if loss.ndim == 0 else "lowest loss"
@@ -146,6 +147,7 @@ def _tensorboard_report(folder: Path | None, start: int) -> Iterator[Report]:
         raise ImportError(
             'fit: tensorboard=True needs tensorboardX: pip install "toyfeat[scripts]"'
         ) from error
+    # A run that goes on replaces what was written after its checkpoint.
     purge = {"purge_step": start + 1} if start else {}
     writer = writers.SummaryWriter(str(folder / "tensorboard"), **purge)
 

@@ -126,6 +126,7 @@ def base_probabilities(config: WorldConfig) -> np.ndarray:
             f"min_prob={low}, max_prob={high}"
         )
     if isinstance(firing, RandomFiring):
+        # As torch draws them, from the seed of the file.
         seed = _require_seed(config, "RandomFiring")
         return low + (high - low) * torch_uniform(seed, num).astype(np.float64)
     if num == 1:
@@ -136,6 +137,7 @@ def base_probabilities(config: WorldConfig) -> np.ndarray:
         raise ValueError(
             f"synthetic_world: exponent must be positive, got {firing.exponent}"
         )
+    # Zipf's law, stretched to the largest and the smallest probability.
     shape = np.arange(1, num + 1) ** -float(firing.exponent)
     return low + (high - low) * (shape - shape[-1]) / (shape[0] - shape[-1])
 

@@ -284,6 +284,7 @@ def _check_value(kind: Any, name: str, fields: dict[str, Any], source: Path) -> 
 def _nodes(trees: Hierarchy) -> list[dict[str, Any]]:
     """Nest trees as SAELens does; siblings of several kinds get empty nodes."""
     parents, groups, scaled = (np.asarray(x) for x in trees[:3])
+    # Children of every feature, by the group and the scaling that they share.
     below: dict[int, dict[tuple[int, bool], list[int]]] = {}
     for feature, parent in enumerate(parents):
         if parent >= 0 or groups[feature] >= 0:
@@ -291,6 +292,7 @@ def _nodes(trees: Hierarchy) -> list[dict[str, Any]]:
             below.setdefault(int(parent), {}).setdefault(kind, []).append(feature)
 
     def node(feature: int | None, kinds: dict[tuple[int, bool], list[int]]) -> dict:
+        # One kind of children hangs below the feature; several get a node each.
         flags, children = (-1, False), []
         if len(kinds) == 1:
             ((flags, members),) = kinds.items()
@@ -305,6 +307,7 @@ def _nodes(trees: Hierarchy) -> list[dict[str, Any]]:
             "children": children,
         }
 
+    # Roots are features with children of their own, then groups without a parent.
     tops = [f for f in below if f >= 0 and parents[f] < 0 and groups[f] < 0]
     roots = [node(top, below[top]) for top in sorted(tops)]
     return roots + [node(None, {k: v}) for k, v in below.get(-1, {}).items()]

@@ -112,6 +112,7 @@ def synthetic_world(
             f"synthetic_world: wanted features and dim of at least 1, got {features} "
             f"and {dim}"
         )
+    # The seed is all that files keep of what is drawn.
     parts = jax.random.split(key, 4)
     seed = int(jax.random.randint(parts[0], (), 0, 2**31 - 10))
     config = WorldConfig(
@@ -126,9 +127,11 @@ def synthetic_world(
         bias=float(bias),
         seed=seed,
     )
+    # Unit feature vectors, made more orthogonal if that is asked for.
     vectors = _normalize_rows(jax.random.normal(parts[1], (features, dim)))
     if orthogonalization is not None:
         vectors = orthogonalize(vectors, orthogonalization)
+    # The bias, and what makes features fire together.
     direction = _normalize_rows(jax.random.normal(parts[2], (1, dim)))[0]
     shared = (
         None if correlation is None else _draw_copula(parts[3], features, correlation)
@@ -168,6 +171,7 @@ def assemble_world(
     """
     mean = magnitudes(config, "mean_firing_magnitudes")
     if trees is not None:
+        # Children are scaled by their parent over its mean, which must not be 0.
         scaling = np.asarray(trees.parents)[np.asarray(trees.scaled)]
         if (mean[scaling] <= 0).any():
             raise ValueError(

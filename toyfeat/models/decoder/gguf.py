@@ -129,6 +129,7 @@ def _parse_config(
             "wanted a GGUF file of the architecture 'llama', it has "
             f"{show_value(kind)}; use the safetensors of that model"
         )
+    # An entry that is not known may change what the model computes.
     unknown = [n for n in fields if n.startswith("llama.") and n not in _KNOWN]
     if unknown:
         raise ValueError(

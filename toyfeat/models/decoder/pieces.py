@@ -46,16 +46,19 @@ def gguf_pieces(config: DecoderConfig) -> Iterator[Piece]:
         yield from transposed_piece("head", "output.weight", (config.vocab, dim))
     for i in range(config.layers):
         ours, theirs = f"blocks_{i}", f"blk.{i}"
+        # The norms have scales only.
         norms = {"attn_norm": "attn_norm", "mlp_norm": "ffn_norm"}
         for name, other in norms.items():
             param, tensor = f"{ours}/{name}/scale", f"{theirs}.{other}.weight"
             yield from plain_piece(param, tensor, (dim,))
+        # Rows of queries and keys are stored with the pairs of a rotation side by side.
         rows = {"query": ("attn_q", config.heads), "key": ("attn_k", config.kv_heads)}
         for name, (other, heads) in rows.items():
             shape = (heads * config.head_dim, dim)
             extract = partial(_split_pairs, config)
             param = f"{ours}/attn/{name}/kernel"
             yield Piece(param, f"{theirs}.{other}.weight", shape, extract)
+        # The other matrices are stored transposed.
         wide = config.heads * config.head_dim
         for name, other, shape in (
             ("attn/value", "attn_v", (config.kv_heads * config.head_dim, dim)),
@@ -110,6 +113,7 @@ def _neox_pieces(config: DecoderConfig) -> Iterator[Piece]:
         ours, theirs = f"blocks_{i}", f"layers.{i}"
         for name, other in _NORMS.items():
             yield from _norm_pieces(f"{ours}/{name}", f"{theirs}.{other}", config)
+        # Queries, keys and values are one matrix, head by head.
         base = f"{theirs}.attention.query_key_value"
         for part, name in enumerate(("query", "key", "value")):
             extract = partial(_extract_from_heads, config, part)

@@ -74,6 +74,7 @@ def load_decoder(
             f"load_decoder: there is no {path}; give a folder with config.json and "
             "model.safetensors, or a .gguf file"
         )
+    # A folder of transformers, or a file of llama.cpp.
     is_folder = path.is_dir()
     if not is_folder and path.suffix != ".gguf":
         raise ValueError(
@@ -82,6 +83,7 @@ def load_decoder(
         )
     load = huggingface.load_folder if is_folder else gguf.load_gguf
     config, params = load(path, dtype)
+    # The tokenizer may be missing, but it may not name tokens that the model lacks.
     loaded = load_tokenizer(path) if tokenizer else None
     if loaded is not None:
         check_tokenizer("load_decoder", loaded, config.vocab, path)

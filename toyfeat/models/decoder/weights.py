@@ -107,6 +107,7 @@ def list_pieces(
     Raises:
       ValueError: naming the tensors that are missing, left over or of another shape.
     """
+    # Stop early where a configuration claims far more tensors than there are.
     stored, listed, missing = source.shapes, [], set()
     for piece in pieces:
         listed.append(piece)
@@ -114,6 +115,7 @@ def list_pieces(
             missing.add(piece.tensor)
         if len(missing) > max(len(stored), _SHOWN):
             break
+    # Both sides must agree: nothing missing, nothing left over, no other shape.
     wanted = {piece.tensor: piece.shape for piece in listed}
     unused = [n for n in stored if n not in wanted and not re.search(ignored, n)]
     wrong = sorted(

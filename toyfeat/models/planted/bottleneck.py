@@ -64,6 +64,7 @@ def superposition(
             f"superposition: the fit is {fit}, wanted a larger probability, got "
             f"{probability}"
         )
+    # The hidden layer is passed on, too, so that all of it is read.
     if identity:
         params["identity"] = jnp.eye(hidden)
     rows = params["weight"]
@@ -144,6 +145,7 @@ def _train_superposition(
         key = jax.random.fold_in(data_key, step)
         return _sparse_inputs(features, probability, key, num)
 
+    # Train on fresh inputs, then measure on inputs that training did not see.
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     params = train(
         loss, params, lambda step: draw(step, batch), steps=steps, optimizer=optimizer

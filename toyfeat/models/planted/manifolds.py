@@ -268,6 +268,7 @@ def product_space(
         )
     _check_threshold("product_space", threshold)
     rows_key, mix_key = jax.random.split(key)
+    # Readers are dual to random writers: each sees its own feature and no other.
     writers = unit(jax.random.normal(rows_key, (num, dim)))
     readers = dual(writers)
     params = heads.head(mix_key, readers, threshold) | {"writers": writers}

@@ -45,7 +45,9 @@ def check_int(
         )
     value = int(value)
     if value < least or (most is not None and value > most):
-        raise ValueError(f"{who}: {name} must be {bounds}{about}, got {value}")
+        raise ValueError(
+            f"{who}: {name} must be {bounds}{about}, got {value}; pass one of these"
+        )
     return value
 
 

@@ -389,7 +389,7 @@ def test_other_settings_are_refused(tmp_path):
         with pytest.raises(ValueError, match=f"was begun with {name} = .*, got "):
             store_writer(tmp_path, **(good | {name: value}))
     for name, value, match in (
-        ("dim", 0, "dim must be an int above 0, got 0"),
+        ("dim", 0, "dim must be at least 1, got 0"),
         ("readouts", 1.5, "readouts must be an int above 0, got 1.5"),
         ("rows_per_shard", -1, "rows_per_shard must be an int above 0"),
         ("dtype", "float16", "dtype must be one of .*'bfloat16'.*, got 'float16'"),
@@ -404,7 +404,9 @@ def test_other_settings_are_refused(tmp_path):
 def test_only_one_writer_at_a_time(tmp_path):
     with (
         store_writer(tmp_path, dim=D),
-        pytest.raises(BlockingIOError, match=r"another writer has .* open"),
+        pytest.raises(
+            BlockingIOError, match=r"only one at a time may use .* another has open"
+        ),
     ):
         store_writer(tmp_path, dim=D)
     store_writer(tmp_path, dim=D).close()

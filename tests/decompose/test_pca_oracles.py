@@ -243,7 +243,7 @@ def test_signs_follow_the_largest_entry_in_any_order(shape, kind, step, batching
     assert np.all(readers[np.abs(readers).argmax(0), np.arange(4)] > 0)
 
 
-@pytest.mark.parametrize("rank", [-1, 0, 0.5, 13, 200])
+@pytest.mark.parametrize("rank", [-1, 0, 13, 200])
 def test_a_rank_out_of_range_raises(rank):
-    with pytest.raises(ValueError, match=rf"pca: rank .* 1 \.\. 12\b.* got {rank}$"):
+    with pytest.raises(ValueError, match=rf"pca: rank .* 1 \.\. 12\b.* got {rank};"):
         pca(folded(data("tall", "gaussian")), rank)

@@ -805,7 +805,11 @@ def test_the_moments_of_plain_rows_have_derivatives():
 
     rows = jax.random.normal(jax.random.key(0), (5000, 3))
     weight = jnp.arange(9.0).reshape(3, 3)
-    moment = lambda x: jnp.sum(weight * unweighted_moments(x).scatter.high)  # noqa: E731
+
+    def moment(x):
+        moments = unweighted_moments(x)
+        return jnp.sum(weight * moments.scatter.high) * moments.unit**2
+
     got = np.asarray(jax.grad(moment)(rows))
     centred = np.asarray(rows, np.float64) - np.asarray(rows, np.float64).mean(0)
     want = centred @ np.asarray(weight + weight.T, np.float64)

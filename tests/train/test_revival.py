@@ -318,5 +318,5 @@ def test_off_is_as_if_it_were_not_there():
     trainer = ft.trainer(sae, ft.losses.default(sae))
     assert "key" not in trainer.init(jax.random.key(0)).running
     for wrong in (0, -3):
-        with pytest.raises(ValueError, match=f"at least 1, got {wrong}"):
+        with pytest.raises(ValueError, match=f"at least 1, or None, got {wrong}"):
             ft.trainer(sae, ft.losses.default(sae), revive=wrong)

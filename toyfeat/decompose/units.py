@@ -54,11 +54,19 @@ def in_units(stats: Stats) -> tuple[Stats, Units]:
     if stats.grad_second is not None:
         second = jnp.asarray(stats.grad_second)
         grads = power_of_two(_root_size(second))
-        stats = stats._replace(grad_second=second / grads / grads)
+        stats = stats._replace(grad_second=_divide_square(second, grads))
         if stats.grad_mean is not None:
             stats = stats._replace(grad_mean=jnp.asarray(stats.grad_mean) / grads)
-    scatter = jnp.asarray(stats.scatter) / acts / acts
+    scatter = _divide_square(jnp.asarray(stats.scatter), acts)
     return stats._replace(mean=mean / acts, scatter=scatter), Units(acts, grads)
+
+
+def _divide_square(squares: Array, unit: Array) -> Array:
+    """Divide squares by that of a unit, which may itself not be a float.
+
+    The barrier keeps a compiler from dividing once, by the square.
+    """
+    return jax.lax.optimization_barrier(squares / unit) / unit
 
 
 def _root_size(squares: Array) -> Array:

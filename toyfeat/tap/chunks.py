@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from toyfeat.tap.probes import RANDOM
 from toyfeat.types import Array, Inputs, Params, Probed, Taps
 
 # Primitives that draw from a key, or make keys of it, in a shape of their own.
@@ -30,11 +31,12 @@ def check_chunks(
     """
     train_mode = getattr(probed, "train_mode", None)
     names = [] if train_mode is None else list(train_mode(params, inputs))
-    if not names:
-        # A draw that has another shape in a chunk is one for all inputs of it.
-        draws = _drawn_shapes(probed, params, inputs, batch_size)
-        if draws and draws != _drawn_shapes(probed, params, inputs, size):
-            names = ["it draws random numbers for a whole batch, as dropout does"]
+    # A draw that has another shape in a chunk is one for all inputs of it.
+    draws = _drawn_shapes(probed, params, inputs, batch_size)
+    if draws == _drawn_shapes(probed, params, inputs, size):
+        names = [name for name in names if not name.endswith(RANDOM)]
+    elif not names:
+        names = [f"it {RANDOM} for a whole batch, as dropout does"]
     if names:
         raise ValueError(
             f"tap: batch_size={batch_size} must not change the result for {size} "

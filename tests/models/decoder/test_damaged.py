@@ -191,7 +191,7 @@ def test_a_tensor_that_is_there_twice(folder):
     tensors = oracle.random_tensors(oracle.LLAMA)
     tensors["norm.weight"] = tensors["model.norm.weight"] + 1
     safetensors.save_file(tensors, folder / "model.safetensors")
-    refused(folder, r"has the tensor norm.weight twice, as model.norm.weight too")
+    refused(folder, r"has the tensor norm.weight twice, also as model.norm.weight")
     (folder / "model.safetensors").unlink()
     names = ["a.safetensors", "b.safetensors"]
     for name in names:

@@ -251,3 +251,12 @@ def test_a_rule_that_returns_no_codes_is_refused(rule, error, match):
     for function in (sae.encode, sae.forward):
         with pytest.raises(error, match=f"^soft_threshold: .*{match}"):
             function(params, acts)
+
+
+@pytest.mark.parametrize("name", ["dim", "latents"])
+def test_sizes_beyond_those_of_arrays_are_refused(name):
+    sizes = {"dim": 4, "latents": 8} | {name: 2**63}
+    with pytest.raises(
+        ValueError, match=rf"{name} must be an int in 1 \.\. 2147483647"
+    ):
+        ft.dictionaries.standard(**sizes)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+_MAX_SIZE = 2**31 - 1  # JAX counts axes in int32
+
 
 def check_number(
     who: str,
@@ -59,8 +61,11 @@ def check_size(who: str, name: str, value: Any, most: int | None = None) -> None
       ValueError: if it is something else; a bool is no int.
     """
     number = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not number or value < 1 or (most is not None and value > most):
+    largest = _MAX_SIZE if most is None else most
+    if not number or not 1 <= value <= largest:
         bounds = "of at least 1" if most is None else f"in 1 .. latents = {most}"
+        if number and value > _MAX_SIZE:
+            bounds = f"in 1 .. {_MAX_SIZE}, what arrays may have"
         raise ValueError(
             f"{who}: {name} must be an int {bounds}, got {value!r:.80}; pass one"
         )

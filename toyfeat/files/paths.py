@@ -33,7 +33,7 @@ def inside(folder: Path, name: Any, who: str, *, links: bool = False) -> Path:
       Traceback (most recent call last):
       ValueError: load: names of files must lie inside of model, got '../b.bin'; ...
     """
-    wanted = f"{who}: names of files must lie inside of {folder}, got {name!r}"
+    wanted = f"{who}: names of files must lie inside of {folder}, got {name!r:.80}"
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"{wanted}; correct the file that names it")
     # Names are checked by the rules of both systems, whichever wrote them.

@@ -33,7 +33,7 @@ def check_chunks(
     names = [] if train_mode is None else list(train_mode(params, inputs))
     # A draw that has another shape in a chunk is one for all inputs of it.
     draws = _drawn_shapes(probed, params, inputs, batch_size)
-    if draws == _drawn_shapes(probed, params, inputs, size):
+    if not draws or draws == _drawn_shapes(probed, params, inputs, size):
         names = [name for name in names if not name.endswith(RANDOM)]
     elif not names:
         names = [f"it {RANDOM} for a whole batch, as dropout does"]

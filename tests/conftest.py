@@ -1,4 +1,5 @@
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -9,13 +10,18 @@ from pathlib import Path
 # every core runs a worker of the tests, that took thirty times the work itself.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# The tests compile thousands of small programs and run most of them once.  These make
-# that cost half; child processes inherit them.  XLA_FLAGS= tests what users run.
+# The tests compile thousands of small programs and run most of them once.  Without
+# optimization, and with one module per program for LLVM, compiling takes a quarter of
+# the time; child processes inherit that.  XLA_FLAGS= tests what users run, in about
+# twice the time.
 if version("jaxlib") < "0.13":  # an unknown flag would end the process
-    os.environ.setdefault(
-        "XLA_FLAGS",
-        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    _FLAGS = (
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
     )
+    os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
 # Tests after a cleared cache, and of the other worker, compile much the same.  Child
 # processes do not: some are killed, which leaves half an entry.
@@ -45,14 +51,18 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: pass --slow"))
 
 
+# Compiled programs are many objects that stay: to look through them all, as often as
+# Python does by default, took 3 % of the time.
+gc.set_threshold(100_000, 20, 20)
+
 _MAPPINGS = Path("/proc/self/maps")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """A process may map 65,530 pieces of memory, of which a program takes several."""
+    """A process may map 65,530 pieces of memory, of which a program takes three."""
     yield
-    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > 15_000:
+    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
 
 

@@ -1,5 +1,6 @@
 import builtins
 import errno
+import functools
 import io
 import json
 import os
@@ -229,8 +230,9 @@ def test_a_run_with_a_lost_member_goes_on_after_a_kill_with_the_same_bits(tmp_pa
         again = fit(trainer, POPULATION, a_batch, directory=tmp_path / "b", **arguments)
     assert bits(again) == bits(whole)
     alone = fit(TINY, POPULATION, a_batch, steps=12, chunk=2)
-    good = jax.tree.map(lambda x: x[:2], (whole.params, alone.params))
-    assert bits(good[0]) == bits(good[1])
+    # Another program, which may round otherwise.
+    good, same = jax.tree.map(lambda x: x[:2], (whole.params, alone.params))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), good, same)
     assert not np.isfinite(whole.params["w"][2]).any()
     rows = [
         [(row["step"], row["finite"]) for row in lines(tmp_path / name)]

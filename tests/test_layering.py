@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "toyfeat"
 # A room imports from rooms with a lower number only; the last one also from the face.
 LEVELS = {
     "types": 0,
+    "checks": 0,
     "files": 0,
     "linalg": 1,
     "checkpoint": 1,

@@ -161,7 +161,7 @@ def test_flags_are_bools_and_nothing_that_counts_as_one(value):
 @pytest.mark.parametrize("value", ["c", "", None, 0, ["a"], np.ones(2)])
 def test_choices_are_named_in_the_message(value):
     assert checks.check_choice("f", "x", "a", {"a": 1, "b": 2}) == "a"
-    with pytest.raises(ValueError, match="x must be one of a, b, got .*; pass one of"):
+    with pytest.raises(ValueError, match=r"x must be one of a, b, got .*; pass one of"):
         checks.check_choice("f", "x", value, ["a", "b"])
 
 
@@ -213,9 +213,9 @@ def test_a_traced_key_is_a_key():
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32", "float64"])
 def test_float_arrays_come_back_as_they_are(kind):
     array = np.ones(2, jnp.dtype(kind))
-    assert checks.check_float_array("f", "x", array, hint="convert") is array
+    assert checks.check_array("f", "x", array, hint="convert", floats=True) is array
     tracer = traced(jnp.float32)
-    assert checks.check_float_array("f", "x", tracer, hint="convert") is tracer
+    assert checks.check_array("f", "x", tracer, hint="convert") is tracer
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,14 @@ def test_float_arrays_come_back_as_they_are(kind):
 )
 def test_no_float_array(value):
     with pytest.raises(TypeError, match=MESSAGE):
-        checks.check_float_array("f", "x", value, hint="convert")
+        checks.check_array("f", "x", value, hint="convert", floats=True)
+
+
+@pytest.mark.parametrize("value", [[1.0], 1.0, None, 1, np.ones(2, complex)])
+def test_no_real_array(value):
+    assert checks.check_array("f", "x", jnp.arange(2), hint="convert").shape == (2,)
+    with pytest.raises(TypeError, match=MESSAGE):
+        checks.check_array("f", "x", value, hint="convert")
 
 
 # Values, and the functions that convert them: array, real, float, host float, integer.

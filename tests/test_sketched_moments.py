@@ -66,7 +66,7 @@ def test_what_rows_of_weight_0_hold_does_not_matter(taps, both):
 
 
 def test_errors_say_what_is_wrong(taps, both):
-    with pytest.raises(ValueError, match=r"rank must be in 1 \.\. 24"):
+    with pytest.raises(ValueError, match=r"rank must be an int in 1 \.\. 24"):
         ft.pca(both[1], 25)
     with pytest.raises(ValueError, match="not centred"):
         ft.gradient_pca(both[1], 2, center=True)

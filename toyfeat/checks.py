@@ -200,14 +200,17 @@ def check_key(who: str, key: Any) -> jax.Array:
     )
 
 
-def check_float_array(who: str, name: str, value: Any, *, hint: str) -> Any:
-    """Check that an argument is an array of real floats, and convert nothing.
+def check_array(
+    who: str, name: str, value: Any, *, hint: str, floats: bool = False
+) -> Any:
+    """Check that an argument is an array of real numbers, and convert nothing.
 
     Args:
       who: the public function.
       name: of its argument.
       value: what came.
       hint: what to do where it is no array.
+      floats: whether only floating-point numbers are accepted.
 
     Returns:
       The array.
@@ -219,13 +222,12 @@ def check_float_array(who: str, name: str, value: Any, *, hint: str) -> Any:
     has_values = is_array(value) or hasattr(value, "__array__")
     dtype = getattr(value, "dtype", None)
     if not has_values or not isinstance(dtype, np.dtype):
+        raise TypeError(f"{who}: {name} must be an array, got {show(value)}; {hint}")
+    _check_real(who, name, dtype)
+    if floats and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"{who}: {name} must be an array of floats, got {show(value)}; {hint}"
-        )
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"{who}: {name} must be an array of real floats, got {dtype}; convert it "
-            f"with {name}.astype('float32')"
+            f"{who}: {name} must be floating-point, got {dtype}; convert with "
+            f"{name}.astype('float32')"
         )
     return value
 
@@ -296,11 +298,7 @@ def as_real(who: str, name: str, value: Any) -> Any:
       TypeError: if it does not hold numbers, or complex ones.
     """
     array = as_array(who, name, value)
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise TypeError(
-            f"{who}: {name} must be real, got {array.dtype}; take real and imaginary "
-            "parts"
-        )
+    _check_real(who, name, array.dtype)
     return array
 
 
@@ -319,6 +317,15 @@ def show(value: Any) -> str:
         return kind if not isinstance(shape, tuple) else f"{kind} of shape {shape}"
     traced = "traced " if isinstance(value, Tracer) else ""
     return f"{traced}{value.dtype} array of shape {value.shape}"
+
+
+def _check_real(who: str, name: str, dtype: Any) -> None:
+    """Raise a TypeError for a complex dtype."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{who}: {name} must be real, got {dtype}; pass real and imaginary parts "
+            "as rows of their own"
+        )
 
 
 def _is_real(dtype: Any) -> bool:

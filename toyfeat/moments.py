@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from toyfeat.linalg.checks import check_int, check_state
+from toyfeat.checks import check_array, check_int, check_type
 from toyfeat.linalg.compensated import (
     RowMoments,
     empty_moments,
@@ -15,7 +15,7 @@ from toyfeat.linalg.compensated import (
     to_float,
 )
 from toyfeat.linalg.finished import moments_from_rows
-from toyfeat.linalg.streams import StreamMethod, make_stream
+from toyfeat.linalg.streams import StreamMethod, check_state, make_stream
 from toyfeat.linalg.svd import SVD
 from toyfeat.types import Accumulator, ArrayLike, Moments, Taps
 
@@ -100,7 +100,7 @@ def moments(dim: int, *, grads: bool = True) -> Accumulator:
       Chan, Golub and LeVeque (1983), on merging sample variances; Knuth, TAOCP
       volume 2, section 4.2.2, theorem B, on the exact sum.
     """
-    dim = check_int("moments", "dim", dim, 1)
+    dim = check_int("moments", "dim", dim)
 
     def check(state: MomentsState) -> MomentsState:
         acts = getattr(state, "acts", state)
@@ -283,24 +283,15 @@ def _dtype() -> jnp.dtype:
 
 def _check_types(who: str, taps: Taps) -> None:
     """Check that taps are taps of real arrays."""
-    if not isinstance(taps, Taps):
-        hint = "toyfeat.tap returns a dict of them"
-        if isinstance(taps, Mapping):
-            hint = "pass the taps of one site, taps[site]"
-        raise TypeError(f"{who}: wanted Taps, got {type(taps).__name__}; {hint}")
+    hint = "toyfeat.tap returns a dict of them"
+    if isinstance(taps, Mapping):
+        hint = "pass the taps of one site, taps[site]"
+    check_type(who, "taps", taps, Taps, hint=hint)
     # Every field that is there is a real array.
     for name in ("acts", "weights", "grads"):
         value = getattr(taps, name)
-        if not hasattr(value, "dtype") and not (name == "grads" and value is None):
-            raise TypeError(
-                f"{who}: {name} must be an array, got {type(value).__name__}; convert "
-                "it with jnp.asarray"
-            )
-        if value is not None and jnp.issubdtype(value.dtype, jnp.complexfloating):
-            raise TypeError(
-                f"{who}: {name} must be real, got {value.dtype}; join real and "
-                "imaginary parts in one array"
-            )
+        if name != "grads" or value is not None:
+            check_array(who, name, value, hint="convert it with jnp.asarray")
 
 
 def _check_batch(who: str, taps: Taps, dim: int, grads: bool) -> Taps:

@@ -192,14 +192,14 @@ def test_wrong_arguments(tmp_path):
             store_batches(store, batch=batch, seed=0)
         with pytest.raises(kind, match=match + str(batch)):
             array_batches(numbered(20), batch=batch, seed=0)
-    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="seed must be an int of at least 0, got -1"):
         store_batches(store, batch=2, seed=-1)
-    with pytest.raises(ValueError, match=r"window must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"window must be an int of at least 1, got 0"):
         store_batches(store, batch=2, seed=0, window=0)
     huge = store._replace(rows_per_shard=2 * 10**9)
     with pytest.raises(ValueError, match="got 2 shards of 2000000000"):
         store_batches(huge, batch=2, seed=0, window=None)
-    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="step must be an int of at least 0, got -1"):
         store_batches(store, batch=2, seed=0)(-1)
     acts, _, weights, _ = numbered(20)
     with pytest.raises(ValueError, match=r"one length, .* got .*\(19,\)"):
@@ -212,7 +212,7 @@ def test_what_is_no_int_is_refused_and_numpy_ints_are_taken(name, wrong, tmp_pat
     store = write_store(tmp_path, 20, 10)
     for make, data in ((store_batches, store), (array_batches, numbered(20))):
         who = make.__name__
-        with pytest.raises(TypeError, match=rf"^{who}: {name} must be an int, .*; "):
+        with pytest.raises(TypeError, match=rf"^{who}: {name} must be an int.*; "):
             make(data, **({"batch": 2, "seed": 0} | {name: wrong}))
         one, other = (make(data, batch=x(2), seed=x(3))(1) for x in (int, np.int32))
         np.testing.assert_array_equal(one.acts, other.acts)

@@ -389,15 +389,15 @@ def test_other_settings_are_refused(tmp_path):
         with pytest.raises(ValueError, match=f"was begun with {name} = .*, got "):
             store_writer(tmp_path, **(good | {name: value}))
     for name, value, match in (
-        ("dim", 0, "dim must be at least 1, got 0"),
-        ("readouts", 1.5, "readouts must be an int, at least 1, got 1.5"),
-        ("rows_per_shard", -1, "rows_per_shard must be at least 1, got -1"),
+        ("dim", 0, "dim must be an int of at least 1, got 0"),
+        ("readouts", 1.5, "readouts must be an int of at least 1, got 1.5"),
+        ("rows_per_shard", -1, "rows_per_shard must be an int of at least 1, got -1"),
         ("dtype", "float16", "dtype must be one of .*'bfloat16'.*, got 'float16'"),
     ):
         with pytest.raises((ValueError, TypeError), match=match):
             store_writer(tmp_path / "new", **(good | {name: value}))
     assert not (tmp_path / "new").exists()
-    with pytest.raises(ValueError, match="rows must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="rows must be an int of at least 0, got -1"):
         store_size(-1, dim=3)
 
 

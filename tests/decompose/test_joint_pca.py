@@ -71,7 +71,7 @@ def test_scales_do_not_matter(size):
 
 def test_errors():
     cov, g = stats_of(np.random.default_rng(6), 4)
-    with pytest.raises(ValueError, match=r"rank must be in 1 \.\. 4"):
+    with pytest.raises(ValueError, match=r"rank must be an int in 1 \.\. 4"):
         ft.joint_pca(moments_of(cov, g), 5)
     with pytest.raises(ValueError, match="hold no gradients"):
         ft.joint_pca(moments_of(cov, g)._replace(grad_second=None), 2)

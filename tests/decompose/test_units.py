@@ -143,7 +143,10 @@ TAPS = ft.Taps(jnp.ones((3, 4)), None, jnp.ones(3))
 BAD = {
     "float dim": (lambda: ft.moments(1.5), "moments: dim must be an int"),
     "word as dim": (lambda: ft.moments("a"), "moments: dim must be an int"),
-    "no dim": (lambda: ft.moments(0), "moments: dim must be at least 1, got 0"),
+    "no dim": (
+        lambda: ft.moments(0),
+        "moments: dim must be an int of at least 1, got 0",
+    ),
     "list of acts": (
         lambda: ft.moments_of(ft.Taps([[1.0, 2.0]], None, jnp.ones(1))),
         "moments_of: acts must be an array, got list",
@@ -158,11 +161,11 @@ BAD = {
     ),
     "dict of taps": (
         lambda: ft.moments(4).update(ft.moments(4).init(), {"a": TAPS}),
-        r"moments: wanted Taps, got dict; .*taps\[site\]",
+        r"moments: taps must be a Taps, got dict; .*taps\[site\]",
     ),
     "dict of taps, sketched": (
         lambda: sketched_moments(4, 2).update(sketched_moments(4, 2).init(), {"a": 1}),
-        "sketched_moments: wanted Taps, got dict",
+        "sketched_moments: taps must be a Taps, got dict",
     ),
     "float rank, sketched": (
         lambda: sketched_moments(4, 2.0),
@@ -191,10 +194,13 @@ BAD = {
     ),
     "dict as basis": (
         lambda: ft.encode({"a": BASIS()}, jnp.ones((2, DIM))),
-        r"encode: wanted a Basis, got dict; .*bases\[site\]",
+        r"encode: basis must be a Basis, got dict; .*bases\[site\]",
     ),
     "decode None": (lambda: ft.decode(BASIS(), None), "decode: codes must be an array"),
-    "describe moments": (lambda: ft.describe(MOMENTS), "describe: wanted a Basis"),
+    "describe moments": (
+        lambda: ft.describe(MOMENTS),
+        "describe: basis must be a Basis",
+    ),
     "describe traced": (
         lambda: jax.jit(lambda b: ft.describe(b) and b)(BASIS()),
         "describe: basis must have known values",

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from toyfeat.checks import check_flag, check_int
 from toyfeat.data.checks import check_taps
 from toyfeat.data.permutation import LARGEST, epoch_words, host_words, permute_index
 from toyfeat.data.store import ALIGN, Store, check_shard, shard_taps
-from toyfeat.linalg.checks import check_int
 from toyfeat.types import Array, Taps
 
 
@@ -71,10 +70,10 @@ def store_batches(
         )
     rows = store.rows
     batch = _check_batch("store_batches", batch, rows)
-    seed = check_int("store_batches", "seed", seed, 0)
+    seed = check_int("store_batches", "seed", seed, least=0)
     shards = len(store.shards)
     window = shards if window is None else window
-    window = check_int("store_batches", "window", window, 1)
+    window = check_int("store_batches", "window", window)
     if min(window, shards) * store.rows_per_shard > LARGEST:
         raise ValueError(
             f"store_batches: a window must have 1 .. {LARGEST} rows, got {window} "
@@ -89,7 +88,7 @@ def store_batches(
         return map_shard(index)
 
     def batches(step: int) -> Taps:
-        step = check_int("store_batches", "step", _concrete(step), 0)
+        step = check_int("store_batches", "step", step, least=0)
         epoch, start = divmod(step * batch, rows)
         count = min(batch, rows - start)
         ids = [*_row_ids(epoch_order(epoch), seed, epoch, start, count)]
@@ -144,16 +143,13 @@ def array_batches(
             f"array_batches: at most {LARGEST} rows, got {num}; use a store for more"
         )
     if not isinstance(seed, jax.Array):  # one that is traced cannot be looked at
-        seed = check_int("array_batches", "seed", seed, -(2**63), 2**63 - 1)
+        seed = check_int("array_batches", "seed", seed, least=-(2**63), most=2**63 - 1)
     elif seed.shape != () or not jnp.issubdtype(seed.dtype, jnp.integer):
         raise TypeError(
             f"array_batches: seed must be one int, got {seed.dtype}{list(seed.shape)}; "
             "pass one int"
         )
-    if not isinstance(replace, bool):
-        raise TypeError(
-            f"array_batches: replace must be True or False, got {replace!r}; pass one"
-        )
+    check_flag("array_batches", "replace", replace)
     key, offsets = jax.random.key(seed), jnp.arange(batch, dtype=jnp.uint32)
     if replace:
         return jax.tree_util.Partial(_take_drawn, taps, key, offsets)
@@ -212,12 +208,7 @@ def _divmod_of_product(step: Array, batch: int, num: int) -> tuple[Array, Array]
 
 def _check_batch(who: str, batch: int, rows: int) -> int:
     """Return a batch size as an int, or raise unless it is in ``1 .. rows``."""
-    return check_int(who, "batch", batch, 1, rows, ", the rows there are")
-
-
-def _concrete(step: Any) -> Any:
-    """Convert a scalar array that is not traced to a number of NumPy."""
-    return step if isinstance(step, Tracer | int) else np.asarray(step)[()]
+    return check_int(who, "batch", batch, most=rows, about=", the rows there are")
 
 
 class _Order(NamedTuple):

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.checks import check_choice, check_int
 from toyfeat.files.json import field, read_json
-from toyfeat.linalg.checks import check_int
 from toyfeat.types import Taps
 
 VERSION = 1  # of the format of store.json
@@ -83,18 +83,15 @@ def empty_store(
     Raises:
       ValueError: if a size or the dtype is not valid; ``who`` opens the message.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(
-            f"{who}: dtype must be one of {_DTYPES}, got {dtype!r}; give one of them"
-        )
+    check_choice(who, "dtype", dtype, _DTYPES)
     if readouts is not None:
-        readouts = check_int(who, "readouts", readouts, 1)
+        readouts = check_int(who, "readouts", readouts)
     return Store(
         path=Path(path),
-        dim=check_int(who, "dim", dim, 1),
+        dim=check_int(who, "dim", dim),
         readouts=readouts,
         dtype=dtype,
-        rows_per_shard=check_int(who, "rows_per_shard", rows_per_shard, 1),
+        rows_per_shard=check_int(who, "rows_per_shard", rows_per_shard),
         metadata=_json_copy(who, metadata),
         shards=(),
     )

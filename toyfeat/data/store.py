@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from toyfeat.checks import check_int
 from toyfeat.data.format import (
     AGAIN,
     ALIGN,
@@ -19,7 +20,6 @@ from toyfeat.data.format import (
     split_blocks,
 )
 from toyfeat.files.paths import inside
-from toyfeat.linalg.checks import check_int
 from toyfeat.types import Taps
 
 __all__ = [
@@ -65,7 +65,7 @@ def store_size(
       >>> store_size(10**9, dim=512, readouts=1, dtype="bfloat16") / 2**40
       1.866...
     """
-    rows = check_int("store_size", "rows", rows, 0)
+    rows = check_int("store_size", "rows", rows, least=0)
     store = empty_store(
         "store_size",
         "",

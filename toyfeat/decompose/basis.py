@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from toyfeat.linalg.checks import check_int
+from toyfeat.checks import check_array, check_int, check_type
 from toyfeat.linalg.precision import dot
 from toyfeat.types import Array, Basis, Taps
 
@@ -84,7 +84,9 @@ def truncated(basis: Basis, rank: int) -> Basis:
     """
     _check_basis("truncated", basis)
     width = basis.spectrum.shape[-1]
-    rank = check_int("truncated", "rank", rank, 1, width, ", directions of the basis")
+    rank = check_int(
+        "truncated", "rank", rank, most=width, about=", directions of the basis"
+    )
     diagnostics = basis.diagnostics
     return basis._replace(
         readers=basis.readers[:, :rank],
@@ -192,30 +194,20 @@ def _describe_shared_values(basis: Basis) -> str:
 
 def _check_basis(who: str, basis: Any) -> None:
     """Check that a basis is one, of one site."""
-    if not isinstance(basis, Basis):
-        hint = "toyfeat.pca and its like return one"
-        if isinstance(basis, Mapping):
-            hint = "pass that of one site, bases[site]"
-        raise TypeError(f"{who}: wanted a Basis, got {type(basis).__name__}; {hint}")
+    hint = "toyfeat.pca and its like return one"
+    if isinstance(basis, Mapping):
+        hint = "pass that of one site, bases[site]"
+    check_type(who, "basis", basis, Basis, hint=hint)
 
 
 def _check_rows(who: str, basis: Any, name: str, array: Any) -> Array:
     """Check the basis, and the type and the last axis of what it is applied to."""
     _check_basis(who, basis)
     # A real array ...
-    dtype = getattr(array, "dtype", None)
-    if dtype is None or not hasattr(array, "shape"):
-        hint = "convert it with jnp.asarray"
-        if isinstance(array, Taps | Mapping):
-            hint = "pass the activations, taps.acts (of one site)"
-        raise TypeError(
-            f"{who}: {name} must be an array, got {type(array).__name__}; {hint}"
-        )
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(
-            f"{who}: {name} must be real, got {dtype}; join real and imaginary parts "
-            "in one array"
-        )
+    hint = "convert it with jnp.asarray"
+    if isinstance(array, Taps | Mapping):
+        hint = "pass the activations, taps.acts (of one site)"
+    check_array(who, name, array, hint=hint)
     # ... of the width of the basis.
     width = basis.readers.shape[0] if name == "acts" else basis.writers.shape[0]
     if array.shape[-1:] != (width,):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from toyfeat.checks import check_function
 from toyfeat.decompose.basis import encode
 from toyfeat.decompose.interaction import Batches, required_grads, truncate_model
 from toyfeat.tap import readouts, tap
@@ -55,11 +56,13 @@ def interaction_edges(
       Bushnaq et al. (2024), arXiv 2405.10928, section 3.4, "squared" edges with
       the gradient at the data in place of the integral along a path.
     """
-    if not callable(batches):
-        raise TypeError(
-            "interaction_edges: batches must be a function that returns a fresh "
-            f"iterator, got {type(batches).__name__}; write lambda: iter(batches)"
-        )
+    check_function(
+        "interaction_edges",
+        "batches",
+        batches,
+        "to a fresh iterator",
+        hint="write lambda: iter(batches)",
+    )
     if not isinstance(bases, Mapping) or not bases:
         raise TypeError(
             f"interaction_edges: bases must be a dict of site to basis, got "

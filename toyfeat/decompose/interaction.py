@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from toyfeat.checks import check_function, check_int, check_key
 from toyfeat.decompose.basis import encode, truncated
 from toyfeat.decompose.second_moments import joint_basis
-from toyfeat.linalg.checks import check_int, check_key
 from toyfeat.linalg.compensated import (
     RowMoments,
     empty_moments,
@@ -109,11 +109,9 @@ def local_interaction_basis(
       centred, which stands for their constant direction.
     """
     sites, rank, sources = _check_options(batches, sites, rank, sources, key)
-    if mask is not None and not callable(mask):
-        raise TypeError(
-            f"{_WHO}: mask must be a function of the inputs, got "
-            f"{type(mask).__name__}; write lambda inputs: ..."
-        )
+    if mask is not None:
+        hint = "write lambda inputs: ..."
+        check_function(_WHO, "mask", mask, "of the inputs", hint=hint)
     # Activations at all sites, in one pass over the batches.
     acts, num = _acts_moments(probed, params, batches, sites, mask, batch_size)
     bases: dict[str, Basis] = {}
@@ -183,11 +181,8 @@ def _check_options(
     key: Array | None,
 ) -> tuple[tuple[str, ...], int | None, int | None]:
     """Check the arguments that need no model, and return the sites as a tuple."""
-    if not callable(batches):
-        raise TypeError(
-            f"{_WHO}: batches must be a function that returns a fresh iterator, got "
-            f"{type(batches).__name__}; write lambda: iter(batches)"
-        )
+    hint = "write lambda: iter(batches)"
+    check_function(_WHO, "batches", batches, "to a fresh iterator", hint=hint)
     sites = (sites,) if isinstance(sites, str) else sites
     if not isinstance(sites, Iterable) or not all(isinstance(s, str) for s in sites):
         raise TypeError(
@@ -198,9 +193,9 @@ def _check_options(
     if not sites or len(set(sites)) != len(sites):
         raise ValueError(f"{_WHO}: wanted distinct sites, got {list(sites)}")
     # Numbers, and the key that random sources need.
-    rank = None if rank is None else check_int(_WHO, "rank", rank, 1)
+    rank = None if rank is None else check_int(_WHO, "rank", rank)
     if sources is not None:
-        sources = check_int(_WHO, "sources", sources, 1)
+        sources = check_int(_WHO, "sources", sources)
         if key is None:
             raise ValueError(
                 f"{_WHO}: random sources want a key, such as key=jax.random.key(0)"

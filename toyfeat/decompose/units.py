@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from toyfeat.linalg.checks import check_int
+from toyfeat.checks import check_int
 from toyfeat.linalg.precision import largest_size, nonzero, power_of_two
 from toyfeat.linalg.svd import SVD
 from toyfeat.moments import SketchedMoments
@@ -141,7 +141,7 @@ def _arrays(stats: Stats) -> Any:
 def check_rank(who: str, stats: Stats, rank: int) -> int:
     """Check that the rank is in range."""
     about = ", the width of the site (or of its sketch)"
-    return check_int(who, "rank", rank, 1, width(stats), about)
+    return check_int(who, "rank", rank, most=width(stats), about=about)
 
 
 def check_stats(who: str, stats: Any, *, grads: bool = False) -> None:

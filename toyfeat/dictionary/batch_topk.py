@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.checks import check_int
 from toyfeat.dictionary.base import (
     DECODER_NORM,
     code_units,
@@ -28,7 +29,6 @@ from toyfeat.dictionary.types import (
     SavedAs,
     zero_bias,
 )
-from toyfeat.linalg.checks import check_int
 from toyfeat.types import Array, Params
 
 
@@ -114,8 +114,8 @@ def matryoshka(
             f"matryoshka: widths must be a sequence of ints, got {widths!r}; such as "
             "(latents // 2, latents)"
         )
-    latents = check_int("matryoshka", "latents", latents, 1)
-    widths = tuple(check_int("matryoshka", "a width", x, 1) for x in widths)
+    latents = check_int("matryoshka", "latents", latents)
+    widths = tuple(check_int("matryoshka", "a width", x) for x in widths)
     steps = zip((0, *widths), widths, strict=False)
     if not widths or widths[-1] != latents or any(a >= b for a, b in steps):
         raise ValueError(

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from toyfeat.linalg.checks import check_floats, check_int
+from toyfeat.checks import check_array, check_int
 from toyfeat.linalg.precision import HIGHEST, nonzero
 from toyfeat.types import Array
 
@@ -53,14 +53,16 @@ def psd_spectrum(
       >>> spectrum.values.tolist(), int(spectrum.rank)
       ([4.0, 1.0], 2)
     """
-    check_floats("psd_spectrum", "matrix", matrix, "convert it with jnp.asarray")
+    hint = "convert it with jnp.asarray"
+    check_array("psd_spectrum", "matrix", matrix, hint=hint, floats=True)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(
             f"psd_spectrum: wanted a square matrix, got shape {matrix.shape}"
         )
     dim = matrix.shape[0]
     rank = dim if rank is None else rank
-    rank = check_int("psd_spectrum", "rank", rank, 1, dim, ", the width of the matrix")
+    about = ", the width of the matrix"
+    rank = check_int("psd_spectrum", "rank", rank, most=dim, about=about)
 
     # Decompose the scaled, symmetric part; largest eigenvalue first.
     scale = jnp.max(jnp.abs(matrix))

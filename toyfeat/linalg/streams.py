@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from toyfeat.linalg.checks import check_floats, check_int, check_state
+from toyfeat.checks import check_array, check_choice, check_int, show
 from toyfeat.linalg.compensated import (
     RowMoments,
     empty_moments,
@@ -213,15 +213,11 @@ def _check_options(
     who: str, dim: int, rank: int, method: StreamMethod, width: int | None
 ) -> tuple[int, int, str, int]:
     """Check the options, and fill in the method and the width."""
-    dim = check_int(who, "dim", dim, 1)
-    rank = check_int(who, "rank", rank, 1, dim, ", the width of the rows")
-    if method not in get_args(StreamMethod):
-        raise ValueError(
-            f"{who}: method must be one of {', '.join(get_args(StreamMethod))}, "
-            f"got {method!r}"
-        )
+    dim = check_int(who, "dim", dim)
+    rank = check_int(who, "rank", rank, most=dim, about=", the width of the rows")
+    check_choice(who, "method", method, get_args(StreamMethod))
     if width is not None:
-        width = check_int(who, "width", width, rank, dim)
+        width = check_int(who, "width", width, least=rank, most=dim)
     # Defaults.
     if method == "auto":
         method = "gram" if dim <= _MAX_GRAM_DIM else "incremental"
@@ -235,7 +231,8 @@ def _check_rows(
 ) -> tuple[Array, Array | None]:
     """Check the shapes and dtypes of a batch."""
     # Rows.
-    check_floats(who, "rows", rows, "convert them with jnp.asarray")
+    hint = "convert them with jnp.asarray"
+    check_array(who, "rows", rows, hint=hint, floats=True)
     if jnp.ndim(rows) != 2 or jnp.shape(rows)[1] != dim:
         raise ValueError(f"{who}: wanted rows [n, {dim}], got shape {jnp.shape(rows)}")
     rows = jnp.asarray(rows, jnp.result_type(float))
@@ -253,3 +250,32 @@ def _check_rows(
             f"{jnp.shape(weights)}"
         )
     return rows, jnp.asarray(weights, rows.dtype)
+
+
+def check_state(who: str, state: Any, kind: type, width: int) -> Any:
+    """Check that a state is one of an accumulator of this kind and width.
+
+    Args:
+      who: the public function.
+      state: what came.
+      kind: its type, with a pair ``mean``.
+      width: of the rows.
+
+    Returns:
+      The state.
+
+    Raises:
+      TypeError: if it is of another kind.
+      ValueError: if it is of another width.
+    """
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{who}: state must be that of init(), update() or merge() of the same "
+            f"accumulator, got {show(state)}; start with init()"
+        )
+    if state.mean.high.shape[-1] != width:
+        raise ValueError(
+            f"{who}: state must be of width {width}, got that of an accumulator of "
+            f"width {state.mean.high.shape[-1]}; keep one accumulator per site"
+        )
+    return state

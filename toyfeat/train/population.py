@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.linalg.checks import check_int
+from toyfeat.checks import check_int
 from toyfeat.train.types import Trainer, TrainState
 from toyfeat.types import Array, Taps
 
@@ -50,7 +50,7 @@ def population(trainer: Trainer, *, group: int | None = None) -> Trainer:
             "make one by toyfeat.trainer"
         )
     if group is not None:
-        group = check_int("population", "group", group, 1, about=", or None")
+        group = check_int("population", "group", group, about=", or None")
 
     def init(keys: Array, **hyper: Any) -> TrainState:
         num = _number_of(keys)

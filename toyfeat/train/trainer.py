@@ -10,10 +10,10 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from toyfeat.checks import check_int
 from toyfeat.dictionary.checks import check_flag, check_number
 from toyfeat.dictionary.controllers import Controller
 from toyfeat.dictionary.types import Dictionary, Objective, Term
-from toyfeat.linalg.checks import check_int
 from toyfeat.train.step import split_learned, update
 from toyfeat.train.types import Recipe, Trainer, TrainState
 from toyfeat.types import Array
@@ -108,9 +108,9 @@ def trainer(
     """
     _check_parts(dictionary, objective, controller, schedule)
     if revive is not None:
-        revive = check_int("trainer", "revive", revive, 1, about=", or None")
+        revive = check_int("trainer", "revive", revive, about=", or None")
     sizes = {"readouts": readouts, "dead_after": dead_after}
-    sizes = {name: check_int("trainer", name, x, 1) for name, x in sizes.items()}
+    sizes = {name: check_int("trainer", name, x) for name, x in sizes.items()}
     for name, flag in {"normalize": normalize, "center": center}.items():
         check_flag("trainer", name, flag)
     check_number("trainer", "threshold_rate", threshold_rate)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from toyfeat.linalg.checks import check_floats, check_int
+from toyfeat.checks import check_array, check_function, check_int
 from toyfeat.linalg.precision import Axis, largest_size
 from toyfeat.linalg.randomized.linear_maps import LinearMap, from_linear_map
 from toyfeat.types import Array, ArrayLike
@@ -38,7 +38,7 @@ _HOW = (
 
 def as_floats(matrix: Any) -> Array:
     """Check that a matrix is an array of floats, and cast 16-bit ones to float32."""
-    check_floats("randomized_svd", "matrix", matrix, _HOW)
+    check_array("randomized_svd", "matrix", matrix, hint=_HOW, floats=True)
     array = jnp.asarray(matrix)
     small = jnp.finfo(array.dtype).bits < 32
     return array.astype(jnp.float32) if small else array
@@ -60,19 +60,20 @@ def check_linear_map(key: Array, products: LinearMap) -> LinearMap:
     """
     # Two functions.
     for name in ("matvec", "rmatvec"):
-        if not callable(getattr(products, name)):
-            raise TypeError(
-                f"randomized_svd: {name} must be a function of a block of vectors, got "
-                f"{type(getattr(products, name)).__name__}; for a sparse matrix write "
-                "lambda x: a @ np.asarray(x)"
-            )
+        check_function(
+            "randomized_svd",
+            name,
+            getattr(products, name),
+            "of a block of vectors",
+            hint="for a sparse matrix write lambda x: a @ np.asarray(x)",
+        )
     # Two sides.
     shape = products.shape
     if not isinstance(shape, tuple | list) or len(shape) != 2:
         raise TypeError(
             f"randomized_svd: shape of a LinearMap must be (N, D), got {shape!r}"
         )
-    rows, dim = (check_int("randomized_svd", "side of shape", n, 1) for n in shape)
+    rows, dim = (check_int("randomized_svd", "side of shape", n) for n in shape)
     # A dtype that arrays can have here: float64 only where it is enabled.
     try:
         dtype = jnp.dtype(products.dtype)

@@ -2,9 +2,7 @@
 
 from typing import Literal, NamedTuple, get_args
 
-import numpy as np
-
-from toyfeat.linalg.checks import check_int
+from toyfeat.checks import check_choice, check_flag, check_int
 from toyfeat.linalg.precision import Axis
 from toyfeat.linalg.randomized.operators import Sketch
 
@@ -114,26 +112,16 @@ def check_request(request: Request) -> Request:
     # Numbers.
     who, oversample = "randomized_svd", request.oversample
     if oversample is not None:
-        oversample = check_int(who, "oversample", oversample, 0)
+        oversample = check_int(who, "oversample", oversample, least=0)
     request = request._replace(
-        rank=check_int(who, "rank", request.rank, 1),
+        rank=check_int(who, "rank", request.rank),
         oversample=oversample,
-        power_iters=check_int(who, "power_iters", request.power_iters, 0),
+        power_iters=check_int(who, "power_iters", request.power_iters, least=0),
     )
     # Flags and names.
-    if not isinstance(request.with_u, bool | np.bool_):
-        raise TypeError(
-            f"randomized_svd: compute_u must be True or False, got {request.with_u!r}"
-        )
-    for name, value, known in (
-        ("method", request.method, get_args(Method)),
-        ("sketch", request.sketch, get_args(Sketch)),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"randomized_svd: {name} must be one of {', '.join(known)}, got "
-                f"{value!r}"
-            )
+    check_flag(who, "compute_u", request.with_u)
+    check_choice(who, "method", request.method, get_args(Method))
+    check_choice(who, "sketch", request.sketch, get_args(Sketch))
     return request
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
-from toyfeat.linalg.checks import check_key
+from toyfeat.checks import check_key
 from toyfeat.linalg.precision import Axis, dot, nonzero, split_scale
 from toyfeat.linalg.randomized.derivatives import svd_jvp
 from toyfeat.linalg.randomized.inputs import (

@@ -245,7 +245,7 @@ def test_the_ablation_curve_is_a_loop_over_spliced_bases(truth, exact):
 
         want = jnp.mean(PROBED(params, x, {site: splice})[0] ** 2)
         np.testing.assert_allclose(value, want, rtol=1e-4)
-    with pytest.raises(ValueError, match="ranks must be in 0"):
+    with pytest.raises(ValueError, match="a rank must be an int in 0"):
         ft.metrics.ablation_curve(
             PROBED, params, x, jnp.mean, site=site, basis=basis, ranks=[99]
         )

@@ -72,7 +72,7 @@ def test_a_task_with_parameters_that_are_nan_has_no_score():
     ],
 )
 def test_edges_are_not_counted_by_nan(metric, edges, least):
-    with pytest.raises(ValueError, match=r"^edges_needed: .*got.*; look"):
+    with pytest.raises(ValueError, match=r"^edges_needed: .*got.*; (look|pass)"):
         metrics.edges_needed(metric, edges, least=least)
 
 

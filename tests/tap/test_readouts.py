@@ -459,11 +459,11 @@ def traced_tap(probed, x, readout):
         ),
         (
             lambda: readouts.random_directions(KEY, 0),
-            r"random_directions: num must be at least 1, got 0",
+            r"random_directions: num must be an int of at least 1, got 0",
         ),
         (
             lambda: readouts.sampled_labels(KEY, num=0),
-            r"sampled_labels: num must be at least 1, got 0",
+            r"sampled_labels: num must be an int of at least 1, got 0",
         ),
         (
             lambda: readouts.along_path(readouts.jacobian(), jnp.zeros(0)),

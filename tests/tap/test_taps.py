@@ -812,8 +812,16 @@ def tap_with(**changes):
         ),
         ({"sites": []}, ValueError, "sites is empty"),
         ({"sites": ""}, ValueError, "tap: "),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
-        ({"batch_size": -3}, ValueError, "batch_size must be at least 1, got -3"),
+        (
+            {"batch_size": 0},
+            ValueError,
+            "batch_size must be an int of at least 1, got 0",
+        ),
+        (
+            {"batch_size": -3},
+            ValueError,
+            "batch_size must be an int of at least 1, got -3",
+        ),
         ({"readout": lambda y: y}, TypeError, "readout must come from .*got function"),
         (
             {"readout": readouts.loss(optax.squared_error, jnp.zeros((9, 4)))},
@@ -1032,7 +1040,7 @@ def tap_of(probed=IDENTITY, inputs=X, sites="acts", readout=READ, **options):
         ({"sites": 3}, r"sites .*got 3"),
         ({"sites": [3]}, r"sites .*got 3"),
         ({"sites": None}, r"sites .*got None"),
-        ({"probed": None}, r"probed .*got NoneType"),
+        ({"probed": None}, r"probed .*got None"),
         ({"probed": lambda p, x, probes: x}, r"probed .*got PyTreeDef"),
         ({"readout": "loss"}, r"readout .*got str"),
         ({"inputs": X[:0]}, r"inputs .*leading axis 0"),

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.decompose import decode, encode
-from toyfeat.tap.arguments import (
+from toyfeat.checks import (
     as_array,
-    as_float_array,
     as_floats,
-    check_count,
     check_function,
+    check_int,
+    check_number,
     check_type,
 )
+from toyfeat.decompose import decode, encode
 from toyfeat.types import Array, Basis, Inputs, Outputs, Params, Probed
 
 
@@ -76,12 +76,8 @@ def ablation_curve(
             f"ablation_curve: ranks must be several ranks, got {ranks!r:.80}; pass a "
             "list"
         )
-    ranks = [check_count("ablation_curve", "ranks", r, least=None) for r in ranks]
-    if any(not 0 <= r <= width for r in ranks):
-        raise ValueError(
-            f"ablation_curve: ranks must be in 0 .. {width}, the rank of the basis, "
-            f"got {ranks}; leave out the others"
-        )
+    limits: Any = {"least": 0, "most": width, "about": ", the rank of the basis"}
+    ranks = [check_int("ablation_curve", "a rank", r, **limits) for r in ranks]
     # A mask of the first directions for every rank, so that one program runs all.
     counts = jnp.asarray(ranks, jnp.int32)
     masks = (jnp.arange(width)[None, :] < counts[:, None]).astype(basis.mean.dtype)
@@ -191,13 +187,13 @@ def edges_needed(
       2
     """
     check_function("edges_needed", "metric_at", metric_at, "of kept edges")
-    edges = as_float_array("edges_needed", "edges", edges)
-    least = float(as_floats("edges_needed", "least", least))
-    if edges.ndim != 2 or jnp.isnan(edges).any() or np.isnan(least):
+    edges = as_floats("edges_needed", "edges", edges)
+    least = float(check_number("edges_needed", "least", least, finite=False))
+    if edges.ndim != 2 or jnp.isnan(edges).any():
         raise ValueError(
-            "edges_needed: edges must be strengths [R', R] without NaN, and least a "
-            f"number, got shape {edges.shape} with {int(jnp.isnan(edges).sum())} NaN "
-            f"and {least}; look at the model's values"
+            "edges_needed: edges must be strengths [R', R] without NaN, got shape "
+            f"{edges.shape} with {int(jnp.isnan(edges).sum())} NaN; look at the "
+            "model's values"
         )
     # The place of every edge in the order of strength.
     order = jnp.argsort(-edges.ravel())

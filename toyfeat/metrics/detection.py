@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.tap.arguments import as_array, as_floats
+from toyfeat.checks import as_array, as_host_floats
 from toyfeat.types import Array, ArrayLike
 
 
@@ -165,8 +165,8 @@ def _share(part: np.ndarray, total: np.ndarray) -> np.ndarray:
 
 def _nearest_truths(who: str, directions: ArrayLike, truth: ArrayLike) -> np.ndarray:
     """Return ``[R]``, the index of the truth of the largest ``|cos|``."""
-    directions = as_floats(who, "directions", directions)
-    truth = as_floats(who, "truth", truth)
+    directions = as_host_floats(who, "directions", directions)
+    truth = as_host_floats(who, "truth", truth)
     wide = directions.ndim == truth.ndim == 2 and directions.shape[1] == truth.shape[1]
     if not wide:
         raise ValueError(

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from toyfeat.checks import as_host_floats, as_integers, check_int, check_key
 from toyfeat.metrics.assignment import (
     assign_rows,
     group_subspaces,
     nearest_cosines,
     unit_rows,
 )
-from toyfeat.tap.arguments import as_floats, as_integers, check_count, check_key
 from toyfeat.types import Array, ArrayLike
 
 # |cos| with a truth from which a found direction counts as precise.
@@ -137,9 +137,9 @@ def random_coverage(
       True
     """
     check_key("random_coverage", key)
-    num = check_count("random_coverage", "num", num)
-    draws = check_count("random_coverage", "draws", draws)
-    width = as_floats("random_coverage", "truth", truth).shape[-1:]
+    num = check_int("random_coverage", "num", num)
+    draws = check_int("random_coverage", "draws", draws)
+    width = as_host_floats("random_coverage", "truth", truth).shape[-1:]
     if not width:
         raise ValueError(
             "random_coverage: truth must be [F, D], got one number; give one direction "
@@ -154,8 +154,8 @@ def _check_match(
     directions: ArrayLike, truth: ArrayLike, group: ArrayLike | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return float64 directions and truth, and a group for every truth."""
-    directions = as_floats("match_features", "directions", directions)
-    truth = as_floats("match_features", "truth", truth)
+    directions = as_host_floats("match_features", "directions", directions)
+    truth = as_host_floats("match_features", "truth", truth)
     wide = directions.ndim == truth.ndim == 2 and directions.shape[1] == truth.shape[1]
     if not wide:
         raise ValueError(

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from toyfeat.checks import as_host_floats, check_int, check_key, check_type
 from toyfeat.metrics.matching import match_features, random_coverage
 from toyfeat.metrics.preservation import preserved_share
 from toyfeat.models.planted.task import Task
-from toyfeat.tap.arguments import as_floats, check_count, check_key, check_type
 from toyfeat.types import Array, Features
 
 # Length of a unit row's part in ignored structure from which the row is a part of it.
@@ -88,7 +88,7 @@ def score_task(
     check_key("score_task", key)
     check_type("score_task", "task", task, Task)
     check_type("score_task", "features", features, Features)
-    examples = _check_examples("score_task", examples)
+    examples = check_int("score_task", "examples", examples, error=ValueError)
     truths = {"readers": task.truth.readers, "writers": task.truth.writers}
     side = truths.get(task.side)
     if side is None:
@@ -167,7 +167,7 @@ def mean_active_features(key: Array, task: Task, examples: int = 1000) -> int:
     """
     check_key("mean_active_features", key)
     check_type("mean_active_features", "task", task, Task)
-    examples = _check_examples("mean_active_features", examples)
+    examples = check_int("mean_active_features", "examples", examples, error=ValueError)
     values = np.asarray(task.features(task.params, task.sample(key, examples)))
     if not np.all(np.isfinite(values)):
         raise ValueError(
@@ -180,21 +180,10 @@ def mean_active_features(key: Array, task: Task, examples: int = 1000) -> int:
     return max(1, math.ceil(counts[counts > 0].mean())) if counts.any() else 1
 
 
-def _check_examples(name: str, examples: int) -> int:
-    """Return the number of examples, or raise."""
-    try:
-        return check_count(name, "examples", examples)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{name}: wanted an int of at least 1 examples, got {examples!r:.80}; 1000 "
-            "are usual"
-        ) from None
-
-
 def _check_features(features: Features, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Return float64 readers and writers without the pairs that have a row of 0."""
-    readers = as_floats("score_task", "readers", features.readers)
-    writers = as_floats("score_task", "writers", features.writers)
+    readers = as_host_floats("score_task", "readers", features.readers)
+    writers = as_host_floats("score_task", "writers", features.writers)
     if readers.shape != writers.shape or readers.ndim != 2 or readers.shape[1] != width:
         raise ValueError(
             f"score_task: wanted readers and writers [R, {width}], got shapes "

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from toyfeat.checks import as_host_floats, check_type
 from toyfeat.dictionary.types import Dictionary
-from toyfeat.tap.arguments import as_floats, check_type
 from toyfeat.types import Array, ArrayLike, Params
 
 # Decimals of a correlation: what lies behind them is float64 rounding.
@@ -98,9 +98,9 @@ def ce_recovered(
       >>> float(ce_recovered(3.0, 3.5, 8.0))
       0.9
     """
-    clean = as_floats("ce_recovered", "clean", clean)
-    spliced = as_floats("ce_recovered", "spliced", spliced)
-    ablated = as_floats("ce_recovered", "ablated", ablated)
+    clean = as_host_floats("ce_recovered", "clean", clean)
+    spliced = as_host_floats("ce_recovered", "spliced", spliced)
+    ablated = as_host_floats("ce_recovered", "ablated", ablated)
     cost = ablated - clean
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(cost > 0, (ablated - spliced) / cost, np.nan)
@@ -124,8 +124,8 @@ def attribution_faithfulness(predicted: ArrayLike, true: ArrayLike) -> Faithfuln
       >>> attribution_faithfulness([1.0, -2.0, 0.5], [2.0, -4.0, 1.0])[:3]
       (1.0, 2.0, 0.25)
     """
-    p = as_floats("attribution_faithfulness", "predicted", predicted)
-    t = as_floats("attribution_faithfulness", "true", true)
+    p = as_host_floats("attribution_faithfulness", "predicted", predicted)
+    t = as_host_floats("attribution_faithfulness", "true", true)
     if p.shape != t.shape or p.ndim != 1 or not p.size:
         raise ValueError(
             "attribution_faithfulness: wanted predicted and true [P] with P >= 1, got "

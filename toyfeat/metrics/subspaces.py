@@ -8,8 +8,8 @@ activations are white; say which one a score is about.
 import jax
 import jax.numpy as jnp
 
+from toyfeat.checks import as_floats, check_function, check_type
 from toyfeat.decompose import covariance, decode, encode
-from toyfeat.tap.arguments import as_float_array, check_function, check_type
 from toyfeat.tap.probes import is_float_array
 from toyfeat.types import Array, ArrayLike, Basis, Inputs, Moments, Params, Probed
 
@@ -42,8 +42,8 @@ def principal_angles(a: ArrayLike, b: ArrayLike) -> Array:
     References:
       Björck and Golub (1973).
     """
-    a = as_float_array("principal_angles", "a", a)
-    b = as_float_array("principal_angles", "b", b)
+    a = as_floats("principal_angles", "a", a)
+    b = as_floats("principal_angles", "b", b)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(
             "principal_angles: wanted row vectors [R, D] and [Q, D], got shapes "
@@ -69,8 +69,8 @@ def r_squared(scores: ArrayLike, target: ArrayLike) -> Array:
     Raises:
       ValueError: if there is not one target per score.
     """
-    scores = as_float_array("r_squared", "scores", scores)
-    target = as_float_array("r_squared", "target", target)
+    scores = as_floats("r_squared", "scores", scores)
+    target = as_floats("r_squared", "target", target)
     if target.ndim != 1 or scores.shape[:1] != target.shape:
         raise ValueError(
             "r_squared: wanted scores [N] or [N, R] and a target [N], got shapes "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from toyfeat.tap.arguments import check_function, check_key
+from toyfeat.checks import check_function, check_key
 from toyfeat.tap.probes import infer_batch_size, is_float_array
 from toyfeat.types import Array, Inputs, Params, Probed, Taps
 

@@ -11,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from toyfeat.tap import label_rules
-from toyfeat.tap.arguments import (
+from toyfeat.checks import (
     as_array,
     as_integers,
-    check_count,
+    check_flag,
     check_function,
-    check_mask,
-    check_select,
+    check_int,
 )
-from toyfeat.tap.rules import Readout, Select
+from toyfeat.tap import label_rules
+from toyfeat.tap.rules import Readout, Select, check_mask, check_select
 from toyfeat.types import Array, Outputs
 
 # Labels that do not count have this value in PyTorch and in transformers.
@@ -116,11 +115,7 @@ def next_token_loss(
     tokens = as_integers("next_token_loss", "tokens", tokens)
     check_select("next_token_loss", select)
     ignore = _check_ignore("next_token_loss", ignore)
-    if not isinstance(first, bool | np.bool_):
-        raise TypeError(
-            f"next_token_loss: first must be True or False, got {first!r}; it says "
-            "whether the first position counts"
-        )
+    check_flag("next_token_loss", "first", first)
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise ValueError(
             "next_token_loss: tokens must be [B, T] with T >= 2, got shape "
@@ -180,7 +175,7 @@ def logit_difference(
     check_select("logit_difference", select)
     mask = check_mask("logit_difference", mask)
     if position is not None:
-        position = check_count("logit_difference", "position", position, least=None)
+        position = check_int("logit_difference", "position", position, least=None)
     if a.ndim > 1 or b.ndim > 1:
         raise ValueError(
             "logit_difference: a and b must be integers or [B], got shapes "
@@ -200,7 +195,7 @@ def logit_difference(
 
 def _check_ignore(who: str, ignore: Any) -> int | None:
     """Return the value of labels that do not count as an int, or raise."""
-    return None if ignore is None else check_count(who, "ignore", ignore, least=None)
+    return None if ignore is None else check_int(who, "ignore", ignore, least=None)
 
 
 def _weights_of_inputs(counted: Any, mask: Any) -> Any:

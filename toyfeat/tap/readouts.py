@@ -17,17 +17,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from toyfeat.tap import random_rules, rules
-from toyfeat.tap.arguments import (
+from toyfeat.checks import (
     as_array,
-    check_count,
+    check_choice,
     check_function,
+    check_int,
     check_key,
-    check_mask,
-    check_select,
 )
+from toyfeat.tap import random_rules, rules
 from toyfeat.tap.label_readouts import logit_difference, loss, next_token_loss
-from toyfeat.tap.rules import Readout, Select
+from toyfeat.tap.rules import Readout, Select, check_mask, check_select
 from toyfeat.types import Array, Outputs
 
 __all__ = [
@@ -131,14 +130,10 @@ def sampled_labels(
       Martens (2020), "New insights and perspectives on the natural gradient
       method", section 5.
     """
-    if family not in list(random_rules.RESIDUALS):
-        raise ValueError(
-            "sampled_labels: family must be one of "
-            f"{sorted(random_rules.RESIDUALS)}, got {family!r}; choose one"
-        )
+    check_choice("sampled_labels", "family", family, random_rules.RESIDUALS)
     check_key("sampled_labels", key)
     check_select("sampled_labels", select)
-    num = check_count("sampled_labels", "num", num)
+    num = check_int("sampled_labels", "num", num)
     return Readout(
         rule=random_rules.sampled_labels,
         options=(num, family, select),
@@ -185,20 +180,12 @@ def random_directions(
       Hutchinson (1990); Bushnaq et al. (2024), arXiv 2405.10928, "stochastic
       sources".
     """
-    if kind not in list(random_rules.DRAWS):
-        raise ValueError(
-            f"random_directions: kind must be one of {sorted(random_rules.DRAWS)}, got "
-            f"{kind!r}; choose one"
-        )
-    if over not in ("all", "positions", "units"):
-        raise ValueError(
-            "random_directions: over must be 'all', 'positions' or 'units', got "
-            f"{over!r}; choose one"
-        )
+    check_choice("random_directions", "kind", kind, random_rules.DRAWS)
+    check_choice("random_directions", "over", over, ("all", "positions", "units"))
     check_key("random_directions", key)
     check_select("random_directions", select)
     mask = check_mask("random_directions", mask)
-    num = check_count("random_directions", "num", num)
+    num = check_int("random_directions", "num", num)
     options = (num, kind, select, over)
     return Readout(
         rule=random_rules.random_directions, options=options, key=key, mask=mask

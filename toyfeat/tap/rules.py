@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
+from toyfeat.checks import as_real, check_function
 from toyfeat.tap.probes import is_float_array
 from toyfeat.types import Array, Outputs
 
@@ -65,6 +67,32 @@ class Readout:
     key: Array | None = None
     mask: Array | None = None
     scales: Array | None = None
+
+
+def check_select(who: str, select: Any) -> None:
+    """Check that a selection of outputs is a function or ``None``."""
+    if select is not None:
+        check_function(who, "select", select, "of the outputs (or None)")
+
+
+def check_mask(who: str, mask: Any) -> Any:
+    """Convert a mask to an array, after checking that it holds weights.
+
+    Values are looked at unless it lies on a device: :func:`toyfeat.check_taps` does.
+
+    Raises:
+      TypeError: if it does not hold real numbers.
+      ValueError: if a weight is negative or not finite.
+    """
+    if mask is None:
+        return None
+    mask = as_real(who, "mask", mask)
+    if isinstance(mask, np.ndarray) and not np.all(np.isfinite(mask) & (mask >= 0)):
+        raise ValueError(
+            f"{who}: mask must be finite weights >= 0, got {mask.min()}; "
+            "0 leaves an example out"
+        )
+    return mask
 
 
 def apply_select(select: Select | None, outputs: Outputs) -> Outputs:

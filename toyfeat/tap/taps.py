@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from toyfeat.tap.arguments import check_count, check_function
+from toyfeat.checks import check_function, check_int
 from toyfeat.tap.chunks import check_chunks, map_chunks
 from toyfeat.tap.probes import (
     check_params,
@@ -77,7 +77,7 @@ def tap(
     check_function("tap", "probed", probed, "from ft.from_linen, ft.from_function, ...")
     size = infer_batch_size(inputs)
     if batch_size is not None:
-        batch_size = check_count("tap", "batch_size", batch_size)
+        batch_size = check_int("tap", "batch_size", batch_size)
     _check_readout(readout, size)
     # Check sites, mask and outputs by shape, before anything runs.
     outputs, shapes = _model_shapes(probed, params, inputs)

@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import dictionary_oracle as oracle
@@ -418,5 +419,41 @@ def test_the_slope_of_a_penalty_is_that_of_its_value(name, gamma):
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, np.nan])
 def test_a_bounded_penalty_needs_a_width(gamma):
-    with pytest.raises(ValueError, match="gamma must be positive and finite"):
+    with pytest.raises(ValueError, match="gamma must be a finite number above 0"):
         losses.attribution_sparsity("log", gamma=gamma)
+
+
+@pytest.mark.parametrize("wrong", ["0.1", None, -1.0, np.nan, np.inf, [0.1], True])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        *((losses.attribution, name) for name in ("sparsity", "unexplained")),
+        (losses.attribution, "attribution_sparsity"),
+        (losses.attribution, "dead_latents"),
+        (partial(losses.default, ALL["topk"]()), "sparsity"),
+        (partial(losses.default, ALL["topk"]()), "dead_latents"),
+        (losses.attribution_sparsity, "gamma"),
+    ],
+)
+def test_coefficients_that_are_none_are_refused(make, name, wrong):
+    error = TypeError if not isinstance(wrong, float) else ValueError
+    with pytest.raises(
+        error, match=rf"^\w+: {name} must be a finite number .*, got .*;"
+    ):
+        make(**{name: wrong})
+
+
+@pytest.mark.parametrize("value", [0, 0.5, -0.0, np.float32(2), np.int64(1)])
+def test_coefficients_of_any_library_are_taken_as_they_are(value):
+    terms = losses.attribution(sparsity=value, dead_latents=jnp.float32(0.5))
+    by_name = {term.name: term.coefficient for term in terms}
+    assert by_name.get("sparsity", 0) == value
+    assert by_name["dead_latents"] == 0.5
+
+
+@pytest.mark.parametrize("wrong", [None, "standard", {"W_dec": 1}])
+def test_a_loss_is_made_for_a_dictionary(wrong):
+    with pytest.raises(TypeError, match=r"^default: dictionary must be a Dictionary, "):
+        losses.default(wrong)
+    with pytest.raises(TypeError, match=r"^attribution: dictionary must be a Dict"):
+        losses.attribution(wrong or 0)

@@ -59,7 +59,7 @@ def test_settings_that_older_files_do_not_have_are_the_defaults(tmp_path):
         ({"skip_connection": True}, "skip_connection = True asks for a linear path"),
         ({"signed": True}, "signed = True asks for codes of both signs"),
         ({"jump": 0.1}, r"'jump' in .*cfg\.json is not known here, got 0.1"),
-        ({"k": 11}, "k must be an int in 1 .. latents = 10, got 11"),
+        ({"k": 11}, "k must be an int in 1 .. 10, the latents, got 11"),
         ({"k": None}, r"'k' in .*cfg\.json must be an int at least 1, got None"),
         ({"k": True}, "'k' in .* must be an int at least 1, got True"),
         ({"d_in": "6"}, "'d_in' in .* must be an int at least 1, got '6'"),

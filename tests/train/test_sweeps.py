@@ -40,12 +40,17 @@ def test_a_grid_starts_a_population():
     [
         (
             {"rate": []},
-            r"rate must be a number or a list of them, all finite, got \[\]",
+            r"rate must be a number or a list of them, all finite .*, got \[\]; pass",
         ),
         ({"rate": [1.0, np.nan]}, "rate must be a number"),
         ({"rate": [[1.0]]}, "rate must be a number"),
         ({"rate": ["fast"]}, r"got \['fast'\]"),
-        ({"seed": 0.5}, "a seed is an int, got 0.5"),
+        ({"rate": "fast"}, "got 'fast'; pass"),
+        ({"rate": [1.0, [2.0]]}, r"got \[1.0, \[2.0\]\]; pass"),
+        ({"rate": None}, "got None; pass"),
+        ({"rate": [True]}, r"got \[True\]; pass"),
+        ({"seed": 0.5}, "a seed must be an int .*, got 0.5; pass"),
+        ({"seed": []}, r"seed must be a number .*, got \[\]; pass"),
     ],
 )
 def test_axes_are_checked(axes, match):
@@ -188,8 +193,8 @@ def test_members_that_are_not_finite_are_on_no_front():
 @pytest.mark.parametrize(
     ("axes", "match"),
     [
-        ({"seed": [0, 2**32]}, "a seed must fit 32 bits"),
-        ({"learning_rate": [1e300]}, "values that float32 has"),
+        ({"seed": [0, 2**32]}, "a seed must be an int that fits 32 bits"),
+        ({"learning_rate": [1e300]}, "all finite in float32"),
         ({"keys": [1, 2]}, "keys come of seed"),
     ],
 )
@@ -202,3 +207,29 @@ def test_the_first_chunk_counts_by_its_length_wherever_the_run_began(tmp_path):
     lines = ['{"step": 950, "loss": 3.0}', '{"step": 1000, "loss": 1.0}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert ft.sweeps.final_metrics(tmp_path, steps=100)["loss"] == 2.0
+
+
+MEMBERS = [ft.sweeps.Row(0, {}, {"x": 1.0, "y": 2.0})]
+STATE = ft.TrainState(np.array([1, 1]), {"w": np.ones((2, 1))}, (), (), {}, {})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: ft.sweeps.final_metrics(".", steps=0), ValueError, "steps must be an"),
+        (lambda: ft.sweeps.final_metrics(".", steps=2.0), TypeError, "got 2.0; pass"),
+        (lambda: ft.sweeps.table(None, {}), TypeError, "state must be a TrainState"),
+        (lambda: ft.sweeps.table(STATE, [1, 2]), TypeError, "metrics must be a Map"),
+        (lambda: ft.sweeps.table(STATE, {"l0": "no"}), TypeError, "l0 of the metrics"),
+        (lambda: ft.sweeps.pareto_front([3], "x", "y"), TypeError, "must be a Row"),
+        (lambda: ft.sweeps.pareto_front(MEMBERS, "x", "z"), ValueError, "no 'z'"),
+    ],
+)
+def test_arguments_of_sweeps_are_named(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
+
+
+def test_a_front_of_no_members_is_empty():
+    assert ft.sweeps.pareto_front([], "x", "y") == []
+    assert ft.sweeps.pareto_front(MEMBERS, "x", "y", larger="x") == MEMBERS

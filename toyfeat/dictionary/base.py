@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from toyfeat.dictionary.checks import check_flag, check_number, check_size
+from toyfeat.checks import MAX_SIZE, check_flag, check_int, check_number
 from toyfeat.dictionary.gather import affine, decode_dense, scatter, weighted_rows
 from toyfeat.dictionary.types import (
     Architecture,
@@ -181,17 +181,20 @@ def _check(architecture: Architecture, config: Config) -> None:
             f"make_dictionary: the architecture is {name!r}, the configuration is of "
             f"{config.architecture!r}"
         )
+    # Sizes; a ValueError whatever they are, because files hold them too.
     sizes = {"dim": config.d_in, "latents": latents, "target_dim": config.d_out}
+    limits: Any = {"most": MAX_SIZE, "about": ", what an axis has", "error": ValueError}
     for argument, size in sizes.items():
         if size is not None or argument != "target_dim":
-            check_size(name, argument, size)
+            check_int(name, argument, size, **limits)
     if architecture.selects != "all":
-        check_size(name, "k", config.k, most=latents)
+        limits |= {"most": latents, "about": ", the latents"}
+        check_int(name, "k", config.k, **limits)
     check_flag(
         name, "rescale_acts_by_decoder_norm", config.rescale_acts_by_decoder_norm
     )
     for setting in ("bandwidth", "gradient_weight"):
-        check_number(name, setting, getattr(config, setting), 0)
+        check_number(name, setting, getattr(config, setting), least=0)
     if config.d_out is None:
         return
     if config.apply_b_dec_to_input:

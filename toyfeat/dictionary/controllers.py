@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from toyfeat.dictionary.checks import check_number
+from toyfeat.checks import check_number
 from toyfeat.types import Array
 
 GAINS = {"integral": 0.005, "proportional": 3.0, "memory": 20.0, "limit": 1e4}
@@ -151,7 +151,7 @@ def _controller(
     check_number("controller", "target", target, above=0)
     gains = GAINS | gains
     for name, least in _LEAST_GAINS.items():
-        check_number("controller", name, gains[name], least)
+        check_number("controller", name, gains[name], least=least)
     decay, limit = 1 - 1 / gains["memory"], jnp.log(gains["limit"])
 
     def init() -> ControllerState:

@@ -2,13 +2,13 @@
 
 import jax.numpy as jnp
 
+from toyfeat.checks import check_number
 from toyfeat.dictionary.base import (
     DECODER_NORM,
     factory_config,
     make_dictionary,
     weighted_mean,
 )
-from toyfeat.dictionary.checks import check_number
 from toyfeat.dictionary.selection import heaviside, jump
 from toyfeat.dictionary.types import (
     Architecture,

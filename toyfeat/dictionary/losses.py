@@ -14,6 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from toyfeat.checks import check_choice, check_number, check_type
 from toyfeat.dictionary.attributions import Penalty, mean_penalty, unexplained_effect
 from toyfeat.dictionary.base import lengths, weighted_mean
 from toyfeat.dictionary.gated import gate
@@ -58,11 +59,17 @@ def default(
     Returns:
       Terms for :func:`toyfeat.trainer`.
 
+    Raises:
+      TypeError: if the dictionary or a coefficient is of another type.
+      ValueError: for a coefficient that is negative or not finite.
+
     Example:
       >>> from toyfeat.dictionary import gated
       >>> [term.name for term in default(gated(4, 16))]
       ['reconstruction', 'sparsity', 'gate', 'dead_latents']
     """
+    _check_dictionary("default", dictionary)
+    _check_coefficients("default", sparsity=sparsity, dead_latents=dead_latents)
     # Every dictionary reconstructs.
     terms = [_reconstruction_term()]
     if dictionary.architecture.selects == "all":  # otherwise k makes codes sparse
@@ -107,6 +114,11 @@ def attribution(
     Returns:
       Terms for :func:`toyfeat.trainer`.
 
+    Raises:
+      TypeError: if the dictionary or a coefficient is of another type.
+      ValueError: for a coefficient that is negative or not finite, an unknown penalty
+        or an unknown form.
+
     Example:
       >>> [term.name for term in attribution()]
       ['reconstruction', 'sparsity', 'attribution_sparsity', 'unexplained']
@@ -115,6 +127,15 @@ def attribution(
       Olah, Templeton, Bricken and Jermyn (April 2024), "Attribution dictionary
       learning".
     """
+    if dictionary is not None:
+        _check_dictionary("attribution", dictionary)
+    _check_coefficients(
+        "attribution",
+        sparsity=sparsity,
+        attribution_sparsity=attribution_sparsity,
+        unexplained=unexplained,
+        dead_latents=dead_latents,
+    )
     # The terms of the activations; revival comes last, as its own coefficient.
     if dictionary is None:
         terms = (
@@ -220,15 +241,8 @@ def attribution_sparsity(penalty: str = "l1", *, gamma: float = GAMMA) -> Term:
       Olah et al. (April 2024), "Attribution dictionary learning", term 3; Geman and
       McClure (1987) for the bounded form.
     """
-    if penalty not in _PENALTIES:
-        raise ValueError(
-            f"attribution_sparsity: penalty must be one of {', '.join(_PENALTIES)}, "
-            f"got {penalty!r}"
-        )
-    if not 0 < gamma < math.inf:
-        raise ValueError(
-            f"attribution_sparsity: gamma must be positive and finite, got {gamma}"
-        )
+    check_choice("attribution_sparsity", "penalty", penalty, _PENALTIES)
+    check_number("attribution_sparsity", "gamma", gamma, above=0)
     form = _PENALTIES[penalty](gamma)
 
     def loss(inputs: Inputs) -> Array:
@@ -261,10 +275,7 @@ def unexplained(form: str = "positive") -> Term:
     References:
       Olah et al. (April 2024), "Attribution dictionary learning", term 4.
     """
-    if form not in ("signed", "positive"):
-        raise ValueError(
-            f'unexplained: form must be "signed" or "positive", got {form!r}'
-        )
+    check_choice("unexplained", "form", form, ("signed", "positive"))
 
     def loss(inputs: Inputs) -> Array:
         effect = unexplained_effect(inputs)
@@ -281,6 +292,18 @@ _sparsity_term = sparsity
 _dead_latents_term = dead_latents
 _attribution_sparsity_term = attribution_sparsity
 _unexplained_term = unexplained
+
+
+def _check_dictionary(who: str, dictionary: Dictionary) -> None:
+    """Check the dictionary that a loss is made for."""
+    hint = "make one by toyfeat.dictionaries"
+    check_type(who, "dictionary", dictionary, Dictionary, hint=hint)
+
+
+def _check_coefficients(who: str, **coefficients: float) -> None:
+    """Check coefficients: a penalty of a negative one has no minimum."""
+    for name, value in coefficients.items():
+        check_number(who, name, value, least=0)
 
 
 def _sparsity(inputs: Inputs) -> Array:

@@ -1,7 +1,6 @@
 """Run the host loop of training: chunks, checkpoints, resumption."""
 
 import contextlib
-import operator
 import os
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.checks import check_int
 from toyfeat.data.batches import Batches
 from toyfeat.files.paths import locked
 from toyfeat.tap.checks import warn_of_lost_grads
@@ -273,16 +273,8 @@ def _is_checkpoint_due(run: Run, step: int) -> bool:
 
 def _check_sizes(**sizes: Any) -> Sizes:
     """Return the sizes as integers, or raise if one is not an int of at least 1."""
-    for name, size in sizes.items():
-        try:
-            wrong = isinstance(size, bool) or operator.index(size) < 1
-        except TypeError:
-            wrong = True
-        if wrong:
-            raise ValueError(
-                f"fit: {name} must be an int of at least 1, got {size!r}; pass one"
-            )
-    return Sizes(**{name: operator.index(size) for name, size in sizes.items()})
+    ints = {n: check_int("fit", n, x, error=ValueError) for n, x in sizes.items()}
+    return Sizes(**ints)
 
 
 def _copy_state(trainer: Any, state: Any) -> TrainState:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.checks import check_int
+from toyfeat.checks import check_int, check_type
 from toyfeat.train.types import Trainer, TrainState
 from toyfeat.types import Array, Taps
 
@@ -44,11 +44,8 @@ def population(trainer: Trainer, *, group: int | None = None) -> Trainer:
       >>> state.params["W_dec"].shape
       (3, 32, 8)
     """
-    if not isinstance(trainer, Trainer):
-        raise TypeError(
-            f"population: trainer must be a Trainer, got {type(trainer).__name__}; "
-            "make one by toyfeat.trainer"
-        )
+    hint = "make one by toyfeat.trainer"
+    check_type("population", "trainer", trainer, Trainer, hint=hint)
     if group is not None:
         group = check_int("population", "group", group, about=", or None")
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.checks import as_host_floats, check_int, check_type
 from toyfeat.train.health import SATURATED_SHARE
 from toyfeat.train.types import TrainState
 from toyfeat.types import Array, ArrayLike
@@ -33,6 +34,8 @@ class Row(NamedTuple):
     saturated: bool = False
 
 
+_LARGEST_SEED = np.iinfo(np.int32).max
+_LARGEST_VALUE = np.finfo(np.float32).max
 _FLOAT32_DIGITS = np.finfo(np.float32).precision  # decimal digits of a float32
 
 
@@ -58,32 +61,42 @@ def grid(*, seed: Any = 0, **axes: Any) -> dict[str, Array]:
       ``population(trainer(...)).init(**settings)`` starts them.
     """
     # Every axis must be a vector of finite numbers.
-    vectors = {"seed": np.atleast_1d(np.asarray(seed))}
-    vectors |= {name: np.atleast_1d(np.asarray(x)) for name, x in axes.items()}
-    for name, values in vectors.items():
-        valid = values.ndim == 1 and values.size and values.dtype.kind in "iuf"
-        if not valid or not np.isfinite(values).all():
-            raise ValueError(
-                f"grid: {name} must be a number or a list of them, all finite, got "
-                f"{(axes | {'seed': seed})[name]!r}"
-            )
-    if vectors["seed"].dtype.kind == "f":
-        raise ValueError(f"grid: a seed is an int, got {seed!r}")
-    if np.any(np.abs(vectors["seed"]) > np.iinfo(np.int32).max):
-        raise ValueError(f"grid: a seed must fit 32 bits, got {seed!r}")
-    largest = np.finfo(np.float32).max
-    for name, values in vectors.items():
-        if name == "keys" or np.any(np.abs(values) > largest):
-            raise ValueError(
-                f"grid: {name} must be the name of a hyper-parameter (keys come of "
-                f"seed) with values that float32 has, got {axes.get(name)!r}"
-            )
+    if "keys" in axes:
+        raise ValueError(
+            "grid: keys come of seed, got keys as a hyper-parameter; pass seed="
+        )
+    vectors = {n: _axis(n, x) for n, x in {"seed": seed, **axes}.items()}
+    seeds = vectors["seed"]
+    if seeds.dtype.kind == "f" or np.any(np.abs(seeds) > _LARGEST_SEED):
+        raise ValueError(
+            f"grid: a seed must be an int that fits 32 bits, got {seed!r:.80}; pass "
+            "ints such as 0"
+        )
     # The seed comes first, so it is the slowest axis.
     flat = [x.ravel() for x in np.meshgrid(*vectors.values(), indexing="ij")]
     keys = jax.vmap(jax.random.key)(jnp.asarray(flat[0]))
     return {"keys": keys} | {
         name: jnp.asarray(x, float) for name, x in zip(axes, flat[1:], strict=True)
     }
+
+
+def _axis(name: str, value: Any) -> np.ndarray:
+    """Convert an axis of a grid to a vector of finite numbers.
+
+    Raises:
+      ValueError: if it is something else, or has no number.
+    """
+    try:
+        values = np.atleast_1d(np.asarray(value))
+    except ValueError:  # lists of different lengths
+        values = np.zeros(0)
+    numbers = values.ndim == 1 and values.size > 0 and values.dtype.kind in "iuf"
+    if not numbers or not np.all(np.abs(values) <= _LARGEST_VALUE):
+        raise ValueError(
+            f"grid: {name} must be a number or a list of them, all finite in float32, "
+            f"got {value!r:.80}; pass one or more numbers"
+        )
+    return values
 
 
 def final_metrics(directory: str | Path, *, steps: int = 100) -> dict[str, np.ndarray]:
@@ -100,10 +113,13 @@ def final_metrics(directory: str | Path, *, steps: int = 100) -> dict[str, np.nd
 
     Raises:
       FileNotFoundError: if there is no ``metrics.jsonl`` with a line.
+      TypeError: if ``steps`` is no int.
+      ValueError: if ``steps`` is not positive.
 
     Example:
       ``final_metrics("out/run", steps=500)["fvu"]``
     """
+    steps = check_int("final_metrics", "steps", steps)
     path = Path(directory) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     if not lines:
@@ -150,7 +166,8 @@ def table(
       its coefficient, is called ``..._loss``.
 
     Raises:
-      ValueError: if an entry does not have one value per member.
+      TypeError: if an argument is of another type.
+      ValueError: if an entry does not have one value per member, or no numbers.
 
     Example:
       >>> from toyfeat import TrainState
@@ -161,6 +178,9 @@ def table(
       >>> [row.settings["rate"] for row in rows], [row.finite for row in rows]
       ([0.1, 9.0], [True, False])
     """
+    check_type("table", "state", state, TrainState, hint="toyfeat.fit returns it")
+    for name, values in {"metrics": metrics, "settings": settings or {}}.items():
+        check_type("table", name, values, Mapping, hint="pass a dict of arrays")
     # Settings: the hyper-parameters that vary, and what else members differ in.
     num = np.size(state.step)
     varied = {n: _per_member("hyper", n, x, num) for n, x in state.hyper.items()}
@@ -211,6 +231,7 @@ def pareto_front(
       The front, by ascending ``x``.
 
     Raises:
+      TypeError: if members are no rows of a table.
       ValueError: for a name that the members do not have, or one in ``larger`` that
         is neither.
 
@@ -220,6 +241,9 @@ def pareto_front(
       >>> [row.index for row in pareto_front(rows, "l0", "fvu")]
       [1, 0]
     """
+    for member in members:
+        check_type("pareto_front", "a member", member, Row, hint="table() makes them")
+    larger = (larger,) if isinstance(larger, str) else larger
     if extra := set(larger) - {x, y}:
         raise ValueError(f"pareto_front: larger names {sorted(extra)}, not {x} or {y}")
     points = np.array([[value_of(m, x), value_of(m, y)] for m in members])
@@ -252,7 +276,7 @@ def value_of(member: Row, name: str) -> float:
 
 def _per_member(what: str, name: str, values: Any, num: int) -> np.ndarray:
     """Convert to an array with one value per member, or raise."""
-    array = np.atleast_1d(np.asarray(values, np.float64))
+    array = np.atleast_1d(as_host_floats("table", f"{name} of the {what}", values))
     if array.shape != (num,):
         raise ValueError(
             f"table: {what} must have one value for each of {num} members, got "

@@ -10,8 +10,13 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from toyfeat.checks import check_int
-from toyfeat.dictionary.checks import check_flag, check_number
+from toyfeat.checks import (
+    check_flag,
+    check_function,
+    check_int,
+    check_number,
+    check_type,
+)
 from toyfeat.dictionary.controllers import Controller
 from toyfeat.dictionary.types import Dictionary, Objective, Term
 from toyfeat.train.step import split_learned, update
@@ -113,12 +118,7 @@ def trainer(
     sizes = {name: check_int("trainer", name, x) for name, x in sizes.items()}
     for name, flag in {"normalize": normalize, "center": center}.items():
         check_flag("trainer", name, flag)
-    check_number("trainer", "threshold_rate", threshold_rate)
-    if not 0 < threshold_rate <= 1:
-        raise ValueError(
-            f"trainer: threshold_rate must be in (0, 1], got {threshold_rate}; 1 keeps "
-            "the newest threshold"
-        )
+    check_number("trainer", "threshold_rate", threshold_rate, above=0, most=1)
     if optimizer is None:
         optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=LEARNING_RATE)
     recipe = Recipe(
@@ -160,11 +160,8 @@ def _check_parts(
       TypeError: if a part is of another type.
       ValueError: if parts do not fit each other.
     """
-    if not isinstance(dictionary, Dictionary):
-        raise TypeError(
-            "trainer: dictionary must be a Dictionary, got "
-            f"{type(dictionary).__name__}; make one by toyfeat.dictionaries"
-        )
+    hint = "make one by toyfeat.dictionaries"
+    check_type("trainer", "dictionary", dictionary, Dictionary, hint=hint)
     terms = objective if isinstance(objective, tuple | list) else ()
     if not terms or not all(isinstance(term, Term) for term in terms):
         raise TypeError(
@@ -187,11 +184,9 @@ def _check_parts(
             f"trainer: the controller steers {controller.term!r}, the objective has "
             f"{names}; make it with term= one of them"
         )
-    if schedule is not None and not callable(schedule):
-        raise TypeError(
-            "trainer: schedule must be a function of the step or None, got "
-            f"{schedule!r}; lambda step: {schedule!r} is a constant factor"
-        )
+    if schedule is not None:
+        hint = f"lambda step: {schedule!r:.20} is a constant factor"
+        check_function("trainer", "schedule", schedule, "of the step", hint=hint)
 
 
 def _init(

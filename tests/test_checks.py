@@ -279,6 +279,8 @@ def test_messages_show_values_in_a_line():
         "int32 array of shape (2, 3)": jnp.zeros((2, 3), jnp.int32),
         "float64 array of shape (0,)": np.zeros(0),
         "dict": {"a": np.ones(9)},
+        "(3, 'a')": (3, "a"),
+        "list": [[1.0]],
         "ShapeDtypeStruct of shape (2,)": jax.ShapeDtypeStruct((2,), jnp.float32),
     }
     for text, value in shown.items():

@@ -308,8 +308,9 @@ def is_array(value: Any) -> bool:
 
 
 def show(value: Any) -> str:
-    """Show a plain value in a line, an array by dtype and shape, others by type."""
-    if isinstance(value, _PLAIN):
+    """Show plain values in a line, an array by dtype and shape, others by type."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    if all(isinstance(part, _PLAIN) for part in parts):
         return f"{value!r:.{_MAX_TEXT}}"
     kind = type(value).__name__
     if not is_array(value):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from toyfeat.data import store_batches
+from toyfeat.data import array_batches, store_batches
 from toyfeat.data.store import open_store, shard_taps, store_size, verify_store
 from toyfeat.data.writing import store_writer
 from toyfeat.lm.collect import read_chunks
@@ -286,6 +286,26 @@ def test_values_that_a_store_cannot_hold_are_refused(name, value, tmp_path):
         with pytest.raises(ValueError, match=rf"append: {name} must be finite numbers"):
             writer.append(Taps(**fields))
         assert writer.rows == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_weight_0_may_hold_anything_as_in_batches_of_arrays(
+    value, dtype, tmp_path
+):
+    acts, grads, weights, _ = random_taps(7)
+    acts, grads = acts.astype(np.float64), grads.astype(np.float64)
+    acts[3, 0] = grads[3, 0, 0] = value
+    taps = Taps(acts, grads, weights * (np.arange(7) != 3))
+    with store_writer(tmp_path, dim=D, readouts=K, dtype=dtype) as writer:
+        writer.append(taps)
+    stored, wanted = contents(open_store(tmp_path)), np.arange(7) != 3
+    np.testing.assert_array_equal(stored.weights, taps.weights)
+    for x, y in zip(stored[:2], taps[:2], strict=True):
+        np.testing.assert_allclose(x[wanted].astype(float), y[wanted], rtol=2**-8)
+    with np.errstate(over="ignore"):
+        small = Taps(*(x.astype(np.float32) for x in taps[:3]))
+    array_batches(small, batch=2, seed=0)
 
 
 KILLED = """

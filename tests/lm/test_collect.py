@@ -196,7 +196,7 @@ def test_collecting_again_changes_nothing(once):
         ({"tokens": tokens_of()[0]}, r"collect: wanted tokens \[num, T\].*\(7,\)"),
         ({"tokens": tokens_of()[:, :1]}, r"T >= 2, got shape \(7, 1\)"),
         ({"tokens": tokens_of()[:0]}, r"got shape \(0, 7\)"),
-        ({"batch": 0}, "collect: batch must be at least 1, got 0"),
+        ({"batch": 0}, "collect: batch must be an int of at least 1, got 0"),
     ],
 )
 @pytest.mark.parametrize("rows", [14, 49])

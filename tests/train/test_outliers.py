@@ -81,7 +81,7 @@ def test_dimensions_that_do_not_vary():
 
 def test_errors():
     taps = drawn()
-    with pytest.raises(ValueError, match="limit must be positive, got 0"):
+    with pytest.raises(ValueError, match="limit must be a number above 0, got 0"):
         ft.metrics.outlier_dims(taps, limit=0)
     with pytest.raises(ValueError, match="no example has weight"):
         ft.metrics.outlier_dims(taps._replace(weights=jnp.zeros(N)))

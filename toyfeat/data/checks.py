@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from toyfeat.checks import check_array, check_type
 from toyfeat.data.format import Store
 from toyfeat.types import Array, Taps
 
@@ -20,11 +21,8 @@ def check_taps(taps: Taps) -> Taps:
       ValueError: if their shapes do not fit, a weight is negative or not finite, or a
         row of a positive weight is not finite.
     """
-    if not isinstance(taps, Taps):
-        raise TypeError(
-            f"array_batches: taps must be Taps, got {type(taps).__name__}; wrap "
-            "activations [N, D] as Taps(acts, None, jnp.ones(len(acts)))"
-        )
+    hint = "wrap activations [N, D] as Taps(acts, None, jnp.ones(len(acts)))"
+    check_type("array_batches", "taps", taps, Taps, hint=hint)
     fields: Any = [None if x is None else _as_array(x) for x in taps]
     arrays = Taps(*fields)
     shapes = {n: x.shape for n, x in arrays._asdict().items() if x is not None}
@@ -96,23 +94,26 @@ def check_appended(store: Store, taps: Taps) -> None:
             f"{shapes}"
         )
     for name, x in taps._asdict().items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"append: {name} must be floating-point, got {x.dtype}")
-    # Values that the store can hold.  A NaN is neither at least nor at most anything.
+        if x is not None:
+            check_array("append", name, x, hint="convert it", floats=True)
+    # Values that the store can hold; rows of weight 0 may hold anything.
     largest = float(jnp.finfo(store.dtype).max)
-    bounds = {
-        "acts": (-largest, largest),
-        "grads": (-largest, largest),
-        "weights": (0.0, float(np.finfo(np.float32).max)),
-    }
-    for name, (low, high) in bounds.items():
-        x = getattr(taps, name)
-        if x is None or not x.size:
-            continue
-        least, most = float(x.min()), float(x.max())
-        if not (low <= least and most <= high):
-            raise ValueError(
-                f"append: {name} must be finite numbers in {low:.3g} .. {high:.3g}, "
-                f"which {store.dtype} holds, got {least} .. {most}; leave out the rows "
-                "that are not, or give them activations of 0 and weight 0"
-            )
+    _check_range("weights", taps.weights, 0.0, float(np.finfo(np.float32).max))
+    for name, x in (("acts", taps.acts), ("grads", taps.grads)):
+        if x is not None and not _is_in_range(x, -largest, largest):
+            _check_range(name, x[taps.weights > 0], -largest, largest)
+
+
+def _check_range(name: str, x: np.ndarray, low: float, high: float) -> None:
+    """Raise a ValueError unless the numbers to append are in a range."""
+    if not _is_in_range(x, low, high):
+        raise ValueError(
+            f"append: {name} must be finite numbers in {low:.3g} .. {high:.3g}, which "
+            f"the store holds, got {x.min()} .. {x.max()}; leave out the rows that are "
+            "not, or give them weight 0"
+        )
+
+
+def _is_in_range(x: np.ndarray, low: float, high: float) -> bool:
+    """Return whether all numbers are in a range; NaN is in none."""
+    return not x.size or bool(low <= float(x.min()) and float(x.max()) <= high)

@@ -152,7 +152,9 @@ class StoreWriter:
             rounded to the dtype of the store.
 
         Raises:
-          ValueError: if shapes do not match the store, or the writer is closed.
+          ValueError: if shapes do not match the store, a weight is negative or not
+            finite, a row of positive weight has values that the store cannot hold
+            (NaN is one), or the writer is closed.
           TypeError: if arrays are not floating-point.
           OSError: if a shard cannot be written, as on a full disk.  Earlier shards
             are complete, and the writer is closed: open it again.
@@ -311,4 +313,6 @@ def _check_no_shards(path: Path) -> None:
 
 def _assign(block: np.ndarray, values: np.ndarray) -> None:
     """Copy values into a block, with its dtype."""
-    block[...] = values
+    # Rows of weight 0 may hold numbers that the dtype does not have.
+    with np.errstate(over="ignore", invalid="ignore"):
+        block[...] = values

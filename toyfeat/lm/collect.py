@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.checks import check_int
 from toyfeat.data.store import Store, check_shard, open_store, shard_taps
 from toyfeat.data.writing import StoreWriter, store_writer
 from toyfeat.moments import moments
@@ -141,8 +142,7 @@ def _check_tokens(tokens: np.ndarray, batch: int) -> np.ndarray:
         raise ValueError(
             f"collect: wanted tokens [num, T] with T >= 2, got shape {tokens.shape}"
         )
-    if batch < 1:
-        raise ValueError(f"collect: batch must be at least 1, got {batch}")
+    check_int("collect", "batch", batch)
     return tokens
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from toyfeat.checks import check_int
 from toyfeat.dictionary.base import lengths
 from toyfeat.dictionary.selection import best_of_each
 from toyfeat.dictionary.types import Dictionary
@@ -115,12 +116,14 @@ def _check_max_latents(dictionary: Dictionary, max_latents: int | None) -> int:
             f"from_dictionary: {config.architecture} has no k of every example; say "
             "how many codes to look at, max_latents="
         )
-    if not (isinstance(max_latents, int) and 1 <= max_latents <= config.d_sae):
-        raise ValueError(
-            f"from_dictionary: max_latents must be an int in 1 .. {config.d_sae}, the "
-            f"latents, got {max_latents!r}"
-        )
-    return max_latents
+    return check_int(
+        "from_dictionary",
+        "max_latents",
+        max_latents,
+        most=config.d_sae,
+        about=", the latents",
+        error=ValueError,
+    )
 
 
 def from_basis(basis: Basis, rank: int) -> Replacement:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.checks import check_function
 from toyfeat.data.batches import Batches
 from toyfeat.train.types import TrainState
 from toyfeat.types import Array, Taps
@@ -70,11 +71,8 @@ def make_feed(batches: Batches | Callable[[int], Taps]) -> Feed:
             restore=None,
         )
     # Batches of the host are fetched and stacked, and may have a state to save.
-    if not callable(batches):
-        raise TypeError(
-            "fit: batches must be Batches or a function of the step that returns "
-            f"Taps, got {type(batches).__name__}"
-        )
+    hint = "Batches of toyfeat.data are one"
+    check_function("fit", "batches", batches, "of the step to Taps", hint=hint)
     save, restore = (getattr(batches, name, None) for name in ("state", "restore"))
     if callable(save) != callable(restore):
         raise TypeError(

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from toyfeat.checks import check_number
 from toyfeat.dictionary.types import Config
 from toyfeat.types import Moments, Taps
 
@@ -84,8 +85,7 @@ def outlier_dims(
       :math:`\gamma`; the shares above are of the model here, not theirs.
     """
     for name, value in (("limit", limit), ("massive", massive)):
-        if not value > 0:
-            raise ValueError(f"outlier_dims: {name} must be positive, got {value}")
+        check_number("outlier_dims", name, value, above=0, finite=False)
     mean, std = _mean_and_std(data)
     # Shifted dimensions: |mean| / std, inf where a dimension is a constant but 0.
     size = np.abs(mean)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import ndtri
 
+from toyfeat.checks import check_int
 from toyfeat.types import Array
 from toyfeat.worlds.bits import fraction, normal, normal_cdf, seed_words, words
 from toyfeat.worlds.hierarchy import Hierarchy, Level
@@ -75,8 +76,7 @@ def _has_paths(world: World) -> bool:
 
 def _check_call(key: Array, world: World, num: int) -> Array:
     """Check the arguments of a sampler, and return the seed of its words."""
-    if not isinstance(num, int) or num < 1:
-        raise ValueError(f"world_batch: num must be an int of at least 1, got {num!r}")
+    check_int("world_batch", "num", num, error=ValueError)
     features = world.feature_vectors.shape[0]
     if world.firing_probabilities.shape != (features,):
         raise ValueError(

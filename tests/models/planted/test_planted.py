@@ -744,22 +744,22 @@ def test_errors(name, bad, match):
 @pytest.mark.parametrize(
     ("name", "bad", "match"),
     [
-        ("ignored_structure", {"features": 5.0}, "features, got 5.0"),
-        ("tiled_curve", {"reads": 4.0}, "reads, got 4.0"),
-        ("product_space", {"dim": 9.5}, "dim, got 9.5"),
-        ("quiet_and_loud", {"loud": "many"}, "loud, got 'many'"),
-        ("modular_addition", {"modulus": 11.0}, "modulus, got 11.0"),
-        ("world_with_head", {"parts": 3.0}, "parts, got 3.0"),
-        ("squares", {"neurons": (3, 4)}, r"neurons, got \(3, 4\)"),
-        ("squares", {"batch": 1.5}, "batch, got 1.5"),
-        ("circuits", {"neurons": (10,)}, r"neurons, got \(10,\)"),
-        ("circuits", {"each": 1.5}, "each, got 1.5"),
-        ("cross_layer", {"neurons": (6, 7.0)}, "neurons, got 7.0"),
-        ("superposition", {"hidden": 2.0}, "hidden, got 2.0"),
+        ("ignored_structure", {"features": 5.0}, "features must be an int, got 5.0"),
+        ("tiled_curve", {"reads": 4.0}, "reads must be an int, got 4.0"),
+        ("product_space", {"dim": 9.5}, "dim must be an int, got 9.5"),
+        ("quiet_and_loud", {"loud": "many"}, "loud must be an int, got 'many'"),
+        ("modular_addition", {"modulus": 11.0}, "modulus must be an int, got 11.0"),
+        ("world_with_head", {"parts": 3.0}, "parts must be an int, got 3.0"),
+        ("squares", {"neurons": (3, 4)}, r"neurons must be an int, got \(3, 4\)"),
+        ("squares", {"batch": 1.5}, "batch must be an int, got 1.5"),
+        ("circuits", {"neurons": (10,)}, r"neurons must be an int, got \(10,\)"),
+        ("circuits", {"each": 1.5}, "each must be an int, got 1.5"),
+        ("cross_layer", {"neurons": (6, 7.0)}, "neurons must be an int, got 7.0"),
+        ("superposition", {"hidden": 2.0}, "hidden must be an int, got 2.0"),
     ],
 )
 def test_sizes_are_ints(name, bad, match):
-    with pytest.raises(TypeError, match=f"^{name}: wanted an int for {match}"):
+    with pytest.raises(TypeError, match=f"^{name}: {match}; pass an int"):
         make_task(name, **bad)
 
 

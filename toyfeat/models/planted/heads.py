@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from toyfeat.checks import check_int
 from toyfeat.models.planted.task import Task, Truth
 from toyfeat.tap import from_split
 from toyfeat.types import Array, Params
@@ -28,8 +28,7 @@ def dot(a: Array, b: Array) -> Array:
 def check_ints(maker: str, **sizes: Any) -> None:
     """Raise ``TypeError`` for a size that is not an int."""
     for name, size in sizes.items():
-        if not isinstance(size, int | np.integer):
-            raise TypeError(f"{maker}: wanted an int for {name}, got {size!r}")
+        check_int(maker, name, size, least=None)
 
 
 def unit(rows: Array) -> Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from toyfeat.checks import check_int
 from toyfeat.types import Array, Params
 
 Batch = Any
@@ -110,8 +111,7 @@ def train_in_chunks(
       FloatingPointError: if a loss is not finite.
     """
     for name, count in (("steps", steps), ("chunk", chunk)):
-        if count < 1:
-            raise ValueError(f"train: {name} must be at least 1, got {count}")
+        check_int("train", name, count)
     loss = jnp.zeros(())
     for first in range(0, steps, chunk):
         state, loss = run(state, jnp.asarray(first))

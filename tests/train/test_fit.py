@@ -323,7 +323,7 @@ WIDE = Taps(np.ones((4, 7), np.float32), None, np.ones(4, np.float32))
 @pytest.mark.parametrize(
     ("batches", "error", "match"),
     [
-        (3, TypeError, "batches must be Batches or a function .*, got int"),
+        (3, TypeError, "batches must be a function of the step to Taps, got 3"),
         (
             lambda s: np.ones((4, 6)),
             TypeError,

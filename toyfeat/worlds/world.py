@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from toyfeat.checks import check_int
 from toyfeat.types import Array
 from toyfeat.worlds.config import (
     CorrelationConfig,
@@ -107,11 +108,8 @@ def synthetic_world(
     References:
       Chanin and Garriga-Alonso, SynthSAEBench, arXiv 2602.14687.
     """
-    if features < 1 or dim < 1:
-        raise ValueError(
-            f"synthetic_world: wanted features and dim of at least 1, got {features} "
-            f"and {dim}"
-        )
+    features = check_int("synthetic_world", "features", features)
+    dim = check_int("synthetic_world", "dim", dim)
     # The seed is all that files keep of what is drawn.
     parts = jax.random.split(key, 4)
     seed = int(jax.random.randint(parts[0], (), 0, 2**31 - 10))

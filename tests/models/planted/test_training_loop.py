@@ -81,9 +81,7 @@ def test_training_can_be_mapped_over_keys():
 @pytest.mark.parametrize("name", ["steps", "chunk"])
 def test_counts_are_positive(name):
     counts = {"steps": 1, "chunk": 1, name: 0}
-    with pytest.raises(
-        ValueError, match=f"^train: {name} must be an int of at least 1, got 0"
-    ):
+    with pytest.raises(ValueError, match=f"^train: {name} must be an int of .*, got 0"):
         train_in_chunks(None, None, **counts)
 
 

@@ -153,7 +153,7 @@ BAD = {
     ),
     "list of weights": (
         lambda: ft.moments_of(ft.Taps(jnp.ones((1, 2)), None, [1.0])),
-        "moments_of: weights must be an array, got list",
+        r"moments_of: weights must be an array, got \[1.0\]",
     ),
     "complex acts": (
         lambda: ft.moments_of(TAPS._replace(acts=TAPS.acts.astype(complex))),

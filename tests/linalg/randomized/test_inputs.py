@@ -53,7 +53,7 @@ BAD = {
     "number as mesh": (dict(mesh=5, axis="a"), "mesh must be a jax.sharding.Mesh"),
     "mesh of blocks": (dict(matrix=[A], mesh=5, axis="a"), "mesh and axis are for"),
     "no matrix": (dict(matrix=None), "matrix must be an array, got None"),
-    "nested list": (dict(matrix=A.tolist()), "matrix must be an array, got list"),
+    "nested list": (dict(matrix=A.tolist()), r"matrix must be an array, got \["),
     "dict": (dict(matrix={"a": A}), "matrix must be an array, got dict"),
     "taps": (dict(matrix={"a": Taps(A, None, A[:, 0])}), "must be an array, got dict"),
     "scipy sparse": (dict(matrix=SPARSE), "must be an array.*LinearMap"),

@@ -38,6 +38,22 @@ class _Target(NamedTuple):
     basis: Basis
 
 
+class _Sampling(NamedTuple):
+    """Which gradients are taken of a batch: options of the public function.
+
+    Attributes:
+      sources: number of random directions, or ``None`` for the exact Jacobian.
+      over: axes that a random direction spans.
+      mask: inputs to weights, or ``None``.
+      batch_size: inputs run at a time, or ``None`` for all of a batch.
+    """
+
+    sources: int | None
+    over: str
+    mask: Callable[[Inputs], Array] | None
+    batch_size: int | None
+
+
 def local_interaction_basis(
     probed: Probed,
     params: Params,
@@ -114,34 +130,16 @@ def local_interaction_basis(
         check_function(_WHO, "mask", mask, "of the inputs", hint=hint)
     # Activations at all sites, in one pass over the batches.
     acts, num = _acts_moments(probed, params, batches, sites, mask, batch_size)
+    # From the last site back: each basis is the target of the site before it.
+    sampling = _Sampling(sources, over, mask, batch_size)
+    key = jax.random.key(0) if key is None else key
     bases: dict[str, Basis] = {}
     target: _Target | None = None
-    key = jax.random.key(0) if key is None else key
     for index, site in enumerate(reversed(sites)):
-        # Gradients of the next site's codes, over all batches.
-        step = partial(
-            _add_gradients,
-            probed=probed,
-            site=site,
-            next_site=None if target is None else target.site,
-            sources=sources,
-            over=over,
-            mask=mask,
-            batch_size=batch_size,
-        )
-        grads, count = empty_moments(len(acts[site].mean.high)), 0
         site_key = jax.random.fold_in(key, index)
-        basis = None if target is None else target.basis
-        for inputs in batches():
-            batch_key = jax.random.fold_in(site_key, count)
-            grads = step(grads, params, inputs, batch_key, basis)
-            count += 1
-        if count != num:
-            raise ValueError(
-                f"{_WHO}: batches must return a fresh iterator over the same batches "
-                f"at every call, got {num} batches at first and {count} later"
-            )
-        # The basis of this site, and the target of the one before it.
+        add = partial(_add_gradients, probed=probed, site=site, sampling=sampling)
+        empty = empty_moments(len(acts[site].mean.high))
+        grads = _grads_moments(add, empty, params, batches, num, target, site_key)
         stats = moments_from_rows(_WHO, acts[site], grads)
         full = len(stats.mean) if rank is None else rank
         bases[site] = _scale_by_effect(joint_basis(_WHO, stats, full))
@@ -244,6 +242,31 @@ def _acts_moments(
     return states, count
 
 
+def _grads_moments(
+    add: Callable[..., RowMoments],
+    state: RowMoments,
+    params: Params,
+    batches: Batches,
+    num: int,
+    target: _Target | None,
+    key: Array,
+) -> RowMoments:
+    """Moments of the gradients at one site, of the codes of the target."""
+    next_site, basis = (None, None) if target is None else target
+    count = 0
+    for inputs in batches():
+        # Every batch has random directions of its own.
+        batch_key = jax.random.fold_in(key, count)
+        state = add(state, params, inputs, batch_key, basis, next_site=next_site)
+        count += 1
+    if count != num:
+        raise ValueError(
+            f"{_WHO}: batches must return a fresh iterator over the same batches "
+            f"at every call, got {num} batches at first and {count} later"
+        )
+    return state
+
+
 def _iterate(batches: Batches) -> Iterator[Inputs]:
     """Iterate over the batches that a function returns."""
     result = batches()
@@ -255,14 +278,9 @@ def _iterate(batches: Batches) -> Iterator[Inputs]:
     return iter(result)
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        *("probed", "site", "next_site", "sources", "over", "mask", "batch_size"),
-    ),
-)
+@partial(jax.jit, static_argnames=("probed", "site", "next_site", "sampling"))
 def _add_gradients(
-    state: Any,
+    state: RowMoments,
     params: Params,
     inputs: Inputs,
     key: Array,
@@ -271,13 +289,11 @@ def _add_gradients(
     probed: Probed,
     site: str,
     next_site: str | None,
-    sources: int | None,
-    over: str,
-    mask: Callable[[Inputs], Array] | None,
-    batch_size: int | None,
-) -> Any:
+    sampling: _Sampling,
+) -> RowMoments:
     """Fold the gradients of one batch into running moments."""
     # A readout of the next site's codes, exact or along random directions.
+    sources, over, mask, batch_size = sampling
     weights = None if mask is None else mask(inputs)
     readout = readouts.jacobian(mask=weights)
     if sources is not None:
@@ -324,6 +340,7 @@ def _add_acts(
 
 def _scale_by_effect(basis: Basis) -> Basis:
     """Scale codes of unit variance by the root of their eigenvalues."""
+    # Readers times the root, writers over it: their product stays a projection.
     root = jnp.sqrt(basis.spectrum)
     safe = jnp.where(root > 0, root, jnp.ones_like(root))
     return basis._replace(

@@ -403,3 +403,9 @@ def test_files_of_others_are_neither_deleted_nor_overwritten(tmp_path):
     assert set(os.listdir(folder)) == others | names
     assert victim.read_text() == "mine"
     assert all((folder / name).read_text() == "mine" for name in others)
+
+
+def test_a_run_keeps_its_own_checkpoints_beside_those_of_others(tmp_path):
+    for step, start in ((10, 1), (15, 2), (20, 1), (25, 2), (35, 2)):
+        save_checkpoint(tmp_path, step, state_at(step), {"start": start}, keep=2)
+    assert [step for step, _ in checkpoints(tmp_path)] == [10, 20, 25, 35]

@@ -55,12 +55,18 @@ def save_checkpoint(
     """
     path = folder / _file_name(step)
     write_file(path, state, about, "fit")
-    older = [old for at, old in checkpoints(folder) if at <= step]
-    for old in older[:-keep]:
-        saved = read_about(old)
-        if saved is not None and saved.get("start") == about.get("start"):
-            old.unlink()
+    # Of this run the new one stays, and as many older ones as make ``keep`` with it.
+    older = [old for at, old in checkpoints(folder) if at < step]
+    own = [old for old in older if _is_of_run(old, about)]
+    for old in own[: max(0, len(own) - keep + 1)]:
+        old.unlink()
     return path
+
+
+def _is_of_run(path: Path, about: dict[str, Any]) -> bool:
+    """Tell whether a checkpoint has the start of a run; a damaged one has none."""
+    saved = read_about(path)
+    return saved is not None and saved.get("start") == about.get("start")
 
 
 def newest_checkpoint(folder: Path, like: Any) -> Restored | None:

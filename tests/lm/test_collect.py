@@ -21,7 +21,13 @@ from tiny_collection import (
 import toyfeat as ft
 from toyfeat.data import writing
 from toyfeat.data.store import open_store, shard_taps, verify_store
-from toyfeat.lm.collect import fingerprint, make_readout, site_folder, store_moments
+from toyfeat.lm.collect import (
+    exclude_massive,
+    fingerprint,
+    make_readout,
+    site_folder,
+    store_moments,
+)
 
 
 def tapped(readout=None):
@@ -347,6 +353,15 @@ def test_every_site_has_a_folder_of_its_own(tmp_path):
 def test_the_metadata_of_a_store_is_json(once):
     about = json.loads((once[0] / "b" / "store.json").read_text())["metadata"]
     assert about.keys() == {"weights", "site", "tokens", "length", "massive"}
+
+
+@pytest.mark.parametrize("factor", [10.0, float("inf")])
+def test_an_infinite_multiple_keeps_the_weights_of_silent_windows(factor):
+    """Most activations of the first window are 0, and so is their median."""
+    acts = np.array([[0.0], [0.0], [1.0], [1.0], [1.0], [50.0]])
+    taps = exclude_massive(ft.Taps(jnp.asarray(acts), None, jnp.ones(6)), 3, factor)
+    counts = [1, 1, 1, 1, 1, 1] if factor == float("inf") else [1, 1, 0, 1, 1, 0]
+    assert taps.weights.tolist() == counts
 
 
 def test_massive_tokens_do_not_count_and_nothing_else_changes(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +53,7 @@ def make_readout(kind: str, *, draws: int = 1, seed: int = 0) -> ReadoutOf:
 
     def sampled(tokens: Array, index: Array) -> Readout:
         weights = readouts.next_token_loss(tokens).mask
+        # The index of a window takes the place of labels, and the key is shared.
         readout = readouts.sampled_labels(jax.random.key(seed), num=draws, mask=weights)
         if not jnp.ndim(index):
             index = index + jnp.arange(len(tokens))
@@ -117,6 +119,7 @@ def collect(
         or a store that exists with other settings or metadata.
       OSError: if the disk is full; complete shards stay.
     """
+    # The shapes of the taps, and a record of what they are of.
     tokens = _check_tokens(np.asarray(tokens), batch)
     batch = min(batch, len(tokens))
     tap_batch = partial(tap_windows, probed, tuple(sites), readout, float(massive))
@@ -128,6 +131,7 @@ def collect(
         "length": tokens.shape[1],
         "massive": str(float(massive)),
     }
+    # Taps of all windows, appended to the stores of all sites.
     options = {"dtype": dtype, "rows_per_shard": rows_per_shard}
     with ExitStack() as closing:  # all writers, even if one of them fails
         writers = _open_writers(Path(folder), shapes, provenance, closing, **options)
@@ -193,6 +197,7 @@ def _write_windows(
             # The last batch is filled up, so that one program serves all batches.
             filled = np.resize(windows, (batch, length))
             taps = tap_batch(jnp.asarray(filled), first)
+            # The device computes on its own while the last batch is being written.
             if pending is not None:
                 pending.result()
                 report(first * length, tokens.size)
@@ -253,6 +258,9 @@ def exclude_massive(taps: Taps, length: int, factor: float) -> Taps:
     Returns:
       The taps with other weights.
     """
+    # An infinite multiple of a median of 0 is NaN, which no length is below.
+    if math.isinf(factor):
+        return taps
     acts = taps.acts.astype(jnp.float32).reshape(-1, length, taps.acts.shape[1])
     norms = jnp.linalg.norm(acts, axis=2)
     median = jnp.median(norms, axis=1, keepdims=True)
@@ -273,6 +281,7 @@ def site_folder(site: str) -> str:
       >>> site_folder("blocks/resid_post@15")
       'blocks-resid_post-15-7f5ab2b3'
     """
+    # Only plain names keep apart what the dashes would join.
     name = re.sub(r"[^A-Za-z0-9_.]", "-", site)
     if _PLAIN_SITE.fullmatch(site) and len(site) <= _MAX_NAME:
         return name

@@ -26,6 +26,9 @@ from toyfeat.types import Array, Outputs
 # Seed of the outputs on which a function is tried that may count labels from the end.
 _TRIAL_SEED = 0
 
+_SHOWN_LABELS = 5
+"""Labels of an input that a message lists; a matter of length."""
+
 
 def counted_labels(labels: Any, ignore: int | None) -> Any:
     """Return which integer labels count, those that are not ``ignore``."""
@@ -44,6 +47,7 @@ def loss(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
     """Differentiate a user's loss against labels, without those that are ignored."""
     fn, ignore = options
     labels = chunk.labels
+    # Which labels count; ``None`` where all of them do, which saves the masking.
     concrete = is_label_array(labels) and not isinstance(labels, Tracer)
     counted = None
     if is_label_array(labels):
@@ -59,6 +63,7 @@ def loss(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
         losses = batched(outputs, safe)
         return losses if counted is None else _leave_out(losses, counted, concrete)
 
+    # Indexing in JAX says nothing about ids that the outputs do not have.
     if concrete:
         _check_no_wrapping(batched, outputs, np.asarray(safe))
     cotangents, undefined = grad_of_terms(terms, outputs)
@@ -69,6 +74,7 @@ def loss(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
 
 def _leave_out(losses: Array, counted: Any, concrete: bool) -> Array:
     """Set the losses of ignored labels to 0; NaN where they cannot be told apart."""
+    # One loss per label.
     if losses.shape[: counted.ndim] == counted.shape:
         rows = counted.reshape(counted.shape + (1,) * (losses.ndim - counted.ndim))
         return jnp.where(rows, losses, jnp.zeros_like(losses))
@@ -78,6 +84,7 @@ def _leave_out(losses: Array, counted: Any, concrete: bool) -> Array:
             f"{losses.shape} for labels {counted.shape}; do not sum or average over "
             "labels, or pass ignore=None if the value is a label"
         )
+    # One loss for several labels counts only if every one of its labels does.
     whole = counted.reshape(len(counted), -1).all(axis=1)
     whole = whole.reshape((-1, *(1,) * (losses.ndim - 1)))
     return jnp.where(whole, losses, jnp.full_like(losses, jnp.nan))
@@ -91,6 +98,7 @@ def _check_no_wrapping(batched: Any, outputs: Outputs, labels: np.ndarray) -> No
     floats, join = split_floats(outputs)
     if len(floats) != 1 or floats[0].ndim < 2 or not np.any(labels < 0):
         return
+    # Try both labels on random outputs, where different entries differ.
     shape, size = floats[0].shape, floats[0].shape[-1]
     draw = np.random.default_rng(_TRIAL_SEED).standard_normal(shape)
     with jax.ensure_compile_time_eval():
@@ -111,6 +119,7 @@ def _check_defined(labels: Any, undefined: Array, outputs: Outputs) -> None:
     floats = split_floats(outputs)[0]
     if any(isinstance(x, Tracer) for x in (undefined, *floats)):
         return
+    # NaN of an input whose own outputs hold NaN is no fault of the labels.
     wrong = np.asarray(undefined)
     if not wrong.any():
         return
@@ -118,7 +127,7 @@ def _check_defined(labels: Any, undefined: Array, outputs: Outputs) -> None:
         wrong = wrong & np.asarray(jnp.isfinite(leaf)).reshape(len(wrong), -1).all(1)
     if wrong.any():
         row = int(np.argmax(wrong))
-        listed = np.unique(np.asarray(labels[row]))[:5].tolist()
+        listed = np.unique(np.asarray(labels[row]))[:_SHOWN_LABELS].tolist()
         raise ValueError(
             f"loss: the loss of input {row} is NaN although its outputs are finite, "
             f"got label {listed}; labels must be ids that the outputs have, and those "

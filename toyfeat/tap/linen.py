@@ -31,7 +31,7 @@ from toyfeat.tap.probes import (
     split_inputs,
     warn_batch_statistics,
 )
-from toyfeat.tap.slots import check_probes
+from toyfeat.tap.slots import Slot, check_probes
 from toyfeat.types import Acts, Inputs, Outputs, Params, Probe, Probed
 
 
@@ -103,29 +103,16 @@ def from_linen(
     def probed(
         params: Params, inputs: Inputs, probes: Mapping[str, Probe]
     ) -> tuple[Outputs, Acts]:
-        batch = infer_batch_size(inputs)
-        record_wider = functools.partial(_record_wider, model, params, inputs)
         recorder = Recorder(probes)
-        # Array probes are variables, so the shapes of their sites are needed first.
+        read = _slot_reader(model, params, inputs)
+        # Array probes are variables of the model, shaped like the values they meet.
         deltas: dict[str, Any] = {}
         if probes:
-            plain = Recorder({})
-            recorded = _record_shapes(model, params, inputs, plain)
-            recorder.skip_branches = plain.skip_branches
-            slots = dict(read_slots(recorded, batch, record_wider))
-            check_probes(slots.values(), probes, "from_linen")
-            deltas = pack_deltas(recorded, slots, probes)
+            deltas = _make_deltas(model, params, inputs, recorder, read)
         # Run the model and split what was recorded into sites.
         outputs, updates = _run(model, params, inputs, recorder, deltas)
         warn_batch_statistics("from_linen", recorder.notes)
-        recorded = updates.get(ACTS, {})
-        acts: Acts = {}
-        for place, slot in read_slots(recorded, batch, record_wider):
-            recorder.check_visited(slot)
-            check_applied(recorded, place, slot, probes)
-            for site, act in slot.split_acts(lookup(recorded, place)).items():
-                check_new_site(site, acts, "from_linen")
-                acts[site] = act
+        acts = _collect_acts(updates.get(ACTS, {}), recorder, read)
         return outputs, acts
 
     def train_mode(params: Params, inputs: Inputs) -> tuple[str, ...]:
@@ -157,6 +144,49 @@ def _check_module(module: Any) -> None:
             f"from_linen: module must be unbound, got a bound {type(module).__name__}; "
             "give what module.unbind() returns, the module and its variables"
         )
+
+
+def _slot_reader(
+    model: _Model, params: Params, inputs: Inputs
+) -> Callable[[Any], Iterator[tuple[Any, Slot]]]:
+    """Make the function that reads places and slots off a recording."""
+    batch = infer_batch_size(inputs)
+    # One more example shows which axis of a value counts examples.
+    record_wider = functools.partial(_record_wider, model, params, inputs)
+    return lambda recorded: read_slots(recorded, batch, record_wider)
+
+
+def _make_deltas(
+    model: _Model,
+    params: Params,
+    inputs: Inputs,
+    recorder: Recorder,
+    read: Callable[[Any], Iterator[tuple[Any, Slot]]],
+) -> dict[str, Any]:
+    """Make variables of the array probes, after a run that records shapes only."""
+    plain = Recorder({})
+    recorded = _record_shapes(model, params, inputs, plain)
+    # The branches that cannot be recorded are known before the model runs.
+    recorder.skip_branches = plain.skip_branches
+    slots = dict(read(recorded))
+    check_probes(slots.values(), recorder.probes, "from_linen")
+    return pack_deltas(recorded, slots, recorder.probes)
+
+
+def _collect_acts(
+    recorded: Any,
+    recorder: Recorder,
+    read: Callable[[Any], Iterator[tuple[Any, Slot]]],
+) -> Acts:
+    """Split recorded values into the activations of sites."""
+    acts: Acts = {}
+    for place, slot in read(recorded):
+        recorder.check_visited(slot)
+        check_applied(recorded, place, slot, recorder.probes)
+        for site, act in slot.split_acts(lookup(recorded, place)).items():
+            check_new_site(site, acts, "from_linen")
+            acts[site] = act
+    return acts
 
 
 def _run(
@@ -260,6 +290,7 @@ def _explained_errors(
     """Explain the errors of a model that was given the wrong tree or keywords."""
     try:
         yield
+    # Without params flax misses the first variable that a layer reads.
     except (
         errors.ApplyScopeInvalidVariablesTypeError,
         errors.ScopeParamNotFoundError,
@@ -272,6 +303,7 @@ def _explained_errors(
             f"got {sorted(map(str, variables))} without 'params'; give "
             "{'params': ...} with them"
         ) from error
+    # Dropout and batch statistics ask for what evaluation does not need.
     except (errors.ModifyScopeVariableError, errors.InvalidRngError) as error:
         raise ValueError(
             "from_linen: a model in train mode needs random keys and mutable "
@@ -279,6 +311,7 @@ def _explained_errors(
             "it in evaluation mode (from_linen(module, train=False), or what its "
             "option is called), or give rngs and mutable"
         ) from error
+    # A dict of inputs that was passed as one argument fails wherever it is read.
     except (TypeError, AttributeError, ValueError, LookupError) as error:
         explanation = explain_inputs("from_linen", method, inputs)
         if explanation is None:

@@ -95,13 +95,17 @@ class Recorder:
     cached trace of a jit), so that Python variables would miscount.
 
     Attributes:
+      probes: array and function probes, by site.
+      functions: the function probes among them.
       fresh: whether the body of an ``nn.jit`` must be traced anew.
+      visited: sites whose method ran in Python, not from a cached trace.
       notes: what layers in train mode do, by their names.
       in_branches: whether a value was recorded in a branch of ``nn.cond``.
       skip_branches: whether to record none there.
     """
 
     def __init__(self, probes: Mapping[str, Probe], *, fresh: bool = False):
+        self.probes = probes
         self.functions = {site: p for site, p in probes.items() if callable(p)}
         self.fresh = fresh or bool(self.functions)
         self.visited: set[str] = set()
@@ -124,6 +128,7 @@ class Recorder:
             self.notes[_describe(site, module)] = BATCH
         if not module.is_mutable_collection(ACTS) or not _in_own_trace(module):
             return value  # inside a loop that does not carry the collection
+        # All branches of a condition must record the same: if they do not, none may.
         if any(name.startswith(_BRANCHES) for name in module.scope.debug_path):
             self.in_branches = True
             if self.skip_branches:
@@ -145,6 +150,8 @@ class Recorder:
         scope.put_variable(ACTS, marker, jnp.zeros(()))
         name = _site_name(path, method, call)
 
+        # Arrays come as variables, so that a scan hands each layer its own; functions
+        # cannot, and are the same for all layers.
         def record_leaf(site: str, act: Array) -> Array:
             leaf = f"{marker}{_VALUE}{site.removeprefix(name)}"
             self.visited.add(site)
@@ -247,11 +254,13 @@ def read_slots(
         variable, separator, suffix = leaf.partition(_VALUE)
         if not separator or leaf.endswith(_APPLIED):
             continue  # a marker
+        # The site: path of the module (of its owner, in a shared scope), method, call.
         method, _, call = variable.rpartition(_CALL)
         *owner, method = method.split(_OWNER)
         base = path[:-1] if owner[:1] == [".."] else path
         base = (*base, *(part for part in owner if part != ".."))
         site = _site_name(base, method, int(call)) + suffix
+        # An axis of the marker as long as the batch is the batch or that many layers.
         marker = lookup(recorded, (*path, variable))
         if batch in marker.shape:
             wider = record_wider() if wider is None else wider

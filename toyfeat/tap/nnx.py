@@ -103,26 +103,15 @@ def from_nnx(
     ) -> tuple[Outputs, Acts]:
         batch = infer_batch_size(inputs)
         # Array probes are variables, so the shapes of their sites are needed first.
-        deltas: Deltas = {}
-        skipped: frozenset[str] | None = None
+        run = new_run(probes)
         if probes:
             recorded, skipped = _record_shapes(called, params, inputs, new_run({}))
-            slots = [(path, slot) for path, slot, _ in read_slots(recorded, batch)]
-            check_probes([slot for _, slot in slots], probes, "from_nnx")
-            deltas = pack_deltas(slots, probes)
-        # Run the model and split what was recorded into sites.
-        run = new_run(probes)
-        if skipped is None:
-            outputs, recorded, _ = _record(called, params, inputs, run)
-        else:
+            deltas = _make_deltas(recorded, batch, probes)
             outputs, recorded = _call(called, params, inputs, run, deltas, skipped)
+        else:
+            outputs, recorded, _ = _record(called, params, inputs, run)
         warn_batch_statistics("from_nnx", run.notes)
-        acts: Acts = {}
-        for _, slot, value in read_slots(recorded, batch):
-            for site, act in slot.split_acts(value).items():
-                check_new_site(site, acts, "from_nnx")
-                acts[site] = act
-        return outputs, acts
+        return outputs, _collect_acts(recorded, batch)
 
     def train_mode(params: Params, inputs: Inputs) -> tuple[str, ...]:
         """Name what makes the result of an example depend on the others."""
@@ -132,6 +121,25 @@ def from_nnx(
 
     probed.__dict__["train_mode"] = train_mode
     return probed, jax.tree.map(lambda leaf: leaf, state)
+
+
+def _make_deltas(
+    recorded: Recording, batch: int, probes: Mapping[str, Probe]
+) -> Deltas:
+    """Make variables of the array probes, for a recording of shapes."""
+    slots = [(path, slot) for path, slot, _ in read_slots(recorded, batch)]
+    check_probes([slot for _, slot in slots], probes, "from_nnx")
+    return pack_deltas(slots, probes)
+
+
+def _collect_acts(recorded: Recording, batch: int) -> Acts:
+    """Split recorded values into the activations of sites."""
+    acts: Acts = {}
+    for _, slot, value in read_slots(recorded, batch):
+        for site, act in slot.split_acts(value).items():
+            check_new_site(site, acts, "from_nnx")
+            acts[site] = act
+    return acts
 
 
 def _record_shapes(
@@ -186,18 +194,10 @@ def _call(
     Modules at the paths ``skipped`` are not recorded, none is if that is ``None``.
     """
     args, kwargs = split_inputs("from_nnx", model.unbound, inputs, model.options)
-    # A fresh copy of the variables belongs to the trace we are in, so that nnx
-    # transforms inside the model may update them.
-    try:
-        clone = nnx.merge(model.graph, jax.tree.map(lambda leaf: leaf, params))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            "from_nnx: params must be the whole state of the module, as from_nnx and "
-            f"nnx.state(model) return it, got {type(params).__name__} of another "
-            "structure; merge partial states with nnx.merge_state"
-        ) from error
+    clone = _clone(model, params)
     prepare(clone, run.fresh, deltas, skipped)
 
+    # Runs inside nnx.capture, which has given every module an attribute for captures.
     def apply(clone: nnx.Module) -> Outputs:
         for _, module in nnx.iter_modules(clone):
             if isinstance(module, (nnx.List, nnx.Dict)):
@@ -225,3 +225,19 @@ def _call(
         if ACTS in vars(module)
     }
     return outputs, recorded
+
+
+def _clone(model: _Model, params: Params) -> Any:
+    """Make a module of the graph and a copy of its variables.
+
+    A fresh copy belongs to the trace in progress, so that nnx transforms inside the
+    model may update it.
+    """
+    try:
+        return nnx.merge(model.graph, jax.tree.map(lambda leaf: leaf, params))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            "from_nnx: params must be the whole state of the module, as from_nnx and "
+            f"nnx.state(model) return it, got {type(params).__name__} of another "
+            "structure; merge partial states with nnx.merge_state"
+        ) from error

@@ -115,10 +115,13 @@ def split_inputs(
             f"dict of keyword arguments, got a list of {len(inputs)}; give "
             "tuple(inputs), or (inputs,) to a model whose one argument is a list"
         )
+    # Exact types: a named tuple is one structured argument.
     if type(inputs) is tuple:
         return inputs, {}
     if not isinstance(inputs, Mapping):
         return (inputs,), {}
+    # A dict is keyword arguments if the method can be called with its keys; one that
+    # shares no key with the parameters is an argument itself.
     signature = inspect.signature(method)
     known = {k: v for k, v in options.items() if k in signature.parameters}
     try:

@@ -71,10 +71,12 @@ def infer_slot(
     ``wider_marker``, the same scalar with another batch.
     """
     layers = tuple(marker.shape)
+    # Axes outside the one that grew with the batch are layers.
     if wider_marker is not None and wider_marker.ndim == len(layers):
         pairs = zip(layers, wider_marker.shape, strict=True)
         fixed = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
         layers = tuple(extent for extent, _ in fixed)
+    # Without a second batch: a value that is left with no batch axis was vmapped.
     else:
         inner = tuple(value.shape[len(layers) :])
         if layers[:1] == (batch,) and (inner[:1] != (batch,) or len(inner) < 2):

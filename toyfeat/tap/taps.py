@@ -196,6 +196,7 @@ def _tap_chunk(
         def cotangents(outputs: Outputs) -> Outputs:
             return readout.rule(readout.options, outputs, chunk)
 
+        # One backward pass for all sites; along a path one per site and scale.
         if readout.scales is None:
             grads, acts = _gradients(run, zeros, cotangents)
         else:
@@ -224,11 +225,13 @@ def _gradients(
 ) -> tuple[dict[str, Array], Acts]:
     """Differentiate by zero probes: gradients ``[K, B, ..., D]``, and the acts."""
 
+    # A zero added to an activation has the gradient of the activation itself.
     def forward(probes: dict[str, Array]) -> tuple[list[Array], tuple[Outputs, Acts]]:
         outputs, acts = run(probes)
         floats = [leaf for leaf in jax.tree.leaves(outputs) if is_float_array(leaf)]
         return floats, (outputs, acts)
 
+    # One forward pass, then one pullback per readout: g = J^T cotangent.
     _, pullback, (outputs, acts) = jax.vjp(forward, zeros, has_aux=True)
     floats = _float_cotangents(cotangents(outputs), outputs)
     return jax.vmap(lambda c: pullback(c)[0])(floats), acts
@@ -236,6 +239,7 @@ def _gradients(
 
 def _float_cotangents(cotangents: Outputs, outputs: Outputs) -> list[Array]:
     """Select and check the cotangents of float outputs, in the outputs' dtypes."""
+    # Integer outputs have no gradient, so that their cotangents are left out.
     leaves, structure = jax.tree.flatten(outputs)
     if jax.tree.structure(cotangents) != structure:
         raise ValueError(
@@ -267,6 +271,7 @@ def _path_gradients(
 ) -> dict[str, Array]:
     """Gradients ``[S * K, B, ..., D]`` at scaled activations, site by site."""
 
+    # Only the site itself is scaled, and what follows from it; then differentiated.
     def gradients_at(site: str, scale: Array) -> Array:
         def run_scaled(deltas: dict[str, Array]) -> tuple[Outputs, Acts]:
             def probe(act: Array) -> Array:
@@ -277,6 +282,7 @@ def _path_gradients(
 
         return _gradients(run_scaled, {site: zeros[site]}, cotangents)[0][site]
 
+    # One scale at a time, which bounds the memory to that of one gradient.
     stacked = {
         s: jax.lax.map(lambda scale, s=s: gradients_at(s, scale), scales) for s in zeros
     }

@@ -31,8 +31,6 @@ _TAIL = (
 # Of threefry2x32, and its parity constant: Salmon et al., "Parallel random numbers: as
 # easy as 1, 2, 3" (2011).
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-
-
 _PARITY = 0x1BD11BDA
 STREAM_SHIFT = 24  # the stream's number fills the upper 8 bits of the first counter
 
@@ -66,6 +64,22 @@ def words(seed: Array, stream: int, shape: tuple[int, ...]) -> tuple[Array, Arra
     second = lax.broadcasted_iota(jnp.uint32, (rows, last), 1)
     out = threefry(seed, first + jnp.uint32(stream << STREAM_SHIFT), second)
     return out[0].reshape(shape), out[1].reshape(shape)
+
+
+def row_words(seed: Array, stream: int, rows: int, samples: Array) -> Array:
+    """Draw words, ``[rows, n]``, that depend on the stream, the row and the sample."""
+    return row_word_pairs(seed, stream, rows, samples)[0]
+
+
+def row_word_pairs(
+    seed: Array, stream: int, rows: int, samples: Array
+) -> tuple[Array, Array]:
+    """Draw two independent arrays of words, ``[rows, n]``."""
+    shape = rows, len(samples)
+    row = lax.broadcasted_iota(jnp.uint32, shape, 0) + jnp.uint32(
+        stream << STREAM_SHIFT
+    )
+    return threefry(seed, row, jnp.broadcast_to(samples[None, :], shape))
 
 
 def uniform(word: Array) -> Array:

@@ -6,6 +6,9 @@ import numpy as np
 
 from toyfeat.worlds.torch_stream import torch_normal, torch_uniform
 
+_SEED_OFFSETS = {"std_firing_magnitudes": 1, "mean_firing_magnitudes": 2}
+"""What SAELens adds to the seed of a world for each field that it draws."""
+
 
 class ZipfianFiring(NamedTuple):
     """Probabilities like ``1 / rank ** exponent``, scaled to the range."""
@@ -156,7 +159,7 @@ def magnitudes(config: WorldConfig, field: str) -> np.ndarray:
         return np.full(num, value.value, np.float64)
     if isinstance(value, FoldedNormalMagnitude):
         # SAELens draws each field by a seed of its own.
-        offset = 1 if field == "std_firing_magnitudes" else 2
+        offset = _SEED_OFFSETS[field]
         seed = _require_seed(config, f"FoldedNormalMagnitude as {field}") + offset
         drawn = np.abs(value.mean + value.std * torch_normal(seed, num))
         least = 0.0 if value.min_value is None else value.min_value
@@ -166,6 +169,7 @@ def magnitudes(config: WorldConfig, field: str) -> np.ndarray:
         raise ValueError(
             f"synthetic_world: {field} must start and end above 0, got {value}"
         )
+    # From start to end over the features, arithmetically or geometrically.
     steps = np.arange(num) / max(num - 1, 1)
     if isinstance(value, LinearMagnitude):
         return value.start + (value.end - value.start) * steps

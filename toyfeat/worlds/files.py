@@ -27,22 +27,24 @@ from toyfeat.worlds.config import (
     ZipfianFiring,
     magnitudes,
 )
-from toyfeat.worlds.hierarchy import Hierarchy, hierarchy
+from toyfeat.worlds.nodes import nest_trees, parse_trees
 from toyfeat.worlds.world import World, assemble_world, firing
 
 _CONFIG, _WEIGHTS = "synthetic_model_config.json", "synthetic_model.safetensors"
 _HIERARCHY = "hierarchy.json"
 _WHO = "load_synthetic_model"
 _MAX_SIZE = 2**31 - 1  # JAX indexes arrays by int32
+_RTOL, _ATOL = 1e-4, 1e-6
+"""Agreement of stored arrays with recomputed ones.
+
+Both are float32 of the same formula; torch and numpy differ by some 1e-6 of a value.
+"""
+
 _RANGES = {
     **dict.fromkeys(("num_features", "hidden_dim", "rank"), (1, _MAX_SIZE)),
     **dict.fromkeys(("std", "std_firing_magnitudes", "correlation_scale"), (0, None)),
     **dict.fromkeys(("min_prob", "max_prob", "mutually_exclusive_portion"), (0, 1)),
 }
-_NODE = (
-    *("feature_index", "feature_id", "children"),
-    *("mutually_exclusive_children", "scale_children_by_parent"),
-)
 _FIRING = {"zipfian": ZipfianFiring, "linear": LinearFiring, "random": RandomFiring}
 _MAGNITUDE = {
     "constant": ConstantMagnitude,
@@ -74,6 +76,7 @@ def save_synthetic_model(path: str | Path, world: World) -> None:
     """
     save_file = library("save_synthetic_model").save_file
     config = _check_config(world)
+    # Arrays that no configuration determines.
     tensors = {
         "feature_vectors": world.feature_vectors,
         "bias": world.bias,
@@ -86,11 +89,12 @@ def save_synthetic_model(path: str | Path, world: World) -> None:
         for name, value in tensors.items()
         if value is not None
     }
+    # The configuration is written last: without it a folder is no world.
     writers: dict[str, Callable[[Path], object]] = {
         _WEIGHTS: lambda part: save_file(arrays, part)
     }
     if world.hierarchy is not None:
-        trees = {"roots": _nodes(world.hierarchy)}
+        trees = {"roots": nest_trees(world.hierarchy)}
         writers[_HIERARCHY] = lambda part: _write_json(part, trees)
     writers[_CONFIG] = lambda part: _write_json(part, _config_json(config))
     obsolete = () if _HIERARCHY in writers else (_HIERARCHY,)
@@ -137,7 +141,7 @@ def load_synthetic_model(path: str | Path) -> World:
     _check_tensors(config, tensors, folder / _WEIGHTS)
     trees = None
     if (folder / _HIERARCHY).exists():
-        trees = _parse_nodes(folder / _HIERARCHY, config.num_features)
+        trees = parse_trees(folder / _HIERARCHY, config.num_features)
     shared = None
     if "correlation_factor" in tensors:
         names = "correlation_factor", "correlation_diag"
@@ -170,7 +174,7 @@ def _check_config(world: World) -> WorldConfig:
         "std_firing_magnitudes": magnitudes(config, "std_firing_magnitudes"),
     }
     for name, values in wanted.items():
-        if not np.allclose(getattr(world, name), values, rtol=1e-4, atol=1e-6):
+        if not np.allclose(getattr(world, name), values, rtol=_RTOL, atol=_ATOL):
             raise ValueError(
                 f"save_synthetic_model: {name} are not those of world.config, which is "
                 "all that the format has for them"
@@ -186,6 +190,7 @@ def _check_tensors(
     Raises:
       ValueError: if they are not.
     """
+    # Shapes, as the configuration says.
     num, dim = config.num_features, config.hidden_dim
     wanted = {"feature_vectors": (num, dim), "bias": (dim,)}
     wanted["firing_probabilities"] = (num,)
@@ -195,6 +200,7 @@ def _check_tensors(
     shapes = {name: x.shape for name, x in tensors.items()}
     if shapes != wanted:
         raise ValueError(f"{_WHO}: wanted tensors {wanted} in {source}, got {shapes}")
+    # Values: probabilities and variances.
     ranges = {"firing_probabilities": (0.0, 1.0), "correlation_diag": (0.0, np.inf)}
     for name, (low, high) in ranges.items():
         values = tensors.get(name, np.zeros(1))
@@ -274,81 +280,9 @@ def _check_value(kind: Any, name: str, fields: dict[str, Any], source: Path) -> 
         bounds = list_field(fields, name, int, source, _WHO, low=1)
         if len(bounds) == len(("least", "most")):
             return tuple(bounds)
+    # The first type of a union that JSON has, an object being the other.
     types = get_args(annotation) or (annotation,)
     optional = {"default": None} if type(None) in types else {}
     scalar = next((t for t in (bool, int, float) if t in types), dict)
     low, high = _RANGES.get(name, (None, None))
     return field(fields, name, scalar, source, _WHO, low=low, high=high, **optional)
-
-
-def _nodes(trees: Hierarchy) -> list[dict[str, Any]]:
-    """Nest trees as SAELens does; siblings of several kinds get empty nodes."""
-    parents, groups, scaled = (np.asarray(x) for x in trees[:3])
-    # Children of every feature, by the group and the scaling that they share.
-    below: dict[int, dict[tuple[int, bool], list[int]]] = {}
-    for feature, parent in enumerate(parents):
-        if parent >= 0 or groups[feature] >= 0:
-            kind = int(groups[feature]), bool(scaled[feature])
-            below.setdefault(int(parent), {}).setdefault(kind, []).append(feature)
-
-    def node(feature: int | None, kinds: dict[tuple[int, bool], list[int]]) -> dict:
-        # One kind of children hangs below the feature; several get a node each.
-        flags, children = (-1, False), []
-        if len(kinds) == 1:
-            ((flags, members),) = kinds.items()
-            children = [node(m, below.get(m, {})) for m in members]
-        else:
-            children = [node(None, {k: v}) for k, v in kinds.items()]
-        return {
-            "feature_index": feature,
-            "mutually_exclusive_children": flags[0] >= 0 and len(children) > 1,
-            "scale_children_by_parent": flags[1],
-            "feature_id": None,
-            "children": children,
-        }
-
-    # Roots are features with children of their own, then groups without a parent.
-    tops = [f for f in below if f >= 0 and parents[f] < 0 and groups[f] < 0]
-    roots = [node(top, below[top]) for top in sorted(tops)]
-    return roots + [node(None, {k: v}) for k, v in below.get(-1, {}).items()]
-
-
-def _parse_nodes(source: Path, num: int) -> Hierarchy:
-    """Build a hierarchy from nested nodes, which are visited depth first."""
-    parents, groups = np.full(num, -1), np.full(num, -1)
-    scaled, seen, count = np.zeros(num, bool), set(), 0
-    roots = list_field(read_json(source, _WHO), "roots", dict, source, _WHO)
-    waiting = [(root, -1, False) for root in roots]
-    while waiting:
-        node, parent, scales = waiting.pop()
-        check_keys(node, _NODE, source, _WHO, ignore_off=True)
-        feature = _feature_index(node, source, num)
-        # A node without a feature hands its parent on to its children.
-        if feature is not None:
-            if feature in seen:
-                raise ValueError(
-                    f"{_WHO}: feature_index {feature} appears twice in {source}; save "
-                    "the world again"
-                )
-            seen.add(feature)
-            parents[feature], scaled[feature] = parent, scales and parent >= 0
-            parent = feature
-        children = []
-        if "children" in node:
-            children = list_field(node, "children", dict, source, _WHO)
-        # Children that exclude each other get the number of their group.
-        name = "mutually_exclusive_children"
-        if field(node, name, bool, source, _WHO, default=False):
-            inside = [_feature_index(child, source, num) for child in children]
-            groups[[f for f in inside if f is not None]] = count
-            count += 1
-        name = "scale_children_by_parent"
-        scales = field(node, name, bool, source, _WHO, default=False)
-        waiting += [(child, parent, scales) for child in children]
-    return hierarchy(parents, groups, scaled)
-
-
-def _feature_index(node: dict[str, Any], source: Path, num: int) -> int | None:
-    """Look up the feature of a node, which may have none."""
-    name, high = "feature_index", num - 1
-    return field(node, name, int, source, _WHO, default=None, low=0, high=high)

@@ -68,6 +68,7 @@ def grow_trees(
             if depth < config.max_depth:
                 factor = config.branching_factor
                 count = factor if isinstance(factor, int) else rng.randint(*factor)
+            # Children are the next numbers; the last parents may get fewer or none.
             children = range(used, min(used + count, num))
             used += len(children)
             parents[children.start : children.stop] = parent
@@ -146,6 +147,7 @@ def depths(parents: np.ndarray) -> np.ndarray:
     Raises:
       ValueError: if a feature is its own ancestor.
     """
+    # Climb from all features at once; more steps than features means a cycle.
     depth, ancestors = np.zeros(len(parents), int), np.array(parents)
     for _ in range(len(parents)):
         if not (ancestors >= 0).any():
@@ -206,8 +208,10 @@ def compensation(
     They are ``1 / p[parent]``, and in a set of exclusive siblings times
     ``1 + sum of the others' p / p[parent]``, as in SAELens.
     """
+    # A child fires with its parent only: p = p[parent] * (p / p[parent]).
     above = np.where(parents >= 0, base[parents], 1.0)
     factor = 1 / above
+    # Siblings that fire at the same time cost each of them some of its chances.
     for group in np.unique(groups[groups >= 0]):
         members = groups == group
         if members.sum() >= 2:

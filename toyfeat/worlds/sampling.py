@@ -88,6 +88,7 @@ def _check_call(key: Array, world: World, num: int) -> Array:
 
 def dense_codes(seed: Array, world: World, num: int) -> Array:
     """Sample codes by drawing every feature, then applying the hierarchy."""
+    # Every feature: whether it fires, and relu(mean + std * normal) if it does.
     shape = num, world.feature_vectors.shape[0]
     first, second = words(seed, 1, shape)
     mean, std = world.mean_firing_magnitudes, world.std_firing_magnitudes
@@ -96,6 +97,7 @@ def dense_codes(seed: Array, world: World, num: int) -> Array:
     codes = jnp.where(fires, size, jnp.zeros_like(size))
     if world.hierarchy is None:
         return codes
+    # From the roots down, so that a parent is settled before its children.
     score = fraction(words(seed, 2, shape)[0])
     for level in world.hierarchy.levels:
         codes = _apply_level(world, world.hierarchy, level, codes, score)
@@ -110,6 +112,8 @@ def firing_rates(seed: Array, world: World, num: int) -> Array:
     """
     if world.correlation_factor is None or world.correlation_diag is None:
         return world.firing_probabilities[None, :]
+    # x = factor z + own e exceeds its threshold with a probability of
+    # Phi((factor z + Phi^-1(p)) / own), given z.
     rank = world.correlation_factor.shape[1]
     factors = normal(words(seed, 0, (num, rank))[0])
     own = jnp.sqrt(world.correlation_diag)

@@ -24,6 +24,11 @@ from toyfeat.worlds.config import (
 from toyfeat.worlds.hierarchy import Hierarchy, compensation, grow_trees, hierarchy
 
 _ZIPFIAN = ZipfianFiring()
+_TREES_OFFSET = 3  # of the seed of the trees, in SAELens
+_FEATURES_PER_TREE = 128  # of SynthSAEBench-16k: 16384 features, 128 trees
+_SEEDS = 2**31 - 10
+"""Number of seeds: of 31 bits, with room for the offsets of up to 3 that are added."""
+
 # Least part of a feature's variance in the copula that it shares with no other, so
 # that the firing threshold over its square root stays finite.
 _MIN_OWN_VARIANCE = 0.01
@@ -112,7 +117,7 @@ def synthetic_world(
     dim = check_int("synthetic_world", "dim", dim)
     # The seed is all that files keep of what is drawn.
     parts = jax.random.split(key, 4)
-    seed = int(jax.random.randint(parts[0], (), 0, 2**31 - 10))
+    seed = int(jax.random.randint(parts[0], (), 0, _SEEDS))
     config = WorldConfig(
         num_features=features,
         hidden_dim=dim,
@@ -126,14 +131,12 @@ def synthetic_world(
         seed=seed,
     )
     # Unit feature vectors, made more orthogonal if that is asked for.
-    vectors = _normalize_rows(jax.random.normal(parts[1], (features, dim)))
+    vectors = _draw_directions(parts[1], features, dim)
     if orthogonalization is not None:
         vectors = orthogonalize(vectors, orthogonalization)
     # The bias, and what makes features fire together.
-    direction = _normalize_rows(jax.random.normal(parts[2], (1, dim)))[0]
-    shared = (
-        None if correlation is None else _draw_copula(parts[3], features, correlation)
-    )
+    direction = _draw_directions(parts[2], 1, dim)[0]
+    shared = _draw_copula(parts[3], features, correlation)
     probabilities, trees = firing(config)
     return assemble_world(
         config, vectors, bias * direction, probabilities, shared, trees
@@ -145,7 +148,8 @@ def firing(config: WorldConfig) -> tuple[np.ndarray, Hierarchy | None]:
     probabilities, trees = base_probabilities(config), config.hierarchy
     if trees is None:
         return probabilities, None
-    seed = None if config.seed is None else config.seed + 3
+    # SAELens draws the trees by a seed of their own.
+    seed = None if config.seed is None else config.seed + _TREES_OFFSET
     parents, groups = grow_trees(trees, config.num_features, seed)
     if trees.compensate_probabilities:
         factor = compensation(probabilities, parents, groups)
@@ -215,7 +219,7 @@ def synth_sae_bench(key: Array, *, features: int = 16384, dim: int = 768) -> Wor
         dim,
         firing_probability=ZipfianFiring(0.5, 0.4, 5e-4),
         hierarchy=HierarchyConfig(
-            total_root_nodes=features // 128,
+            total_root_nodes=features // _FEATURES_PER_TREE,
             branching_factor=4,
             max_depth=3,
             mutually_exclusive_portion=1.0,
@@ -230,6 +234,11 @@ def synth_sae_bench(key: Array, *, features: int = 16384, dim: int = 768) -> Wor
     )
 
 
+def _draw_directions(key: Array, num: int, dim: int) -> Array:
+    """Draw unit vectors ``[num, dim]``, uniform on the sphere."""
+    return _normalize_rows(jax.random.normal(key, (num, dim)))
+
+
 def _normalize_rows(rows: Array) -> Array:
     """Scale rows to unit length."""
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
@@ -237,6 +246,7 @@ def _normalize_rows(rows: Array) -> Array:
 
 def orthogonalize(vectors: Array, config: OrthogonalizationConfig) -> Array:
     """Minimize squared cosines of unit vectors by Adam, with a penalty on lengths."""
+    # Chunks of rows bound the memory to ``chunk * F`` cosines; the last one is filled.
     num, width = len(vectors), min(config.chunk_size, len(vectors))
     starts = jnp.arange(0, num, width)
     rows = jnp.arange(len(starts) * width).reshape(-1, width)
@@ -246,6 +256,7 @@ def orthogonalize(vectors: Array, config: OrthogonalizationConfig) -> Array:
         """Gradient of the squared dot products + F times (squared length - 1)^2."""
 
         def chunk(index: Array) -> Array:
+            # d/dv of sum_{i != j} (v_i . v_j)^2, then of num * (|v|^2 - 1)^2.
             part = vectors.at[index].get(mode="fill", fill_value=0.0)
             lengths = jnp.sum(part**2, axis=1, keepdims=True)
             across = (part @ vectors.T) @ vectors - lengths * part
@@ -264,14 +275,17 @@ def orthogonalize(vectors: Array, config: OrthogonalizationConfig) -> Array:
 
 
 def _draw_copula(
-    key: Array, features: int, config: CorrelationConfig
-) -> tuple[Array, Array]:
-    """Draw factor ``[F, r]`` and own variances ``[F]`` of a Gaussian copula."""
+    key: Array, features: int, config: CorrelationConfig | None
+) -> tuple[Array, Array] | None:
+    """Draw factor ``[F, r]`` and own variances ``[F]`` of a copula, if there is one."""
+    if config is None:
+        return None
     if config.rank < 1 or config.correlation_scale < 0:
         raise ValueError(
             "synthetic_world: correlation wants a rank of at least 1 and a scale of at "
             f"least 0, got {config.rank} and {config.correlation_scale}"
         )
+    # Shared and own variance of a feature sum to 1, so that its threshold is right.
     factor = config.correlation_scale * jax.random.normal(key, (features, config.rank))
     square = jnp.sum(factor**2, axis=1, keepdims=True)
     most = 1 - _MIN_OWN_VARIANCE

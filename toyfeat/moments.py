@@ -102,6 +102,7 @@ def moments(dim: int, *, grads: bool = True) -> Accumulator:
     """
     dim = check_int("moments", "dim", dim)
 
+    # Checks of shapes only: all of this runs inside a trace as well.
     def check(state: MomentsState) -> MomentsState:
         acts = getattr(state, "acts", state)
         check_state("moments", acts, RowMoments, dim)
@@ -110,6 +111,7 @@ def moments(dim: int, *, grads: bool = True) -> Accumulator:
     def init() -> MomentsState:
         return MomentsState(empty_moments(dim), empty_moments(dim) if grads else None)
 
+    # A batch is a state of its own, merged like one.
     def update(state: MomentsState, taps: Taps) -> MomentsState:
         taps = _check_batch("moments", taps, dim, grads)
         return merge(state, _batch_moments(taps))
@@ -247,6 +249,7 @@ def sketched_moments(
         )
 
     def finish(state: SketchState) -> SketchedMoments:
+        # Weights are stored in units of ``mass``, rows in units of ``unit``.
         return SketchedMoments(
             weight=to_float(state.acts.weight) * state.acts.mass,
             mean=to_float(state.acts.mean) * state.acts.unit,
@@ -271,6 +274,7 @@ def _batch_moments(taps: Taps) -> MomentsState:
     acts = row_moments(taps.acts.astype(_dtype()), weights)
     if taps.grads is None:
         return MomentsState(acts, None)
+    # One row per readout, each with the weight of its example.
     _, num, dim = taps.grads.shape
     rows = taps.grads.astype(_dtype()).reshape(-1, dim)
     return MomentsState(acts, row_moments(rows, jnp.repeat(weights, num)))

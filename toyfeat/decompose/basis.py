@@ -128,6 +128,7 @@ def describe(basis: Basis) -> str:
 
 def _describe_rank(basis: Basis) -> str:
     """Describe the rank, and why it is low."""
+    # Reasons in order: broken, constant, zero, and too few directions.
     rank, total, cut, removed = (float(d) for d in basis.diagnostics)
     width = len(basis.spectrum)
     if not all(map(bool, jnp.isfinite(basis.spectrum))):
@@ -179,6 +180,7 @@ def eigengaps(
 
 def _describe_shared_values(basis: Basis) -> str:
     """Name the directions that share an eigenvalue; empty if there are none."""
+    # Only groups of two or more directions leave a choice.
     _, groups = eigengaps(basis)
     sets = [np.flatnonzero(groups == g) for g in range(groups.max(initial=-1) + 1)]
     names = [f"{s[0] + 1}-{s[-1] + 1}" for s in sets if len(s) > 1]

@@ -84,7 +84,7 @@ def gradient_pca(stats: Stats, rank: int, *, center: bool = False) -> Basis:
       center: subtract the mean gradient first.  It deletes whatever the model
         reads all the time: the gradient of a linear readout is constant, and its
         centred PCA has rank 0 (``diagnostics.centring_removed`` is then 1, and
-        :func:`explanation` says so).
+        :func:`toyfeat.describe` says so).
 
     Returns:
       A basis; ``spectrum`` holds the eigenvalues of :math:`G`.
@@ -113,7 +113,8 @@ def gradient_pca(stats: Stats, rank: int, *, center: bool = False) -> Basis:
     check_stats("gradient_pca", stats, grads=True)
     rank = check_rank("gradient_pca", stats, rank)
     scaled, units = in_units(stats)
-    # Readers are eigenvectors of G, writers the regression on V^T a.
+    # Readers are the eigenvectors V of G; writers (V^T S V)^+ V^T S are the regression
+    # of a on V^T a.
     spectrum, total, uncentred = _grads_spectrum(scaled, rank, center)
     readers = spectrum.vectors
     cross = _multiply_covariance(readers.T, scaled)
@@ -181,7 +182,7 @@ def joint_basis(who: str, stats: Stats, rank: int) -> Basis:
     rooted = acts.vectors * root[None, :]
     inner = _gradient_form(rooted, scaled)
     spectrum = psd_spectrum(inner, rank)
-    # Readers undo the root, writers apply it.
+    # Readers S^-1/2 V undo the root, writers V^T S^1/2 apply it.
     whitener = acts.vectors / nonzero(root)[None, :]
     readers, writers = dot(whitener, spectrum.vectors), dot(rooted, spectrum.vectors)
     signs = column_signs(readers)
@@ -266,6 +267,7 @@ def _grads_sketch(stats: SketchedMoments) -> SVD:
 
 def _gradient_form(columns: Array, stats: Stats) -> Array:
     """Quadratic form ``x^T G x`` for columns ``x``."""
+    # G = V s^2 V^T / weight of a sketch, without ever forming G.
     if isinstance(stats, SketchedMoments):
         svd = _grads_sketch(stats)
         slopes = dot(svd.vt, columns) * svd.s[:, None]
@@ -275,6 +277,7 @@ def _gradient_form(columns: Array, stats: Stats) -> Array:
 
 def _multiply_covariance(rows: Array, stats: Stats) -> Array:
     """Product ``x S`` for rows ``x``."""
+    # Likewise S from its sketch: into the directions, times the values, and back.
     if isinstance(stats, SketchedMoments):
         values = stats.acts.s**2 / nonzero(jnp.asarray(stats.weight))
         return dot(dot(rows, stats.acts.vt.T) * values[None, :], stats.acts.vt)

@@ -35,30 +35,41 @@ class Units(NamedTuple):
 
 
 def in_units(stats: Stats) -> tuple[Stats, Units]:
-    """Divide activations and gradients by powers of two near their size, exactly."""
+    """Divide activations and gradients by powers of two near their size, exactly.
+
+    Sizes are roots of mean squares.  Constant activations, whose centred squares are
+    rounding, have the size of that rounding.
+    """
+    if isinstance(stats, SketchedMoments):
+        return _sketch_in_units(stats)
     mean, weight = jnp.asarray(stats.mean), nonzero(jnp.asarray(stats.weight))
     rounding = jnp.finfo(mean.dtype).eps * largest_size(mean)
-    sketched = isinstance(stats, SketchedMoments)
-    # Sizes are roots of mean squares; constant activations have that of rounding.
-    if sketched:
-        acts = largest_size(stats.acts.s) / jnp.sqrt(weight)
-    else:
-        acts = _root_size(jnp.asarray(stats.scatter)) / jnp.sqrt(weight)
-    acts, grads = power_of_two(jnp.maximum(acts, rounding)), jnp.ones((), mean.dtype)
-    if sketched:
-        if stats.grads is not None:
-            grads = power_of_two(largest_size(stats.grads.s) / jnp.sqrt(weight))
-            stats = stats._replace(grads=_divide_svd(stats.grads, grads))
-        scaled = stats._replace(acts=_divide_svd(stats.acts, acts), mean=mean / acts)
-        return scaled, Units(acts, grads)
+    # Activations: the scatter is a sum of squares, the mean of the first power.
+    scatter = jnp.asarray(stats.scatter)
+    size = _root_size(scatter) / jnp.sqrt(weight)
+    acts, grads = power_of_two(jnp.maximum(size, rounding)), jnp.ones((), mean.dtype)
+    # Gradients: their second moment is a mean of squares already.
     if stats.grad_second is not None:
         second = jnp.asarray(stats.grad_second)
         grads = power_of_two(_root_size(second))
         stats = stats._replace(grad_second=_divide_square(second, grads))
         if stats.grad_mean is not None:
             stats = stats._replace(grad_mean=jnp.asarray(stats.grad_mean) / grads)
-    scatter = _divide_square(jnp.asarray(stats.scatter), acts)
-    return stats._replace(mean=mean / acts, scatter=scatter), Units(acts, grads)
+    scaled = stats._replace(mean=mean / acts, scatter=_divide_square(scatter, acts))
+    return scaled, Units(acts, grads)
+
+
+def _sketch_in_units(stats: SketchedMoments) -> tuple[SketchedMoments, Units]:
+    """Divide the singular values of sketches, which are roots of sums of squares."""
+    mean, weight = jnp.asarray(stats.mean), nonzero(jnp.asarray(stats.weight))
+    rounding = jnp.finfo(mean.dtype).eps * largest_size(mean)
+    size = largest_size(stats.acts.s) / jnp.sqrt(weight)
+    acts, grads = power_of_two(jnp.maximum(size, rounding)), jnp.ones((), mean.dtype)
+    if stats.grads is not None:
+        grads = power_of_two(largest_size(stats.grads.s) / jnp.sqrt(weight))
+        stats = stats._replace(grads=_divide_svd(stats.grads, grads))
+    scaled = stats._replace(acts=_divide_svd(stats.acts, acts), mean=mean / acts)
+    return scaled, Units(acts, grads)
 
 
 def _divide_square(squares: Array, unit: Array) -> Array:
@@ -110,7 +121,7 @@ def out_of_units(
     )
     if isinstance(scaled.spectrum, Tracer) or isinstance(scaled.readers, Tracer):
         return scaled
-    # One transfer for all checks.
+    # One transfer for all checks; x * 0 is NaN exactly where x is not finite.
     sums = [jnp.sum(jnp.asarray(x) * 0) for x in jax.tree.leaves(_arrays(stats))]
     first, out, acts, grads, *sums = map(
         float, jax.device_get([basis.spectrum[0], scaled.spectrum[0], *units, *sums])

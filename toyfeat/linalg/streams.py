@@ -125,7 +125,7 @@ def make_stream(
 ) -> Accumulator:
     """Make the accumulator of :func:`stream_svd` for a public function ``who``."""
     dim, rank, kind, width = _check_options(who, dim, rank, method, width)
-    # What is done with a state, for the two kinds of it.
+    # A state is a scatter matrix or a sketch: how each is filled, joined, decomposed.
     shrink = kind == "frequent_directions"
     if kind == "gram":
         state_type, init = RowMoments, partial(empty_moments, dim)
@@ -163,6 +163,7 @@ def _add_to_scatter(
 @partial(jax.jit, static_argnames=("rank", "center"))
 def _scatter_svd(state: RowMoments, *, rank: int, center: bool) -> SVD:
     """Leading triplets from the scatter matrix, with the mean put back if wanted."""
+    # A^T A = scatter + e e^T with e = sqrt(weight) * mean, the mean as one more row.
     scatter, mean = to_float(state.scatter), to_float(state.mean)
     extra = jnp.zeros_like(mean) if center else mean * jnp.sqrt(to_float(state.weight))
     large = largest_size(extra) ** 2 > _LARGE_MEAN * largest_size(scatter)
@@ -171,7 +172,7 @@ def _scatter_svd(state: RowMoments, *, rank: int, center: bool) -> SVD:
         return _svd_from_gram(scatter + outer(extra))
 
     def careful(scatter: Array, extra: Array) -> tuple[Array, Array]:
-        # The mean is one more row: squares of the others would drown in its own.
+        # In e e^T the scatter would drown, so that the row is appended, not squared.
         s, vt = _svd_from_gram(scatter)
         rows = jnp.concatenate([s[:, None] * vt, extra[None, :]])
         _, s, vt = jnp.linalg.svd(rows, full_matrices=False)
@@ -191,6 +192,7 @@ def _scatter_svd(state: RowMoments, *, rank: int, center: bool) -> SVD:
 
 def _svd_from_gram(gram: Array) -> tuple[Array, Array]:
     """Singular values and right vectors of a matrix from its Gram matrix."""
+    # In units of the largest entry; rounding makes the smallest values negative.
     size = nonzero(largest_size(gram))
     values, vectors = descending_eigenpairs(gram / size)
     return jnp.sqrt(jnp.maximum(values, 0) * size), vectors.T

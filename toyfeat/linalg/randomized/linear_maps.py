@@ -56,6 +56,7 @@ def from_linear_map(products: LinearMap) -> Operator:
         return forward(jnp.eye(dim, dtype=dtype), jnp.ones((), dtype))
 
     def gram() -> tuple[Array, Array]:
+        # A^T A / size^2, divided factor by factor.
         y = materialize()
         size = nonzero(largest_size(y[0]))
         return backward([y[0] / size], size), size

@@ -132,7 +132,7 @@ def from_wide_array(matrix: Array, sketch: Sketch = "float32") -> Operator:
         w = _product(matrix, y[0] / inner, 1, 0, sketch)
         return jax.lax.optimization_barrier(w).T / outer / near_one
 
-    # Squares of the short side, in units.
+    # Inner products of the stored rows, which are the operator's columns.
     def outer_gram() -> tuple[Array, Array]:
         unit = power_of_two(largest_size(matrix))
         scaled = matrix / unit
@@ -233,6 +233,7 @@ def _wide_product(matrix: Array, z: Array, sketch: Sketch) -> Array:
 
 def _product(a: Array, b: Array, i: int, j: int, sketch: Sketch) -> Array:
     """Contract axis ``i`` of ``a`` with axis ``j`` of ``b`` in some precision."""
+    # Factors are rounded to bfloat16, sums are not.
     dims = (((i,), (j,)), ((), ()))
     if sketch == "bfloat16":
         a16, b16 = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)

@@ -168,6 +168,8 @@ def make_plan(
     width = min(_block_width(request, method), small)
     iters = request.power_iters
     blocks = iters + 1 if method == "krylov" else 1
+    # As wide as there are columns the block is the identity.  With fewer rows than
+    # columns, one product with A^T A moves a random block into the row space.
     if blocks * width > small / _NEARLY_ALL:
         width, iters = small, 0 if small == dim else 1
         method = "subspace" if method == "krylov" else method

@@ -143,7 +143,7 @@ def _gram_route(key: Array, op: Operator, plan: Plan) -> Triplets:
     Squares lose small singular values (see ``GRAM_CUTOFF``).  Then (and only then)
     the eigenvectors are the start of a subspace iteration, which does not square.
     """
-    # Leading eigenpairs, and the energy that they leave.
+    # Leading eigenpairs, and the energy that they leave: |A|^2 = tr A^T A.
     gram, size = op.gram()
     start = _random_start(key, op, plan.width)[0]
     values, z = leading_eigenvectors(start, gram, plan.rank)
@@ -174,6 +174,7 @@ def _gram_route(key: Array, op: Operator, plan: Plan) -> Triplets:
         triplets = rayleigh_ritz(space, plan.rank, op.axis, with_u=True)
         return triplets._replace(residual=tail * size, error=exact)
 
+    # The result of iterations instead; a complete space needs none of them.
     def careful(
         op: Operator, z: Array, values: Array, size: Array, tail: Array, key: Array
     ) -> Triplets:

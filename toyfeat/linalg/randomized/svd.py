@@ -175,7 +175,11 @@ def randomized_svd(
         svd = _decompose_blocks(key, matrix, request)
     else:
         svd = _decompose_array(key, matrix, request, mesh, axis)
-    # Inside a trace the value is not known, and the caller reads it off the result.
+    return _check_finite(svd)
+
+
+def _check_finite(svd: SVD) -> SVD:
+    """Raise if the result is not finite; inside a trace ``info.finite`` says it."""
     finite = svd.info.finite
     if not isinstance(finite, Tracer) and not np.all(finite):
         raise ValueError(
@@ -197,6 +201,8 @@ def _decompose_array(
             "jax.vmap for a batch of matrices"
         )
     mesh, axis = mesh_and_axis(array, mesh, axis)
+    # A wide array is decomposed as its transpose, so that the smaller side is that of
+    # the right vectors; the rows of a sharded one stay where they are.
     rows, dim = array.shape
     wide = mesh is None and rows < dim
     plan = make_plan(request, *((dim, rows) if wide else (rows, dim)))
@@ -231,6 +237,7 @@ def _differentiable_svd(plan: Plan, key: Array, matrix: Array) -> SVD:
     if plan.wide:
         op, rough = from_wide_array(matrix), from_wide_array(matrix, plan.sketch)
         return run_plan(key, op, rough, plan)
+    # Each device holds an equal share of the rows.
     devices = 1 if plan.axis is None else jax.lax.axis_size(plan.axis)
     rows = devices * len(matrix)
     op = from_array(matrix, rows, plan.axis)
@@ -240,6 +247,7 @@ def _differentiable_svd(plan: Plan, key: Array, matrix: Array) -> SVD:
 
 @_differentiable_svd.defjvp
 def _(plan: Plan, primals: tuple, tangents: tuple) -> tuple[SVD, SVD]:
+    # The rule knows only the exact triplets, whatever route has found them.
     (key, matrix), (_, change) = primals, tangents
     svd = _differentiable_svd(plan, key, matrix)
     u, s, vt, info = svd
@@ -256,6 +264,7 @@ def _wide_svd_jvp(
     matrix: Array, change: Array, ut: Array | None, s: Array, vt: Array
 ) -> tuple[Array | None, Array, Array]:
     """Apply the rule to the transpose, whose left vectors are ``vt.T``."""
+    # The rule needs the transpose's right vectors: u^T = S^-1 V^T A^T.
     if ut is None:
         near_one, inner, outer = split_scale(nonzero(s)[:, None])
         ut = dot(vt / inner, matrix.T) / outer / near_one
@@ -275,6 +284,7 @@ def _zero_tangent(x: Array) -> Any:
 def _decompose_linear_map(key: Array, products: LinearMap, request: Request) -> SVD:
     """Decompose a matrix that is given by its products."""
     products = check_linear_map(key, products)
+    # Columns are the smaller side, so that blocks of vectors are short.
     wide = products.shape[0] < products.shape[1]
     op = from_linear_map(transpose(products) if wide else products)
     plan = make_plan(request, *op.shape, gram_widths=_MAP_GRAM_WIDTHS)

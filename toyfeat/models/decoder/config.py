@@ -1,7 +1,7 @@
 """Configurations of decoders: GPT-2, GPT-NeoX and Llama."""
 
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from toyfeat.models.decoder.checks import (
     MAX_SIZE,
@@ -222,11 +222,8 @@ def neox(
       "RoFormer", arXiv 2104.09864, for the rotations.
     """
     head_dim = divide_heads("neox", dim, heads)
-    if not (is_positive(rotary_share) and rotary_share <= 1):
-        raise ValueError(
-            "neox: rotary_share must be a part of a head, above 0 and at most 1, got "
-            f"{show_value(rotary_share)}; give another share"
-        )
+    _check_rotary_share(rotary_share)
+    width = int(head_dim * rotary_share)
     return DecoderConfig(
         vocab=vocab,
         layers=layers,
@@ -236,14 +233,11 @@ def neox(
         head_dim=head_dim,
         hidden=4 * dim if hidden is None else hidden,
         context=context,
-        positions="rotary",
         norm="layer",
         activation=activation,
         gated=False,
         parallel=parallel,
-        rotary_dim=int(head_dim * rotary_share),
-        rotary_base=rotary_base,
-        rotary_divisors=rotary_divisors,
+        **_rotations(width, rotary_base, rotary_divisors),
         eps=eps,
         qkv_bias=attention_bias,
         out_bias=attention_bias,
@@ -310,20 +304,37 @@ def llama(
         head_dim=width,
         hidden=hidden,
         context=context,
-        positions="rotary",
         norm="rms",
         activation=activation,
         gated=True,
         parallel=False,
-        rotary_dim=width,
-        rotary_base=rotary_base,
-        rotary_divisors=rotary_divisors,
+        **_rotations(width, rotary_base, rotary_divisors),
         eps=eps,
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         mlp_bias=mlp_bias,
         tied=tied,
     )
+
+
+def _rotations(
+    width: int, base: float, divisors: tuple[float, ...] | None
+) -> dict[str, Any]:
+    """Fields of a configuration whose positions are rotations."""
+    return {
+        "positions": "rotary",
+        "rotary_dim": width,
+        "rotary_base": base,
+        "rotary_divisors": divisors,
+    }
+
+
+def _check_rotary_share(share: float) -> None:
+    if not (is_positive(share) and share <= 1):
+        raise ValueError(
+            "neox: rotary_share must be a part of a head, above 0 and at most 1, got "
+            f"{show_value(share)}; give another share"
+        )
 
 
 def _check_rotary_dim(config: DecoderConfig) -> None:

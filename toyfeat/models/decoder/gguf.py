@@ -22,6 +22,7 @@ from toyfeat.types import Params
 
 _WHO = "load_decoder"
 _DIVISORS = "rope_freqs.weight"
+_ROTARY_BASE = 10_000.0  # what llama.cpp takes where a file has none
 _IGNORED = r"^rope_freqs\.weight$"
 
 _KNOWN = {
@@ -123,6 +124,29 @@ def _library() -> Any:
 def _parse_config(
     fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> DecoderConfig:
+    """Parse the configuration: metadata, and two things that only tensors show."""
+    _check_covered(fields)
+    try:
+        heads = fields["llama.attention.head_count"]
+        return llama(
+            vocab=(shapes["token_embd.weight"] or (0,))[0],
+            layers=fields["llama.block_count"],
+            dim=fields["llama.embedding_length"],
+            heads=heads,
+            kv_heads=fields.get("llama.attention.head_count_kv", heads),
+            head_dim=_parse_head_dim(fields),
+            hidden=fields["llama.feed_forward_length"],
+            context=fields["llama.context_length"],
+            rotary_base=fields.get("llama.rope.freq_base", _ROTARY_BASE),
+            eps=fields["llama.attention.layer_norm_rms_epsilon"],
+            tied="output.weight" not in shapes,
+        )
+    except KeyError as error:
+        raise ValueError(f"it has no entry {error}; fetch it again") from None
+
+
+def _check_covered(fields: Mapping[str, Any]) -> None:
+    """Raise for what a file may hold that :func:`llama` does not compute."""
     kind = fields.get("general.architecture")
     if kind != "llama":
         raise ValueError(
@@ -138,36 +162,25 @@ def _parse_config(
         )
     if fields.get("llama.expert_count", 0):
         raise ValueError("it has experts, which are not covered; use a model without")
-    try:
-        heads = fields["llama.attention.head_count"]
-        width = fields.get("llama.attention.key_length")
-        rotary_dim = fields.get("llama.rope.dimension_count", width)
-        if width not in (None, rotary_dim):
-            raise ValueError(
-                "it rotates a part of every head only, which is not covered for GGUF "
-                "files; use the safetensors of that model"
-            )
-        return llama(
-            vocab=(shapes["token_embd.weight"] or (0,))[0],
-            layers=fields["llama.block_count"],
-            dim=fields["llama.embedding_length"],
-            heads=heads,
-            kv_heads=fields.get("llama.attention.head_count_kv", heads),
-            head_dim=rotary_dim,
-            hidden=fields["llama.feed_forward_length"],
-            context=fields["llama.context_length"],
-            rotary_base=fields.get("llama.rope.freq_base", 10_000.0),
-            eps=fields["llama.attention.layer_norm_rms_epsilon"],
-            tied="output.weight" not in shapes,
+
+
+def _parse_head_dim(fields: Mapping[str, Any]) -> int | None:
+    """Parse the width of a head; ``None`` if it follows from the number of heads."""
+    width = fields.get("llama.attention.key_length")
+    rotary_dim = fields.get("llama.rope.dimension_count", width)
+    if width not in (None, rotary_dim):
+        raise ValueError(
+            "it rotates a part of every head only, which is not covered for GGUF "
+            "files; use the safetensors of that model"
         )
-    except KeyError as error:
-        raise ValueError(f"it has no entry {error}; fetch it again") from None
+    return rotary_dim
 
 
 def _set_rotary_divisors(
     config: DecoderConfig, fields: Mapping[str, Any], source: Source
 ) -> DecoderConfig:
     """Set the divisors of the rotations: a factor, a tensor, or both."""
+    # The factor divides all rates alike, the tensor each pair's own.
     divisors = np.full(config.rotary_dim // 2, _parse_rope_factor(fields))
     if _DIVISORS in source.shapes:
         shape = source.shapes[_DIVISORS]

@@ -232,17 +232,24 @@ def _scale_rotations(config: DecoderConfig, rope: Mapping[str, Any]) -> DecoderC
     factor, pairs = sizes["factor"], config.rotary_dim // 2
     if kind == "linear":
         return replace(config, rotary_divisors=(float(factor),) * pairs)
-    # Llama 3: rates of waves that fit into the old context often are kept, those of
-    # long waves are divided, and those between are mixed.
-    _, low, high, context = sizes.values()
+    return replace(config, rotary_divisors=_llama3_divisors(config, *sizes.values()))
+
+
+def _llama3_divisors(
+    config: DecoderConfig, factor: float, low: float, high: float, context: float
+) -> tuple[float, ...]:
+    """Divisors of the rates of rotation of Llama 3, for a context that has grown.
+
+    Waves that fit into the old context ``high`` times keep their rate, those that fit
+    ``low`` times are divided by ``factor``, and rates between are mixed linearly.
+    """
+    pairs = config.rotary_dim // 2
     wavelengths = [
         2 * math.pi * config.rotary_base ** (i / pairs) for i in range(pairs)
     ]
     shares = [(context / length - low) / (high - low) for length in wavelengths]
     kept = [min(max(share, 0.0), 1.0) for share in shares]
-    return replace(
-        config, rotary_divisors=tuple(1 / ((1 - k) / factor + k) for k in kept)
-    )
+    return tuple(1 / ((1 - k) / factor + k) for k in kept)
 
 
 def _parse_activation(name: str) -> Activation:

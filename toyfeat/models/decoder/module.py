@@ -149,6 +149,7 @@ class Decoder(nn.Module):
             table = nn.Embed(
                 config.context, config.dim, dtype=self.dtype, name="positions"
             )
+            # The past has taken the first positions.
             if positions is None:
                 resid = resid + table(num_past + jnp.arange(tokens.shape[1]))[None]
             else:
@@ -163,6 +164,7 @@ class Decoder(nn.Module):
         mask: Array | None,
     ) -> Array:
         """Run the blocks from the start on, in a loop or a scan."""
+        # A loop has a module per block; a scan has one, with stacked parameters.
         config, start = self.config, self.start or 0
         block = nn.remat(Block) if self.remat else Block
         if not self.scan:

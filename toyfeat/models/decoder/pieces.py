@@ -81,6 +81,7 @@ def _gpt2_pieces(config: DecoderConfig) -> Iterator[Piece]:
     yield from _norm_pieces("final_norm", "ln_f", config)
     if not config.tied:
         yield from transposed_piece("head", "lm_head.weight", (config.vocab, dim))
+    # Queries, keys and values are the thirds of one matrix, stored as it is applied.
     for i in range(config.layers):
         ours, theirs = f"blocks_{i}", f"h.{i}"
         yield from _norm_pieces(f"{ours}/attn_norm", f"{theirs}.ln_1", config)
@@ -137,6 +138,7 @@ def _llama_pieces(config: DecoderConfig) -> Iterator[Piece]:
     yield from _norm_pieces("final_norm", "norm", config)
     if not config.tied:
         yield from transposed_piece("head", "lm_head.weight", (config.vocab, dim))
+    # Query heads may share keys and values, whose matrices are narrower then.
     wide = config.heads * config.head_dim
     narrow = config.kv_heads * config.head_dim
     for i in range(config.layers):

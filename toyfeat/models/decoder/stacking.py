@@ -42,6 +42,7 @@ def stack_blocks(params: Params) -> Params:
             f"stack_blocks: wanted params['params'] with {_PREFIX}0 .. {_PREFIX}<n>, "
             f"got {sorted(tree)}; give those of an unrolled decoder"
         )
+    # One tree whose leaves have a first axis of layers.
     others = {name: x for name, x in tree.items() if name not in names}
     blocks = jax.tree.map(lambda *x: jnp.stack(x), *(tree[name] for name in names))
     return {**params, "params": {**others, "blocks": blocks}}

@@ -44,6 +44,7 @@ def load_tokenizer(path: Path) -> Any:
 
 def _load_gguf_tokenizer(library: Any, fields: Mapping[str, Any], path: Path) -> Any:
     """Load a byte-level BPE tokenizer from the fields of a GGUF file."""
+    # BPE over bytes, with one of two ways to split a text into words.
     kind, split = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind is None:
         return None
@@ -53,6 +54,7 @@ def _load_gguf_tokenizer(library: Any, fields: Mapping[str, Any], path: Path) ->
             f"{show_value(kind)}, {show_value(split)}, which is not covered; read "
             "without: tokenizer=False"
         )
+    # Names of the tokens, the pairs that join to them, and what kind each is.
     wanted = [f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "token_type")]
     missing = [name for name in wanted if name not in fields]
     if missing:

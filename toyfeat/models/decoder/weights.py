@@ -143,6 +143,7 @@ def _check_values(
 
     Integers are weights only together with scales, which are elsewhere.
     """
+    # Types, then values, then the range of the dtype that they will have.
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise ValueError(
             f"{who}: {source.name} must store {name} in floating point, got "

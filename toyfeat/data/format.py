@@ -121,6 +121,7 @@ def read_store(path: str | Path, who: str) -> Store:
       FileNotFoundError: if there is no ``store.json``.
       ValueError: if it is damaged, of another format, or names files outside.
     """
+    # The format first: other versions may have other fields.
     file = Path(path) / "store.json"
     saved = read_json(file, who, advice=AGAIN)
     if saved.get("format") != "toyfeat store" or saved.get("version") != VERSION:
@@ -129,6 +130,7 @@ def read_store(path: str | Path, who: str) -> Store:
             f"{saved.get('format')!r:.80}, version {saved.get('version')!r:.80}; "
             f"{AGAIN}"
         )
+    # Fields, each with its type and range, then how they fit each other.
     read = partial(field, saved, source=file, who=who)
     store = Store(
         path=Path(path),
@@ -177,6 +179,7 @@ def _read_shard(entry: Any, file: Path, who: str) -> Shard:
 
 def _check_numbers(store: Store, file: Path, who: str) -> None:
     """Raise a ValueError for shards that are not full, or twice the same."""
+    # The place of a row follows from the shard's number only if all before are full.
     *full, _ = [shard.rows for shard in store.shards] or [0]
     fits = all(rows == store.rows_per_shard for rows in full)
     fits = fits and all(s.rows <= store.rows_per_shard for s in store.shards)
@@ -203,6 +206,7 @@ def shard_bytes(store: Store, rows: int) -> int:
 
 def split_blocks(store: Store, rows: int, raw: np.ndarray) -> Taps:
     """View the bytes of a shard as its arrays."""
+    # Blocks one after the other, each padded: views, so that nothing is read yet.
     dtype = np.dtype(jnp.dtype(store.dtype)).newbyteorder("<")
     sizes = _block_sizes(store, rows)
     starts = np.cumsum([0, *(_padded_size(size) for size in sizes)])

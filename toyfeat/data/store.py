@@ -76,6 +76,7 @@ def store_size(
         metadata={},
     )
     size = store.rows_per_shard
+    # All shards but the last are full.
     full, remainder = divmod(rows, size)
     return full * shard_bytes(store, size) + shard_bytes(store, remainder)
 
@@ -164,6 +165,7 @@ def verify_store(path: str | Path) -> None:
 
 def _is_intact(folder: Path, shard: Shard) -> bool:
     """Return whether a shard has its checksum."""
+    # A file with the same inode, size and times has the same bytes as before.
     stat = (folder / shard.file).stat()
     version = stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
     return _sha256_of(folder / shard.file, version) == shard.sha256

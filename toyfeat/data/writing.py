@@ -163,6 +163,7 @@ class StoreWriter:
             raise ValueError("append: the writer is closed; call store_writer again")
         taps = jax.tree.map(np.asarray, taps)
         check_appended(self._store, taps)
+        # Fill the shard in memory, and write it whenever it is full.
         start, rows = 0, len(taps.weights)
         while start < rows:
             stop = min(rows, start + self._store.rows_per_shard - self._num_buffered)
@@ -206,6 +207,7 @@ class StoreWriter:
             raw = np.zeros(shard_bytes(store, rows), np.uint8)
             short = split_blocks(store, rows, raw)
             jax.tree.map(lambda block, x: _assign(block, x[:rows]), short, self._buffer)
+        # The shard first, then its record: a kill in between loses only the record.
         try:
             file = _write_file(store, name, raw)
             shard = Shard(file.name, rows, hashlib.sha256(raw.data).hexdigest())
@@ -232,6 +234,7 @@ def _write_file(store: Store, name: str, content: Any) -> Path:
     Raises:
       OSError: if it cannot be written; the message names the free space.
     """
+    # Bytes and then their name in the folder, so that both survive a loss of power.
     file = _free_file(store.path, name, content)
     try:
         with file.open("wb") as opened:

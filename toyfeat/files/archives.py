@@ -33,6 +33,7 @@ def open_archive(file: BinaryIO) -> zipfile.ZipFile:
             f"wanted members that are stored without compression, got {packed[0]!r} "
             "compressed; unpack it and zip it again with 'zip -0'"
         )
+    # Members that overlap have more bytes together than the file.
     total, size = sum(m.file_size for m in members), file.seek(0, io.SEEK_END)
     if total > size:
         raise ValueError(f"its members have {total} bytes, and it has only {size}")

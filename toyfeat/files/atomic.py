@@ -90,6 +90,7 @@ def replace_files(
             if path.exists():
                 os.rename(path, old[name])
                 moved.append(name)
+        # The new files, in the order of the names.
         for name, part in parts.items():
             path = folder / name
             os.replace(part, path)
@@ -97,12 +98,7 @@ def replace_files(
         for path in old.values():
             path.unlink(missing_ok=True)
     except BaseException as error:
-        # Undo: all old files, and no new one where there was none.
-        for name in placed:
-            if name not in moved:
-                (folder / name).unlink()
-        for name in reversed(moved):
-            os.rename(old[name], folder / name)
+        _undo(folder, old, moved, placed)
         # safetensors has an error of its own for a full disk.
         if not isinstance(error, OSError) and "I/O error" not in str(error):
             raise
@@ -111,6 +107,17 @@ def replace_files(
         for part in parts.values():
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def _undo(
+    folder: Path, old: dict[str, Path], moved: list[str], placed: list[str]
+) -> None:
+    """Put all old files back, and delete new ones where there was none."""
+    for name in placed:
+        if name not in moved:
+            (folder / name).unlink()
+    for name in reversed(moved):
+        os.rename(old[name], folder / name)
 
 
 def _flush(path: Path) -> None:

@@ -9,6 +9,7 @@ file that does not exist.
 import json
 import math
 import reprlib
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -20,6 +21,7 @@ MAX_BYTES = 2**28
 
 _AGAIN = "fetch or save it again"
 _REQUIRED = object()
+_FLOAT_BITS = sys.float_info.max_exp - 1  # ints of so many bits are all floats
 _SIMILAR = 0.7  # share of letters from which on a key may be another one misspelt
 _KINDS = {
     int: "an int",
@@ -87,6 +89,7 @@ def read_json_lines(
       ValueError: if a line is broken; says which.
     """
     rows = []
+    # What follows the last newline is empty, or a line that was cut off.
     lines = read_bytes(path, who).split(b"\n")[:-1]
     for number, line in enumerate(lines, start=1):
         source = f"line {number} of {path}"
@@ -217,6 +220,7 @@ def field(
       ValueError: load: 'k' in cfg.json must be an int, got True; correct it there
     """
     wanted = f"{who}: {name!r} in {source} must be {_wanted(kind, low, high)}"
+    # Missing: the default, or an error that names a key that may be misspelt.
     if name not in values:
         if default is not _REQUIRED:
             return default
@@ -279,6 +283,7 @@ def check_keys(
     for key, value in values.items():
         if key in known:
             continue
+        # An option that is off changes nothing, unless it is a known one misspelt.
         near = get_close_matches(key, known, 1, _SIMILAR)
         if ignore_off and not near and value in (None, False, "none"):
             continue
@@ -294,8 +299,7 @@ def _is_kind(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     if kind is float and isinstance(value, int | float):
-        # The smallest ints that are no floats have 1024 bits.
-        return isinstance(value, float) or value.bit_length() < 1024
+        return isinstance(value, float) or value.bit_length() <= _FLOAT_BITS
     return isinstance(value, kind)
 
 

@@ -104,6 +104,7 @@ def load_dictionary_learning(path: str | Path) -> tuple[Dictionary, Params]:
     config = _config(kind, architecture, trainer, tensors, widths, folder.source)
     if architecture.selects != "all":
         config = config._replace(k=_k(trainer, state, folder.source))
+    # Of this class dictionary_learning itself makes the rows unit when it loads one.
     result = files.dictionary_of(architecture, config, tensors, _WHO, folder.weights)
     if kind == "AutoEncoder":
         tensors = _with_unit_rows(tensors)
@@ -127,6 +128,7 @@ def _rename(
             f"{_WHO}: {weights}: {kind} wants tensors {sorted(names)}, got "
             f"{reprlib.repr(sorted(state))}; give the folder of one trainer"
         )
+    # A dot is in the names of a layer's tensors; those of the module itself have none.
     arrays = {name: x.T if "." in name else x for name, x in state.items()}
     return {ours: arrays[theirs] for theirs, ours in names.items()}
 
@@ -174,6 +176,7 @@ def _k(
     Raises:
       ValueError: if they have different ones, or what is no number of codes.
     """
+    # Numbers of the weights and of the settings, which must all be the same.
     weights = state["k"].ravel().tolist() if "k" in state else []
     if any(not isinstance(k, int) or isinstance(k, bool) for k in weights):
         raise ValueError(f"{_WHO}: tensor 'k' in ae.pt must be ints, got {weights}")

@@ -69,6 +69,7 @@ def open_folder(who: str, path: str | Path, settings: str, weights: str) -> File
 
 def _missing(who: str, folder: Path, name: str) -> str:
     """Say that a file is missing, what is there instead, and what to do."""
+    # Likely reasons in order: no folder, a save that was cut off, another library's.
     text = f"{who}: there is no {folder / name}"
     if not folder.is_dir():
         return (
@@ -95,6 +96,7 @@ def config_field(values: dict[str, Any], name: str, source: Path, who: str) -> A
     Raises:
       ValueError: if it is of another type or out of range, or missing and required.
     """
+    # Sizes are required, all else has the default of the configuration.
     options = {} if name in ("d_in", "d_sae") else {"default": _DEFAULTS[name]}
     if name == "matryoshka_widths":
         widths = list_field(values, name, int, source, who, low=1, high=_MAX_SIZE)

@@ -19,6 +19,7 @@ from toyfeat.interop import extra_tensors, files, gemma_scope
 from toyfeat.types import Params
 
 _VERSION = "6.54.12"  # whose format this is
+_SHOWN = 40  # letters of a version that a message shows
 _OLDEST = 6  # version of SAELens; older formats have other settings
 _LOAD = "load_saelens"
 _CONFIG = "cfg.json"
@@ -192,7 +193,7 @@ def _metadata(settings: dict[str, Any], source: Path) -> dict[str, Any]:
     if number is None or int(number[0]) < _OLDEST:
         raise ValueError(
             f"{_LOAD}: {source} must have the format of SAELens {_OLDEST} or newer, it "
-            f"says {text[:40]}; load it with SAELens and save it again"
+            f"says {text[:_SHOWN]}; load it with SAELens and save it again"
         )
     return metadata
 
@@ -232,6 +233,7 @@ def _config(
     settings: dict[str, Any], known: dict[str, Architecture], source: Path
 ) -> Config:
     """Make a configuration from SAELens' settings."""
+    # Settings that would change what is computed must be off.
     check_keys(settings, _KNOWN, source, _LOAD, ignore_off=True)
     for key in ("dtype", "device"):  # which change nothing here
         field(settings, key, str, source, _LOAD, default=None)
@@ -257,6 +259,7 @@ def _config(
             f"here; known are {', '.join(readable)}, and transcoders of "
             f"{', '.join(transcoders)}; pass records of your own, architectures=(...,)"
         )
+    # What is left out has SAELens' defaults, which differ for transcoders.
     values = {"apply_b_dec_to_input": not is_transcoder, **settings}
     if is_transcoder:
         field(settings, "d_out", int, source, _LOAD)  # is required

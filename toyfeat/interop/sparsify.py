@@ -23,6 +23,7 @@ _ABSENT = {
     "skip_connection": "a linear path beside the codes, which no dictionary here has",
     "signed": "codes of both signs, which sparsify no longer has",
 }
+_FACTOR = 32  # the default of sparsify's expansion_factor
 _KNOWN = (
     *_ABSENT,
     *("activation", "d_in", "expansion_factor", "k", "multi_topk"),
@@ -78,12 +79,14 @@ def load_sparsify(path: str | Path) -> tuple[Dictionary, Params]:
             f"{reprlib.repr(sorted(state))}"
         )
     tensors = {ours: np.asarray(state[theirs]) for theirs, ours in _NAMES.items()}
+    # A linear layer of torch stores its matrix as [out, in].
     tensors["W_enc"] = tensors["W_enc"].T
     return files.dictionary_of(TOPK, config, tensors, _WHO, folder.weights)
 
 
 def _config(folder: files.Files) -> Config:
     """Make a configuration from sparsify's settings."""
+    # What is asked for and is not here, then keys that are not known at all.
     settings, source = folder.settings, folder.source
     for key, value in settings.items():
         if value and key in _ABSENT:
@@ -103,7 +106,9 @@ def _config(folder: files.Files) -> Config:
     dim = field(settings, "d_in", int, source, _WHO, low=1)
     # Latents by number, or, without one, by a multiple of the width.
     latents = field(settings, "num_latents", int, source, _WHO, low=0, default=0)
-    factor = field(settings, "expansion_factor", int, source, _WHO, low=1, default=32)
+    factor = field(
+        settings, "expansion_factor", int, source, _WHO, low=1, default=_FACTOR
+    )
     transcodes = field(settings, "transcode", bool, source, _WHO, default=False)
     return Config(
         architecture=TOPK.name,

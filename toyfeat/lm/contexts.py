@@ -101,6 +101,7 @@ def from_acts(dictionary: Dictionary, params: Params) -> LatentView:
     rows = _directions(dictionary, params)
     readers = params["W_read"] if "W_read" in params else params["W_enc"].T
 
+    # A latent adds f_j w_j to the activation: first-order effect f_j (w_j . g).
     def rule(arrays: Any, taps: Taps) -> tuple[Array, Array]:
         params, rows = arrays
         grads = _check_grads(taps)
@@ -121,6 +122,7 @@ def from_grads(
     """
     rows = _directions(dictionary, params)
 
+    # A latent adds h_j r_j to the gradient, which the activation is multiplied with.
     def rule(arrays: Any, taps: Taps) -> tuple[Array, Array]:
         params, rows, mean = arrays
         codes = dictionary.encode(params, _check_grads(taps)[:, 0])
@@ -222,6 +224,7 @@ def _measure(
         raise ValueError(
             f"find_contexts: wanted taps of these {tokens} tokens, got {rows} rows"
         )
+    # The largest effects, without latents that have none.
     active, effects = totals
     chosen = np.argsort(-effects, kind="stable")[:num]
     chosen = chosen[effects[chosen] > 0]
@@ -256,6 +259,7 @@ def _sums(codes: Array, attributions: Array) -> Array:
 
 def _promoted(params: Params, writers: Array) -> np.ndarray:
     """Change of the logits per unit of a writer, ``[L, V]``."""
+    # The final norm without its division by the length, which is the same for all.
     tree = params["params"]
     scale = tree["final_norm"]["scale"]
     if "bias" in tree["final_norm"]:  # LayerNorm subtracts the mean first

@@ -94,6 +94,7 @@ def reference_losses(
     Returns:
       :class:`ReferenceLosses`.
     """
+    # Sums in float64 over batches, then means over the tokens that count.
     loss = jax.jit(_summed_cross_entropy, static_argnums=0)
     sums, tokens = np.zeros(3), float(held_out.weights.sum(dtype=np.float64))
     for part in _batches(held_out, batch):
@@ -128,6 +129,7 @@ def evaluate_replacements(
     Returns:
       Name to :class:`ReplacementScores`.
     """
+    # Programs, compiled once for all batches and replacements of one shape.
     losses = losses or reference_losses(split, params, held_out, batch=batch)
     log_probs = partial(jax.jit(_log_probs, static_argnums=0), split.run)
     ce_and_kl = partial(jax.jit(_ce_and_kl, static_argnums=0), split.run)
@@ -138,6 +140,7 @@ def evaluate_replacements(
         # The model's own predictions are shared by all replacements.
         windows, taps = _to_device(part), _to_taps(part)
         clean = log_probs(params, windows)
+        # Each replacement: one run with its reconstruction, and scores without a run.
         for name, replacement in replacements.items():
             replaced = rules[name](taps)
             value = replaced.recon.reshape(part.acts.shape)
@@ -222,6 +225,7 @@ def _ce_and_kl(
     value: Array,
 ) -> tuple[Array, Array]:
     """Summed cross-entropy, and KL divergence from log-probabilities ``clean``."""
+    # KL(p | q) = sum p (log p - log q), with p of the model itself.
     logits, log_normalizer = _logits_with(run, params, windows, value)
     log_probs = logits - log_normalizer[:, :, None]
     kl = jnp.sum(jnp.exp(clean) * (clean - log_probs), axis=2)

@@ -110,6 +110,7 @@ def faithfulness(
             "faithfulness: wanted at least a pair, and a position in a stretch, got "
             f"uniform {uniform}, largest {largest}, stretch {stretch}"
         )
+    # Pairs, and the parts of the activations that leave with them.
     replace = compile_rule(replacement)
     pairs = _choose_pairs(replace, held_out, uniform, largest, seed)
     removed = _parts_of_pairs(replace, held_out, pairs)
@@ -175,6 +176,7 @@ def _choose_pairs(
     active = np.argwhere(attributions != 0)  # token and slot
     if not len(active):
         raise ValueError("faithfulness: no latent has an effect at any token")
+    # Evenly drawn pairs first, then the largest attributions of the others.
     order = np.random.default_rng(seed).permutation(len(active))
     drawn, others = active[order[:uniform]], active[np.sort(order[uniform:])]
     sizes = np.abs(attributions[tuple(others.T)])
@@ -273,9 +275,11 @@ def _loss_changes(
       position: ``[B]``, of the token.
       removed: ``[B, width]``, the part.
     """
+    # What comes before the stretch, and the stretch itself, of each pair's window.
     past = {name: x[row, :first] for name, x in windows.cache.items()}
     entry, acts, tokens, losses = (x[row, first:] for x in windows[:4])
     offset = jnp.arange(first, windows.tokens.shape[1])[None, :] - position[:, None]
+    # The part leaves at its token alone; losses before that token cannot change.
     value = acts - jnp.where(offset[:, :, None] == 0, removed[:, None, :], 0)
     changed = _losses_per_token(run(params, entry, value, past), tokens)
     return jnp.sum(jnp.where(offset[:, :-1] >= 0, changed - losses, 0), axis=1)

@@ -64,6 +64,7 @@ def split_at(
       >>> split_at(config, "blocks_1/mlp_out").entry
       'blocks_1/resid_pre'
     """
+    # The second part starts at the block of the site, or behind it.
     layer, name = check_site(config, site)
     is_residual = name in ("resid_pre", "resid_post")
     start = layer + (name == "resid_post")

@@ -47,6 +47,7 @@ _ABOUT_PAIRS = (
     "A latent is left out of one token; the prediction is minus its attribution, the "
     "truth what happens to the loss of the window."
 )
+_OPACITY = 0.6  # of the darkest shade, on which the text can still be read
 _ABOUT_CURVES = "A line is a dictionary; the variance is that of what it describes."
 
 
@@ -59,6 +60,7 @@ def score_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     Returns:
       The names of the columns, then the lines, as text.
     """
+    # Scores of all seeds of a method, and of those pairs that were checked too.
     scores = [row for row in rows if row.get("what") == "scores"]
     faith = {r["method"]: r for r in rows if r.get("what") == "faithfulness"}
     lines: list[tuple[str, ...]] = [("method", "seeds", *_SCORES, *_FAITH)]
@@ -202,8 +204,7 @@ def context_html(context: Context) -> str:
     for i, (token, value) in enumerate(
         zip(context.tokens, context.values, strict=True)
     ):
-        # Opaque to three fifths at most, so that the text can be read.
-        alpha = min(1.0, abs(value) / largest) * 0.6
+        alpha = min(1.0, abs(value) / largest) * _OPACITY
         style = f"background:rgba(213,94,0,{alpha:.2f})"
         if i == context.at:
             style += ";text-decoration:underline"

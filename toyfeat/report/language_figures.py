@@ -17,6 +17,10 @@ _COLOURS = {
     "paired": ORANGE,
 }
 _CURVES = ("fvu", "dead", "unexplained_share")
+_ACROSS = 4  # panels side by side
+_MARGIN = 1.05  # of an axis beyond the largest effect
+_LEAST_EFFECT = 1e-12  # nats, below rounding, so that no axis is empty
+_RANGE = 300  # the axes of effects are logarithmic over this range, about 2.5 decades
 _SEED = re.compile(r"-s[0-9]+$")
 
 
@@ -86,6 +90,7 @@ def _medians_and_bars(
 
     Scores that are missing are left out, NaN stands where all of them are.
     """
+    # Without what is missing; bars go from the median to the least and the largest.
     values = [[_number(row.get(score)) for row in rows] for rows in groups]
     values = [[x for x in seeds if x == x] or [np.nan] for seeds in values]
     medians = np.array([np.median(seeds) for seeds in values])
@@ -163,8 +168,9 @@ def faithfulness_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     Raises:
       ImportError: without matplotlib.
     """
+    # A grid of panels, filled line by line.
     checked = [row for row in rows if row.get("what") == "faithfulness"]
-    across = min(4, max(1, len(checked)))
+    across = min(_ACROSS, max(1, len(checked)))
     down = -(-len(checked) // across)
     picture = figure(3.2 * across, 3 * down)
     axes = np.atleast_1d(picture.subplots(down, across)).ravel()
@@ -176,10 +182,10 @@ def faithfulness_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
         axis.scatter(predicted, true, s=4, alpha=0.4, color=colour, linewidths=0)
         # A margin around the largest effect; effects span orders of magnitude, so that
         # the axes are linear near zero only.
-        limit = 1.05 * np.abs(effects).max(initial=1e-12)
+        limit = _MARGIN * np.abs(effects).max(initial=_LEAST_EFFECT)
         axis.plot([-limit, limit], [-limit, limit], color="black", linewidth=0.6)
-        axis.set_xscale("symlog", linthresh=limit / 300)
-        axis.set_yscale("symlog", linthresh=limit / 300)
+        axis.set_xscale("symlog", linthresh=limit / _RANGE)
+        axis.set_yscale("symlog", linthresh=limit / _RANGE)
         ticks = 10.0 ** np.floor(np.log10(limit)) * np.array([-1, 0, 1])
         axis.set_xticks(ticks)
         axis.set_yticks(ticks)
@@ -216,6 +222,7 @@ def decomposition_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 def _draw_recovered(axis: Any, rows: Sequence[Mapping[str, Any]], site: str) -> None:
     """Draw the cross-entropy recovered by the first directions of every basis."""
+    # A method is a basis and a number of directions, "pca, 16".
     for basis in dict.fromkeys(row["method"].rpartition(",")[0] for row in rows):
         line = [r for r in rows if r["method"].rpartition(",")[0] == basis]
         line.sort(key=lambda row: _median_l0([row]))

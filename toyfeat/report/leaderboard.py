@@ -57,6 +57,7 @@ def summary_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
       A heading line and a line per method; the best of a column, but for the oracle,
       has a star.
     """
+    # The best of a task, where the oracle, which knows the truth, does not count.
     table, tasks, methods = medians(rows), *_names(rows)
     best = {
         task: max(table.get((task, m), 0.0) for m in methods if m != ORACLE)
@@ -105,6 +106,7 @@ def heat_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     Raises:
       ImportError: without matplotlib, naming the extra.
     """
+    # A line per method and a column per task, grey where a method was not run.
     table, tasks, methods = medians(rows), *_names(rows)
     values = np.array([[table.get((t, m), np.nan) for t in tasks] for m in methods])
     drawn = figure(2.6 + 0.72 * len(tasks), 1.6 + 0.34 * len(methods))

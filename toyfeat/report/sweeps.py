@@ -174,6 +174,7 @@ def brittleness_figure(
             fontsize=10,
         )
         axis.set_xlabel(label(x))
+    # Panels share the vertical axis and the colours.
     panels[0].set_ylabel(label(y))
     picture.colorbar(image, ax=list(panels), label=label(score), shrink=0.9)
     return picture
@@ -265,6 +266,7 @@ def _scale(families: Families, name: str) -> tuple[float, str]:
     Logarithmic for figures that are never negative and range far (``_LOG_RANGE``);
     there a value is drawn no lower than ``_FLOOR`` of the largest.
     """
+    # Finite values decide; the floor keeps a value next to 0 from stretching the axis.
     values = np.array([value_of(m, name) for ms in families.values() for m in ms])
     values = values[np.isfinite(values)]
     positive = values[values > 0]

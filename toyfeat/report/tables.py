@@ -25,6 +25,8 @@ from toyfeat.files.atomic import write_whole
 from toyfeat.report.names import printable
 
 _WIDE = 110  # columns of a terminal from which on ranges and random figures fit
+_SMALL, _LARGE = 1e-3, 1e5  # where 4 digits take more room than a power of 10
+_NEARLY_ONE = 0.999  # three nines, which 4 digits can still show
 
 
 class Bound(NamedTuple):
@@ -176,6 +178,7 @@ def summary(
     Returns:
       The heading line, then a line for each case that has all these figures.
     """
+    # Figures by case and name; a case without one of the columns has no line.
     by_case: dict[str, dict[str, Row]] = {}
     for row in rows:
         by_case.setdefault(row.case, {})[row.name] = row
@@ -220,6 +223,7 @@ def html_table(rows: Sequence[Row]) -> str:
         for title in ("figure", "median", "range", "random", "expected", "")
     )
     lines = [f"<table><thead><tr>{head}</tr></thead>"]
+    # A group of rows opens where the case changes; HTML closes it by itself.
     case = None
     for row in rows:
         if row.case != case:
@@ -271,9 +275,10 @@ def _short(value: float) -> str:
     """Format with 4 digits, 6 decimals next to 1, and powers of 10 far from it."""
     if not math.isfinite(value) or value == 0:
         return f"{value:.3g}"
-    if abs(value) >= 1e5 or abs(value) < 1e-3:
+    if not _SMALL <= abs(value) < _LARGE:
         return f"{value:.2e}"
-    if abs(value) > 0.999 and abs(value) < 1:
+    # Four digits would round cosines and shares of nearly 1 to 1.
+    if _NEARLY_ONE < abs(value) < 1:
         return f"{value:.6f}"
     return f"{value:.4g}"
 

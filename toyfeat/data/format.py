@@ -178,7 +178,7 @@ def _read_shard(entry: Any, file: Path, who: str) -> Shard:
 
 
 def _check_numbers(store: Store, file: Path, who: str) -> None:
-    """Raise a ValueError for shards that are not full, or twice the same."""
+    """Raise a ValueError for shards that are not full, or that are listed twice."""
     # The place of a row follows from the shard's number only if all before are full.
     *full, _ = [shard.rows for shard in store.shards] or [0]
     fits = all(rows == store.rows_per_shard for rows in full)

@@ -340,7 +340,7 @@ def _add_acts(
 
 def _scale_by_effect(basis: Basis) -> Basis:
     """Scale codes of unit variance by the root of their eigenvalues."""
-    # Readers times the root, writers over it: their product stays a projection.
+    # Readers times the root, writers over it: their product is the same projection.
     root = jnp.sqrt(basis.spectrum)
     safe = jnp.where(root > 0, root, jnp.ones_like(root))
     return basis._replace(

@@ -128,7 +128,7 @@ def _unpickle(data: bytes) -> Any:
 
 
 def _apply(name: str, argument: Any, operands: list[Any], stack: list[Any]) -> None:
-    """Apply an opcode to its operands, and push what it makes of them."""
+    """Apply an opcode to its operands, and push the result."""
     match name:
         case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "EMPTY_TUPLE":
             stack.append(tuple(operands))

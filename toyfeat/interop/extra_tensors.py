@@ -156,7 +156,7 @@ def _as_saelens(saved_as: SavedAs, config: Config) -> Config:
 
 
 def digest(tensors: dict[str, np.ndarray]) -> str:
-    """SHA-256 of names, shapes and float32 values, in whatever order they are."""
+    """SHA-256 of names, shapes and float32 values of tensors in any order."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
         values = np.ascontiguousarray(tensors[name], np.dtype("<f4"))

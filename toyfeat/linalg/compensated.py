@@ -144,7 +144,7 @@ def row_moments(rows: Array, weights: Array) -> RowMoments:
 
 
 def units_of_rows(rows: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
-    """Bring rows and weights to units, and poison weights that are none.
+    """Bring rows and weights to units; negative or infinite weights become NaN.
 
     Args:
       rows: ``[n, D]``.
@@ -232,7 +232,7 @@ def _weighted_gram(rows: Array, weights: Array) -> Pair:
 
 
 def drop_last_bits(x: Array) -> Array:
-    """Round to a shorter mantissa: any number near the mean will do.
+    """Round to a shorter mantissa, as for a shift, which need only be near the mean.
 
     A compiler may fuse ``rows - a * b`` without rounding the product, and use
     another, rounded product as the mean; it cannot do so through this rounding.
@@ -253,7 +253,7 @@ def empty_moments(dim: int) -> RowMoments:
 
 
 def smallest_unit(*, four: bool = False) -> Array:
-    """Unit of nothing, below all others."""
+    """Unit of empty moments, below all others."""
     zero = jnp.zeros((), jnp.result_type(float))
     return power_of_four(zero) if four else power_of_two(zero)
 

@@ -51,7 +51,7 @@ def moments_from_rows(who: str, acts: RowMoments, grads: RowMoments | None) -> M
 
 
 def _in_range(squares: Array, root: Array, rounding: Array) -> Array:
-    """Take squares out of units; NaN if they fall below what float32 can tell.
+    """Take squares out of units; NaN if they become too small for the float.
 
     Args:
       squares: ``[D, D]``, in units.

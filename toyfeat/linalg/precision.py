@@ -77,7 +77,7 @@ def power_of_four(x: Array) -> Array:
 
 
 def largest_size(x: Array) -> Array:
-    """Largest entry by magnitude; 0 of nothing."""
+    """Largest entry by magnitude; 0 for an empty array."""
     return jnp.max(jnp.abs(x), initial=0)
 
 

@@ -278,7 +278,7 @@ def make_svd(
     width: int,
     units: tuple[Array, Array],
 ) -> SVD:
-    """Make the public result out of units: cut, signs, NaN where it is not finite.
+    """Make the public result: cut to the rank, out of units, NaN if it is not finite.
 
     Args:
       s: singular values in units, at least as many as are wanted.

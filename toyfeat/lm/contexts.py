@@ -36,7 +36,7 @@ class Context(NamedTuple):
 
 
 class Latent(NamedTuple):
-    """Latent of a dictionary with what there is to look at.
+    """Latent of a dictionary, its statistics and the contexts that show it.
 
     Attributes:
       index: of the latent in the dictionary.

@@ -174,6 +174,7 @@ def _basis_sections(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def latent_html(latent: Latent) -> str:
     """Render a latent as a part of a page."""
+    # How often and how strongly it acts, and which latents read almost the same.
     near = ", ".join(f"{index} ({cosine:.2f})" for index, cosine in latent.neighbours)
     head = (
         f"activation density {latent.frequency:.2%}, mean absolute attribution "

@@ -108,7 +108,7 @@ def _style(kind: str, kinds: Sequence[str]) -> dict[str, Any]:
 
 
 def _colour(kind: str) -> tuple[str, str]:
-    """Colour and line of a kind: bases grey, dashed if not chosen or trained as usual.
+    """Colour and line of a kind: bases grey and dotted, variants of a kind dashed.
 
     A name that is no kind's is that of a loss on attributions.
     """
@@ -238,7 +238,7 @@ def _draw_recovered(axis: Any, rows: Sequence[Mapping[str, Any]], site: str) -> 
 
 
 def _draw_spectra(axis: Any, rows: Sequence[Mapping[str, Any]], site: str) -> None:
-    """Draw the positive part of the spectrum of every basis, by its largest value."""
+    """Draw the positive values of every basis' spectrum, as shares of the largest."""
     for row in rows:
         values = np.asarray(row["spectrum"], float)
         values = values[values > 0]

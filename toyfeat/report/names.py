@@ -21,7 +21,7 @@ def printable(text: str) -> str:
 
 
 def label(text: str) -> str:
-    r"""Escape what matplotlib gives a meaning, so that a name is drawn as it is.
+    r"""Escape the signs that matplotlib interprets, so that a name is drawn as it is.
 
     Text between two dollars is a formula to matplotlib, and a line whose label begins
     with ``_`` has no entry in a legend.

@@ -50,6 +50,7 @@ def describe(task: Task, *, fit: float | None = None) -> str:
       >>> describe(planted.product_space(jax.random.key(0)))[:54]
       'product space: 10 colours times 10 shapes in 24 dimens'
     """
+    # What is planted, how well the model has learned it, and what it ignores.
     num, width = readers_and_writers(task)[0].shape
     left = task.fit if fit is None else fit
     sentences = [
@@ -65,6 +66,7 @@ def describe(task: Task, *, fit: float | None = None) -> str:
             f"{len(task.ignored)} of the {width} dimensions hold structure that the "
             "model reads hardly or not at all."
         )
+    # Rows of one plane can be told apart only as a whole.
     shared = [rows for rows in shared_rows(task) if len(rows) > 1]
     shape = "plane" if all(len(rows) == 2 for rows in shared) else "subspace"
     names = ", ".join(" and ".join(map(str, rows)) for rows in shared)

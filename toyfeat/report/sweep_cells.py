@@ -67,7 +67,7 @@ def _cells(
     score: str,
     middle: Callable[[Sequence[float]], Any],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute for every cell its score, whether a run diverged, was saturated."""
+    """Compute the score of every cell, and whether a run diverged or was saturated."""
     cells = np.full((len(ticks[1]), len(ticks[0])), np.nan)
     diverged, saturated = np.zeros((2, *cells.shape), bool)
     for row, column in np.ndindex(cells.shape):

@@ -202,7 +202,7 @@ def print_lines(lines: Sequence[tuple[str, ...]], console: Console) -> None:
 
 
 def _text(name: str) -> str:
-    """Escape what a terminal or rich gives a meaning."""
+    """Escape control characters of a terminal and the markup of rich."""
     return escape(printable(name))
 
 

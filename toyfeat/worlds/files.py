@@ -185,7 +185,7 @@ def _check_config(world: World) -> WorldConfig:
 def _check_tensors(
     config: WorldConfig, tensors: dict[str, np.ndarray], source: Path
 ) -> None:
-    """Check the shapes of tensors, and that probabilities are some.
+    """Check the shapes of tensors, and the ranges of probabilities and variances.
 
     Raises:
       ValueError: if they are not.

@@ -221,6 +221,7 @@ def neox(
       Black et al. (2022), "GPT-NeoX-20B", arXiv 2204.06745; Su et al. (2021),
       "RoFormer", arXiv 2104.09864, for the rotations.
     """
+    # Only the first entries of a head are rotated.
     head_dim = divide_heads("neox", dim, heads)
     _check_rotary_share(rotary_share)
     width = int(head_dim * rotary_share)
@@ -294,6 +295,7 @@ def llama(
       arXiv 2305.13245, for the grouped queries; Shazeer (2020), "GLU variants",
       arXiv 2002.05202, for the MLP.
     """
+    # A head need not be an equal share of the width, and all of it is rotated.
     width = divide_heads("llama", dim, heads) if head_dim is None else head_dim
     return DecoderConfig(
         vocab=vocab,

@@ -135,12 +135,10 @@ def synthetic_world(
     if orthogonalization is not None:
         vectors = orthogonalize(vectors, orthogonalization)
     # The bias, and what makes features fire together.
-    direction = _draw_directions(parts[2], 1, dim)[0]
+    offset = bias * _draw_directions(parts[2], 1, dim)[0]
     shared = _draw_copula(parts[3], features, correlation)
     probabilities, trees = firing(config)
-    return assemble_world(
-        config, vectors, bias * direction, probabilities, shared, trees
-    )
+    return assemble_world(config, vectors, offset, probabilities, shared, trees)
 
 
 def firing(config: WorldConfig) -> tuple[np.ndarray, Hierarchy | None]:

@@ -133,19 +133,20 @@ def trainer(
         schedule=schedule,
         revive=revive,
     )
-    # Hyper-parameters and their defaults.
-    defaults = {term.name: term.coefficient for term in objective}
+    init = partial(_init, recipe, _default_hyper(recipe, clip, warm_up))
+    return Trainer(init=init, update=partial(update, recipe), recipe=recipe)
+
+
+def _default_hyper(recipe: Recipe, clip: float, warm_up: int) -> dict[str, float]:
+    """Collect the settings that ``init`` can override, with their defaults."""
+    defaults = {term.name: term.coefficient for term in recipe.objective}
     defaults |= {"clip": clip, "warm_up": warm_up}
-    if dictionary.config.k is not None:
-        defaults["k"] = dictionary.config.k
-    if controller is not None:
-        defaults["target"] = controller.target
+    if recipe.dictionary.config.k is not None:
+        defaults["k"] = recipe.dictionary.config.k
+    if recipe.controller is not None:
+        defaults["target"] = recipe.controller.target
     _check_hyper(defaults)
-    return Trainer(
-        init=partial(_init, recipe, defaults),
-        update=partial(update, recipe),
-        recipe=recipe,
-    )
+    return defaults
 
 
 def _check_parts(
@@ -154,7 +155,7 @@ def _check_parts(
     controller: Controller | None,
     schedule: Callable[[Array], Array] | None,
 ) -> None:
-    """Check the parts of a trainer that are no numbers.
+    """Check the dictionary, the terms, the controller and the schedule.
 
     Raises:
       TypeError: if a part is of another type.
@@ -168,6 +169,7 @@ def _check_parts(
             f"trainer: objective must be one or more terms in a tuple, got "
             f"{objective!r:.80}; toyfeat.losses.default(dictionary) makes one"
         )
+    # Metrics and coefficients are found by the name of their term.
     names = [term.name for term in terms]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -192,13 +194,62 @@ def _check_parts(
 def _init(
     recipe: Recipe, defaults: dict[str, float], key: Array, **hyper: Any
 ) -> TrainState:
+    """Start a state: random parameters, a fresh optimizer, the settings, no counts."""
     dictionary, controller = recipe.dictionary, recipe.controller
     params = dictionary.init(key)
+    dtype = params["W_dec"].dtype
+    # The optimizer knows only the tensors that have a gradient.
     learned, _ = split_learned(dictionary.architecture, params)
     opt_state: Any = recipe.optimizer.init(learned)
-    # Settings, those of the optimizer included.
+    # Settings live in the state, so that members of a population can differ in them;
+    # those that optax.inject_hyperparams made are handed to the optimizer.
     injected = getattr(opt_state, "hyperparams", {})
     known = {**defaults, **injected}
+    _check_overrides(dictionary, hyper, known, bool(injected))
+    values = {name: jnp.asarray(hyper.get(name, x), dtype) for name, x in known.items()}
+    if injected:
+        opt_state = opt_state._replace(
+            hyperparams={name: values[name] for name in injected}
+        )
+    running = _initial_running(recipe, dtype)
+    if recipe.revive is not None:
+        running["key"] = jax.random.fold_in(key, 1)  # draws of revival are its own
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=opt_state,
+        controller=() if controller is None else controller.init(),
+        running=running,
+        hyper=values,
+    )
+    return jax.tree.map(jnp.array, state)  # no array twice: states are donated
+
+
+def _initial_running(recipe: Recipe, dtype: Any) -> dict[str, Array]:
+    """Make the running averages and counts of a trainer that has seen no batch."""
+    unit = jnp.ones((), dtype)
+    return {
+        # Units of activations and targets, and whether a batch has set them.
+        "acts_scale": unit,
+        "target_scale": unit,
+        "begun": jnp.zeros((), bool),
+        # Mean squares of gradients and of attributions.
+        "grads_unit": jnp.zeros(recipe.readouts, dtype),
+        "grads_square": jnp.zeros(recipe.readouts, dtype),
+        "attribution_square": 0 * unit,
+        # Steps since each latent fired, and what the controller multiplies by.
+        "silent": jnp.zeros(recipe.dictionary.config.d_sae, jnp.int32),
+        "factor": unit,
+    }
+
+
+def _check_overrides(
+    dictionary: Dictionary,
+    hyper: dict[str, Any],
+    known: Mapping[str, Any],
+    injected: bool,
+) -> None:
+    """Check settings given to ``init``: known, in their ranges, one number each."""
     if unknown := set(hyper) - set(known):
         hint = "" if injected else "; wrap the optimizer in optax.inject_hyperparams"
         raise ValueError(
@@ -213,38 +264,10 @@ def _init(
                 f"trainer: {name} must be one number, got shape {np.shape(value)}; "
                 "toyfeat.population(trainer) takes one for each member"
             )
-    dtype = params["W_dec"].dtype
-    values = {name: jnp.asarray(hyper.get(name, x), dtype) for name, x in known.items()}
-    if injected:
-        opt_state = opt_state._replace(
-            hyperparams={name: values[name] for name in injected}
-        )
-    # Running averages and counts.
-    unit = jnp.ones((), dtype)
-    running = {
-        "acts_scale": unit,
-        "target_scale": unit,
-        "begun": jnp.zeros((), bool),
-        "grads_unit": jnp.zeros(recipe.readouts, dtype),
-        "grads_square": jnp.zeros(recipe.readouts, dtype),
-        "attribution_square": 0 * unit,
-        "silent": jnp.zeros(dictionary.config.d_sae, jnp.int32),
-        "factor": unit,
-    }
-    if recipe.revive is not None:
-        running["key"] = jax.random.fold_in(key, 1)
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=opt_state,
-        controller=() if controller is None else controller.init(),
-        running=running,
-        hyper=values,
-    )
-    return jax.tree.map(jnp.array, state)  # no array twice: states are donated
 
 
 def _check_k(dictionary: Dictionary, hyper: dict[str, Any]) -> None:
+    """Check that a smaller ``k`` is a whole number that the dictionary has room for."""
     limit = dictionary.config.k
     if "k" not in hyper or limit is None or isinstance(hyper["k"], Tracer):
         return
@@ -265,7 +288,7 @@ def _check_hyper(hyper: dict[str, Any]) -> None:
     """
     for name, value in hyper.items():
         if isinstance(value, Tracer):
-            continue
+            continue  # the values of a population under vmap are not there to see
         values = np.asarray(value)
         kinds = jnp.integer, jnp.floating
         if not any(jnp.issubdtype(values.dtype, kind) for kind in kinds):

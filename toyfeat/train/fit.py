@@ -137,20 +137,13 @@ def fit(
     )
     state = _copy_state(trainer, state)
     folder = None if directory is None else _make_folder(directory)
-    run = Run(
-        trainer=trainer,
-        feed=make_feed(batches),
-        folder=folder,
-        hyper={name: np.asarray(x).tolist() for name, x in state.hyper.items()},
-        sizes=sizes,
-        on_chunk=on_chunk,
-        check_data=check_data,
-        start=None if folder is None else fingerprint(state),
-        settings={} if folder is None else describe_trainer(trainer),
-        allow_changes=allow_changes,
+    run = _make_run(trainer, state, batches, folder, sizes)
+    run = run._replace(
+        on_chunk=on_chunk, check_data=check_data, allow_changes=allow_changes
     )
     lock = contextlib.nullcontext() if folder is None else locked(folder, "fit")
     with lock:
+        # Go on from the newest checkpoint; a run that was complete stays as it is.
         run, state = restore_run(run, state, resume)
         first = read_step(state)
         if first >= steps:
@@ -161,6 +154,26 @@ def fit(
             open_reports(folder, first, steps, **reports) as report,
         ):
             return _train(run, state, should_stop, report)
+
+
+def _make_run(
+    trainer: Trainer,
+    state: TrainState,
+    batches: Batches | Callable[[int], Taps],
+    folder: Path | None,
+    sizes: Sizes,
+) -> Run:
+    """Collect the constants of a call; what tells runs apart only if it is saved."""
+    saved = folder is not None
+    return Run(
+        trainer=trainer,
+        feed=make_feed(batches),
+        folder=folder,
+        hyper={name: np.asarray(x).tolist() for name, x in state.hyper.items()},
+        sizes=sizes,
+        start=fingerprint(state) if saved else None,
+        settings=describe_trainer(trainer) if saved else {},
+    )
 
 
 def _make_folder(directory: str | Path) -> Path:
@@ -192,10 +205,9 @@ def _train(
     warned = np.zeros(np.size(state.step), bool)
     means: dict[str, np.ndarray] = {}
     began = time.perf_counter()
+    # The first batches, which a resumed run must share with the one it goes on from.
     next_batches = run.feed.fetch(step, _chunk_end(run, step) - step)
-    if run.next_batch is not None:
-        batch = describe_batch(run.feed, next_batches.source, step)
-        check_batch(run.next_batch, batch, str(run.folder))
+    _check_resumed_batch(run, next_batches.source, step)
     _check_first_batch(run, next_batches.source, step)
     while step < steps:
         # Start the chunk; the call returns before the device has finished.
@@ -234,11 +246,19 @@ def _train(
     return state
 
 
+def _check_resumed_batch(run: Run, source: Any, step: int) -> None:
+    """Check that a resumed run gets the batch that was next when it was saved."""
+    if run.next_batch is not None:
+        batch = describe_batch(run.feed, source, step)
+        check_batch(run.next_batch, batch, str(run.folder))
+
+
 def _check_first_batch(run: Run, source: Any, step: int) -> None:
     """Check the weights of the first batch and warn of its outlier dimensions."""
     recipe = run.trainer.recipe
     if step or recipe is None or not run.check_data:
         return
+    # Stacked batches of the host, or data that the first batch is taken from.
     if run.feed.take is None:
         taps = jax.tree.map(lambda x: x[0], source)
     else:
@@ -249,6 +269,7 @@ def _check_first_batch(run: Run, source: Any, step: int) -> None:
             f"fit: weights must not be negative or NaN, got {weights.min()} in the "
             f"batch of step {step}"
         )
+    # Gradients matter only where a term or the architecture reads them.
     warn_of_outliers(taps, recipe.dictionary.config, recipe.center)
     reads_grads = recipe.dictionary.architecture.reads_gradients
     if reads_grads or any(term.needs_grads for term in recipe.objective):
@@ -286,7 +307,9 @@ def _copy_state(trainer: Any, state: Any) -> TrainState:
                 f"fit: wanted a {kind.__name__}, got a {got}; make it with "
                 "trainer(...) and its init(key)"
             )
+    # Arrays of strong types: a donated state must keep its own when a file is read.
     copy = jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype, copy=True), state)
+    # Members count their steps together, so that one number tells where a run is.
     if (
         copy.step.ndim > 1
         or copy.step.size == 0

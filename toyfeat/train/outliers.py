@@ -135,32 +135,40 @@ def warn_of_outliers(taps: Taps, config: Config, center: bool) -> None:
     hint = ", or fit(check_data=False) to go on without this look at the first batch"
     # A mean that is not subtracted makes latents die.
     if outliers.severity > severe and not (center and config.apply_b_dec_to_input):
-        what = "subtract the mean of the activations from them"
+        remedy = "subtract the mean of the activations from them"
         if config.apply_b_dec_to_input:
-            what = "leave trainer(center=True) on"
-        worst = ", ".join(
-            f"{d} ({r:.3g})"
-            for d, r in zip(outliers.dims[:3], outliers.ratios[:3], strict=True)
-        )
-        largest = f"; the largest |mean| / std: dimensions {worst}" if worst else ""
-        warnings.warn(
-            "fit: activations are not centred and their mean is "
-            f"{outliers.severity:.3g} times as long as their standard "
-            f"deviation{largest}. Latents that point away from the mean never fire: "
-            f"{what}{hint}",
-            stacklevel=5,
-        )
+            remedy = "leave trainer(center=True) on"
+        warnings.warn(f"{_describe_mean(outliers)}: {remedy}{hint}", stacklevel=5)
     # Massive dimensions fill the loss.
     if outliers.massive_variance > _MASSIVE_SHARE:
-        listed = ", ".join(str(d) for d in outliers.massive[:5])
-        warnings.warn(
-            f"fit: {len(outliers.massive)} of {taps.acts.shape[1]} dimensions "
-            f"({listed}) have {outliers.massive_variance:.0%} of the variance, up to "
-            f"{outliers.spread:.3g} times the median standard deviation, so the others "
-            "hardly count in the loss: divide each dimension by its standard "
-            f"deviation, leave massive ones out{hint}",
-            stacklevel=5,
-        )
+        problem = _describe_massive(outliers, taps.acts.shape[1])
+        remedy = "divide each dimension by its standard deviation, leave massive "
+        warnings.warn(f"{problem}: {remedy}ones out{hint}", stacklevel=5)
+
+
+def _describe_mean(outliers: OutlierDims) -> str:
+    """Say how far activations are from 0, with the dimensions that are farthest."""
+    worst = ", ".join(
+        f"{d} ({r:.3g})"
+        for d, r in zip(outliers.dims[:3], outliers.ratios[:3], strict=True)
+    )
+    largest = f"; the largest |mean| / std: dimensions {worst}" if worst else ""
+    return (
+        f"fit: activations are not centred and their mean is {outliers.severity:.3g} "
+        f"times as long as their standard deviation{largest}. Latents that point away "
+        "from the mean never fire"
+    )
+
+
+def _describe_massive(outliers: OutlierDims, width: int) -> str:
+    """Say how much of the variance massive dimensions have, with the largest."""
+    listed = ", ".join(str(d) for d in outliers.massive[:5])
+    return (
+        f"fit: {len(outliers.massive)} of {width} dimensions ({listed}) have "
+        f"{outliers.massive_variance:.0%} of the variance, up to "
+        f"{outliers.spread:.3g} times the median standard deviation, so the others "
+        "hardly count in the loss"
+    )
 
 
 def _mean_and_std(data: Taps | Moments) -> tuple[np.ndarray, np.ndarray]:

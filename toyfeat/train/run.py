@@ -37,11 +37,11 @@ class Run(NamedTuple):
       folder: of the run, or ``None``.
       hyper: the state's settings as JSON values.
       sizes: steps, chunk, checkpoint_every and keep.
-      on_chunk: as given.
-      check_data: as given.
       start: step and checksum of the parameters that the run began from, or ``None``
         without a folder.
       settings: of the trainer, as JSON values; empty without a folder.
+      on_chunk: as given.
+      check_data: as given.
       allow_changes: as given.
       next_batch: the first batch after the checkpoint, as it was when that was saved,
         or ``None``.
@@ -52,11 +52,11 @@ class Run(NamedTuple):
     folder: Path | None
     hyper: dict[str, Any]
     sizes: Sizes
-    on_chunk: OnChunk | None
-    check_data: bool
     start: dict[str, int] | None
     settings: dict[str, Any]
-    allow_changes: bool
+    on_chunk: OnChunk | None = None
+    check_data: bool = True
+    allow_changes: bool = False
     next_batch: dict[str, Any] | None = None
 
 
@@ -101,23 +101,12 @@ def restore_run(run: Run, state: TrainState, resume: bool) -> tuple[Run, TrainSt
     restored = newest_checkpoint(series, state)
     if restored is None:
         return run, state
-    # The checkpoint must belong to a run with these settings, steps and batches.
     _check_hyper(restored.about["hyper"], run.hyper, run.folder)
     _check_settings(run, restored.about)
-    if restored.step > steps or restored.step < first:
-        raise ValueError(
-            f"fit: the newest checkpoint in {series} has step {restored.step}, but "
-            f"this call goes from step {first} to {steps}; choose another directory"
-        )
-    batches_state = restored.about["batches"]
-    if (batches_state is None) != (run.feed.restore is None):
-        held = "no state" if batches_state is None else "a state"
-        raise ValueError(
-            f"fit: the checkpoint of step {restored.step} in {series} holds {held} of "
-            "batches, which does not fit the batches of this call"
-        )
+    _check_progress(run, restored.step, restored.about, first)
+    # Batches that remember go on where they were, unless none is needed any more.
     if run.feed.restore is not None and restored.step < steps:
-        run.feed.restore(json.loads(batches_state))
+        run.feed.restore(json.loads(restored.about["batches"]))
     # A run that began from other parameters goes on, with a warning.
     start = restored.about.get("start", run.start)
     if start["step"] == first and start != run.start:
@@ -129,6 +118,22 @@ def restore_run(run: Run, state: TrainState, resume: bool) -> tuple[Run, TrainSt
         )
     next_batch = None if run.allow_changes else restored.about.get("next_batch")
     return run._replace(start=start, next_batch=next_batch), restored.state
+
+
+def _check_progress(run: Run, step: int, about: dict[str, Any], first: int) -> None:
+    """Raise if a checkpoint is not between the steps of this call, or its batches."""
+    folder = f"{run.folder}/checkpoint"
+    if not first <= step <= run.sizes.steps:
+        raise ValueError(
+            f"fit: the newest checkpoint in {folder} has step {step}, but this call "
+            f"goes from step {first} to {run.sizes.steps}; choose another directory"
+        )
+    if (about["batches"] is None) != (run.feed.restore is None):
+        held = "no state" if about["batches"] is None else "a state"
+        raise ValueError(
+            f"fit: the checkpoint of step {step} in {folder} holds {held} of batches, "
+            "which does not fit the batches of this call"
+        )
 
 
 def _check_settings(run: Run, about: dict[str, Any]) -> None:

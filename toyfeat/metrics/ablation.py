@@ -146,7 +146,8 @@ def edge_ablation(
         codes = outputs if target is None else encode(target[1], acts[target[0]])
         return jax.lax.dynamic_index_in_dim(codes, index, axis=-1, keepdims=False)
 
-    # One run of the model per target feature, each with its own sources.
+    # Row i of ``kept`` masks the sources of feature i, so the model runs once for each,
+    # one after another: all runs at once would not fit into memory.
     pairs = kept, jnp.arange(len(kept))
     codes = jax.lax.map(lambda pair: target_feature(*pair), pairs)
     codes = jnp.moveaxis(codes, 0, -1)
@@ -208,7 +209,8 @@ def edges_needed(
             )
         return bool(value >= least)
 
-    # Bisect; one more than all edges stands for "never".
+    # Bisect with enough(high) and not enough(low - 1) throughout; one more than all
+    # edges stands for "never".
     low, high = 0, edges.size + 1
     while low < high:
         middle = (low + high) // 2
@@ -234,6 +236,7 @@ def _masked(basis: Basis, mask: Array) -> Callable[[Array], Array]:
     """Make a probe that decodes the masked coordinates of an activation."""
 
     def probe(act: Array) -> Array:
+        # A code of 0 decodes to the mean of the basis.
         codes = encode(basis, act)
         return decode(basis, codes * jnp.broadcast_to(mask, codes.shape)).astype(
             act.dtype

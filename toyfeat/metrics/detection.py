@@ -184,6 +184,7 @@ def _nearest_truths(who: str, directions: ArrayLike, truth: ArrayLike) -> np.nda
             f"{who}: directions must be finite, got NaN or infinity; the dictionary "
             "diverged, train another"
         )
+    # Lengths of the directions do not change which truth is the nearest.
     norms = np.linalg.norm(truth, axis=1)
     unit_truth = truth / np.where(norms > 0, norms, 1)[:, None]
     return np.argmax(np.abs(directions @ unit_truth.T), axis=1)

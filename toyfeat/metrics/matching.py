@@ -145,6 +145,7 @@ def random_coverage(
             "random_coverage: truth must be [F, D], got one number; give one direction "
             "per row"
         )
+    # Normal vectors have uniform directions.
     sets = np.asarray(jax.random.normal(key, (draws, num, *width)))
     matches = [match_features(rows, truth, group=group) for rows in sets]
     return float(np.mean([match.coverage for match in matches]))

@@ -25,6 +25,9 @@ _MIN_ACTIVATION = 1e-6
 # directions, whose matching is slow and whose coverage hardly varies.
 _RANDOM_DRAWS, _RANDOM_DRAWS_OF_MANY, _MANY_DIRECTIONS = 8, 2, 200
 
+# Largest activation of features that are all 0: any positive number does.
+_NO_ACTIVATION = 1e-30
+
 
 class TaskScores(NamedTuple):
     """Scores of the features that a method found in a task.
@@ -89,49 +92,29 @@ def score_task(
     check_type("score_task", "task", task, Task)
     check_type("score_task", "features", features, Features)
     examples = check_int("score_task", "examples", examples, error=ValueError)
-    truths = {"readers": task.truth.readers, "writers": task.truth.writers}
-    side = truths.get(task.side)
-    if side is None:
-        raise ValueError(
-            "score_task: wanted a truth with the side of the task, got "
-            f"{task.side!r} and "
-            f"{[name for name, rows in truths.items() if rows is not None]}"
-        )
-    readers, writers = _check_features(features, np.shape(side)[1])
+    truths = _known_sides(task)
+    readers, writers = _check_features(features, np.shape(truths[task.side])[1])
     num = len(readers)
     if not num:
-        return TaskScores(
-            readers=0.0,
-            writers=0.0,
-            precision=0.0,
-            num_found=0,
-            random_coverage=0.0,
-            ignored_share=0.0,
-            preserved=0.0,
-        )
+        return _NOTHING_FOUND
 
     # Readers against true readers, writers against true writers.
-    group = task.truth.group
     rows = {"readers": readers, "writers": writers}
     matches = {
-        name: match_features(rows[name], truth, group=group)
+        name: match_features(rows[name], truth, group=task.truth.group)
         for name, truth in truths.items()
-        if truth is not None
     }
     coverage = {name: match.coverage for name, match in matches.items()}
 
-    # The floor of coverage, and what the features preserve of the model.
+    # The same number of rows per example for all methods, so that none gains by more.
     inputs_key, draws_key = jax.random.split(key)
-    draws = _RANDOM_DRAWS if num <= _MANY_DIRECTIONS else _RANDOM_DRAWS_OF_MANY
     rows_per_example = mean_active_features(inputs_key, task, examples)
     return TaskScores(
         readers=coverage.get("readers", 0.0),
         writers=coverage.get("writers", 0.0),
         precision=matches[task.side].precision,
         num_found=num,
-        random_coverage=random_coverage(
-            draws_key, num, np.asarray(side, np.float64), group=group, draws=draws
-        ),
+        random_coverage=_coverage_floor(draws_key, num, task),
         ignored_share=_ignored_share(rows[task.side], task),
         preserved=preserved_share(
             inputs_key,
@@ -142,6 +125,40 @@ def score_task(
             examples=examples,
         ),
     )
+
+
+_NOTHING_FOUND = TaskScores(
+    readers=0.0,
+    writers=0.0,
+    precision=0.0,
+    num_found=0,
+    random_coverage=0.0,
+    ignored_share=0.0,
+    preserved=0.0,
+)
+
+
+def _known_sides(task: Task) -> dict[str, Array]:
+    """Return the true readers and writers, those that are known.
+
+    Raises:
+      ValueError: if the side on which the task is judged is not known.
+    """
+    sides = {"readers": task.truth.readers, "writers": task.truth.writers}
+    known = {name: rows for name, rows in sides.items() if rows is not None}
+    if task.side not in known:
+        raise ValueError(
+            "score_task: wanted a truth with the side of the task, got "
+            f"{task.side!r} and {list(known)}"
+        )
+    return known
+
+
+def _coverage_floor(key: Array, num: int, task: Task) -> float:
+    """Compute the coverage of the task's side by ``num`` random directions."""
+    draws = _RANDOM_DRAWS if num <= _MANY_DIRECTIONS else _RANDOM_DRAWS_OF_MANY
+    truth = np.asarray(_known_sides(task)[task.side], np.float64)
+    return random_coverage(key, num, truth, group=task.truth.group, draws=draws)
 
 
 def mean_active_features(key: Array, task: Task, examples: int = 1000) -> int:
@@ -175,8 +192,10 @@ def mean_active_features(key: Array, task: Task, examples: int = 1000) -> int:
             f"{int(np.sum(~np.isfinite(values)))} values that are not; look at the "
             "parameters of the task"
         )
+    # Features of an example are those beyond rounding; examples of none do not count.
     size = np.abs(values)
-    counts = np.sum(size > _MIN_ACTIVATION * size.max(initial=1e-30), axis=1)
+    limit = _MIN_ACTIVATION * size.max(initial=_NO_ACTIVATION)
+    counts = np.sum(size > limit, axis=1)
     return max(1, math.ceil(counts[counts > 0].mean())) if counts.any() else 1
 
 
@@ -204,8 +223,10 @@ def _ignored_share(rows: np.ndarray, task: Task) -> float:
     if task.ignored is None:
         return 0.0
     basis = np.asarray(task.ignored, np.float64)
+    # Parts of unit rows in the ignored dimensions, of rows that lie nearly inside.
     inside = rows / np.linalg.norm(rows, axis=1, keepdims=True) @ basis.T
     inside = inside[np.linalg.norm(inside, axis=1) >= _INSIDE_LENGTH]
     if not len(inside):
         return 0.0
+    # Rows that repeat a dimension count once.
     return float(np.linalg.matrix_rank(inside, tol=_RANK_TOLERANCE) / len(basis))

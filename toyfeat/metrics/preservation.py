@@ -9,7 +9,7 @@ import numpy as np
 from toyfeat.metrics.assignment import unit_rows
 from toyfeat.models.planted.task import Task
 from toyfeat.tap import readouts, tap
-from toyfeat.types import Array, Outputs
+from toyfeat.types import Array, Inputs, Outputs
 
 # Standard deviation of what a reader reads, as a share of that of the activations,
 # below which it reads float32 rounding.
@@ -35,11 +35,13 @@ class _Acts(NamedTuple):
       acts: ``[N, D]``, those that are replaced.
       grads: ``[N, D]``, gradients of half the squared output.
       held_out: ``[N', D]``, those that give the mean and the covariance.
+      dtype: of the model's own activations.
     """
 
     acts: np.ndarray
     grads: np.ndarray
     held_out: np.ndarray
+    dtype: np.dtype
 
 
 def preserved_share(
@@ -83,26 +85,8 @@ def preserved_share(
     Raises:
       ValueError: if the site has no gradients.
     """
-    # Activations to replace, and others for mean and covariance.
     inputs = task.sample(key, examples)
-    taps = tap(
-        task.probed,
-        task.params,
-        inputs,
-        sites=task.site,
-        readout=readouts.half_squared_norm(),
-    )[task.site]
-    if taps.grads is None:
-        raise ValueError(f"preserved_share: got no gradients at {task.site!r}")
-    others = task.sample(jax.random.fold_in(key, 1), _NUM_HELD_OUT)
-    held_out = task.probed(task.params, others, {})[1][task.site]
-    acts = _Acts(
-        acts=np.asarray(taps.acts, np.float64),
-        grads=np.asarray(taps.grads[:, 0], np.float64),
-        held_out=np.asarray(held_out, np.float64),
-    )
-
-    # Both replacements.
+    acts = _collect_acts(key, task, inputs)
     replacements = (
         _project_on_writers(num, writers, acts),
         _guess_from_readers(num, readers, acts),
@@ -116,16 +100,43 @@ def preserved_share(
             f"{int(np.sum(~np.isfinite(outputs)))} entries that are not; look at the "
             "parameters of the task"
         )
-    total = np.sum((outputs - outputs.mean(0)) ** 2)
-    noise = _MIN_OUTPUT_VARIANCE * np.sum(outputs**2)
     shares = []
     for replacement in replacements:
-        value = jnp.asarray(replacement, taps.acts.dtype)
+        value = jnp.asarray(replacement, acts.dtype)
         probe = {task.site: lambda _, value=value: value}
         spliced = _flat(task.probed(task.params, inputs, probe)[0], examples)
-        lost = np.sum((outputs - spliced) ** 2)
-        shares.append(1 - lost / total if total > noise else float(lost <= noise))
+        shares.append(_share_kept(outputs, spliced))
     return float(np.max(shares))
+
+
+def _collect_acts(key: Array, task: Task, inputs: Inputs) -> _Acts:
+    """Collect activations to replace, and others for their mean and covariance."""
+    taps = tap(
+        task.probed,
+        task.params,
+        inputs,
+        sites=task.site,
+        readout=readouts.half_squared_norm(),
+    )[task.site]
+    if taps.grads is None:
+        raise ValueError(f"preserved_share: got no gradients at {task.site!r}")
+    # Held out, so that no replacement gains by fitting the examples it is scored on.
+    others = task.sample(jax.random.fold_in(key, 1), _NUM_HELD_OUT)
+    held_out = task.probed(task.params, others, {})[1][task.site]
+    return _Acts(
+        acts=np.asarray(taps.acts, np.float64),
+        grads=np.asarray(taps.grads[:, 0], np.float64),
+        held_out=np.asarray(held_out, np.float64),
+        dtype=taps.acts.dtype,
+    )
+
+
+def _share_kept(outputs: np.ndarray, spliced: np.ndarray) -> float:
+    """Compute the share of the outputs' variance that is left; of constants, 0 or 1."""
+    total = np.sum((outputs - outputs.mean(0)) ** 2)
+    noise = _MIN_OUTPUT_VARIANCE * np.sum(outputs**2)
+    lost = np.sum((outputs - spliced) ** 2)
+    return float(1 - lost / total if total > noise else lost <= noise)
 
 
 def _flat(outputs: Outputs, examples: int) -> np.ndarray:
@@ -136,8 +147,10 @@ def _flat(outputs: Outputs, examples: int) -> np.ndarray:
 
 def _project_on_writers(num: int, writers: np.ndarray, data: _Acts) -> np.ndarray:
     """Project on the mean activation and the writers of the largest attributions."""
+    # Attribution of a unit writer: its coordinate times the gradient along it.
     unit = unit_rows(writers)
     best = _largest(num, (data.acts @ unit.T) * (data.grads @ unit.T))
+    # Every example also keeps its part along the mean activation.
     mean = data.held_out.mean(0) / (np.linalg.norm(data.held_out.mean(0)) or 1.0)
     mean = np.broadcast_to(mean, (len(data.acts), 1, len(mean)))
     rows = np.concatenate([unit[best], mean], axis=1)

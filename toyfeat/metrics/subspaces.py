@@ -49,6 +49,7 @@ def principal_angles(a: ArrayLike, b: ArrayLike) -> Array:
             "principal_angles: wanted row vectors [R, D] and [Q, D], got shapes "
             f"{a.shape} and {b.shape}; one direction per row"
         )
+    # The cosines are the singular values of the product of orthonormal bases.
     overlap = jnp.matmul(_row_basis(a), _row_basis(b).T, precision=_HIGHEST)
     cosines = jnp.clip(jnp.linalg.svd(overlap, compute_uv=False), 0, 1)
     finite = jnp.all(jnp.isfinite(a)) & jnp.all(jnp.isfinite(b))
@@ -76,6 +77,7 @@ def r_squared(scores: ArrayLike, target: ArrayLike) -> Array:
             "r_squared: wanted scores [N] or [N, R] and a target [N], got shapes "
             f"{scores.shape} and {target.shape}; one target per row"
         )
+    # Squared correlation: (s . t)^2 / (|s|^2 |t|^2) of what is centred.
     s, t = _standardized(scores), _standardized(target)
     product = jnp.tensordot(t, s, axes=1, precision=_HIGHEST)
     norms = jnp.sum(s**2, axis=0) * jnp.sum(t**2)
@@ -115,6 +117,7 @@ def variance_explained(basis: Basis, stats: Moments) -> Array:
             "variance_explained: basis and stats must be of one site, got widths "
             f"{len(basis.readers)} and {len(cov)}; take moments of the basis' site"
         )
+    # What the projection leaves of every activation, in the metric of the covariance.
     projection = jnp.matmul(basis.readers, basis.writers, precision=_HIGHEST)
     residual = jnp.eye(len(cov), dtype=cov.dtype) - projection
     lost = jnp.trace(
@@ -159,6 +162,7 @@ def output_preserved(
     spliced, _ = probed(
         params, inputs, {site: lambda a: decode(basis, encode(basis, a))}
     )
+    # Squared change against squared deviation from the mean.
     scale = _largest(outputs)  # squares of tiny or huge outputs have no float32
     moved = jnp.sum(((outputs - spliced) / scale) ** 2)
     total = jnp.sum((_centred(outputs) / scale) ** 2)
@@ -178,7 +182,7 @@ def _centred(x: Array) -> Array:
 
 
 def _standardized(x: Array) -> Array:
-    """Centre columns and divide them by their largest magnitude.
+    """Centre columns and divide them by their largest magnitude, so squares are finite.
 
     A column that varies by no more than a few roundings of its largest entry is 0.
     """
@@ -202,5 +206,6 @@ def _share(part: Array, total: Array, otherwise: Array | float) -> Array:
 def _row_basis(x: Array) -> Array:
     """Return orthonormal rows with the span of ``x``, zero past its rank."""
     _, s, vt = jnp.linalg.svd(x / _largest(x), full_matrices=False)
+    # Rank as in numpy.linalg.matrix_rank: rounding of the largest singular value.
     in_rank = s > max(x.shape) * jnp.finfo(x.dtype).eps * s[0]
     return jnp.where(in_rank[:, None], vt, jnp.zeros_like(vt))

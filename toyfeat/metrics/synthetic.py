@@ -53,6 +53,7 @@ def score_dictionary(
             yield codes, planted
 
     classified = latent_classification(params["W_dec"], truth, encoded())
+    # Total variance of the activations, E |x|^2 - |E x|^2.
     variance = sums.square / sums.count - float(np.sum((sums.acts / sums.count) ** 2))
     return {
         "mcc": match_features(params["W_dec"], truth).mcc,
@@ -86,6 +87,7 @@ class _Sums(NamedTuple):
 
 def _add(sums: _Sums, acts: Array, codes: Array, error: Array) -> _Sums:
     """Add a batch of activations, codes and reconstruction errors."""
+    # Differences of large sums of squares need more digits than float32 has.
     acts64, error64 = np.asarray(acts, np.float64), np.asarray(error, np.float64)
     active = np.asarray(codes != 0)
     return _Sums(

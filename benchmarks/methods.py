@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import toyfeat as ft
-from toyfeat.dictionary.base import latent_axes
+from toyfeat.dictionary.tensors import latent_axes
 from toyfeat.dictionary.types import Dictionary, Objective
 from toyfeat.discover import ConsensusConfig
 from toyfeat.discover.gradients import acts_covariance, gradient_rows, tap_subject

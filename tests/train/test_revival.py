@@ -6,7 +6,7 @@ import pytest
 from tiny_trainer import bits
 
 import toyfeat as ft
-from toyfeat.dictionary.base import latent_axes
+from toyfeat.dictionary.tensors import latent_axes
 from toyfeat.train.revival import _forget, revive_dead
 
 D, M, F, N, K = 10, 24, 16, 96, 3

@@ -10,7 +10,6 @@ References:
   architecture is cited at its function.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 
 from toyfeat.checks import MAX_SIZE, check_flag, check_int, check_number
 from toyfeat.dictionary.gather import affine, decode_dense, scatter, weighted_rows
+from toyfeat.dictionary.tensors import init_params
 from toyfeat.dictionary.types import (
     Architecture,
     Codes,
@@ -29,9 +29,6 @@ from toyfeat.dictionary.types import (
     RuleInputs,
 )
 from toyfeat.types import Array, Params
-
-SHARED_AXES: Mapping[str, int | None] = {"W_enc": 1, "W_dec": 0, "b_dec": None}
-"""Axes of the latents of the tensors that every dictionary has."""
 
 DECODER_NORM = 0.1
 """Length of the rows of ``W_dec`` at the start: SAELens' ``decoder_init_norm``."""
@@ -74,7 +71,7 @@ def make_dictionary(
     check_number(architecture.name, "decoder_norm", decoder_norm, above=0)
     config = _with_ints(config)
     return Dictionary(
-        init=partial(_init, architecture, config, decoder_norm, start),
+        init=partial(init_params, architecture, config, decoder_norm, start),
         encode=partial(_encode, architecture, config),
         decode=partial(_decode, architecture, config),
         forward=partial(_forward, architecture, config),
@@ -99,11 +96,6 @@ def factory_config(
         apply_b_dec_to_input=target_dim is None,
         **settings,
     )
-
-
-def latent_axes(architecture: Architecture) -> dict[str, int | None]:
-    """Axis of the latents of every tensor, shared ones included."""
-    return {**SHARED_AXES, **architecture.latent_axes}
 
 
 def required_k(config: Config) -> int:
@@ -175,6 +167,7 @@ def normalized_grads(params: Params, grads: Array) -> Array:
 
 
 def _check(architecture: Architecture, config: Config) -> None:
+    """Check that settings are in their ranges and fit the architecture."""
     name, latents = architecture.name, config.d_sae
     if config.architecture != name:
         raise ValueError(
@@ -195,6 +188,7 @@ def _check(architecture: Architecture, config: Config) -> None:
     )
     for setting in ("bandwidth", "gradient_weight"):
         check_number(name, setting, getattr(config, setting), least=0)
+    # What holds for transcoders, which write another activation than they read.
     if config.d_out is None:
         return
     if config.apply_b_dec_to_input:
@@ -217,65 +211,10 @@ def _with_ints(config: Config) -> Config:
     return config._replace(**sizes, matryoshka_widths=widths)
 
 
-def _init(
-    architecture: Architecture,
-    config: Config,
-    decoder_norm: float,
-    start: dict[str, Any],
-    key: Array,
-) -> Params:
-    """Make rows of one length in random directions, the encoder their transpose."""
-    out = config.d_in if config.d_out is None else config.d_out
-    # Random rows of one length; the encoder starts as their transpose.
-    rows = _random_rows(key, config.d_sae, out, decoder_norm)
-    reads = rows
-    if config.d_out is not None:  # another width needs an encoder of its own
-        encoder_key = jax.random.fold_in(key, 1)
-        reads = _random_rows(encoder_key, config.d_sae, config.d_in, decoder_norm)
-    shared = {"W_enc": reads.T, "W_dec": rows, "b_dec": jnp.zeros(out)}
-    # Tensors of this architecture, from a key of their own.
-    own_key = jax.random.fold_in(key, 2)
-    params = shared | architecture.tensors(own_key, config, shared, **start)
-    _check_tensors(architecture, config, params)
-    return params
-
-
-def _check_tensors(architecture: Architecture, config: Config, params: Params) -> None:
-    """Check what the record says about its tensors."""
-    name, axes = architecture.name, latent_axes(architecture)
-    if unlisted := set(params) - set(axes):
-        raise ValueError(
-            f"{name}: latent_axes must name every tensor, missing are "
-            f"{sorted(unlisted)}"
-        )
-    for tensor, x in params.items():
-        axis, shape = axes[tensor], jnp.shape(x)
-        if axis is not None and shape[axis : axis + 1] != (config.d_sae,):
-            raise ValueError(
-                f"{name}: latent_axes says that axis {axis} of {tensor} is that of the "
-                f"{config.d_sae} latents, got shape {shape}"
-            )
-    averaged = architecture.averaged_threshold
-    for field, tensors in (
-        ("nonnegative", architecture.nonnegative),
-        ("revived_from", architecture.revived_from),
-        ("averaged_threshold", () if averaged is None else (averaged,)),
-    ):
-        if unknown := set(tensors) - set(params):
-            raise ValueError(
-                f"{name}: {field} names {sorted(unknown)}; the tensors are "
-                f"{', '.join(sorted(params))}"
-            )
-
-
-def _random_rows(key: Array, num: int, dim: int, norm: float) -> Array:
-    rows = jax.random.normal(key, (num, dim))
-    return norm * rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
-
-
 def _pre(
     architecture: Architecture, config: Config, params: Params, acts: Array
 ) -> Array:
+    """Compute pre-activations ``[N, M]``, the affine map or the architecture's own."""
     if acts.ndim != 2 or acts.shape[1] != config.d_in:
         raise ValueError(
             f"encode: wanted acts [N, {config.d_in}], got shape {acts.shape}"
@@ -296,7 +235,9 @@ def _encode(
     train: bool = False,
     k: Array | None = None,
 ) -> Array:
+    """Encode activations as ``[N, M]`` codes, by the rule of training or after it."""
     batch = RuleInputs(acts, _pre(architecture, config, params, acts), grads, k)
+    # Some rules of training look at a whole batch; after it each example is alone.
     rule = architecture.rule
     if not train and architecture.rule_after_training is not None:
         rule = architecture.rule_after_training
@@ -314,6 +255,7 @@ def _forward(
     k: Array | None = None,
     weights: Array | None = None,
 ) -> Output:
+    """Encode and decode together by the rule of training, with all on the way."""
     pre = _pre(architecture, config, params, acts)
     batch = RuleInputs(acts, pre, grads, k, weights)
     codes = architecture.rule(config, params, batch)
@@ -348,7 +290,9 @@ def _checked(
 
 
 def _recon(architecture: Architecture, params: Params, codes: Codes) -> Array:
+    """Reconstruct from values in units of the rows of ``W_dec``, ``[N, D]``."""
     rows, bias = params["W_dec"], params["b_dec"]
+    # A few codes of each example: only their rows are read.
     if codes.index is not None:
         return weighted_rows(codes.values, codes.index, rows) + bias[None, :]
     if architecture.write is not None:
@@ -367,6 +311,7 @@ def _all_codes(config: Config, params: Params, codes: Codes) -> Array:
 def _decode(
     architecture: Architecture, config: Config, params: Params, codes: Array
 ) -> Array:
+    """Decode codes in the units of the configuration."""
     if codes.ndim != 2 or codes.shape[1] != config.d_sae:
         raise ValueError(
             f"decode: wanted codes [N, {config.d_sae}], got shape {codes.shape}"

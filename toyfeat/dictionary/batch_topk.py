@@ -116,6 +116,7 @@ def matryoshka(
         )
     latents = check_int("matryoshka", "latents", latents)
     widths = tuple(check_int("matryoshka", "a width", x) for x in widths)
+    # Neighbours of 0, w_1, w_2, ... must increase.
     steps = zip((0, *widths), widths, strict=False)
     if not widths or widths[-1] != latents or any(a >= b for a, b in steps):
         raise ValueError(
@@ -138,6 +139,7 @@ def _tensors(key: Array, config: Config, shared: Params) -> Params:
 
 
 def _rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
+    """Keep the largest codes of a batch, ``k`` per example on average."""
     values = jax.nn.relu(batch.pre)
     codes, num = values * code_units(config, params)[None, :], None
     if batch.weights is not None:  # examples of weight 0 have no codes to choose
@@ -149,6 +151,7 @@ def _rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
 
 
 def _rule_after_training(config: Config, params: Params, batch: RuleInputs) -> Codes:
+    """Keep the codes above the threshold, which no other example moves."""
     values = jax.nn.relu(batch.pre)
     above = values * code_units(config, params)[None, :] > params["topk_threshold"]
     return Codes(jnp.where(above, values, jnp.zeros_like(values)))

@@ -163,15 +163,18 @@ def _controller(
         # Average the logarithm of the metric over the last steps.
         tiny = jnp.finfo(measured.dtype).tiny
         now = jnp.log(jnp.maximum(measured, _LEAST_MEASURED * target) + tiny)
+        # Dividing by the summed weights makes the early averages unbiased, as in Adam.
         smooth = decay * state.smooth + (1 - decay) * now
         weight = decay * state.weight + (1 - decay)
         level, begun = smooth / weight, state.weight > 0
+        # The level a step ago; at the first step there was none, and no change.
         before = state.smooth / jnp.where(begun, state.weight, 1)
         before = jnp.where(begun, before, level)
         # Move the factor by the error and by its change, within the limit.
         error = sign * (level - jnp.log(target))
         change = gains["proportional"] * sign * (level - before)
         factor = state.log_factor + gains["integral"] * jnp.tanh(error) + change
+        # Clipping the integrated factor itself leaves nothing to unwind at a limit.
         factor = jnp.clip(factor, -limit, limit)
         state = ControllerState(factor, smooth, weight)
         return state, jnp.exp(factor), jnp.abs(factor) >= limit

@@ -62,6 +62,8 @@ def gate() -> Term:
     """
 
     def loss(inputs: Inputs) -> Array:
+        # The gate has no gradient through its step, so it learns from a
+        # reconstruction by its own pre-activations.
         rows, bias = inputs.params["W_dec"], inputs.params["b_dec"]
         recon = decode_dense(jax.nn.relu(inputs.out.hidden_pre), rows) + bias[None, :]
         return weighted_mean(inputs, jnp.sum((inputs.target - recon) ** 2, axis=1))
@@ -70,16 +72,20 @@ def gate() -> Term:
 
 
 def _tensors(key: Array, config: Config, shared: Params) -> Params:
+    """Make gates and sizes that start as the same function."""
     del key, shared
     zeros = jnp.zeros(config.d_sae)
     return {"b_gate": zeros, "b_mag": zeros, "r_mag": zeros}
 
 
 def _rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
+    """Compute codes: an open gate and its size, both from the same pre-activation."""
     del config
+    # The gate has a bias of its own, the size a scale and a bias.
     gates = batch.pre + params["b_gate"][None, :]
     sizes = batch.pre * jnp.exp(params["r_mag"])[None, :] + params["b_mag"][None, :]
     sizes = jax.nn.relu(sizes)
+    # The step of the gate has no derivative: only sizes learn from reconstruction.
     values = jnp.where(gates > 0, sizes, jnp.zeros_like(sizes))
     return Codes(values, hidden_pre=gates)
 

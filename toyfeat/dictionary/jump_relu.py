@@ -96,6 +96,7 @@ def quadratic_l0(target: float) -> Term:
             raise ValueError(
                 f"quadratic_l0: only of jump_relu, got {config.architecture}"
             )
+        # Relative to the target, so that a coefficient suits all targets alike.
         count = jnp.sum(_active(inputs), axis=1)
         return weighted_mean(inputs, 2 / target * (count - target) ** 2)
 
@@ -105,11 +106,13 @@ def quadratic_l0(target: float) -> Term:
 def _tensors(
     key: Array, config: Config, shared: Params, *, threshold: float = THRESHOLD
 ) -> Params:
+    """Make thresholds of one value beside the bias of the encoder."""
     thresholds = {"threshold": jnp.full(config.d_sae, threshold)}
     return zero_bias(key, config, shared) | thresholds
 
 
 def _rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
+    """Keep pre-activations above their threshold as they are."""
     return Codes(jump(batch.pre, params["threshold"], config.bandwidth))
 
 
@@ -120,6 +123,7 @@ def _sparsity(inputs: Inputs) -> Array:
 
 def _active(inputs: Inputs) -> Array:
     """1 where a code is above its threshold, ``[N, M]``."""
+    # A step forward, a kernel of the bandwidth backward: the step has no derivative.
     threshold = inputs.params["threshold"]
     bandwidth = inputs.dictionary.config.bandwidth
     return heaviside(inputs.out.hidden_pre, threshold, bandwidth)

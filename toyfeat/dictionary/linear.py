@@ -63,12 +63,14 @@ def _rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
 
 
 def _read(config: Config, params: Params, acts: Array) -> Array:
+    """Read coordinates as :func:`toyfeat.encode` does, in full precision."""
     del config
     acts = acts.astype(params["b_dec"].dtype)
     return dot(acts - params["b_dec"][None, :], params["W_enc"])
 
 
 def _write(params: Params, values: Array) -> Array:
+    """Write coordinates as :func:`toyfeat.decode` does, in full precision."""
     values = values.astype(params["b_dec"].dtype)
     return dot(values, params["W_dec"]) + params["b_dec"][None, :]
 

@@ -9,22 +9,19 @@ reconstruction, ``g_k`` the gradients at the original activation, which are cons
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from toyfeat.checks import check_choice, check_number, check_type
 from toyfeat.dictionary.attributions import Penalty, mean_penalty, unexplained_effect
+from toyfeat.dictionary.auxiliary import auxiliary_error
 from toyfeat.dictionary.base import lengths, weighted_mean
 from toyfeat.dictionary.gated import gate
-from toyfeat.dictionary.gather import weighted_rows
 from toyfeat.dictionary.jump_relu import quadratic_l0
 from toyfeat.dictionary.paired import gradient_reconstruction
-from toyfeat.dictionary.selection import best_of_each
 from toyfeat.dictionary.types import Dictionary, Inputs, Objective, Term
-from toyfeat.linalg.orthonormal import choose
-from toyfeat.types import Array, Params
+from toyfeat.types import Array
 
 __all__ = [
     "Inputs",
@@ -206,7 +203,7 @@ def dead_latents() -> Term:
 
     def loss(inputs: Inputs) -> Array:
         residual = jax.lax.stop_gradient(inputs.target - inputs.out.recon)
-        return _auxiliary_error(
+        return auxiliary_error(
             inputs.dictionary,
             inputs.params,
             inputs.acts,
@@ -307,6 +304,7 @@ def _check_coefficients(who: str, **coefficients: float) -> None:
 
 
 def _sparsity(inputs: Inputs) -> Array:
+    """Compute the architecture's own sparsity, or the lengths of what codes write."""
     architecture = inputs.dictionary.architecture
     if architecture.sparsity is not None:
         return architecture.sparsity(inputs)
@@ -321,63 +319,8 @@ def _sparsity(inputs: Inputs) -> Array:
     return weighted_mean(inputs, jnp.sum(jnp.abs(values) * length, axis=1))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _auxiliary_error(dictionary: Dictionary, params: Params, *data: Array) -> Array:
-    """:func:`_dead_latents_error`, 0 while all latents (of all members) fire."""
-    zero = jnp.zeros((), params["W_dec"].dtype)
-    error = partial(_dead_latents_error, dictionary)
-    return choose(jnp.any(data[2]), error, lambda *_: zero, params, *data)
-
-
-def _auxiliary_error_forward(
-    dictionary: Dictionary, params: Params, *data: Array
-) -> tuple:
-    """Derivatives are taken inside of the condition: no latent dead, no cost."""
-    slopes = jax.value_and_grad(partial(_dead_latents_error, dictionary))
-
-    def nothing(params: Params, *data: Array) -> tuple[Array, Params]:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return jnp.zeros((), data[1].dtype), zeros
-
-    return choose(jnp.any(data[2]), slopes, nothing, params, *data)
-
-
-def _auxiliary_error_backward(
-    dictionary: Dictionary, slopes: Params, change: Array
-) -> tuple:
-    del dictionary
-    return jax.tree.map(lambda x: change * x, slopes), None, None, None, None
-
-
-_auxiliary_error.defvjp(_auxiliary_error_forward, _auxiliary_error_backward)
-
-
-def _dead_latents_error(
-    dictionary: Dictionary,
-    params: Params,
-    acts: Array,
-    residual: Array,
-    dead: Array,
-    weights: Array,
-) -> Array:
-    rows, pre = params["W_dec"], dictionary.forward(params, acts).hidden_pre
-    half = max(1, residual.shape[1] // 2)
-    # The dead latents that would add most to each example.
-    score = pre * lengths(rows)[None, :]
-    if dictionary.architecture.signed:
-        score = jnp.abs(score)
-    # Living latents are never chosen: their score is minus infinity.
-    score = jnp.where(dead[None, :], score, jnp.full_like(score, -jnp.inf))
-    index, filled = best_of_each(score, min(half, len(rows)))
-    # Their reconstruction of what the others leave.
-    values = jnp.take_along_axis(pre, index, axis=1)
-    recon = weighted_rows(jnp.where(filled, values, 0 * values), index, rows)
-    # Few dead latents explain little, so their error counts for less.
-    share = jnp.minimum(jnp.sum(dead).astype(residual.dtype) / half, 1)
-    return share * jnp.sum(weights * jnp.sum((residual - recon) ** 2, axis=1))
-
-
 def _l1(gamma: float) -> Penalty:
+    """Make ``|c|``, which has no ``gamma``."""
     del gamma
     return Penalty(jnp.abs, lambda sizes, _: jnp.sign(sizes))
 
@@ -400,6 +343,7 @@ def _geman_mcclure(gamma: float) -> Penalty:
 
 
 def _log(gamma: float) -> Penalty:
+    """Make ``log(1 + |c| / gamma) / log(1 + 1 / gamma)``, which is 1 at ``c = 1``."""
     at_one = math.log1p(1 / gamma)
 
     def slope(sizes: Array, values: Array) -> Array:

@@ -166,18 +166,21 @@ def keep_largest(
 
 
 def _topk_rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
+    """Keep the largest codes in the units in which they are compared."""
     score = batch.pre * code_units(config, params)[None, :]
     values, index, _ = keep_largest(config, params, batch, score)
     return Codes(values, index)
 
 
 def _abs_topk_rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
+    """Keep the codes of the largest magnitude, with their sign."""
     score = jnp.abs(batch.pre * code_units(config, params)[None, :])
     values, index, _ = keep_largest(config, params, batch, score, signed=True)
     return Codes(values, index)
 
 
 def _gradient_topk_rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
+    """Keep the codes that are large and whose writers move the readouts."""
     units = code_units(config, params)
     score = batch.pre * units[None, :]
     if batch.grads is not None:

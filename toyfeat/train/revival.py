@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from toyfeat.dictionary.base import latent_axes, lengths
+from toyfeat.dictionary.base import lengths
+from toyfeat.dictionary.tensors import latent_axes
 from toyfeat.dictionary.types import Architecture, Dictionary, Inputs
 from toyfeat.linalg.orthonormal import choose
 from toyfeat.train.types import TrainState

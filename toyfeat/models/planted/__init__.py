@@ -5,10 +5,10 @@ Every function makes a :class:`Task` from a random key; its arguments are the kn
 """
 
 from toyfeat.models.planted.bottleneck import superposition
+from toyfeat.models.planted.loudness import quiet_and_loud
 from toyfeat.models.planted.manifolds import (
     ignored_structure,
     product_space,
-    quiet_and_loud,
     tiled_curve,
 )
 from toyfeat.models.planted.networks import (

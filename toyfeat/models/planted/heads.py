@@ -31,6 +31,12 @@ def check_ints(maker: str, **sizes: Any) -> None:
         check_int(maker, name, size, least=None)
 
 
+def check_threshold(name: str, threshold: float) -> None:
+    """Raise for a threshold that the smallest code does not pass."""
+    if not 0 <= threshold <= 0.5:
+        raise ValueError(f"{name}: wanted threshold in 0 .. 0.5, got {threshold}")
+
+
 def unit(rows: Array) -> Array:
     """Normalize rows to length 1."""
     return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
@@ -77,6 +83,11 @@ def outputs(params: Params, acts: Array) -> Array:
     return dot(features(params, acts) * params["gain"][None, :], params["mix"])
 
 
+def write_codes(params: Params, codes: Array) -> Array:
+    """Activations ``[B, D]``: the codes times their writers."""
+    return dot(codes, params["writers"])
+
+
 def head(key: Array, readers: Array, threshold: Any, gain: Any = 1.0) -> Params:
     """Parameters of :func:`outputs`, with as many outputs as features."""
     num = len(readers)
@@ -116,6 +127,7 @@ def make_task(
     Returns:
       The task, whose readers are scored.
     """
+    # A head may read more than is planted, such as features that hardly matter.
     num = len(truth.frequency)
 
     def planted(params: Params, inputs: Any) -> Array:

@@ -18,6 +18,8 @@ from toyfeat.types import Array, Params
 
 _GRID = 4096  # points of the curve behind thresholds: 2.5e-4 of it between two
 
+_WAVES = np.array([[1, 0], [0, 1], [1, 1], [1, -1]])  # turns of both angles of a torus
+
 
 def ignored_structure(
     key: Array,
@@ -66,7 +68,7 @@ def ignored_structure(
       (5, 20)
     """
     _check_surface(dim, features, parts, manifold, probability, size, tilt)
-    _check_threshold("ignored_structure", threshold)
+    heads.check_threshold("ignored_structure", threshold)
     sources = features * parts
     axes_key, rows_key, lean_key, mix_key = jax.random.split(key, 4)
     # The surface has dimensions of its own; readers are orthogonal to them.
@@ -74,13 +76,12 @@ def ignored_structure(
     surface, others = axes[:manifold], axes[manifold:]
     plain = unit(dot(jax.random.normal(rows_key, (sources, dim - manifold)), others))
     readers = dual(plain).reshape(features, parts, dim).sum(1)
-    # Writers lean into the surface, so that its variance hides them.
-    leaning = unit(jax.random.normal(lean_key, (sources, manifold)))
-    writers = plain + tilt * dot(leaning, surface)
+    writers = plain + tilt * _draw_leaning(lean_key, sources, surface)
     params = heads.head(mix_key, readers, threshold)
     # A pair of cosine and sine has mean square 1/2 per dimension.
     params |= {"writers": writers, "surface": size * surface * (2 / manifold) ** 0.5}
-    frequency = 1 - (1 - probability) ** parts  # at least one source is active
+    # A feature is active where at least one of its sources is.
+    frequency = jnp.full(features, 1 - (1 - probability) ** parts)
     return heads.make_task(
         "ignored structure",
         _on_surface,
@@ -89,7 +90,7 @@ def ignored_structure(
         Truth(
             readers=readers,
             writers=writers.reshape(features, parts, dim).mean(1),
-            frequency=jnp.full(features, frequency),
+            frequency=frequency,
         ),
         ignored=surface,
         about=f"{features} features in {dim} dimensions, each a sum of {parts} sparse "
@@ -100,9 +101,9 @@ def ignored_structure(
     )
 
 
-def _check_threshold(name: str, threshold: float) -> None:
-    if not 0 <= threshold <= 0.5:
-        raise ValueError(f"{name}: wanted threshold in 0 .. 0.5, got {threshold}")
+def _draw_leaning(key: Array, sources: int, surface: Array) -> Array:
+    """Draw unit vectors in the surface's dimensions, whose variance hides writers."""
+    return dot(unit(jax.random.normal(key, (sources, len(surface)))), surface)
 
 
 def _check_surface(
@@ -143,11 +144,11 @@ def _codes_and_angles(
 
 
 def _on_surface(params: Params, inputs: dict[str, Array]) -> Array:
+    """Add a point of the torus to the sources, which are independent of it."""
     surface, angles = params["surface"], inputs["angles"]
     pairs = np.arange(len(surface) // 2)
-    # The waves (1, 0), (0, 1), (1, 1), (1, -1), (2, 0), ... of the two angles.
-    turns = np.array([[1, 0], [0, 1], [1, 1], [1, -1]])[pairs % 4]
-    turns = turns * (1 + pairs // 4)[:, None]
+    # The four waves of the two angles, then their double frequencies, and so on.
+    turns = _WAVES[pairs % len(_WAVES)] * (1 + pairs // len(_WAVES))[:, None]
     phase = dot(angles, jnp.asarray(turns.T, angles.dtype))
     waves = jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=1)
     return dot(inputs["codes"], params["writers"]) + dot(waves, surface)
@@ -226,6 +227,7 @@ def _angles(key: Array, num: int) -> Array:
 
 
 def _on_curve(params: Params, angles: Array) -> Array:
+    """Points of the curve: cosines of all frequencies, then their sines."""
     curve = params["curve"]
     order = jnp.arange(1, len(curve) // 2 + 1, dtype=angles.dtype)
     phase = angles[:, None] * order[None, :]
@@ -266,7 +268,7 @@ def product_space(
             "product_space: wanted colours and shapes of at least 2, together at most "
             f"dim, got {colours}, {shapes} and dim {dim}"
         )
-    _check_threshold("product_space", threshold)
+    heads.check_threshold("product_space", threshold)
     rows_key, mix_key = jax.random.split(key)
     # Readers are dual to random writers: each sees its own feature and no other.
     writers = unit(jax.random.normal(rows_key, (num, dim)))
@@ -277,7 +279,7 @@ def product_space(
     )
     return heads.make_task(
         "product space",
-        _of_codes,
+        heads.write_codes,
         params,
         partial(_products, colours, shapes),
         Truth(readers=readers, writers=writers, frequency=frequency),
@@ -290,6 +292,7 @@ def product_space(
 
 
 def _products(colours: int, shapes: int, key: Array, num: int) -> Array:
+    """Draw one colour and one shape of one size, as codes ``[N, colours + shapes]``."""
     size_key, colour_key, shape_key = jax.random.split(key, 3)
     chosen = [
         jax.nn.one_hot(jax.random.randint(key, (num,), 0, count), count)
@@ -297,99 +300,3 @@ def _products(colours: int, shapes: int, key: Array, num: int) -> Array:
     ]
     sizes = jax.random.uniform(size_key, (num, 1), minval=0.5, maxval=1.5)
     return sizes * jnp.concatenate(chosen, axis=1)
-
-
-def _of_codes(params: Params, codes: Array) -> Array:
-    return dot(codes, params["writers"])
-
-
-def quiet_and_loud(
-    key: Array,
-    *,
-    dim: int = 32,
-    quiet: int = 12,
-    loud: int = 24,
-    probability: float = 0.08,
-    quietness: float = 0.1,
-    idleness: float = 0.02,
-    threshold: float = 0.1,
-) -> Task:
-    """Plant features of small activation and large effect among the opposite.
-
-    Args:
-      key: random key of the task.
-      dim: width ``D``.
-      quiet: how many features matter, fewer than ``dim``.
-      loud: how many large ones hardly do; with the quiet ones they may exceed ``dim``.
-      probability: of any feature to be active.
-      quietness: length of a quiet feature's writer, in 1e-4 .. 1e4; a loud one's is 1.
-      idleness: effect of a loud feature, at most 1e4; of a quiet one it is 1.
-      threshold: under which a reader is silent, in 0 .. 0.5; codes are .5 at least.
-
-    Returns:
-      :class:`toyfeat.models.planted.Task` whose truth is the quiet features.
-
-    Raises:
-      ValueError: if sizes or other knobs do not fit.
-      TypeError: if a size is not an int.
-    """
-    _check_loudness(dim, quiet, loud, probability, quietness, idleness)
-    _check_threshold("quiet_and_loud", threshold)
-    axes_key, loud_key, quiet_key = jax.random.split(key, 3)
-    axes = heads.rotation(axes_key, dim)
-    # Quiet features have dimensions of their own, half as many again as they are.
-    own = min(dim - 1, 3 * quiet // 2 + 1)
-    loud_rows = unit(dot(jax.random.normal(loud_key, (loud, dim - own)), axes[own:]))
-    quiet_rows = unit(dot(jax.random.normal(quiet_key, (quiet, own)), axes[:own]))
-    writers = quietness * quiet_rows
-    readers = dual(writers)
-    params = heads.head(
-        jax.random.fold_in(quiet_key, 1),
-        jnp.concatenate([readers, loud_rows]),
-        threshold,
-        jnp.concatenate([jnp.ones(quiet), jnp.full(loud, idleness)]),
-    )
-    params |= {"writers": jnp.concatenate([writers, loud_rows])}
-    return heads.make_task(
-        "quiet but strong",
-        _of_codes,
-        params,
-        partial(_independent, quiet + loud, probability),
-        Truth(readers=readers, writers=writers, frequency=jnp.full(quiet, probability)),
-        ignored=axes[own:],
-        about=f"{quiet} features {1 / quietness:g} times smaller than {loud} others, "
-        + (
-            f"with {1 / idleness:g} times their effect."
-            if idleness
-            else "which have no effect."
-        ),
-        limits="Nothing is hidden: readers and writers are known up to their lengths.",
-    )
-
-
-def _check_loudness(
-    dim: int,
-    quiet: int,
-    loud: int,
-    probability: float,
-    quietness: float,
-    idleness: float,
-) -> None:
-    heads.check_ints("quiet_and_loud", dim=dim, quiet=quiet, loud=loud)
-    sizes = 1 <= quiet < dim and loud >= 1
-    if not (sizes and 0 < probability <= 1 and quietness > 0):
-        raise ValueError(
-            "quiet_and_loud: wanted quiet in 1 .. dim - 1, loud >= 1, probability in "
-            f"(0, 1] and quietness > 0, got dim {dim}, quiet {quiet}, loud {loud}, "
-            f"probability {probability}, quietness {quietness}"
-        )
-    if not (1e-4 <= quietness <= 1e4 and abs(idleness) <= 1e4):
-        raise ValueError(
-            "quiet_and_loud: wanted quietness in 1e-4 .. 1e4, where single precision "
-            "tells quiet from loud, and idleness up to 1e4, got quietness "
-            f"{quietness}, idleness {idleness}"
-        )
-
-
-def _independent(features: int, probability: float, key: Array, num: int) -> Array:
-    return heads.sparse_codes(key, (num, features), probability)

@@ -25,6 +25,9 @@ from toyfeat.models.planted.task import Task, Truth
 from toyfeat.tap import from_split
 from toyfeat.types import Array, Params
 
+_AMPLITUDES = (0.7, 1.3)
+"""Range of the amplitudes of frequencies: different, but none negligible."""
+
 
 def modular_addition(
     key: Array,
@@ -54,16 +57,12 @@ def modular_addition(
     """
     _check(modulus, frequencies, dim, embedding)
     waves_key, rows_key, size_key, axes_key = jax.random.split(key, 4)
-    numbers = jnp.arange(1, (modulus - 1) // 2 + 1)
-    waves = jnp.sort(jax.random.permutation(waves_key, numbers)[:frequencies])
-    # A plane per frequency; what embeds the summands is orthogonal to all of them.
-    num = 2 * frequencies
-    axes = rotation(axes_key, dim)
-    read_axes, embedding_axes = axes[: dim - 2 * num], axes[dim - 2 * num :]
-    readers = unit(dot(jax.random.normal(rows_key, (num, dim - 2 * num)), read_axes))
+    angle = _draw_angles(waves_key, modulus, frequencies)
+    readers, embedding_axes = _draw_directions(rows_key, axes_key, dim, 2 * frequencies)
     writers = dual(readers)
-    amplitude = jax.random.uniform(size_key, (frequencies,), minval=0.7, maxval=1.3)
-    angle = 2 * jnp.pi / modulus * waves.astype(float)
+    # The unembedding reads the planes of a + b with an amplitude for each frequency.
+    low, high = _AMPLITUDES
+    amplitude = jax.random.uniform(size_key, (frequencies,), minval=low, maxval=high)
     params = {
         "angle": angle,
         "embed": embedding * embedding_axes,
@@ -78,7 +77,7 @@ def modular_addition(
         truth=Truth(
             readers=readers,
             writers=writers,
-            frequency=jnp.ones(num),
+            frequency=jnp.ones(2 * frequencies),
             group=jnp.repeat(jnp.arange(frequencies), 2),
         ),
         side="readers",
@@ -93,8 +92,31 @@ def modular_addition(
     )
 
 
+def _draw_angles(key: Array, modulus: int, frequencies: int) -> Array:
+    """Draw different frequencies ``k`` of the modulus, as angles ``2 pi k / p``."""
+    numbers = jnp.arange(1, (modulus - 1) // 2 + 1)  # p - k is the same wave as k
+    waves = jnp.sort(jax.random.permutation(key, numbers)[:frequencies])
+    return 2 * jnp.pi / modulus * waves.astype(float)
+
+
+def _draw_directions(
+    rows_key: Array, axes_key: Array, dim: int, num: int
+) -> tuple[Array, Array]:
+    """Draw ``num`` readers, and axes for the embeddings of two summands.
+
+    The axes are orthogonal to all readers, so that the model does not read them.
+    """
+    axes = rotation(axes_key, dim)
+    read_axes, embedding_axes = axes[: dim - 2 * num], axes[dim - 2 * num :]
+    readers = unit(dot(jax.random.normal(rows_key, (num, dim - 2 * num)), read_axes))
+    return readers, embedding_axes
+
+
 def _logits(angle: Array, amplitude: Array, modulus: int) -> Array:
-    """``[2 K, p]``, what each cosine and sine adds to the logits of the answers."""
+    """``[2 K, p]``, what each cosine and sine adds to the logits of the answers.
+
+    Summed over a plane they are ``cos w (a + b - c)``, which is largest at the answer.
+    """
     angles = angle[:, None] * jnp.arange(modulus, dtype=angle.dtype)[None, :]
     waves = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)  # [K, 2, p]
     return (amplitude[:, None, None] * waves).reshape(2 * len(angle), modulus)
@@ -125,6 +147,7 @@ def _pairs(modulus: int, key: Array, num: int) -> Array:
 
 
 def _waves(angle: Array, number: Array) -> Array:
+    """Cosine and sine of every angle times a number, ``[N, 2 K]``."""
     phase = number[:, None] * angle[None, :]
     waves = jnp.stack([jnp.cos(phase), jnp.sin(phase)], axis=2)
     return waves.reshape(len(number), -1)

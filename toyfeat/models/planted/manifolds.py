@@ -72,10 +72,10 @@ def ignored_structure(
     sources = features * parts
     axes_key, rows_key, lean_key, mix_key = jax.random.split(key, 4)
     # The surface has dimensions of its own; readers are orthogonal to them.
-    axes = heads.rotation(axes_key, dim)
-    surface, others = axes[:manifold], axes[manifold:]
+    surface, others = jnp.split(heads.rotation(axes_key, dim), [manifold])
     plain = unit(dot(jax.random.normal(rows_key, (sources, dim - manifold)), others))
     readers = dual(plain).reshape(features, parts, dim).sum(1)
+    # Writers lean into the surface, so that its variance hides them.
     writers = plain + tilt * _draw_leaning(lean_key, sources, surface)
     params = heads.head(mix_key, readers, threshold)
     # A pair of cosine and sine has mean square 1/2 per dimension.
@@ -102,7 +102,7 @@ def ignored_structure(
 
 
 def _draw_leaning(key: Array, sources: int, surface: Array) -> Array:
-    """Draw unit vectors in the surface's dimensions, whose variance hides writers."""
+    """Draw unit vectors in the dimensions of a surface, one per source."""
     return dot(unit(jax.random.normal(key, (sources, len(surface)))), surface)
 
 

@@ -57,12 +57,9 @@ def modular_addition(
     """
     _check(modulus, frequencies, dim, embedding)
     waves_key, rows_key, size_key, axes_key = jax.random.split(key, 4)
-    angle = _draw_angles(waves_key, modulus, frequencies)
+    angle, amplitude = _draw_waves(waves_key, size_key, modulus, frequencies)
     readers, embedding_axes = _draw_directions(rows_key, axes_key, dim, 2 * frequencies)
     writers = dual(readers)
-    # The unembedding reads the planes of a + b with an amplitude for each frequency.
-    low, high = _AMPLITUDES
-    amplitude = jax.random.uniform(size_key, (frequencies,), minval=low, maxval=high)
     params = {
         "angle": angle,
         "embed": embedding * embedding_axes,
@@ -92,11 +89,15 @@ def modular_addition(
     )
 
 
-def _draw_angles(key: Array, modulus: int, frequencies: int) -> Array:
-    """Draw different frequencies ``k`` of the modulus, as angles ``2 pi k / p``."""
+def _draw_waves(
+    key: Array, size_key: Array, modulus: int, frequencies: int
+) -> tuple[Array, Array]:
+    """Draw different frequencies ``k``, as angles ``2 pi k / p``, and amplitudes."""
     numbers = jnp.arange(1, (modulus - 1) // 2 + 1)  # p - k is the same wave as k
     waves = jnp.sort(jax.random.permutation(key, numbers)[:frequencies])
-    return 2 * jnp.pi / modulus * waves.astype(float)
+    low, high = _AMPLITUDES
+    amplitude = jax.random.uniform(size_key, (frequencies,), minval=low, maxval=high)
+    return 2 * jnp.pi / modulus * waves.astype(float), amplitude
 
 
 def _draw_directions(

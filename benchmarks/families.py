@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from methods import num_latents
+from method_tools import num_latents
 
 import toyfeat as ft
 from toyfeat.dictionary.types import Dictionary

@@ -28,7 +28,8 @@ import jax
 from harness import parse_command
 from methods import METHODS
 from rich.console import Console
-from runner import Failure, measure_missing, resume_rows
+from runner import Failure, measure_missing
+from stored_rows import resume_rows
 from tasks import SHAPES, SIZES, TASKS
 
 from toyfeat.files.atomic import output_folder

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from methods import Budget
+from method_tools import Budget
 
 from toyfeat.models import planted
 from toyfeat.models.planted import Task

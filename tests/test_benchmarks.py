@@ -84,13 +84,13 @@ TINY = {"size": "tiny", "root": 0}
 
 
 def test_rows_are_resumed_though_a_kill_cut_off_the_last(bench, tmp_path):
-    runner, path = bench("runner"), tmp_path / "rows.jsonl"
-    assert runner.resume_rows(path, **TINY) == []
+    stored_rows, path = bench("stored_rows"), tmp_path / "rows.jsonl"
+    assert stored_rows.resume_rows(path, **TINY) == []
     rows = [ROW, ROW | {"seed": 1, "task_version": 1}]
     lines = "\n".join(map(json.dumps, rows))
     for text in (lines, lines + "\n", lines + '\n{"case": "x'):
         path.write_text(text)
-        assert runner.resume_rows(path, **TINY) == rows
+        assert stored_rows.resume_rows(path, **TINY) == rows
         assert path.read_text() == lines + "\n"
 
 
@@ -98,26 +98,26 @@ def test_rows_are_resumed_though_a_kill_cut_off_the_last(bench, tmp_path):
     "bad", ["garbage", '{"case": "x"}', "5", "null", '{"case": "x{"case": "y"}']
 )
 def test_a_line_that_is_no_row_is_left_to_the_user(bad, bench, tmp_path):
-    runner, path = bench("runner"), tmp_path / "rows.jsonl"
-    runner.resume_rows(path, **TINY)
+    stored_rows, path = bench("stored_rows"), tmp_path / "rows.jsonl"
+    stored_rows.resume_rows(path, **TINY)
     text = f"{json.dumps(ROW)}\n{bad}\n{json.dumps(ROW)}\n"
     path.write_text(text)
     with pytest.raises(
         SystemExit, match=r"has a line that is no row, '.*; take it out"
     ):
-        runner.resume_rows(path, **TINY)
+        stored_rows.resume_rows(path, **TINY)
     assert path.read_text() == text
 
 
 @pytest.mark.parametrize("stored", [None, "", '{"size": "ti', '{"size": "quick"}'])
 def test_rows_of_unknown_settings_are_refused(stored, bench, tmp_path):
-    runner, path = bench("runner"), tmp_path / "rows.jsonl"
+    stored_rows, path = bench("stored_rows"), tmp_path / "rows.jsonl"
     text = json.dumps(ROW) + "\n"
     path.write_text(text)
     if stored is not None:
         (tmp_path / "settings.json").write_text(stored)
     with pytest.raises(SystemExit, match=r"rows of other settings, or a settings.json"):
-        runner.resume_rows(path, **TINY)
+        stored_rows.resume_rows(path, **TINY)
     assert path.read_text() == text
 
 
@@ -125,16 +125,16 @@ def test_rows_of_unknown_settings_are_refused(stored, bench, tmp_path):
 def test_rows_of_another_version_of_a_task_are_refused(
     stored, bench, tmp_path, monkeypatch
 ):
-    runner, path = bench("runner"), tmp_path / "rows.jsonl"
-    runner.resume_rows(path, **TINY)
+    stored_rows, path = bench("stored_rows"), tmp_path / "rows.jsonl"
+    stored_rows.resume_rows(path, **TINY)
     text = json.dumps(ROW | stored) + "\n"
     path.write_text(text)
-    changed = runner.TASKS["x²"]._replace(version=2)
-    monkeypatch.setitem(runner.TASKS, "x²", changed)
+    changed = stored_rows.TASKS["x²"]._replace(version=2)
+    monkeypatch.setitem(stored_rows.TASKS, "x²", changed)
     version = stored.get("task_version", 1)
     match = rf"rows of version {version} of 'x²', which is at version 2 now; take them"
     with pytest.raises(SystemExit, match=match):
-        runner.resume_rows(path, **TINY)
+        stored_rows.resume_rows(path, **TINY)
     assert path.read_text() == text
 
 
@@ -145,8 +145,11 @@ def test_rows_of_another_version_of_a_task_are_refused(
 def test_the_rows_that_were_published_are_of_the_tasks_as_they_are(
     name, table, count, bench
 ):
-    runner, path = bench("runner"), ROOT / f"benchmarks/results/{name}-cpu.jsonl"
-    rows = runner.parse_rows(path.read_text().splitlines(), path)
+    stored_rows, path = (
+        bench("stored_rows"),
+        ROOT / f"benchmarks/results/{name}-cpu.jsonl",
+    )
+    rows = stored_rows.parse_rows(path.read_text().splitlines(), path)
     assert len(rows) == count
     assert {row["case"] for row in rows} == set(getattr(bench("tasks"), table))
     methods = {row["method"] for row in rows}

@@ -213,6 +213,10 @@ def split(
     return (inputs[train], labels[train]), (inputs[held_out], labels[held_out])
 
 
+_B2 = 0.98
+"""Decay of AdamW's second moment, as in Nanda et al.: shorter than the default .999."""
+
+
 def train(
     key: Array,
     task: Modular,
@@ -279,7 +283,7 @@ def train(
     _check_sizes(task)
     inputs, labels = split(key, task, fraction)[0]
     schedule = _schedule(learning_rate, warmup, steps)
-    optimizer = optax.adamw(schedule, b2=0.98, weight_decay=weight_decay)
+    optimizer = optax.adamw(schedule, b2=_B2, weight_decay=weight_decay)
 
     # Key 0 splits the pairs, key 1 is for the start, key ``i + 2`` for step ``i``.
     def sample(step: Array) -> tuple[Array, Array]:
@@ -291,17 +295,9 @@ def train(
 
     @partial(jax.jit, donate_argnums=0)
     def run_chunk(state: Any, first: Array) -> tuple[Any, Array]:
-        params, opt_state = state
-        trained = training.train(
-            _loss,
-            params,
-            sample,
-            steps=chunk,
-            optimizer=optimizer,
-            first=first,
-            opt_state=opt_state,
+        return training.train_chunk(
+            _loss, state, sample, steps=chunk, optimizer=optimizer, first=first
         )
-        return (trained.params, trained.opt_state), jnp.mean(trained.losses)
 
     params = initial_params(jax.random.fold_in(key, 1), task)
     state = (params, jax.jit(optimizer.init)(params))

@@ -229,17 +229,9 @@ def train(
             x = random_inputs(jax.random.fold_in(key, step + 1), task, batch)
             return x, targets(rotation, x)
 
-        params, opt_state = state
-        trained = training.train(
-            _error,
-            params,
-            sample,
-            steps=chunk,
-            optimizer=optimizer,
-            first=first,
-            opt_state=opt_state,
+        return training.train_chunk(
+            _error, state, sample, steps=chunk, optimizer=optimizer, first=first
         )
-        return (trained.params, trained.opt_state), jnp.mean(trained.losses)
 
     # All networks train side by side: ``vmap`` over keys, rotations and states.
     rotation, state = jax.jit(jax.vmap(start))(keys)

@@ -85,6 +85,41 @@ def train(
     return Trained(params=end[0], opt_state=end[1], losses=losses)
 
 
+def train_chunk(
+    loss: Callable[[Params, Batch], Array],
+    state: tuple[Params, optax.OptState],
+    sample: Callable[[Array], Batch],
+    *,
+    steps: int,
+    optimizer: optax.GradientTransformation,
+    first: Array | int,
+) -> tuple[tuple[Params, optax.OptState], Array]:
+    """Go on with training: the ``run`` that :func:`train_in_chunks` calls.
+
+    Args:
+      loss: as in :func:`train`.
+      state: parameters and the state of the optimizer.
+      sample: as in :func:`train`.
+      steps: optimizer steps; static.
+      optimizer: as in :func:`train`.
+      first: number of the first step.
+
+    Returns:
+      The next state, and the mean loss of the steps.
+    """
+    params, opt_state = state
+    trained = train(
+        loss,
+        params,
+        sample,
+        steps=steps,
+        optimizer=optimizer,
+        first=first,
+        opt_state=opt_state,
+    )
+    return (trained.params, trained.opt_state), jnp.mean(trained.losses)
+
+
 def train_in_chunks(
     run: Callable[[State, Array], tuple[State, Array]],
     state: State,

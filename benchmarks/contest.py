@@ -14,6 +14,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 PEERS = HERE / "peers" / ".venv" / "bin" / "python"
+BLOCK = 50_000  # rows in float64 at a time, 400 MB of a thousand columns
 
 
 class Contestant(NamedTuple):
@@ -120,32 +121,26 @@ def contest(
     """
     path = folder / "array.npy"
     np.save(path, array)
-    workers = start_workers(contestants)
     # Load the array and compile.
+    workers = start_workers(contestants)
     infos = {}
     for contestant, worker in workers.items():
         worker.ask(op="load", path=str(path))
-        infos[contestant] = worker.ask(
-            op="prepare",
-            method=contestant.method,
-            rank=rank,
-            options=dict(contestant.options),
-        )
-    # Take turns.
+        order = {"method": contestant.method, "options": dict(contestant.options)}
+        infos[contestant] = worker.ask(op="prepare", rank=rank, **order)
+    # Take turns, so that a slow spell of the machine is one of all.
     times = {contestant: [] for contestant in contestants}
     for _ in range(rounds):
         for contestant, worker in workers.items():
             time.sleep(0.4)  # threads of the one before may go on spinning
             times[contestant].append(worker.ask(op="run")["seconds"])
     path.unlink()
-    # Score the results.
+    # Score the last results.
     outcomes: dict[str, list[Outcome]] = {}
     for contestant, worker in workers.items():
         error, excess = float("nan"), float("nan")
         if infos[contestant].get("scored", True):
-            out = folder / "result.npz"
-            worker.ask(op="save", path=str(out))
-            result = np.load(out)
+            result = save_result(worker, folder)
             error, excess = scores(array, spectrum, result["s"], result["v"])
         worker.end()
         seconds, threads = times[contestant], contestant.threads
@@ -159,6 +154,13 @@ def contest(
         )
         outcomes.setdefault(contestant.name, []).append(outcome)
     return outcomes
+
+
+def save_result(worker: Worker, folder: Path) -> Any:
+    """Ask a worker for the arrays of its last run."""
+    path = folder / "result.npz"
+    worker.ask(op="save", path=str(path))
+    return np.load(path)
 
 
 def start_workers(contestants: Sequence[Contestant]) -> dict[Contestant, Worker]:
@@ -179,11 +181,13 @@ def scores(
     if array.ndim == 3:
         pairs = [scores(a, spectrum, x, y) for a, x, y in zip(array, s, v, strict=True)]
         return max(error for error, _ in pairs), max(excess for _, excess in pairs)
+    # The residual is what the found directions do not explain of |A|^2; the best one is
+    # what the values past the rank sum to (Eckart and Young).
     rank = len(s)
     error = float(np.max(np.abs(s - spectrum[:rank]) / spectrum[:rank]))
     explained, v = 0.0, np.linalg.qr(v.astype(np.float64))[0]
-    for start in range(0, len(array), 50_000):
-        block = array[start : start + 50_000].astype(np.float64)
+    for start in range(0, len(array), BLOCK):
+        block = array[start : start + BLOCK].astype(np.float64)
         explained += float(np.sum((block @ v) ** 2))
     total = float(np.sum(spectrum.astype(np.float64) ** 2))
     best = float(np.sum(spectrum[rank:].astype(np.float64) ** 2))

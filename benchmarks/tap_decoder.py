@@ -60,6 +60,7 @@ def measure(*, tiny: bool = False) -> tuple[list[dict], list[str]]:
 def _measure(
     worker: Worker, folder: Path, tokens: jax.Array, size: dict[str, int]
 ) -> tuple[list[dict], list[str]]:
+    """Check the gradients, and only then time all programs; rows and missed bars."""
     names = [f"{i}/{name}" for i in range(size["layers"]) for name in SITES]
     programs = _programs(folder, tokens, names, size["layers"] // 2)
     error, own = _errors(worker, folder, programs, names)
@@ -72,26 +73,10 @@ def _measure(
     for name in ("forward", "hooked"):
         runs[f"torch {name}"] = partial(worker.ask, what="run", method=name)
     seconds = medians(runs, rounds=ROUNDS)
-    forward, peers = programs["forward"], {"forward": "torch forward"}
-    rows = []
-    for name, compiled in programs.items():
-        peer = seconds[peers.get(name, "torch hooked")]
-        rows.append(
-            row(
-                "decoder",
-                {**size, "batch": len(tokens), "length": tokens.shape[1]},
-                name,
-                ours_s=seconds[name],
-                peer_s=peer,
-                ratio=None if name == ALONE else peer / seconds[name],
-                times_forward=seconds[name] / seconds["forward"],
-                flops_times_forward=compiled.flops / forward.flops,
-                error=own if name == ALONE else error,
-                peer_error=None,
-                flops=compiled.flops,
-                compile_s=compiled.compile_s,
-            )
-        )
+    shape = {**size, "batch": len(tokens), "length": tokens.shape[1]}
+    errors = {name: own if name == ALONE else error for name in programs}
+    rows = _rows(programs, seconds, errors, shape)
+    # The bars: of the time over the forward pass alone, and beside torch's hooks.
     line = next(line for line in rows if line["method"] == "tap all sites")
     share, speed = line["times_forward"], line["ratio"]
     missed = []
@@ -100,6 +85,36 @@ def _measure(
     if speed < 1:
         missed.append(f"decoder: all sites at {speed:.2f} x the speed of torch, bar 1")
     return rows, missed
+
+
+def _rows(
+    programs: dict[str, Any],
+    seconds: dict[str, float],
+    errors: dict[str, float],
+    shape: dict[str, int],
+) -> list[dict]:
+    """Make a row for every program, beside torch's program for the same task."""
+    forward, peers = programs["forward"], {"forward": "torch forward"}
+    rows = []
+    for name, compiled in programs.items():
+        peer = seconds[peers.get(name, "torch hooked")]
+        rows.append(
+            row(
+                "decoder",
+                shape,
+                name,
+                ours_s=seconds[name],
+                peer_s=peer,
+                ratio=None if name == ALONE else peer / seconds[name],
+                times_forward=seconds[name] / seconds["forward"],
+                flops_times_forward=compiled.flops / forward.flops,
+                error=errors[name],
+                peer_error=None,
+                flops=compiled.flops,
+                compile_s=compiled.compile_s,
+            )
+        )
+    return rows
 
 
 def _programs(

@@ -279,15 +279,12 @@ def _many_figures(task: Squaring, net: Measurements, params: Params) -> dict[str
     count = task.features
     grads = np.asarray(net.grads_pca.readers[:, :count].T)
     acts = np.asarray(net.acts_pca.readers[:, :count].T)
+    match = ft.metrics.match_features(grads, readers)
     return {
         "mean squared error / variance of the targets": net.relative_error,
         SPAN: ft.metrics.principal_angles(grads, readers)[-1],
-        "coverage of the readers, gradient PCA": ft.metrics.match_features(
-            grads, readers
-        ).coverage,
-        "precision of the readers, gradient PCA": ft.metrics.match_features(
-            grads, readers
-        ).precision,
+        "coverage of the readers, gradient PCA": match.coverage,
+        "precision of the readers, gradient PCA": match.precision,
         "coverage of the readers, activation PCA": ft.metrics.match_features(
             acts, readers
         ).coverage,

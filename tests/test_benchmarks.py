@@ -303,7 +303,7 @@ def test_without_tyro_the_command_says_what_to_install(name):
 def test_a_sweep_that_is_damaged_or_of_another_grid_is_left_to_the_user(
     bench, tmp_path
 ):
-    sweeps = bench("brittleness")
+    sweeps, families = bench("brittleness"), bench("families")
     path, grid = tmp_path / "x.json", sweeps.GRIDS["tiny"]
     other = {"grid": sweeps.QUICK, "runs": [], "seconds": 1.0}
     for text, match in (
@@ -326,14 +326,14 @@ def test_a_sweep_that_is_damaged_or_of_another_grid_is_left_to_the_user(
     ):
         path.write_text(text)
         with pytest.raises(SystemExit, match=match):
-            sweeps.sweep_family(path, sweeps.Family(None, 2), None, 1.0, grid)
+            sweeps.sweep_family(path, families.Family(None, 2), None, 1.0, grid)
         assert path.read_text() == text
 
 
 def test_a_sweep_goes_on_after_its_last_whole_part(bench, tmp_path):
-    sweeps = bench("brittleness")
+    sweeps, families = bench("brittleness"), bench("families")
     path, grid = tmp_path / "x.json", sweeps.GRIDS["tiny"]
-    cells, called = len(sweeps.grid_cells(grid)[0]), []
+    cells, called = len(families.grid_cells(grid)[0]), []
 
     def sweep(stopped):
         def part(i):
@@ -342,7 +342,9 @@ def test_a_sweep_goes_on_after_its_last_whole_part(bench, tmp_path):
                 raise KeyboardInterrupt
             return [sweeps.Run(1e-3, 1.0, 1.0, "x", i, True, 0.5, 2.0)] * cells
 
-        return sweeps.Family(lambda *_: [functools.partial(part, i) for i in range(3)])
+        return families.Family(
+            lambda *_: [functools.partial(part, i) for i in range(3)]
+        )
 
     with pytest.raises(KeyboardInterrupt):
         sweeps.sweep_family(path, sweep(1), None, 2.0, grid)

@@ -113,6 +113,8 @@ def denormalized(dictionary: Dictionary, state: TrainState) -> Params:
       >>> bool(jnp.allclose(outer, inner, atol=1e-5))
       True
     """
+    # The encoder takes the units of activations out, the decoder puts those of targets
+    # in, so that codes stay as they were in training.
     units, params = normalization(state), dict(state.params)
     params["W_enc"] = params["W_enc"] / units.acts
     params["W_dec"] = params["W_dec"] * units.target

@@ -52,6 +52,7 @@ def population(trainer: Trainer, *, group: int | None = None) -> Trainer:
     def init(keys: Array, **hyper: Any) -> TrainState:
         num = _number_of(keys)
         values = {name: _as_numbers(name, value) for name, value in hyper.items()}
+        # One value for all members, or one for each.
         for name, value in values.items():
             if value.shape not in ((), (num,)):
                 raise ValueError(
@@ -120,6 +121,7 @@ def _update_members(
             f"population: group must divide the number of members, got group {group} "
             f"of {num} members; choose another group"
         )
+    # Members [P, ...] as groups [P / group, group, ...], one group after another.
     split = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), state)
     updated = jax.lax.map(lambda part: update_all(part, taps), split)
     return jax.tree.map(lambda x: x.reshape(num, *x.shape[2:]), updated)

@@ -47,6 +47,7 @@ def _jsonl_report(path: Path, start: int) -> Report:
     Lines of steps after ``start`` are dropped: the run that wrote them was cut off
     before it saved a checkpoint of them.
     """
+    # Keep whole lines up to the checkpoint that the run goes on from.
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     valid = [line for line in old if _line_step(line) <= start]
@@ -129,6 +130,7 @@ def _bar_report(start: int, steps: int) -> Iterator[Report]:
 
 def _format_problems(means: dict[str, np.ndarray]) -> str:
     """Count the members that diverged and the controllers at their bounds."""
+    # One number of a single member, or one of each of a population.
     diverged = ~np.atleast_1d(means.get("finite", np.ones((), bool))).astype(bool)
     saturated = np.atleast_1d(means.get("saturated", np.zeros(()))) > SATURATED_SHARE
     counts = {"not finite": diverged.sum(), "saturated": saturated.sum()}

@@ -154,11 +154,14 @@ def _draw(
 
 
 def _directions(dictionary: Dictionary, params: Params, batch: _Batch) -> Directions:
+    """Compute what a latent would start from, were it given to an example."""
+    # An example writes its target, and reads its activation, both from the origin.
     origin = params["b_dec"][None, :]
     writes = batch.target - origin
     reads = batch.acts
     if dictionary.config.apply_b_dec_to_input:
         reads = batch.acts - origin
+    # Examples are drawn by their squared error; one that is not finite is never drawn.
     error = batch.weights * jnp.sum((batch.target - batch.recon) ** 2, axis=1)
     error = jnp.where(jnp.isfinite(error), error, jnp.zeros_like(error))
     strongest = None

@@ -151,6 +151,7 @@ def _check_settings(run: Run, about: dict[str, Any]) -> None:
 
 def fingerprint(state: TrainState) -> dict[str, int]:
     """Compute the step and a checksum of the parameters of a state."""
+    # One checksum goes on over the bytes of all leaves, in the order of the tree.
     checksum = 0
     for leaf in jax.tree.leaves(state.params):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

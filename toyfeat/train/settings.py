@@ -48,6 +48,7 @@ def describe_trainer(trainer: Trainer) -> dict[str, Any]:
         return {}
     settings = {name: getattr(recipe, name) for name in PLAIN}
     settings |= recipe.dictionary.config._asdict()
+    # Functions have no values to compare but those that they return.
     settings["terms"] = [term.name for term in recipe.objective]
     controller = recipe.controller
     if controller is not None:
@@ -92,6 +93,7 @@ def _probe_optimizer(recipe: Recipe) -> Array:
     params, _ = split_learned(recipe.dictionary.architecture, params)
     state, sums = recipe.optimizer.init(params), []
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
+        # Two updates of another size and sign tell momentum and scaling apart.
         for size in (0.5, -0.25):
             grads = jax.tree.map(partial(jnp.full_like, fill_value=size), params)
             changes, state = recipe.optimizer.update(grads, state, params)
@@ -160,6 +162,7 @@ def _sample_on_device(take: Any, source: Any, step: Array) -> Array:
 
 def _sample(taps: Taps) -> Array:
     """Take the leading values and the weights of four examples."""
+    # Spread over the batch, so that a batch in another order shows.
     num = len(taps.weights)
     rows = np.array([0, num // 3, 2 * num // 3, num - 1])
     acts = jnp.asarray(taps.acts[rows][:, :4], jnp.float32)
@@ -175,6 +178,7 @@ def check_batch(before: dict[str, Any] | None, now: dict[str, Any], where: str) 
     """
     if before is None or before["step"] != now["step"]:
         return
+    # Rounding of bfloat16 is relative to the largest value; another batch is farther.
     old, new = np.asarray(before["values"]), np.asarray(now["values"])
     fault = None
     if before["shape"] != now["shape"]:
@@ -202,6 +206,7 @@ def check_state(trainer: Trainer, state: TrainState) -> None:
         return
     shapes = jax.eval_shape(trainer.recipe.dictionary.init, jax.random.key(0))
     wanted = {name: x.shape for name, x in shapes.items()}
+    # A population has an axis of members in front of every shape.
     members = np.shape(state.step)
     got = {name: x.shape[len(members) :] for name, x in state.params.items()}
     for name in sorted(wanted | got):

@@ -164,6 +164,7 @@ def _run_controller(
     after, factor, saturated = controller.update(
         state.controller, measured, state.hyper["target"]
     )
+    # During the warm-up the coefficient is not its own yet: the controller waits.
     begun = state.step >= state.hyper["warm_up"].astype(state.step.dtype)
     control = jax.tree.map(partial(jnp.where, begun), after, state.controller)
     factor = jnp.where(begun, factor, running["factor"])
@@ -236,6 +237,7 @@ def _size(values: Array, weights: Array) -> Array:
 
 
 def _clip(limit: Array, grad: Array) -> Array:
+    """Shorten a gradient that is longer than the limit."""
     norm = jnp.linalg.norm(grad)
     return grad * jnp.minimum(1, limit / jnp.maximum(norm, _LEAST))
 
@@ -254,6 +256,7 @@ def _average_threshold(recipe: Recipe, inputs: Inputs, averaged: Params) -> Para
     if name is None:
         return averaged
     old = averaged[name]
+    # Codes of examples without weight are not counted.
     low = smallest_positive(inputs.out.codes * jnp.sign(inputs.weights)[:, None])
     new = old + recipe.threshold_rate * (low - old)
     return {name: jnp.where(jnp.isfinite(low), new, old)}
@@ -311,6 +314,7 @@ def _batch_metrics(inputs: Inputs) -> dict[str, Array]:
 
 
 def _check(recipe: Recipe, taps: Taps) -> None:
+    """Check shapes of taps against the dictionary, and gradients against the terms."""
     config = recipe.dictionary.config
     if taps.acts.ndim != 2 or taps.acts.shape[1] != config.d_in:
         raise ValueError(
@@ -330,6 +334,7 @@ def _check(recipe: Recipe, taps: Taps) -> None:
     names = [term.name for term in recipe.objective if term.needs_grads]
     if names and taps.grads is None:
         raise ValueError(f"update: {names} need taps with gradients, got none")
+    # Gradients are those by what is written, the target.
     wanted = (num, recipe.readouts, out)
     if taps.grads is not None and taps.grads.shape != wanted:
         raise ValueError(

@@ -138,6 +138,7 @@ def _train_superposition(
         "bias": jnp.zeros(features),
     }
 
+    # Squared error per example, summed over the outputs.
     def loss(params: Params, x: Array) -> Array:
         return jnp.sum((_superposed(params, x, untapped) - x) ** 2) / len(x)
 

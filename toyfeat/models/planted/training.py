@@ -74,6 +74,7 @@ def train(
     """
 
     def step(carry: tuple[Params, Any], index: Array) -> tuple[Any, Array]:
+        # Loss before the update, then the optimizer's change of the parameters.
         params, opt_state = carry
         value, grads = jax.value_and_grad(loss)(params, sample(index))
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
@@ -147,6 +148,7 @@ def train_in_chunks(
     """
     for name, count in (("steps", steps), ("chunk", chunk)):
         check_int("train", name, count)
+    # A loss that is not finite ends it: no later step can mend parameters of NaN.
     loss = jnp.zeros(())
     for first in range(0, steps, chunk):
         state, loss = run(state, jnp.asarray(first))

@@ -116,6 +116,7 @@ def success_shares(
     share = float(np.mean([is_good(run, best) for run in runs]))
     if all(run.codes is None for run in runs):
         return share, None
+    # (b) of a cell: any of its coefficients does, where the best one is given.
     cells: dict[tuple[Any, ...], list[bool]] = {}
     for i, run in enumerate(runs):
         setting = (run.learning_rate, run.scale, run.readout, run.start)
@@ -248,6 +249,7 @@ def compare_families(
         )
         for family, path in paths.items()
     }
+    # Success is judged by the best coverage that any family reached on the task.
     best = max(run.coverage for runs, _ in swept.values() for run in runs)
     members = {f: make_members(runs, best, target) for f, (runs, _) in swept.items()}
     lines = []

@@ -108,6 +108,7 @@ def train_members(
     control = ft.controllers.target_l0(8.0)
     options = {"controller": control, "warm_up": setting.warm_up}
     trainer = ft.population(ft.trainer(dictionary, objective, **options))
+    # A member for every pair of a target and a seed, seeds slowest.
     targets = jnp.tile(jnp.asarray(setting.targets), setting.seeds)
     keys = jnp.repeat(
         jax.random.split(jax.random.key(3), setting.seeds), len(setting.targets)
@@ -116,6 +117,7 @@ def train_members(
     batches = ft.data.array_batches(
         Taps(pool, None, jnp.ones(len(pool))), batch=setting.batch, seed=0
     )
+    # Train to the last twentieth of the steps, then count codes in looks over it.
     every = max(1, setting.steps // 20 // setting.looks)
     first = setting.steps - every * setting.looks
     state = ft.fit(trainer, state, batches, steps=first, chunk=every)
@@ -124,6 +126,7 @@ def train_members(
         steps = first + (look + 1) * every
         state = ft.fit(trainer, state, batches, steps=steps, chunk=every)
         counts.append(codes_per_example(dictionary, state, held_out))
+    # Counts are averaged: at one step they are off by the noise of a batch.
     factors = np.asarray(state.running["factor"])
     return np.asarray(targets), np.mean(counts, axis=0), factors
 

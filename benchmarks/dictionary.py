@@ -61,11 +61,13 @@ def measure(case: Case, folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
       Name to median seconds per step, their spread, the share of the variance that is
       left, and what the worker says of its program.
     """
+    # All libraries start from one decoder, with rows of SAELens' length.
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((case.size["d_sae"], case.size["d_in"]))
     rows *= 0.1 / np.linalg.norm(rows, axis=1, keepdims=True)
     np.save(folder / "rows.npy", rows.astype(np.float32))
     workers = {r.name: start_worker(case, r, folder) for r in case.runners}
+    # A turn to warm up, then turns that count.
     for worker, _ in workers.values():
         worker.ask(op="run", steps=case.steps)
     taken: dict[str, list[dict]] = {name: [] for name in workers}
@@ -73,6 +75,7 @@ def measure(case: Case, folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
         for name, (worker, _) in workers.items():
             time.sleep(0.3)  # threads of the one before may go on spinning
             taken[name].append(worker.ask(op="run", steps=case.steps))
+    # Judge what was trained in those times, by one formula for all.
     results = {}
     acts = np.load(folder / "acts.npy")[: case.size["batch"]]
     for name, (worker, info) in workers.items():
@@ -96,6 +99,8 @@ def unexplained(case: Case, params: dict[str, np.ndarray], acts: np.ndarray) -> 
     """Share of the variance that a dictionary leaves; the first of several members."""
     if params["W_dec"].ndim == 3:
         params = {name: x[0] for name, x in params.items()}
+    # Codes as their own library makes them: ReLU, of which top-k keeps the k largest in
+    # units of the output.
     acts = acts.astype(np.float64)
     bias, origin = params["b_enc"], params["b_dec"]
     codes = np.maximum((acts - origin) @ params["W_enc"] + bias, 0)
@@ -194,6 +199,7 @@ def memory(tiny: bool, folder: Path) -> tuple[list[dict], list[str]]:
     case = cases(tiny)[0]
     shape = 4 * case.size["batch"], case.size["d_in"]
     acts = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    # The same chunk on data and on four copies of it.
     needs = []
     for times in (1, 4):
         np.save(folder / "acts.npy", np.tile(acts, (times, 1)))
@@ -203,6 +209,7 @@ def memory(tiny: bool, folder: Path) -> tuple[list[dict], list[str]]:
         needs.append(info)
     size = case.size
     codes = 4 * size["batch"] * size["d_sae"]
+    # Arguments grow by the three further copies and their weights, and nothing else.
     grown = needs[1]["temporary_bytes"] - needs[0]["temporary_bytes"]
     more = needs[1]["argument_bytes"] - needs[0]["argument_bytes"]
     data = 4 * 3 * len(acts) * (size["d_in"] + 1)

@@ -151,6 +151,7 @@ def attribution_parts(task: Task, grid: Grid, trainer: Trainer) -> list[Part]:
     input_key, readout_key = jax.random.split(jax.random.key(1))
 
     def part(scale: float, name: str, readout: Readout, start: int) -> list[Run]:
+        # One population has every cell of learning rate and coefficient.
         subject = scale_outputs(task, scale)
         taps = tap_subject(subject, subject.sample(input_key, grid.examples), readout)
         keys = jax.random.split(jax.random.key(start), len(rates))
@@ -226,6 +227,7 @@ def sweep_consensus(task: Task, target: float, grid: Grid) -> list[Part]:
     config = ConsensusConfig(examples=grid.examples, steps=grid.steps)
 
     def part(scale: float, start: int) -> list[Run]:
+        # Trained once for each rate, and scored as it is for all coefficients.
         subject = scale_outputs(task, scale)
         gradients = train_gradient_dictionaries(
             jax.random.key(start), subject, config, settings=settings

@@ -69,6 +69,7 @@ class Program(NamedTuple):
 
 def program(fn: Callable[..., Any], *args: Any) -> Program:
     """Compile a function for its arguments, and time that apart."""
+    # Compiled ahead of time, so that no run includes it.
     start = time.perf_counter()
     compiled = jax.jit(fn).lower(*args).compile()
     seconds = time.perf_counter() - start
@@ -93,12 +94,15 @@ def medians(
     Returns:
       Name to seconds per call.
     """
+    # Repeat short functions, whose time is near the clock's resolution; the first call
+    # of each is warm-up and not timed.
     repeats = {}
     for name, run in runs.items():
         run()
         start = time.perf_counter()
         run()
         repeats[name] = max(1, int(least_s / max(time.perf_counter() - start, 1e-9)))
+    # In turns: a slow spell of the machine is one of all.
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -113,6 +117,7 @@ def gemm_flops_per_s(size: int = 2048) -> float:
     """Measure the float32 rate of a square matrix product on this device."""
     a = jax.random.normal(jax.random.key(0), (size, size))
     product = program(lambda a: jnp.matmul(a, a, precision="highest"), a)
+    # A product of size^3 multiplications and additions.
     return 2 * size**3 / medians({"gemm": product.run})["gemm"]
 
 

@@ -153,6 +153,7 @@ def measure(
     case: Case, peers: bool, rounds: int, peak: float
 ) -> tuple[list[dict], list[str]]:
     """Time a case; returns rows and missed bars."""
+    # Matrices with a known spectrum, 1 / i: slow enough to be hard to truncate.
     *batch, rows, dim = case.shape
     spectrum = 1 / np.arange(1, min(rows, dim) + 1)
     if batch:
@@ -184,6 +185,7 @@ def _row(
     case: Case, name: str, outcome: Outcome, best: dict[str, Outcome], peak: float
 ) -> dict:
     *batch, rows, dim = case.shape
+    # A pass over the matrix multiplies it by ``width`` columns.
     columns = outcome.info.get("width", 0) * outcome.info.get("passes", 0)
     flops = 2.0 * rows * dim * columns * (batch[0] if batch else 1)
     peer = next((best[p] for p in case.peers if p in best), None)

@@ -18,6 +18,7 @@ import toyfeat as ft
 
 def growth(tiny: bool, peak: float, plot: Path | None) -> tuple[list[dict], list[str]]:
     """Time against n, d and k; the time has to be linear in n."""
+    # Timed in turns, so that sizes are compared under one load.
     sizes = growth_sizes(tiny)
     runs = {name: krylov_program(size) for name, (_, size) in sizes.items()}
     taken = medians(runs, rounds=3 if tiny else 5)

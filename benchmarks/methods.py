@@ -105,6 +105,7 @@ def fast_ica(
     # As many components as the numerical rank in float32, whose epsilon is 1e-7.
     spectrum = np.linalg.svd(rows - rows.mean(0), compute_uv=False) ** 2
     rank = int(np.sum(spectrum > 1e-6 * spectrum[0]))
+    # A component of unit variance, and the mixing that takes it back to the data.
     seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
     model = library.FastICA(
         rank, whiten="unit-variance", max_iter=300, random_state=seed
@@ -181,6 +182,7 @@ def gradient_dictionary(
     )
     objective, data = ft.losses.default(sae), rows_as_taps(rows)
     params = train_dictionary(train_key, sae, objective, data, budget, center=False)
+    # Rows of the decoder are readers; writers are their regression patterns.
     readers = jnp.asarray(params["W_dec"])
     return Features(readers, readers @ acts_covariance(taps))
 

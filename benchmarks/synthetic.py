@@ -129,6 +129,7 @@ def peer_runs(
         text=True,
         env=env,
     )
+    # Its parameters at the start, from which ours start too, and at the end.
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     for answer in answers:
         for part in ("start", "end"):
@@ -171,6 +172,7 @@ def train(
                 f"wanted parameters of shapes {shapes[1]}, got {shapes[0]}"
             )
         state = state._replace(params=start)
+    # The peer's batches, in its order; the first fifth compiles and is not timed.
     batches = Batches(_rows, (jnp.asarray(data.pool), jnp.asarray(data.order)))
     steps = len(data.order)
     ft.fit(trainer, state, batches, steps=steps // 5, chunk=steps // 5, progress=False)
@@ -217,11 +219,13 @@ def runs(
     start = peer["start"] if peer else None
     target = (peer["l0"] if peer else 3.0) if case.aimed else None
     dictionary = case.make(*sizes)
+    # With SAELens' coefficient, and steered to as many codes as SAELens reached.
     aims = {"same": None} | ({"aimed": target} if case.aimed else {})
     for method, aim in aims.items():
         trainer = as_saelens(dictionary, case.sparsity, aim)
         params, seconds = train(dictionary, trainer, data, seed, start)
         yield method, _score(dictionary, params, data), seconds
+    # With all that our trainer does by default.
     trainer = with_defaults(dictionary, target)
     params, seconds = train(dictionary, trainer, data, seed, learning_rate=RATE)
     yield "ours", _score(dictionary, params, data), seconds

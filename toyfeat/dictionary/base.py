@@ -302,6 +302,7 @@ def _recon(architecture: Architecture, params: Params, codes: Codes) -> Array:
 
 def _all_codes(config: Config, params: Params, codes: Codes) -> Array:
     """Codes ``[N, M]`` in the units of the configuration."""
+    # Values are in units of the rows of W_dec; a few of each example are spread out.
     units = code_units(config, params)
     if codes.index is None:
         return codes.values * units[None, :]

@@ -122,6 +122,7 @@ def _loss_and_grads(recipe: Recipe, state: TrainState, batch: NormalizedBatch) -
             scale=scale,
             coefficients=coefficients,
         )
+        # Terms without their coefficients are metrics; their weighted sum is the loss.
         losses = {term.name: term.loss(inputs) for term in recipe.objective}
         total = sum(coefficients[name] * value for name, value in losses.items())
         return jnp.asarray(total), (inputs, losses)

@@ -59,6 +59,8 @@ def modular_addition(
     waves_key, rows_key, size_key, axes_key = jax.random.split(key, 4)
     angle, amplitude = _draw_waves(waves_key, size_key, modulus, frequencies)
     readers, embedding_axes = _draw_directions(rows_key, axes_key, dim, 2 * frequencies)
+    # The activation is the planes of a + b by their writers, and both embeddings; the
+    # unembedding reads the planes alone.
     writers = dual(readers)
     params = {
         "angle": angle,
@@ -126,6 +128,7 @@ def _logits(angle: Array, amplitude: Array, modulus: int) -> Array:
 def _check(modulus: int, frequencies: int, dim: int, embedding: float) -> None:
     sizes = {"modulus": modulus, "frequencies": frequencies, "dim": dim}
     check_ints("modular_addition", **sizes)
+    # Frequencies of an odd prime are all alike: each visits every answer.
     prime = modulus > 2 and all(modulus % n for n in range(2, modulus))
     if not prime or not 1 <= frequencies <= (modulus - 1) // 2:
         raise ValueError(

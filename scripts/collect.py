@@ -15,7 +15,7 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from toyfeat.jobs import Job, open_job, steps
 from toyfeat.jobs.command import run_job_script
 from toyfeat.jobs.memory import keep_memory
-from toyfeat.jobs.stores import require_store
+from toyfeat.jobs.results import require_store
 from toyfeat.jobs.taps import count_massive
 
 

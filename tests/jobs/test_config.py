@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from toyfeat.jobs import Attribution, Collect, Decompose, Evaluate, Job, Train, read_job
-from toyfeat.jobs.runs import list_runs
+from toyfeat.jobs.results import list_runs
 
 ROOT = Path(__file__).parents[2]
 

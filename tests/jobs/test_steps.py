@@ -27,7 +27,7 @@ from toyfeat.jobs import (
     evaluate,
     steps,
 )
-from toyfeat.jobs.bases import compute_bases
+from toyfeat.jobs.evaluate import compute_bases
 from toyfeat.jobs.results import Rows
 from toyfeat.jobs.workspace import model_taps, open_job, open_site, open_taps
 from toyfeat.lm.collect import fingerprint, read_chunks, site_folder

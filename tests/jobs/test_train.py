@@ -9,58 +9,9 @@ from toyfeat.interop import load_saelens
 from toyfeat.jobs import Attribution, Train
 from toyfeat.jobs import taps as sources
 from toyfeat.jobs import train as training
-from toyfeat.jobs.runs import Run, finished_runs, is_finished, list_runs
+from toyfeat.jobs.results import Run, finished_runs, is_finished, list_runs
 from toyfeat.jobs.taps import from_store, grads_as_acts, shuffled_batches
 from toyfeat.jobs.train import design, load_curves, train_one, train_together
-
-
-def test_a_job_has_every_kind_number_of_codes_and_seed():
-    train = Train(kinds=("acts", "paired"), ks=(2, 4), seeds=(0, 5))
-    runs = list_runs(train)
-    assert len(runs) == len({run.name for run in runs}) == 8
-    assert Run("paired", 4, 5) in runs
-    assert Run("paired", 4, 5).name == "paired-k4-s5"
-    assert list_runs(Train(ks=())) == []
-
-
-def test_an_unknown_kind_is_refused(tmp_path):
-    train = Train(kinds=("acts", "weights"))
-    with pytest.raises(ValueError, match=r"train: kinds must be of acts, .*'weights'"):
-        list_runs(train)
-    with pytest.raises(ValueError, match="train: kinds"):
-        list(finished_runs(train, tmp_path))
-
-
-def test_every_loss_of_attributions_is_a_run():
-    losses = Attribution(), Attribution("strong 10", 1.0, 1.0)
-    train = Train(kinds=("acts", "attribution"), ks=(4,), attribution=losses)
-    names = ["acts-k4-s0", "attribution-k4-s0", "strong 10-k4-s0"]
-    assert [run.name for run in list_runs(train)] == names
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("a", "a"),
-        ("acts",),
-        ("../a",),
-        ("",),
-        ("a-k3-s0",),
-        ("paired alone",),
-        ("gradients sampled",),
-        ("random",),
-    ],
-)
-def test_names_of_losses_must_differ_and_be_names(names):
-    train = Train(attribution=tuple(Attribution(name) for name in names))
-    with pytest.raises(ValueError, match=f"train: losses want names.*{names[-1]!r}"):
-        list_runs(train)
-
-
-def test_losses_that_nothing_is_trained_with_are_refused():
-    train = Train(kinds=("acts",), attribution=(Attribution("weak"),))
-    with pytest.raises(ValueError, match=r"are losses \(weak\), but kinds has no"):
-        list_runs(train)
 
 
 def test_a_population_that_was_cut_off_goes_on_with_its_members(

@@ -17,9 +17,8 @@ from tiny_held import LATENTS, SITES, K, dictionary, held_at, replaced_by
 import toyfeat as ft
 from toyfeat.lm.collect import make_readout
 from toyfeat.lm.evaluate import evaluate_replacements
-from toyfeat.lm.held_out import tap_held_out
 from toyfeat.lm.replacements import Replacement, from_basis, from_dictionary
-from toyfeat.lm.split import split_at
+from toyfeat.lm.split import split_at, tap_held_out
 
 
 @pytest.mark.parametrize("site", SITES)

@@ -8,10 +8,9 @@ from tiny_held import LATENTS, SITES, dictionary, held_at, replaced_by
 
 import toyfeat as ft
 from toyfeat.lm import leave_one_out
-from toyfeat.lm.held_out import tap_held_out
 from toyfeat.lm.leave_one_out import faithfulness
 from toyfeat.lm.replacements import Replacement, from_dictionary
-from toyfeat.lm.split import split_at
+from toyfeat.lm.split import split_at, tap_held_out
 
 
 def effects_by_hand(site, held, method):

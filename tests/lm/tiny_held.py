@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from tiny_decoder import CONFIG, weights, windows
 
 import toyfeat as ft
-from toyfeat.lm.held_out import tap_held_out
 from toyfeat.lm.replacements import Replaced, Replacement
-from toyfeat.lm.split import split_at
+from toyfeat.lm.split import split_at, tap_held_out
 
 SITES = "blocks_1/resid_post", "blocks_1/mlp_hidden", "blocks_0/attn_out"
 LATENTS, K = 20, 3

@@ -1,19 +1,27 @@
-"""Score the bases and dictionaries of a site on held-out text."""
+"""Compute the bases of a site, and score them and dictionaries on held-out text."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.decompose import (
+    gradient_pca,
+    joint_pca,
+    local_interaction_basis,
+    pca,
+)
 from toyfeat.interop import load_saelens
-from toyfeat.jobs.results import Rows
-from toyfeat.jobs.runs import Run
-from toyfeat.jobs.workspace import Log, Site
+from toyfeat.jobs.results import Rows, Run
+from toyfeat.jobs.workspace import Log, Site, probed_from
 from toyfeat.linalg.precision import norm
 from toyfeat.lm.collect import make_readout
 from toyfeat.lm.evaluate import evaluate_replacements, reference_losses
-from toyfeat.lm.held_out import HeldOut, tap_held_out
 from toyfeat.lm.leave_one_out import faithfulness
 from toyfeat.lm.replacements import (
     Replacement,
@@ -21,13 +29,66 @@ from toyfeat.lm.replacements import (
     from_dictionary,
     from_readers,
 )
-from toyfeat.lm.split import SplitDecoder, split_at
+from toyfeat.lm.split import HeldOut, SplitDecoder, split_at, tap_held_out
 from toyfeat.metrics import attribution_faithfulness
-from toyfeat.types import Array, Basis, Params
+from toyfeat.types import Acts, Array, Basis, Params
 
 # Methods that share the model's own predictions, whose log-probabilities are computed
 # once for all of them; more of them would be lost at once when a run is cut off.
 _METHODS_AT_ONCE = 8
+
+
+def compute_bases(site: Site, names: Sequence[str]) -> dict[str, Basis]:
+    """Compute bases of a site, with as many directions as it has.
+
+    Args:
+      site: from :func:`toyfeat.jobs.workspace.open_site`.
+      names: of :data:`toyfeat.jobs.config.BASES`.
+
+    Returns:
+      Name to basis.
+    """
+    stats, width = site.stats, site.width
+    compute_pca = cache(lambda: pca(stats, width))
+    rows = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (width, width)))[0]
+    random = {"readers": rows, "writers": rows.T, "spectrum": jnp.ones(width)}
+    recipes: dict[str, Callable[[], Basis]] = {
+        "pca": compute_pca,
+        "gradient pca": lambda: gradient_pca(stats, width),
+        "joint pca": lambda: joint_pca(stats, width),
+        "lib": lambda: _interaction_basis(site),
+        "random": lambda: compute_pca()._replace(**random),
+    }
+    return {name: recipes[name]() for name in names}
+
+
+def _interaction_basis(site: Site) -> Basis:
+    """Local interaction basis towards the logits, over the tokens that count."""
+    work, tokens = site.work, site.work.tokens
+    probed, batch = probed_from(work), min(work.job.collect.batch, len(tokens))
+    weights = np.concatenate([taps.weights for taps in site.taps.chunks()])
+    weights = weights.reshape(tokens.shape)
+
+    def batches() -> Iterator[tuple[Array, Array]]:
+        for start in range(0, len(tokens), batch):
+            # The last batch is filled up with windows of weight 0.
+            rows = np.arange(start, start + batch)
+            is_window = (rows < len(tokens))[:, None]
+            rows = rows % len(tokens)
+            yield jnp.asarray(tokens[rows]), jnp.asarray(weights[rows] * is_window)
+
+    def probed_tokens(params: Params, inputs: Any, probes: Any) -> tuple[Any, Acts]:
+        return probed(params, inputs[0], probes)
+
+    return local_interaction_basis(
+        probed_tokens,
+        work.model.params,
+        batches,
+        sites=[site.name],
+        sources=work.job.decompose.sources,
+        key=jax.random.key(work.job.collect.seed),
+        mask=lambda inputs: inputs[1],
+    )[site.name]
 
 
 class HeldOutSite(NamedTuple):
@@ -115,10 +176,10 @@ def methods_from_run(run: Run, features: Path, site: Site) -> dict[str, Replacem
         return run.name.replace(run.label, f"{run.label} {way}", 1)
 
     if run.kind == "gradients":
-        args = sae, params, site.mean, site.covariance
+        mean, covariance = site.mean, site.covariance
         return {
-            run.name: from_readers(*args),
-            name_of("sampled"): from_readers(*args, gradient_index=1),
+            name: from_readers(sae, params, mean, covariance, gradient_index=index)
+            for index, name in enumerate((run.name, name_of("sampled")))
         }
     methods = {run.name: from_dictionary(sae, params, gradient_index=0)}
     if run.kind == "paired":

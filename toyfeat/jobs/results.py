@@ -1,24 +1,26 @@
-"""Results of a job: the folder that is its own, and rows that are written once."""
+"""The folder of a job: its dictionaries, stores and settings, and rows of results."""
 
 import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from toyfeat.files.atomic import write_whole
 from toyfeat.files.json import read_json, read_json_lines
-from toyfeat.jobs.config import Attribution, Job
+from toyfeat.jobs.config import BASES, Attribution, Job, Train
+from toyfeat.lm.collect import site_folder
+
+KINDS = ("acts", "attribution", "gradients", "paired")
 
 # Entries that may be extended in a folder that has results already.
 _EXTENDABLE = {
     "train": ("kinds", "ks", "seeds"),
     "decompose": ("bases", "ranks"),
 }
-
 
 # Values of entries that older folders do not have.
 _FORMER_TRAIN_DEFAULTS = {
@@ -32,6 +34,134 @@ _FORMER_DEFAULTS = {"weights": "float32"}
 _OTHER_FOLDER = "give another folder as out, or move it away"
 _RESULTS = ("stores", "train", "decompose.jsonl", "evaluation.jsonl")
 _DELETE_LINE = "delete that line, and its result is computed again"
+
+
+class Run(NamedTuple):
+    """One dictionary of a job.
+
+    Attributes:
+      kind: of :data:`KINDS`.
+      k: active latents per token.
+      seed: of the initial parameters and the order of the tokens.
+      loss: of the kind ``"attribution"``.
+    """
+
+    kind: str
+    k: int
+    seed: int
+    loss: Attribution | None = None
+
+    @property
+    def label(self) -> str:
+        """The kind, or the name of the attribution loss."""
+        return self.loss.name if self.loss else self.kind
+
+    @property
+    def name(self) -> str:
+        """Name of the folder of the run."""
+        return f"{self.label}-k{self.k}-s{self.seed}"
+
+
+def list_runs(train: Train) -> list[Run]:
+    """List all dictionaries of a job: every kind with every ``k`` and seed.
+
+    Raises:
+      ValueError: for an unknown kind, or losses whose names cannot be told apart.
+    """
+    if unknown := [kind for kind in train.kinds if kind not in KINDS]:
+        raise ValueError(
+            f"train: kinds must be of {', '.join(KINDS)}, got {unknown[0]!r}"
+        )
+    _check_losses(train)
+    losses: dict[str, Sequence[Attribution | None]] = dict.fromkeys(KINDS, (None,))
+    losses["attribution"] = train.attribution
+    return [
+        Run(kind, k, seed, loss)
+        for seed in train.seeds
+        for k in train.ks
+        for kind in train.kinds
+        for loss in losses[kind]
+    ]
+
+
+def _check_losses(train: Train) -> None:
+    """Refuse names that cannot be folders or methods of their own, and unused losses.
+
+    Rows of results and folders are found by name, so that a loss must not be called
+    like a basis or like a way in which another kind is evaluated ("paired alone").
+    """
+    names = [loss.name for loss in train.attribution]
+    for name in names:
+        taken = name in BASES or name.split(" ")[0] in {*KINDS} - {"attribution"}
+        plain = name.replace(" ", "").replace("_", "").isalnum()
+        if taken or not plain or names.count(name) > 1:
+            raise ValueError(
+                "train: losses want names of their own, of letters, digits, spaces and "
+                "underscores, that do not begin as other kinds and are no bases', got "
+                f"{name!r}"
+            )
+    if train.attribution != (Attribution(),) and "attribution" not in train.kinds:
+        raise ValueError(
+            f"train: there are losses ({', '.join(names)}), but kinds has no "
+            "'attribution'; add it, or leave the losses out"
+        )
+
+
+def finished_runs(train: Train, folder: Path) -> Iterator[tuple[Run, Path]]:
+    """Iterate over the trained dictionaries of a job.
+
+    Args:
+      train: settings.
+      folder: that has a folder for each run.
+
+    Yields:
+      A run and the folder of its features, in SAELens' format.
+    """
+    for run in list_runs(train):
+        if is_finished(folder, run):
+            yield run, folder / run.name / "features"
+
+
+def is_finished(folder: Path, run: Run) -> bool:
+    """Check whether the features of a run were saved."""
+    return (folder / run.name / "features" / "cfg.json").exists()
+
+
+def store_path(job: Job, site: str) -> Path:
+    """Folder of the store of a site."""
+    return Path(job.out) / "stores" / site_folder(site)
+
+
+def moments_path(job: Job, site: str) -> Path:
+    """File of the second moments of a site."""
+    folder = "moments" if job.source == "store" else "moments of the model"
+    return Path(job.out) / folder / site_folder(site)
+
+
+def require_collected(job: Job, site: str) -> None:
+    """Refuse a step that comes before collecting.
+
+    Raises:
+      FileNotFoundError: if nothing was collected, of a job with a store.
+    """
+    missing = not moments_path(job, site).exists() or not store_path(job, site).exists()
+    if job.source == "store" and missing:
+        raise FileNotFoundError(
+            f"job: {job.out} has nothing of {site!r} yet; run scripts/collect.py first"
+        )
+
+
+def require_store(job: Job) -> None:
+    """Refuse to collect for a job without a store.
+
+    Raises:
+      ValueError: for a job without a store.
+    """
+    if job.source != "store":
+        raise ValueError(
+            f"job: source is {job.source!r}, so that nothing is stored; leave this "
+            'step out, or set source = "store"'
+        )
 
 
 def claim_folder(job: Job, *parts: str) -> Path:

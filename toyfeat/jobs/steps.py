@@ -13,34 +13,39 @@ import numpy as np
 
 from toyfeat.data.store import Store, store_size
 from toyfeat.interop import load_saelens
-from toyfeat.jobs.bases import compute_bases
 from toyfeat.jobs.config import Job
 from toyfeat.jobs.evaluate import (
     check_attributions,
+    compute_bases,
     methods_from_bases,
     methods_from_run,
     open_held_out,
     score_methods,
 )
-from toyfeat.jobs.results import Rows, claim_folder
-from toyfeat.jobs.runs import Run, finished_runs, is_finished, list_runs
-from toyfeat.jobs.stores import (
-    open_collected,
-    open_moments,
+from toyfeat.jobs.results import (
+    Rows,
+    Run,
+    claim_folder,
+    finished_runs,
+    is_finished,
+    list_runs,
     require_collected,
     require_store,
+)
+from toyfeat.jobs.taps import (
+    MAX_BYTES_IN_MEMORY,
+    TapSource,
+    open_moments,
     verify_once,
 )
-from toyfeat.jobs.taps import MAX_BYTES_IN_MEMORY, TapSource, from_store
 from toyfeat.jobs.train import train_one, train_together
 from toyfeat.jobs.workspace import (
     Log,
     Site,
     Workspace,
     num_readouts,
-    open_job,
     open_site,
-    open_taps,
+    open_training_taps,
     probed_from,
     provenance,
     readout_from,
@@ -184,7 +189,12 @@ def _decompose_site(site: Site, rows: Rows, log: Log) -> None:
     score_methods(open_held_out(site), methods_from_bases(bases, ranks), rows, log)
 
 
-def train_job(job: Job, log: Log = print) -> None:
+def train_job(
+    job: Job,
+    log: Log = print,
+    *,
+    open_source: Callable[[Job], TapSource] = open_training_taps,
+) -> None:
     """Train every dictionary of a job that is not finished.
 
     A job with a store is trained without opening its model.
@@ -192,6 +202,9 @@ def train_job(job: Job, log: Log = print) -> None:
     Args:
       job: that was collected, or one without a store.
       log: called with a line for every dictionary.
+      open_source: opens what is trained on.  Where the model of a job without a store
+        is open already, ``lambda job: open_taps(work, job.site)`` trains on that one
+        instead of reading it and hashing its weights once more.
 
     Raises:
       FileNotFoundError: if nothing was collected.
@@ -199,11 +212,8 @@ def train_job(job: Job, log: Log = print) -> None:
     """
     folder = Path(job.out) / "train"
     runs = [r for r in list_runs(job.train) if not is_finished(folder, r)]
-    source = None
-    if job.source == "store":
-        source = from_store(open_collected(job, job.site), job.train.batch)
-    elif runs:
-        source = open_taps(open_job(job), job.site)
+    # A damaged store is refused even if nothing is left to train.
+    source = open_source(job) if runs or job.source == "store" else None
     claim_folder(job, "collect", "train")
     if source is None or not runs:
         return

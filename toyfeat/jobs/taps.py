@@ -1,5 +1,6 @@
-"""Sources of activations and gradients of a site: a store, or the model itself."""
+"""Activations and gradients of a site, of a store or the model, and their moments."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.checkpoint import load_tree
+from toyfeat.checkpoint import load_tree, save_tree
+from toyfeat.checkpoint.files import DamagedFileError
 from toyfeat.data import array_batches, store_batches
 from toyfeat.data.batches import Batches as DeviceBatches
-from toyfeat.data.store import Store, shard_taps
-from toyfeat.files.json import field
-from toyfeat.lm.collect import read_chunks
+from toyfeat.data.store import Store, open_store, shard_taps, verify_store
+from toyfeat.files.atomic import write_whole
+from toyfeat.files.json import field, read_json
+from toyfeat.jobs.config import Job
+from toyfeat.jobs.results import moments_path, require_collected, store_path
+from toyfeat.lm.collect import accumulate_moments, read_chunks
 from toyfeat.types import Array, Moments, Params, Taps
 
 Batches = DeviceBatches | Callable[[int], Taps]
@@ -48,6 +53,10 @@ class TapSource(NamedTuple):
     def bytes_per_token(self) -> int:
         """Size of the taps of one token in float32."""
         return 4 * self.dim * (1 + self.readouts)
+
+    def moments(self) -> Moments:
+        """Accumulate second moments over all taps."""
+        return accumulate_moments(self.chunks())
 
 
 def from_store(store: Store, batch: int) -> TapSource:
@@ -226,3 +235,80 @@ def count_massive(store: Store) -> int:
     length = field(store.metadata, "length", int, source, "job", low=1)
     windows = store.rows // length
     return zeros - 2 * windows
+
+
+def open_collected(job: Job, site: str) -> Store:
+    """Open the store of a site, after verifying its checksums.
+
+    Raises:
+      FileNotFoundError: if nothing was collected there.
+      ValueError: if a shard is damaged; names it.
+    """
+    require_collected(job, site)
+    store = open_store(store_path(job, site))
+    verify_once(store)
+    return store
+
+
+def verify_once(store: Store) -> None:
+    """Verify the checksums of a store, unless its files are as they were verified.
+
+    A file beside the store says which sizes and times of change its shards had when
+    they were verified.  Reading 1 GB for the checksums takes one to five seconds.
+
+    Args:
+      store: an open one.
+
+    Raises:
+      ValueError: if a shard is damaged; names it and says what to do.
+    """
+    marker = store.path.with_name(f"{store.path.name}.verified.json")
+    shards = {}
+    for shard in store.shards:
+        status = (store.path / shard.file).stat()
+        shards[shard.file] = [status.st_size, status.st_mtime_ns, shard.sha256]
+    try:
+        is_verified = read_json(marker, "job") == {"shards": shards}
+    except (ValueError, FileNotFoundError):  # to be written again
+        is_verified = False
+    if is_verified:
+        return
+    try:
+        verify_store(store.path)
+    except ValueError as error:
+        fault = str(error).partition("; ")[0]  # without its advice
+        raise ValueError(
+            f"job: the store must hold what was collected, got {fault}; delete the "
+            f"folder {store.path} and run scripts/collect.py again, which collects "
+            "this site anew"
+        ) from error
+    write_whole(marker, json.dumps({"shards": shards}) + "\n")
+
+
+def open_moments(
+    job: Job, site: str, dim: int, compute: Callable[[], Moments], log: Callable
+) -> Moments:
+    """Read the moments of a site, or compute and keep them.
+
+    Moments whose file is damaged are computed again: what they are computed from is
+    verified or the model itself.
+
+    Args:
+      job: settings.
+      site: name.
+      dim: width of the site.
+      compute: makes them, if there are none.
+      log: called with a line if a file is damaged.
+
+    Raises:
+      ValueError: if the file holds something else than moments of this width.
+    """
+    path = moments_path(job, site)
+    if path.exists():
+        try:
+            return load_moments(path, dim)
+        except DamagedFileError as error:
+            log(f"{error}: computed again")
+    stats = compute()
+    save_tree(path, stats)
+    return stats

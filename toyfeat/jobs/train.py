@@ -16,7 +16,7 @@ from toyfeat.files.atomic import write_whole
 from toyfeat.files.json import parse_json, read_bytes, read_json_lines
 from toyfeat.interop import save_saelens
 from toyfeat.jobs.config import Attribution, Train
-from toyfeat.jobs.runs import Run, finished_runs
+from toyfeat.jobs.results import Run, finished_runs
 from toyfeat.jobs.taps import TapSource
 from toyfeat.train import denormalized, fit, population, trainer
 from toyfeat.train.types import Trainer, TrainState

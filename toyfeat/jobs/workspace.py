@@ -15,13 +15,17 @@ from toyfeat.files.atomic import write_whole
 from toyfeat.files.json import field, read_json
 from toyfeat.jobs.config import Job
 from toyfeat.jobs.hub import hub_commit, is_hub
-from toyfeat.jobs.runs import list_runs
+from toyfeat.jobs.results import list_runs
 from toyfeat.jobs.sources import locate, read_texts
-from toyfeat.jobs.stores import open_collected, open_moments
-from toyfeat.jobs.taps import TapSource, from_model, from_store
+from toyfeat.jobs.taps import (
+    TapSource,
+    from_model,
+    from_store,
+    open_collected,
+    open_moments,
+)
 from toyfeat.lm.collect import (
     ReadoutOf,
-    accumulate_moments,
     fingerprint,
     make_readout,
     tap_windows,
@@ -184,7 +188,7 @@ def open_site(work: Workspace, name: str, log: Log = print) -> Site:
     def compute() -> Moments:
         kind = "the store" if work.job.source == "store" else "the model"
         log(f"{name}: {work.tokens.size:,} tokens straight from {kind}")
-        return accumulate_moments(source.chunks(), source.dim)
+        return source.moments()
 
     stats = open_moments(work.job, name, source.dim, compute, log)
     return Site(
@@ -223,6 +227,20 @@ def open_taps(work: Workspace, name: str) -> TapSource:
     weights = field(store.metadata, "weights", str, store.path / "store.json", "job")
     _check_weights(work, store.path, weights)
     return from_store(store, work.job.train.batch)
+
+
+def open_training_taps(job: Job) -> TapSource:
+    """Open the taps that the dictionaries of a job are trained on.
+
+    A store is opened without the model; without a store, the model is opened.
+
+    Raises:
+      FileNotFoundError: if nothing was collected, of a job with a store.
+      ValueError: if a shard is damaged, and as :func:`open_job` and :func:`open_taps`.
+    """
+    if job.source == "store":
+        return from_store(open_collected(job, job.site), job.train.batch)
+    return open_taps(open_job(job), job.site)
 
 
 def model_taps(work: Workspace, name: str) -> TapSource:

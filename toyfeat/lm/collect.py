@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -306,31 +307,21 @@ def read_chunks(store: Store, *, rows: int = 4096) -> Iterator[Taps]:
             yield jax.tree.map(lambda x, p=part: np.asarray(x[p], np.float32), taps)
 
 
-def accumulate_moments(
-    chunks: Iterable[Taps], dim: int, *, grads: bool = True
-) -> Moments:
-    """Accumulate second moments over chunks of taps.
-
-    Args:
-      chunks: of one site.
-      dim: ``D``.
-      grads: whether they have gradients.
-
-    Returns:
-      :class:`Moments`.
-    """
-    stats = moments(dim, grads=grads)
+def accumulate_moments(chunks: Iterable[Taps]) -> Moments:
+    """Accumulate second moments over chunks of the taps of a site, at least one."""
+    chunks = iter(chunks)
+    first = next(chunks)  # all chunks have its width, and gradients if it has some
+    stats = moments(first.acts.shape[1], grads=first.grads is not None)
     update = jax.jit(stats.update)
     state = stats.init()
-    for taps in chunks:
+    for taps in chain([first], chunks):
         state = update(state, jax.tree.map(jnp.asarray, taps))
     return stats.finish(state)
 
 
 def store_moments(store: Store, *, rows: int = 4096) -> Moments:
     """Second moments of a store, read ``rows`` at a time."""
-    grads = store.readouts is not None
-    return accumulate_moments(read_chunks(store, rows=rows), store.dim, grads=grads)
+    return accumulate_moments(read_chunks(store, rows=rows))
 
 
 def fingerprint(params: Params) -> str:

@@ -10,9 +10,8 @@ import numpy as np
 
 from toyfeat.dictionary import attribution_l0
 from toyfeat.dictionary.attributions import SHARE
-from toyfeat.lm.held_out import HeldOut, precise
 from toyfeat.lm.replacements import Replaced, Replacement
-from toyfeat.lm.split import SplitDecoder
+from toyfeat.lm.split import HeldOut, SplitDecoder, precise
 from toyfeat.metrics import ce_recovered
 from toyfeat.types import Array, Params, Taps
 
@@ -88,7 +87,7 @@ def reference_losses(
     Args:
       split: the decoder split at a site.
       params: parameters of the decoder.
-      held_out: from :func:`toyfeat.lm.held_out.tap_held_out`.
+      held_out: from :func:`toyfeat.lm.split.tap_held_out`.
       batch: windows at a time.
 
     Returns:
@@ -121,7 +120,7 @@ def evaluate_replacements(
     Args:
       split: the decoder split at a site.
       params: parameters of the decoder.
-      held_out: from :func:`toyfeat.lm.held_out.tap_held_out`.
+      held_out: from :func:`toyfeat.lm.split.tap_held_out`.
       replacements: by name.
       losses: from :func:`reference_losses`, if they are known.
       batch: windows at a time.

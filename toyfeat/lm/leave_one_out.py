@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.lm.evaluate import compile_rule, next_token_cross_entropy
-from toyfeat.lm.held_out import HeldOut, precise
 from toyfeat.lm.replacements import Replaced, Replacement
-from toyfeat.lm.split import SplitDecoder
+from toyfeat.lm.split import HeldOut, SplitDecoder, precise
 from toyfeat.metrics import Faithfulness, attribution_faithfulness
 from toyfeat.types import Array, Params, Taps
 
@@ -88,7 +87,7 @@ def faithfulness(
     Args:
       split: the decoder split at a site.
       params: parameters of the decoder.
-      held_out: from :func:`toyfeat.lm.held_out.tap_held_out`.
+      held_out: from :func:`toyfeat.lm.split.tap_held_out`.
       replacement: of the activations of the site.
       uniform: number of pairs that are drawn evenly.
       largest: number of pairs with the largest attributions.

@@ -1,4 +1,4 @@
-"""Stores, moments and rows of a job that were damaged or cut off."""
+"""What is in the folder of a job: dictionaries, stores, moments and rows."""
 
 import errno
 import json
@@ -12,18 +12,74 @@ import pytest
 
 from toyfeat.data import store as data_store
 from toyfeat.data.writing import store_writer
-from toyfeat.jobs import Job, Train, steps, stores
+from toyfeat.jobs import Attribution, Job, Train, steps
+from toyfeat.jobs import taps as sources
 from toyfeat.jobs.config import Collect
-from toyfeat.jobs.results import Rows, claim_folder
-from toyfeat.jobs.runs import Run
-from toyfeat.jobs.stores import moments_path, open_collected, open_moments, store_path
-from toyfeat.jobs.taps import load_moments
+from toyfeat.jobs.results import (
+    Rows,
+    Run,
+    claim_folder,
+    finished_runs,
+    list_runs,
+    moments_path,
+    store_path,
+)
+from toyfeat.jobs.taps import load_moments, open_collected, open_moments
 from toyfeat.jobs.train import load_curves, train_together
 from toyfeat.lm.collect import store_moments
 from toyfeat.types import Taps
 
 SITE = "blocks_1/resid_post"
 DIM = 3
+
+
+def test_a_job_has_every_kind_number_of_codes_and_seed():
+    train = Train(kinds=("acts", "paired"), ks=(2, 4), seeds=(0, 5))
+    runs = list_runs(train)
+    assert len(runs) == len({run.name for run in runs}) == 8
+    assert Run("paired", 4, 5) in runs
+    assert Run("paired", 4, 5).name == "paired-k4-s5"
+    assert list_runs(Train(ks=())) == []
+
+
+def test_an_unknown_kind_is_refused(tmp_path):
+    train = Train(kinds=("acts", "weights"))
+    with pytest.raises(ValueError, match=r"train: kinds must be of acts, .*'weights'"):
+        list_runs(train)
+    with pytest.raises(ValueError, match="train: kinds"):
+        list(finished_runs(train, tmp_path))
+
+
+def test_every_loss_of_attributions_is_a_run():
+    losses = Attribution(), Attribution("strong 10", 1.0, 1.0)
+    train = Train(kinds=("acts", "attribution"), ks=(4,), attribution=losses)
+    names = ["acts-k4-s0", "attribution-k4-s0", "strong 10-k4-s0"]
+    assert [run.name for run in list_runs(train)] == names
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a", "a"),
+        ("acts",),
+        ("../a",),
+        ("",),
+        ("a-k3-s0",),
+        ("paired alone",),
+        ("gradients sampled",),
+        ("random",),
+    ],
+)
+def test_names_of_losses_must_differ_and_be_names(names):
+    train = Train(attribution=tuple(Attribution(name) for name in names))
+    with pytest.raises(ValueError, match=f"train: losses want names.*{names[-1]!r}"):
+        list_runs(train)
+
+
+def test_losses_that_nothing_is_trained_with_are_refused():
+    train = Train(kinds=("acts",), attribution=(Attribution("weak"),))
+    with pytest.raises(ValueError, match=r"are losses \(weak\), but kinds has no"):
+        list_runs(train)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +130,7 @@ def test_a_store_is_verified_once_and_again_when_a_file_changes(job, monkeypatch
         calls.append(path)
         data_store.verify_store(path)
 
-    monkeypatch.setattr(stores, "verify_store", count_calls)
+    monkeypatch.setattr(sources, "verify_store", count_calls)
     for _ in range(3):
         open_collected(job, SITE)
     assert len(calls) == 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import run_in_turn, run_python
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,15 +21,8 @@ LIMITS = {"tap.py": 1e-5, "controllers.py": 1.0}  # of errors; others 1e-2
 
 
 def run_leaderboard(folder, *arguments):
-    command = [sys.executable, "benchmarks/leaderboard.py", "--tiny"]
-    done = subprocess.run(
-        [*command, "--out", str(folder), *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    command = "benchmarks/leaderboard.py", "--tiny", "--out", folder
+    done = run_python(*command, *arguments)
     assert done.returncode == 0, done.stderr
     shown = json.loads((folder / "leaderboard.json").read_text())["rows"]
     return done.stdout, shown
@@ -279,25 +273,15 @@ def test_the_command_line_is_checked(bench, capsys):
     assert "," not in "".join([*board.TASKS, *board.SHAPES, *board.METHODS])
 
 
-@pytest.mark.parametrize("name", ["leaderboard.py", "brittleness.py", "tap.py"])
-def test_without_tyro_the_command_says_what_to_install(name):
-    code = (
-        "import runpy, sys; sys.modules['tyro'] = None; "
-        f"sys.path.insert(0, 'benchmarks'); sys.argv = ['{name}', '--tiny']; "
-        f"runpy.run_path('benchmarks/{name}', run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 1
-    expected = f"{name}: the command line needs tyro: pip install tyro"
-    assert done.stderr.strip().endswith(expected)
-    assert "Traceback" not in done.stderr
+def test_without_tyro_the_command_says_what_to_install():
+    names = "leaderboard.py", "brittleness.py", "tap.py"
+    commands = [(f"benchmarks/{name}", "--tiny") for name in names]
+    ends = run_in_turn(commands, prelude="sys.modules['tyro'] = None")
+    for name, (status, output) in zip(names, ends, strict=True):
+        assert status == 1
+        expected = f"{name}: the command line needs tyro: pip install tyro"
+        assert output.strip().endswith(expected)
+        assert "Traceback" not in output
 
 
 def test_a_sweep_that_is_damaged_or_of_another_grid_is_left_to_the_user(
@@ -391,13 +375,10 @@ def test_success_is_near_the_best_and_b_has_the_codes_too(bench):
 @pytest.mark.slow
 def test_brittleness_is_swept_once_and_drawn(tmp_path):
     path = tmp_path / "shares.jsonl"
-    command = [sys.executable, "benchmarks/brittleness.py", "--tiny", "--out"]
-    command += [str(tmp_path / "out"), "--json", str(path)]
+    command = "benchmarks/brittleness.py", "--tiny", "--out", tmp_path / "out"
     texts = []
     for _ in range(2):
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
-        )
+        done = run_python(*command, "--json", path)
         assert done.returncode == 0, done.stderr
         texts.append(path.read_text())
     assert texts[0] == texts[1]  # kept, not swept again
@@ -428,14 +409,7 @@ def test_brittleness_is_swept_once_and_drawn(tmp_path):
 )
 def test_a_benchmark_runs_at_its_tiny_setting(name, tmp_path):
     path = tmp_path / "rows.json"
-    done = subprocess.run(
-        [sys.executable, f"benchmarks/{name}", "--tiny", "--json", str(path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run_python(f"benchmarks/{name}", "--tiny", "--json", path)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows

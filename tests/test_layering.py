@@ -1,12 +1,11 @@
 """Imports go one way: between the rooms of the package, and inside each of them."""
 
 import ast
-import subprocess
-import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 PACKAGE = Path(__file__).parents[1] / "toyfeat"
 
@@ -101,7 +100,5 @@ def test_importing_the_package_touches_no_device_and_no_extra():
         "heavy = {'matplotlib', 'tyro', 'tensorboardX', 'safetensors', 'sklearn'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr

@@ -1,12 +1,7 @@
-import os
 import runpy
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
+from processes import ROOT, run_in_turn
 
-ROOT = Path(__file__).parents[1]
 # Scripts that import ``examples``, which is not installed.
 STUDIES = ("demo", "modular", "modular_lib", "squaring_dictionaries", "sweep")
 STUDIES += ("synth_sae_bench",)
@@ -19,16 +14,9 @@ def test_scripts_are_thin():
         assert "main" in runpy.run_path(str(path), run_name="not_main")
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_a_script_finds_the_examples_from_any_folder(name, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / f"{name}.py"), "--help"],
-        cwd=tmp_path,
-        env=os.environ | {"COLUMNS": "80"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout
+def test_scripts_find_the_examples_from_any_folder(tmp_path):
+    commands = [(f"scripts/{name}.py", "--help") for name in STUDIES]
+    ends = run_in_turn(commands, cwd=tmp_path, env={"COLUMNS": "80"})
+    for name, (status, output) in zip(STUDIES, ends, strict=True):
+        assert status == 0, (name, output)
+        assert "usage" in output, name

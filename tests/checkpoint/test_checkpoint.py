@@ -1,8 +1,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import zipfile
 
 import jax
@@ -10,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from processes import run_python
 
 from toyfeat.checkpoint import (
     DamagedFileError,
@@ -313,8 +312,7 @@ assert newest_checkpoint(folder, state).step == 2
 
 
 def test_a_real_limit_of_size(tmp_path):
-    command = [sys.executable, "-W", "error", "-c", LIMITED, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_python("-W", "error", "-c", LIMITED, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 

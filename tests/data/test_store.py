@@ -4,14 +4,13 @@ import hashlib
 import json
 import os
 import resource
-import subprocess
-import sys
 import textwrap
 from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import run_python
 
 from toyfeat.data import array_batches, store_batches
 from toyfeat.data.store import open_store, shard_taps, store_size, verify_store
@@ -356,12 +355,7 @@ print(kills, len(seen))
 
 def test_killed_at_any_moment_it_goes_on_bit_by_bit(tmp_path):
     script = textwrap.dedent(KILLED)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), "0"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-c", script, tmp_path, 0)
     assert done.returncode == 0, done.stderr
     kills, stages = map(int, done.stdout.split())
     assert kills > 3

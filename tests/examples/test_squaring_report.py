@@ -1,12 +1,10 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import run_in_turn, run_python
 from scipy.linalg import subspace_angles
 
 import toyfeat as ft
@@ -15,8 +13,6 @@ from examples.squaring.figures import draw_case
 from examples.squaring.measure import measure_case, train_case
 from examples.squaring.network import Squaring
 from toyfeat.report.plots import png
-
-ROOT = Path(__file__).parents[2]
 
 
 def values(rows, name):
@@ -131,15 +127,8 @@ def test_every_bound_belongs_to_a_figure_that_is_reported(case, figure_names):
 
 def test_the_demo_script_writes_a_whole_report(tmp_path):
     out = tmp_path / "demo"
-    command = [
-        sys.executable,
-        "scripts/demo.py",
-        *("--out", str(out), "--seeds", "2", "--samples", "500", "--shorten", "500"),
-        *("--only", "residual", "many"),
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
-    )
+    options = "--out", out, "--seeds", 2, "--samples", 500, "--shorten", 500
+    done = run_python("scripts/demo.py", *options, "--only", "residual", "many")
     assert done.returncode in (0, 1), done.stderr
     assert "expectations missed" in done.stdout
     report_json = json.loads((out / "report.json").read_text())
@@ -151,20 +140,15 @@ def test_the_demo_script_writes_a_whole_report(tmp_path):
     assert not list(out.glob("*.partial"))
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (("--out", "pyproject.toml"), "cannot write to pyproject.toml"),
-        (("--seeds", "0"), "--seeds must be at least 1"),
-        (("--sead", "1"), "sead"),
-        (("--only", "nothing"), "nothing"),
-    ],
-)
-def test_the_demo_script_refuses_bad_options_before_it_trains(option, message):
-    command = [sys.executable, "scripts/demo.py", *option]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
-    )
-    assert done.returncode not in (0, None)
-    assert message in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
+def test_the_demo_script_refuses_bad_options_before_it_trains():
+    messages = {
+        ("--out", "pyproject.toml"): "cannot write to pyproject.toml",
+        ("--seeds", "0"): "--seeds must be at least 1",
+        ("--sead", "1"): "sead",
+        ("--only", "nothing"): "nothing",
+    }
+    ends = run_in_turn([("scripts/demo.py", *options) for options in messages])
+    for message, (status, output) in zip(messages.values(), ends, strict=True):
+        assert status != 0
+        assert message in output
+        assert "Traceback" not in output

@@ -1,29 +1,18 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from processes import run_python
 
 import toyfeat as ft
 from examples import synth_sae_bench
 from toyfeat import worlds
 
-ROOT = Path(__file__).parents[2]
-
 
 def run(folder):
-    arguments = ["--out", str(folder), "--tiny", "--only", "jump_relu"]
-    done = subprocess.run(
-        [sys.executable, "scripts/synth_sae_bench.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    arguments = "--out", folder, "--tiny", "--only", "jump_relu"
+    done = run_python("scripts/synth_sae_bench.py", *arguments)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

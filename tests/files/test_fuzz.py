@@ -1,13 +1,10 @@
 """Mutated files of every format load, or end in an error that names them."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from processes import run_python
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz.py"
 MUTATIONS = 300
 
 
@@ -17,14 +14,8 @@ def test_no_damaged_file_crashes_hangs_or_fills_the_memory(tmp_path):
         pytest.importorskip(name)
     # In a process of its own: it forks, which this one, where JAX runs, must not.
     out = tmp_path / "out"
-    command = [sys.executable, str(SCRIPT), "--mutations", str(MUTATIONS)]
-    done = subprocess.run(
-        [*command, "--seed", "11", "--out", str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
+    options = "--mutations", MUTATIONS, "--seed", 11, "--out", out
+    done = run_python("scripts/fuzz.py", *options, timeout=1800)
     faults = out / "faults.jsonl"
     report = faults.read_text() if faults.exists() else done.stderr
     counts = json.loads((out / "counts.json").read_text())

@@ -1,9 +1,7 @@
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import ROOT, run_python
 
 import toyfeat as ft
 from toyfeat.data.store import verify_store
@@ -33,7 +32,6 @@ from toyfeat.jobs.workspace import model_taps, open_job, open_site, open_taps
 from toyfeat.lm.collect import fingerprint, read_chunks, site_folder
 from toyfeat.models.decoder import Decoder
 
-ROOT = Path(__file__).parents[2]
 SITE = "blocks_1/resid_post"
 KINDS = ("acts", "attribution", "gradients", "paired")
 
@@ -437,15 +435,8 @@ def test_a_library_that_is_missing_is_named(folder, tmp_path, monkeypatch):
 def test_a_process_that_fails_prints_a_line_and_no_traceback(
     script, arguments, message
 ):
-    done = subprocess.run(
-        [sys.executable, f"scripts/{script}", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    env = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = run_python(f"scripts/{script}", *arguments, env=env)
     assert done.returncode == 1
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
@@ -515,7 +506,15 @@ def test_a_job_without_a_store_goes_straight_to_the_model(done, tmp_path):
     mine, theirs = (open_site(x, SITE).stats for x in (run, done["run"]))
     for one, other in zip(mine, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
-    steps.train_job(job, said.append)
+    opened = []
+
+    def open_source(job):
+        """The model is open: it is not read once more."""
+        opened.append(job)
+        return open_taps(run, job.site)
+
+    steps.train_job(job, said.append, open_source=open_source)
+    assert opened == [job]
     names = "attribution", "strong", "gradients"
     wanted = {f"{name}-k2-s{seed}" for name in names for seed in (0, 1)}
     assert {line.split(":")[0] for line in said[-len(wanted) :]} == wanted

@@ -1,13 +1,11 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import ROOT, run_python
 from tiny_collection import (
     LENGTH,
     PROBED,
@@ -141,14 +139,7 @@ def test_a_stopped_collection_resumes(once, tmp_path, stops):
 
 def test_a_killed_collection_resumes(once, tmp_path):
     child = Path(__file__).with_name("tiny_collection.py")
-    done = subprocess.run(
-        [sys.executable, str(child), str(tmp_path), "28"],
-        env=os.environ | {"PYTHONPATH": str(Path(ft.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = run_python(child, tmp_path, 28, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == -9, done.stderr
     left = {site: open_store(tmp_path / site_folder(site)).rows for site in SITES}
     assert left == dict.fromkeys(SITES, 20)  # whole shards of the 28 rows

@@ -15,7 +15,7 @@ from tiny_trainer import a_batch, bits, tiny
 
 import toyfeat as ft
 from toyfeat.train.fit import fit
-from toyfeat.train.settings import changed_settings, describe_trainer
+from toyfeat.train.run import changed_settings, describe_trainer
 
 D, M = 6, 12
 X = np.random.default_rng(0).standard_normal((64, D)).astype(np.float32)

@@ -1,4 +1,7 @@
-"""Compile many updates into one call, on batches made inside it or stacked before."""
+"""Compile many updates into one call, on batches made inside it or stacked before.
+
+A checkpoint describes the next batch, so that a run does not go on with others.
+"""
 
 import json
 from collections.abc import Callable
@@ -16,6 +19,10 @@ from toyfeat.types import Array, Taps
 
 RESERVED = ("step", "seconds", "examples_per_s", "finite")
 """Names in ``metrics.jsonl`` that ``fit`` writes, so that no metric may have them."""
+
+_BATCH_TOLERANCE = 0.02
+"""Share of the largest value by which batches may differ: those that a model computes
+in bfloat16, of 8 bits, differ between devices; other rows differ by about 1."""
 
 
 class ChunkBatches(NamedTuple):
@@ -174,6 +181,70 @@ def _dump_state(state: Any) -> str:
             f"lists, strings, numbers, bools, None), got {state!r}"
         )
     return text
+
+
+def describe_batch(feed: Feed, source: Any, step: int) -> dict[str, Any]:
+    """Describe the batch of a step: its shape, and some of its values.
+
+    Args:
+      feed: of the batches.
+      source: what the feed fetched for a chunk that begins at the step.
+      step: of the batch.
+
+    Returns:
+      JSON values.
+    """
+    if feed.take is None:
+        shape = source.acts.shape[1:]
+        sample = _sample(jax.tree.map(lambda x: x[0], source))
+    else:
+        at = jnp.asarray(step, jnp.int32)
+        shape = jax.eval_shape(feed.take, source, at).acts.shape
+        sample = _sample_on_device(feed.take, source, at)
+    values = np.asarray(sample, np.float32).tolist()
+    return {"step": step, "shape": list(shape), "values": values}
+
+
+@partial(jax.jit, static_argnums=0)
+def _sample_on_device(take: Any, source: Any, step: Array) -> Array:
+    """Take values of a batch that is made on the device."""
+    return _sample(take(source, step))
+
+
+def _sample(taps: Taps) -> Array:
+    """Take the leading values and the weights of four examples."""
+    # Spread over the batch, so that a batch in another order shows.
+    num = len(taps.weights)
+    rows = np.array([0, num // 3, 2 * num // 3, num - 1])
+    acts = jnp.asarray(taps.acts[rows][:, :4], jnp.float32)
+    weights = jnp.asarray(taps.weights[rows], jnp.float32)
+    return jnp.concatenate([acts.ravel(), weights])
+
+
+def check_batch(before: dict[str, Any] | None, now: dict[str, Any], where: str) -> None:
+    """Raise if a batch is another one than when the checkpoint was saved.
+
+    Raises:
+      ValueError: if it has another shape or other values.
+    """
+    if before is None or before["step"] != now["step"]:
+        return
+    # Rounding of bfloat16 is relative to the largest value; another batch is farther.
+    old, new = np.asarray(before["values"]), np.asarray(now["values"])
+    fault = None
+    if before["shape"] != now["shape"]:
+        fault = f"activations {now['shape']}, not {before['shape']}"
+    elif old.shape == new.shape:
+        finite = old[np.isfinite(old)]
+        atol = _BATCH_TOLERANCE * float(np.max(np.abs(finite), initial=0.0))
+        if not np.allclose(old, new, rtol=0, atol=atol, equal_nan=True):
+            fault = f"an example that begins {new[0]:.6g}, not {old[0]:.6g}"
+    if fault is not None:
+        raise ValueError(
+            f"fit: {where} holds a run with other batches: that of step {now['step']} "
+            f"has {fault}; choose another directory, give the same batches (data, seed "
+            "and size), or go on with these by allow_changes=True"
+        )
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)

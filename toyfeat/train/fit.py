@@ -15,7 +15,7 @@ from toyfeat.checks import check_int
 from toyfeat.data.batches import Batches
 from toyfeat.files.paths import locked
 from toyfeat.tap.checks import warn_of_lost_grads
-from toyfeat.train.chunks import make_feed, run_chunk
+from toyfeat.train.chunks import check_batch, describe_batch, make_feed, run_chunk
 from toyfeat.train.health import (
     catch_sigterm,
     check_members,
@@ -28,16 +28,12 @@ from toyfeat.train.run import (
     OnChunk,
     Run,
     Sizes,
+    check_state,
+    describe_trainer,
     fingerprint,
     read_step,
     restore_run,
     save_run,
-)
-from toyfeat.train.settings import (
-    check_batch,
-    check_state,
-    describe_batch,
-    describe_trainer,
 )
 from toyfeat.train.types import Trainer, TrainState
 from toyfeat.types import Taps

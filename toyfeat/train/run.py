@@ -1,9 +1,14 @@
-"""A run of :func:`toyfeat.fit` and its checkpoints: saved, restored, compared."""
+"""A run of :func:`toyfeat.fit` and its checkpoints: saved, restored, compared.
 
+Settings of a trainer are compared as JSON values, its functions by what they return.
+"""
+
+import contextlib
 import json
 import warnings
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +17,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.checkpoint import checkpoints, newest_checkpoint, save_checkpoint
-from toyfeat.train.chunks import ChunkBatches, Feed
-from toyfeat.train.settings import changed_settings, describe_batch
-from toyfeat.train.types import Trainer, TrainState
+from toyfeat.train.chunks import ChunkBatches, Feed, describe_batch
+from toyfeat.train.step import split_learned
+from toyfeat.train.types import Recipe, Trainer, TrainState
+from toyfeat.types import Array
+
+PLAIN = (
+    "readouts",
+    "normalize",
+    "center",
+    "dead_after",
+    "threshold_rate",
+    "revive",
+)
+"""Settings of a trainer that are values."""
+
+_PROBED_STEPS = [0, *(base << shift for shift in range(20) for base in (2, 3))]
+"""Steps up to 1.5 million at which schedules are compared: two for each octave."""
+
+_RTOL = 1e-3
+"""Functions that differ less are the same: rounding of another device or version."""
 
 OnChunk = Callable[[int, dict[str, np.ndarray]], Any]
 
@@ -178,3 +200,120 @@ def _check_hyper(before: dict[str, Any], now: dict[str, Any], folder: Path) -> N
 def read_step(state: TrainState) -> int:
     """Return the step of a state, which all members share."""
     return int(np.asarray(state.step).flat[0])
+
+
+def check_state(trainer: Trainer, state: TrainState) -> None:
+    """Raise if a state is not one of the trainer's dictionary.
+
+    Raises:
+      ValueError: if a parameter is missing or has another shape.
+    """
+    if trainer.recipe is None:
+        return
+    shapes = jax.eval_shape(trainer.recipe.dictionary.init, jax.random.key(0))
+    wanted = {name: x.shape for name, x in shapes.items()}
+    # A population has an axis of members in front of every shape.
+    members = np.shape(state.step)
+    got = {name: x.shape[len(members) :] for name, x in state.params.items()}
+    for name in sorted(wanted | got):
+        if wanted.get(name) != got.get(name):
+            raise ValueError(
+                f"fit: state must be of the trainer's dictionary, with {name} "
+                f"{wanted.get(name)}, got {got.get(name)}; start it with trainer.init"
+            )
+
+
+def describe_trainer(trainer: Trainer) -> dict[str, Any]:
+    """Describe a trainer's settings by JSON values.
+
+    Functions are described by what they return: a schedule at steps, a controller and
+    an optimizer for two updates.  A trainer that is not of :func:`toyfeat.trainer` has
+    no settings that are known.
+    """
+    recipe = trainer.recipe
+    if recipe is None:
+        return {}
+    settings = {name: getattr(recipe, name) for name in PLAIN}
+    settings |= recipe.dictionary.config._asdict()
+    # Functions have no values to compare but those that they return.
+    settings["terms"] = [term.name for term in recipe.objective]
+    controller = recipe.controller
+    if controller is not None:
+        settings["controller"] = [controller.term, controller.measures]
+    for name, probe in _probes(recipe).items():
+        # What cannot be called like that is not compared.
+        settings[f"values of the {name}"] = None
+        with contextlib.suppress(Exception):
+            settings[f"values of the {name}"] = np.asarray(jax.jit(probe)()).tolist()
+    return json.loads(json.dumps(settings))
+
+
+def _probes(recipe: Recipe) -> dict[str, Callable[[], Array]]:
+    """Functions that compute what describes the functions of a trainer."""
+    probes: dict[str, Callable[[], Array]] = {
+        "optimizer": partial(_probe_optimizer, recipe)
+    }
+    if recipe.schedule is not None:
+        probes["schedule"] = partial(_probe_schedule, recipe.schedule)
+    if recipe.controller is not None:
+        probes["controller"] = partial(_probe_controller, recipe.controller)
+    return probes
+
+
+def _probe_schedule(schedule: Callable[[Array], Array]) -> Array:
+    """Values of a schedule, ``[S]``."""
+    steps = jnp.asarray(_PROBED_STEPS, jnp.int32)
+    return jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(steps)
+
+
+def _probe_controller(controller: Any) -> Array:
+    """Factors after a metric of twice and then half the target, ``[2]``."""
+    target = jnp.float32(controller.target)
+    state, first, _ = controller.update(controller.init(), 2 * target, target)
+    return jnp.stack([first, controller.update(state, target / 2, target)[1]])
+
+
+def _probe_optimizer(recipe: Recipe) -> Array:
+    """Sums of two updates of small parameters of the dictionary's names, ``[2]``."""
+    shapes = jax.eval_shape(recipe.dictionary.init, jax.random.key(0))
+    params = {name: jnp.ones((2,) * len(x.shape)) for name, x in shapes.items()}
+    params, _ = split_learned(recipe.dictionary.architecture, params)
+    state, sums = recipe.optimizer.init(params), []
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
+        # Two updates of another size and sign tell momentum and scaling apart.
+        for size in (0.5, -0.25):
+            grads = jax.tree.map(partial(jnp.full_like, fill_value=size), params)
+            changes, state = recipe.optimizer.update(grads, state, params)
+            sums.append(sum(jnp.sum(x) for x in jax.tree.leaves(changes)))
+    return jnp.stack(sums)
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """List the settings that differ, with both values."""
+    return [
+        _format_change(name, before.get(name), now.get(name))
+        for name in sorted(before | now)
+        if not _same(before.get(name), now.get(name))
+    ]
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Compare JSON values; lists of floats up to rounding."""
+    if not (_is_floats(before) and _is_floats(now) and len(before) == len(now)):
+        return before == now
+    return bool(np.allclose(before, now, rtol=_RTOL, atol=0, equal_nan=True))
+
+
+def _is_floats(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(x, float) for x in value)
+
+
+def _format_change(name: str, before: Any, now: Any) -> str:
+    """Format a change; of lists the first entry that differs."""
+    if _is_floats(before) and _is_floats(now) and len(before) == len(now):
+        pairs = zip(before, now, strict=True)
+        index = next(i for i, (x, y) in enumerate(pairs) if not _same([x], [y]))
+        before, now = before[index], now[index]
+        name += f" (such as number {index})"
+    name = name.replace("d_in", "dim").replace("d_sae", "latents")
+    return f"{name} was {before!r} and is {now!r}"

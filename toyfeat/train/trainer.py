@@ -119,7 +119,7 @@ def trainer(
     for name, flag in {"normalize": normalize, "center": center}.items():
         check_flag("trainer", name, flag)
     check_number("trainer", "threshold_rate", threshold_rate, above=0, most=1)
-    # The learning rate of the default is a hyper-parameter, so members can differ in it.
+    # The default learning rate is a hyper-parameter, so that members can differ in it.
     if optimizer is None:
         optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=LEARNING_RATE)
     recipe = Recipe(

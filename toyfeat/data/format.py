@@ -1,7 +1,8 @@
-"""Format of a store: its record, ``store.json``, and the layout of a shard."""
+"""Format of a store: its record, ``store.json``, and layout and size of a shard."""
 
 import contextlib
 import json
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from toyfeat.checks import check_choice, check_int
 from toyfeat.files.json import field, read_json
+from toyfeat.files.paths import inside
 from toyfeat.types import Taps
 
 VERSION = 1  # of the format of store.json
@@ -197,6 +199,44 @@ def store_json(store: Store) -> bytes:
     head = {"format": "toyfeat store", "version": VERSION}
     text = json.dumps({**head, **settings, "shards": shards}, indent=1)
     return (text + "\n").encode()
+
+
+def check_shards(store: Store, who: str) -> None:
+    """Check that all shards of a store exist and have the right size.
+
+    Raises:
+      FileNotFoundError: if a shard is missing.
+      ValueError: if a shard has the wrong size or is a link out of the folder.
+    """
+    for shard in store.shards:
+        inside(store.path, shard.file, who)
+        check_shard(store, shard, who)
+
+
+def check_shard(store: Store, shard: Shard, who: str) -> None:
+    """Check that a shard exists and has the right size.
+
+    Cheap, so readers do it before every access: a process that reads a memory map
+    beyond the end of a file that was cut short is ended by the system.
+
+    Raises:
+      FileNotFoundError: if the shard is missing.
+      ValueError: if it has the wrong size.
+    """
+    file = os.path.join(store.path, shard.file)
+    try:
+        size = os.stat(file).st_size
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{who}: shard {file} is missing; bring it back, or take its entry out of "
+            "store.json and collect its rows again"
+        ) from None
+    wanted = shard_bytes(store, shard.rows)
+    if size != wanted:
+        raise ValueError(
+            f"{who}: {file} must have {wanted} bytes for {shard.rows} rows, got "
+            f"{size}; copy it again, or collect again without it"
+        )
 
 
 def shard_bytes(store: Store, rows: int) -> int:

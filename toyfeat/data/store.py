@@ -14,12 +14,13 @@ from toyfeat.data.format import (
     ALIGN,
     Shard,
     Store,
+    check_shard,
+    check_shards,
     empty_store,
     read_store,
     shard_bytes,
     split_blocks,
 )
-from toyfeat.files.paths import inside
 from toyfeat.types import Taps
 
 __all__ = [
@@ -99,44 +100,6 @@ def open_store(path: str | Path) -> Store:
     store = read_store(path, "open_store")
     check_shards(store, "open_store")
     return store
-
-
-def check_shards(store: Store, who: str) -> None:
-    """Check that all shards of a store exist and have the right size.
-
-    Raises:
-      FileNotFoundError: if a shard is missing.
-      ValueError: if a shard has the wrong size or is a link out of the folder.
-    """
-    for shard in store.shards:
-        inside(store.path, shard.file, who)
-        check_shard(store, shard, who)
-
-
-def check_shard(store: Store, shard: Shard, who: str) -> None:
-    """Check that a shard exists and has the right size.
-
-    Cheap, so readers do it before every access: a process that reads a memory map
-    beyond the end of a file that was cut short is ended by the system.
-
-    Raises:
-      FileNotFoundError: if the shard is missing.
-      ValueError: if it has the wrong size.
-    """
-    file = os.path.join(store.path, shard.file)
-    try:
-        size = os.stat(file).st_size
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{who}: shard {file} is missing; bring it back, or take its entry out of "
-            "store.json and collect its rows again"
-        ) from None
-    wanted = shard_bytes(store, shard.rows)
-    if size != wanted:
-        raise ValueError(
-            f"{who}: {file} must have {wanted} bytes for {shard.rows} rows, got "
-            f"{size}; copy it again, or collect again without it"
-        )
 
 
 def verify_store(path: str | Path) -> None:

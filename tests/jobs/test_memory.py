@@ -1,8 +1,7 @@
 import platform
-import subprocess
-import sys
 
 import pytest
+from processes import run_python
 
 from toyfeat.jobs.memory import keep_memory
 
@@ -22,10 +21,9 @@ print(faults(), faults(), keep_memory(), faults(), faults())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
 def test_memory_that_is_kept_is_not_mapped_again():
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
-    )
-    first, second, kept, third, fourth = run.stdout.split()
+    done = run_python("-c", PROGRAM)
+    assert done.returncode == 0, done.stderr
+    first, second, kept, third, fourth = done.stdout.split()
     assert kept == "True"
     assert int(fourth) < 100
     assert min(int(first), int(second), int(third)) > 10 * (int(fourth) + 10)

@@ -37,7 +37,7 @@ print(json.dumps(ends))
 """
 
 
-def run_python(*arguments, cwd=ROOT, env=None, timeout=300):
+def run_python(*arguments, cwd=ROOT, env=None, timeout=600):
     """Run Python in a child process; returns its end, output and errors.
 
     ``env`` is added to the environment.
@@ -53,7 +53,7 @@ def run_python(*arguments, cwd=ROOT, env=None, timeout=300):
     )
 
 
-def run_in_turn(commands, *, prelude="", cwd=ROOT, env=None, timeout=300):
+def run_in_turn(commands, *, prelude="", cwd=ROOT, env=None, timeout=600):
     """Run scripts with arguments in one child process.
 
     Returns, for each, the status it ends with and all it prints.  An error that a

@@ -221,7 +221,11 @@ def test_what_is_no_int_is_refused_and_numpy_ints_are_taken(name, wrong, tmp_pat
 def test_bare_arrays_and_wrong_ranks_are_named():
     acts = np.ones((4, 3), np.float32)
     for taps, kind, match in (
-        (acts, TypeError, r"must be Taps, got ndarray; wrap .* Taps\(acts, None"),
+        (
+            acts,
+            TypeError,
+            r"must be a Taps, got .* array of shape .*; wrap .* Taps\(acts, None",
+        ),
         (Taps(acts, None, acts), ValueError, r"weights \[N\], got .*\(4, 3\)"),
         (Taps(acts, None, 1.0), ValueError, "weights"),
         (Taps(acts, acts[1:], acts[:, 0]), ValueError, r"'grads': \(3, 3\)"),

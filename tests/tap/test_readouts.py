@@ -451,11 +451,11 @@ def traced_tap(probed, x, readout):
     [
         (
             lambda: readouts.random_directions(KEY, 2, "uniform"),
-            r"random_directions: kind .*'gaussian', 'rademacher'.*'uniform'",
+            r"random_directions: kind .*rademacher, gaussian.*'uniform'",
         ),
         (
             lambda: readouts.sampled_labels(KEY, family="poisson"),
-            r"sampled_labels: family .*'categorical'.*'poisson'",
+            r"sampled_labels: family .*categorical.*'poisson'",
         ),
         (
             lambda: readouts.random_directions(KEY, 0),

@@ -1,14 +1,15 @@
 """Every method on every planted task, scored against the truth.
 
-    python benchmarks/leaderboard.py [--quick | --shapes | --tiny] [--seeds N]
-        [--jobs N] [--tasks A,B] [--methods A,B]
+    python benchmarks/leaderboard.py [--quick | --shapes | --conditioned | --tiny]
+        [--seeds N] [--jobs N] [--tasks A,B] [--methods A,B]
 
 Prints coverage of each task's side (median over seeds) and the bars, and writes
 ``out/leaderboard/leaderboard.html`` with all scores, the same as JSON, and a picture.
 Rows are kept in ``rows.jsonl`` there as they are measured; the same command goes on.
 Quick: one seed of nine small tasks, short trainings, under ten minutes on two cores;
 all of it takes some hours.  Shapes: one seed of tasks of the same kinds with other
-knobs, on which nothing was chosen.  With more than one job tasks are measured side by
+knobs, on which nothing was chosen.  Conditioned: the draws of the full size in random
+coordinates of condition 100.  With more than one job tasks are measured side by
 side, which makes the seconds of a method longer.  Without scikit-learn (the ``bench``
 extra) ICA is left out.  A method that raises leaves its row out and ends nothing; the
 exit status says so.
@@ -56,10 +57,12 @@ class Config:
     """One seed, small tasks."""
     shapes: bool = False
     """One seed, other sizes."""
+    conditioned: bool = False
+    """The same draws in badly conditioned coordinates."""
     tiny: bool = False
     """Only to see that it runs."""
     seeds: int | None = None
-    """5, or 1 of a smaller size."""
+    """5, or 1 of quick, shapes and tiny."""
     jobs: int | None = None
     """Processes, 1 or, quick and without accelerator, 2."""
     root: int = 0

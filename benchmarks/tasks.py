@@ -32,6 +32,8 @@ class PlantedTask(NamedTuple):
         instead of reaching the ceiling that the oracle sets.
       key: number of the task's random key, written down for the tasks whose rows were
         measured before keys came from names; a new task has none.
+      condition: of random coordinates in which the site is seen, see
+        :func:`toyfeat.models.planted.recondition`; ``None`` leaves it as it is.
       version: of the task, raised where its model or its truth changes.
     """
 
@@ -43,6 +45,7 @@ class PlantedTask(NamedTuple):
     hard: bool = False
     beats_published: bool = False
     key: int | None = None
+    condition: float | None = None
     version: int = 1
 
 
@@ -252,8 +255,17 @@ def _resized(changes: str) -> dict[str, PlantedTask]:
     }
 
 
+# A draw is badly conditioned where whitening by rounded gradients still works: the
+# squares of singular values, 1e4 apart, are far above the 1e-7 of float32.
+CONDITION = 100.0
+
 SIZES = {
     "full": Size(tasks=TASKS, budget=Budget(), seeds=5),
+    "conditioned": Size(
+        tasks={n: t._replace(condition=CONDITION) for n, t in TASKS.items()},
+        budget=Budget(),
+        seeds=5,
+    ),
     "shapes": Size(tasks=SHAPES, budget=Budget(), seeds=1),
     "quick": Size(
         tasks=_resized("quick"),
@@ -266,7 +278,10 @@ SIZES = {
         seeds=1,
     ),
 }
-"""The sizes of the leaderboard, by name."""
+"""The sizes of the leaderboard, by name.
+
+``conditioned`` has the draws of ``full``, each in random coordinates of its site.
+"""
 
 
 def task_key(task: PlantedTask, *, root: int = 0, seed: int = 0) -> Array:
@@ -289,5 +304,10 @@ def task_key(task: PlantedTask, *, root: int = 0, seed: int = 0) -> Array:
 
 
 def make_task(task: PlantedTask, *, root: int = 0, seed: int = 0) -> Task:
-    """Make a draw of a task, with its own random key."""
-    return task.make(task_key(task, root=root, seed=seed), **task.knobs)
+    """Make a draw of a task, with its own random key, in the coordinates asked for."""
+    key = task_key(task, root=root, seed=seed)
+    draw = task.make(key, **task.knobs)
+    if task.condition is None:
+        return draw
+    map_key = jax.random.fold_in(key, zlib.crc32(b"condition"))
+    return planted.recondition(map_key, draw, condition=task.condition)

@@ -188,6 +188,9 @@ def key_words(key):
     return jax.random.key_data(key).tolist()
 
 
+SMALL = {"colours": 2, "shapes": 2, "dim": 6}
+
+
 def test_a_task_is_made_with_its_key_and_its_knobs(bench):
     tasks = bench("tasks")
     task = tasks.PlantedTask(
@@ -200,6 +203,13 @@ def test_a_task_is_made_with_its_key_and_its_knobs(bench):
     assert quick["circuits 20/60"].knobs == {"features": 20, "steps": 1500}
     assert "circuits 60/60" not in quick
     assert list(tasks.SIZES["tiny"].tasks) == ["product space"]
+    conditioned = tasks.SIZES["conditioned"].tasks
+    assert list(conditioned) == list(tasks.SIZES["full"].tasks)
+    row = conditioned["product space"]._replace(knobs=SMALL)
+    plain = tasks.make_task(row._replace(condition=None), seed=3)
+    draw = tasks.make_task(row, seed=3)  # the same draw in other coordinates
+    assert abs(np.linalg.cond(draw.params["map"]) / 100 - 1) < 1e-3
+    np.testing.assert_array_equal(draw.params["model"]["mix"], plain.params["mix"])
     assert all(name == task.name for name, task in (tasks.TASKS | tasks.SHAPES).items())
 
 

@@ -1,10 +1,12 @@
 """Models whose features are known: what a method is scored on.
 
 Every function makes a :class:`Task` from a random key; its arguments are the knobs.
-:func:`subject_of` is what a method may see.
+:func:`subject_of` is what a method may see, and :func:`recondition` the same task in
+other coordinates.
 """
 
 from toyfeat.models.planted.bottleneck import superposition
+from toyfeat.models.planted.conditioning import recondition
 from toyfeat.models.planted.loudness import quiet_and_loud
 from toyfeat.models.planted.manifolds import (
     ignored_structure,
@@ -29,6 +31,7 @@ __all__ = [
     "modular_addition",
     "product_space",
     "quiet_and_loud",
+    "recondition",
     "squares",
     "subject_of",
     "superposition",

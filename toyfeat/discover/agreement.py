@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from toyfeat.discover.gradients import WhiteCoordinates
 from toyfeat.discover.refinement import refine_directions
 from toyfeat.types import Array, ArrayLike, Taps
 
@@ -20,6 +21,10 @@ _PLANE_SAME_COSINE = np.cos(np.pi / 16)
 # support in any case.  docs/research.md, section 8.
 _SUPPORT_DIVISOR = 3
 _MIN_SUPPORT = 2
+
+# Share of the largest support above which directions are tried without the others.
+# docs/research.md, section 13.
+_CORE_SUPPORT = 0.5
 
 # Share of the largest support from which elimination may not remove a direction.
 # docs/research.md, section 11, "A code to spare is dangerous".
@@ -41,13 +46,16 @@ _RANK_TOLERANCE = 1e-2
 class GradientDictionaries(NamedTuple):
     """Gradients of two readouts, and the dictionaries and circles found in them.
 
+    All rows are in the ``R`` white coordinates of the gradients along random directions
+    of the output; their entries have a root mean square of 1.
+
     Attributes:
       dictionaries: for each setting the dictionaries of both readouts, each the unit
-        rows ``[M_i, D]`` of its decoder.
-      norm_grads: ``[N, D]``, gradients of half the squared norm of the output, by
-        :func:`toyfeat.discover.gradients.gradient_rows`.
-      direction_grads: ``[N', D]``, those along random directions of the output.
-      planes: ``[2 P, D]``, circular planes of ``norm_grads``.
+        rows ``[M_i, R]`` of its decoder.
+      norm_grads: ``[N, R]``, gradients of half the squared norm of the output.
+      direction_grads: ``[N', R]``, those along random directions of the output.
+      planes: ``[2 P, R]``, circular planes of ``norm_grads``.
+      coordinates: maps from the site to the white coordinates, and back.
       taps: activations, and gradients of half the squared norm of the output.
     """
 
@@ -55,6 +63,7 @@ class GradientDictionaries(NamedTuple):
     norm_grads: Array
     direction_grads: Array
     planes: np.ndarray
+    coordinates: WhiteCoordinates
     taps: Taps
 
 
@@ -73,7 +82,8 @@ def agree_and_refine(
     on the gradients of the readout that is sparse in them, by
     :func:`toyfeat.discover.refinement.refine_directions`, random directions first; it
     leaves out the directions that its rows can do without, unless their support is
-    close to the largest one.
+    close to the largest one.  Directions of less than half the largest support are used
+    only where the others explain neither readout.
 
     Args:
       dictionaries: unit rows, one of ``gradients.dictionaries``.
@@ -83,32 +93,41 @@ def agree_and_refine(
         further stays where it is.
 
     Returns:
-      Unit rows ``[R, D]``, and in how many dictionaries each is; the largest support
-      first.  Two rows for every circle come last, with support 0.
+      Unit rows ``[K, D]`` in the coordinates of the site, and in how many dictionaries
+      each is; the largest support first.  Two rows for every circle come last, with
+      support 0.
 
     References:
-      ``docs/research.md``, sections 10 and 11.
+      ``docs/research.md``, sections 10, 11 and 13.
     """
-    # Directions that the dictionaries share, and those that elimination must leave.
-    directions, supports = shared_directions(
-        dictionaries, support=support, cosine=cosine
-    )
-    certain = supports >= _CERTAIN_SUPPORT * supports.max(initial=0)
+    # Directions that the dictionaries share.
+    shared, supports = shared_directions(dictionaries, support=support, cosine=cosine)
+    largest = supports.max(initial=0)
+    core = supports > (_CORE_SUPPORT * largest if support is None else 0)
 
-    # Refine them on the readout that is sparse in them.
+    # Refine them on the readout that is sparse in them: those of large support alone,
+    # and the others, which may be sums of them, only where these explain no readout.
     tables = [
         _spread_rows(grads)
         for grads in (gradients.direction_grads, gradients.norm_grads)
     ]
-    directions, needed = refine_directions(
-        directions, tables, cosine=cosine, certain=certain
-    )
+    for chosen in (core, np.ones(len(core), bool)):
+        directions, needed, explained = refine_directions(
+            shared[chosen],
+            tables,
+            cosine=cosine,
+            certain=supports[chosen] >= _CERTAIN_SUPPORT * largest,
+        )
+        supports_kept = supports[chosen][needed]
+        if explained or core.all():
+            break
 
     # Mixtures of circles are shared as well; the circles themselves take their place.
     separate = _outside_planes(directions, gradients.planes)
     rows = np.concatenate([directions[separate], gradients.planes])
     no_support = np.zeros(len(gradients.planes), int)
-    return rows, np.concatenate([supports[needed][separate], no_support])
+    rows = gradients.coordinates.directions(rows)
+    return rows, np.concatenate([supports_kept[separate], no_support])
 
 
 def shared_directions(

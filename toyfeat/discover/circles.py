@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.discover.gradients import white_coordinates
 from toyfeat.types import Array, ArrayLike
 
 # Smallest eigenvalue of the second moment that counts, as a share of the largest.
@@ -107,20 +108,18 @@ def circular_planes(
     held_out = _spread(np.delete(index, descent), _MAX_ROWS)
 
     # Coordinates of unit second moment, in the span of the rows.
-    whiten, unwhiten = _whitening(table[descent])
-    rank = len(unwhiten)
+    coordinates = white_coordinates(table[descent], min_eigenvalue=_MIN_EIGENVALUE)
+    rank = len(coordinates.unwhiten)
     if rank < 2:
         return no_planes
 
     # Search, then keep what is round on the other rows, too.
-    white = jnp.asarray(table[descent] @ whiten, float)
+    white = jnp.asarray(table[descent] @ coordinates.whiten, float)
     planes = _search(key, starts, steps, white, tolerance)
-    planes = planes[_ratios(planes, table[held_out] @ whiten) <= tolerance]
+    planes = planes[_ratios(planes, table[held_out] @ coordinates.whiten) <= tolerance]
 
     # Back to the rows that circles are made of, at unit length.
-    directions = planes.reshape(-1, rank) @ unwhiten
-    lengths = np.linalg.norm(directions, axis=1, keepdims=True)
-    return jnp.asarray(directions / np.where(lengths > 0, lengths, 1), float)
+    return jnp.asarray(coordinates.directions(planes.reshape(-1, rank)), float)
 
 
 def _spread(index: np.ndarray, num: int) -> np.ndarray:
@@ -200,18 +199,6 @@ def _roundest_set(
         default=[],
     )
     return planes[best], ratios[best]
-
-
-def _whitening(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return maps to coordinates of unit second moment ``[D, R]`` and back ``[R, D]``.
-
-    Eigenvalues that are rounding are left out.
-    """
-    values, vectors = np.linalg.eigh(rows.T @ rows / max(1, len(rows)))
-    floor = _MIN_EIGENVALUE * values.max(initial=np.finfo(np.float64).tiny)
-    spanned = values > floor
-    std, vectors = np.sqrt(values[spanned]), vectors[:, spanned]
-    return vectors / std, (vectors * std).T
 
 
 @partial(jax.jit, static_argnums=0)

@@ -25,10 +25,21 @@ from toyfeat.discover.agreement import (
     agree_and_refine,
 )
 from toyfeat.discover.circles import circular_planes
-from toyfeat.discover.gradients import acts_covariance, gradient_rows, tap_subject
+from toyfeat.discover.gradients import (
+    acts_covariance,
+    gradient_rows,
+    tap_subject,
+    unit_mean_square,
+    white_coordinates,
+)
 from toyfeat.discover.training import train_dictionaries
 from toyfeat.tap import readouts
 from toyfeat.types import Array, ArrayLike, Features, Subject
+
+# Smallest eigenvalue of the gradients' second moment that counts, as a share of the
+# largest.  Float32 rounds the strongest direction at 6e-8 of its size; a direction with
+# a standard deviation of 3e-5 of it has .2 % of rounding in it.
+_MIN_EIGENVALUE = 1e-9
 
 
 class ConsensusConfig(NamedTuple):
@@ -106,8 +117,9 @@ def consensus(
       key: random key.
       subject: the model, its inputs and the site.
       config: how gradients are sampled and dictionaries are trained.
-      support: dictionaries in which a reader has to be; ``None`` for a share of the
-        largest support (``docs/research.md``, section 8).
+      support: dictionaries in which a reader has to be; ``None`` for more than half of
+        the largest support, or a third where those do not explain the gradients
+        (``docs/research.md``, sections 8 and 13).
       cosine: ``|cos|`` from which two directions are the same; refinement moves none
         further than that.
 
@@ -185,6 +197,12 @@ def train_gradient_dictionaries(
     norm_grads = gradient_rows(taps)
     direction_grads = gradient_rows(tap_subject(subject, inputs, directions))
 
+    # Readers are covariant: in other coordinates of the site they are other rows.  In
+    # white coordinates the rows are the same for all of them, up to a rotation.
+    coordinates = white_coordinates(direction_grads, min_eigenvalue=_MIN_EIGENVALUE)
+    norm_grads = unit_mean_square(np.asarray(norm_grads) @ coordinates.whiten)
+    direction_grads = unit_mean_square(np.asarray(direction_grads) @ coordinates.whiten)
+
     # Dictionaries of each.  Codes of the first have one sign, which tells a direction
     # from its opposite; random directions have none (docs/research.md, section 5).
     train = partial(
@@ -208,5 +226,6 @@ def train_gradient_dictionaries(
         norm_grads=norm_grads,
         direction_grads=direction_grads,
         planes=planes,
+        coordinates=coordinates,
         taps=taps,
     )

@@ -22,9 +22,29 @@ _MAX_CODES = 32
 # one.  docs/research.md, section 11, "Which readout, again"; 3 was worse.
 _MOVE_RATIO = 1.5
 
+# Least length of the median direction in the span of a table that may refine it: a
+# table that lacks a dimension pulls all directions out of it, in twenty dimensions to a
+# cosine of .975.  Shared directions had .9997 and more where nothing was lacking, and
+# .9985 and less where something was (docs/research.md, section 13).
+_MIN_INSIDE = 0.999
+
 # Dimensions per code from which elimination is right: with fewer, wrong directions are
 # as sparse as true ones.  docs/research.md, section 11.
 _MIN_DIMS_PER_CODE = 4
+
+
+class Refinement(NamedTuple):
+    """Directions that were fitted to a table of rows.
+
+    Attributes:
+      directions: ``[S, D]`` unit rows.
+      kept: ``[R]`` bool, which of the given directions they are.
+      explained: whether a table is sparse in the directions that were given.
+    """
+
+    directions: np.ndarray
+    kept: np.ndarray
+    explained: bool
 
 
 def refine_directions(
@@ -33,14 +53,14 @@ def refine_directions(
     *,
     cosine: float,
     certain: ArrayLike | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Refinement:
     """Fit directions to the table of rows that is sparse in them, and prune them.
 
-    A table is sparse in directions if few of them per row explain it after some steps
-    of the method of optimal directions: no more than half as many as it has dimensions,
-    one at least.  Of the sparse tables the first counts, unless the median direction
-    moves clearly less in a later one: directions are near what they should be, and rows
-    that are made of something else move them away.
+    A table is sparse in directions if they lie in its span, and if few of them per row
+    explain it after some steps of the method of optimal directions: no more than half
+    as many as it has dimensions, one at least.  Of the sparse tables the first counts,
+    unless the median direction moves clearly less in a later one: directions are near
+    what they should be, and rows that are made of something else move them away.
 
     Directions that the table does not need are left out
     (:func:`toyfeat.discover.sparse_coding.needed_atoms`), and the others fitted again.
@@ -54,13 +74,12 @@ def refine_directions(
       certain: ``[R]`` bool, directions that are not left out; ``None`` for none.
 
     Returns:
-      Unit rows ``[S, D]``, and ``[R]`` bool, the directions that were kept.  All of
-      them, unchanged, if no table is sparse in them.
+      :class:`Refinement`; all directions, unchanged, if no table is sparse in them.
 
     Example:
       >>> import numpy as np
       >>> near = np.array([[0.98, 0.199], [0.0, 1.0]])
-      >>> refine_directions(near, [np.eye(2)], cosine=0.95)[0].round(3)
+      >>> refine_directions(near, [np.eye(2)], cosine=0.95).directions.round(3)
       array([[1., 0.],
              [0., 1.]])
 
@@ -72,7 +91,7 @@ def refine_directions(
     fits = [_fit_sparsely(np.asarray(rows, float), directions) for rows in tables]
     fits = [fit for fit in fits if fit is not None]
     if not fits:
-        return directions, needed
+        return Refinement(directions, needed, explained=False)
 
     # The table in which directions move least; the first one has an advantage.
     moves = [1 - np.median(_abs_cosines(fit.atoms, directions)) for fit in fits]
@@ -84,9 +103,10 @@ def refine_directions(
     if best.k > 1 and _MIN_DIMS_PER_CODE * best.k <= best.dim:
         needed = needed_atoms(best.rows, refined, best.k, certain=certain)
     if needed.all():
-        return refined, needed
+        return Refinement(refined, needed, explained=True)
     refined, _ = _run_mod(best.rows, refined[needed], best.k)
-    return _limit_moves(refined, directions[needed], cosine), needed
+    refined = _limit_moves(refined, directions[needed], cosine)
+    return Refinement(refined, needed, explained=True)
 
 
 class _SparseFit(NamedTuple):
@@ -107,7 +127,11 @@ class _SparseFit(NamedTuple):
 
 def _fit_sparsely(rows: np.ndarray, directions: np.ndarray) -> _SparseFit | None:
     """Fit directions with the fewest codes that explain a table, if few do."""
-    dim = _effective_rank(rows)
+    span = _effective_span(rows)
+    dim = len(span)
+    inside = np.linalg.norm(directions @ span.T, axis=1)
+    if not len(directions) or np.median(inside) < _MIN_INSIDE:
+        return None
     most = min(len(directions), dim, max(1, dim // 2), _MAX_CODES)
     k = 1
     while k <= most:
@@ -139,8 +163,9 @@ def _limit_moves(
     return np.where(near[:, None], refined, directions)
 
 
-def _effective_rank(rows: np.ndarray) -> int:
-    """Count the dimensions that explain a table up to ``_MAX_ERROR``; 0 for zeros."""
-    explained = np.cumsum(np.linalg.eigvalsh(rows.T @ rows)[::-1])
+def _effective_span(rows: np.ndarray) -> np.ndarray:
+    """Return the fewest orthonormal rows that explain a table up to ``_MAX_ERROR``."""
+    values, vectors = np.linalg.eigh(rows.T @ rows)
+    explained = np.cumsum(values[::-1])
     num = int(np.sum(explained < (1 - _MAX_ERROR) * explained[-1])) + 1
-    return num if np.any(rows) else 0
+    return vectors.T[::-1][: num if np.any(rows) else 0]

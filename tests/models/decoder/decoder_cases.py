@@ -9,14 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 
 import toyfeat as ft
-from toyfeat.models.decoder import SITES, Decoder, DecoderConfig, parse_config
+from toyfeat.models.decoder import (
+    SITES,
+    Decoder,
+    DecoderConfig,
+    parse_config,
+    stack_blocks,
+)
 from toyfeat.models.decoder.pieces import huggingface_pieces, param_shapes
 from toyfeat.models.decoder.weights import Source, assemble_params
 
 KINDS = list(oracle.CONFIGS)
 SHAPES = ["gpt2", "neox", "llama"]
 BATCH, TIME, LAYERS = 2, 6, 3
-TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 13, (BATCH, TIME)), jnp.int32)
+TOKENS = np.random.default_rng(1).integers(0, 13, (BATCH, TIME)).astype(np.int32)
+LOGITS = "__call__"  # the site of the model itself
+EVERY = (LOGITS, *(f"blocks_{i}/{site}" for i in range(LAYERS) for site in SITES))
 
 
 class Case(NamedTuple):
@@ -45,6 +53,12 @@ def case(kind):
 
 
 @cache
+def stacked(kind):
+    """Parameters of the scanned model."""
+    return stack_blocks(case(kind).params)
+
+
+@cache
 def wanted(kind):
     given, tensors, _, _ = case(kind)
     return oracle.forward(given, tensors, TOKENS)
@@ -56,15 +70,27 @@ def run(kind, **options):
     return jax.jit(ft.from_linen(Decoder(case(kind).config, **options)))
 
 
+def values(kind, inputs=TOKENS, probes=None, **options):
+    """Logits and values of the sites, in numpy."""
+    params = stacked(kind) if options.get("scan") else case(kind).params
+    return jax.device_get(run(kind, **options)(params, inputs, probes or {}))
+
+
 @cache
-def taps(kind, sites, **options):
-    """``taps(params, inputs, readout)``, compiled."""
+def taps(kind, sites=EVERY, **options):
+    """``taps(params, inputs, readout)``, compiled; few sets of sites compile less."""
     model = ft.from_linen(Decoder(case(kind).config, **options))
     return jax.jit(
         lambda params, inputs, readout: ft.tap(
             model, params, inputs, sites=sites, readout=readout
         )
     )
+
+
+@cache
+def tapped(kind):
+    """Taps of every site for the loss, in numpy."""
+    return jax.device_get(taps(kind)(case(kind).params, TOKENS, LOSS))
 
 
 def close(found, wanted, tol=1e-5):

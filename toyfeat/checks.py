@@ -9,7 +9,7 @@ beside that type.
 import math
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -302,7 +302,7 @@ def as_real(who: str, name: str, value: Any) -> Any:
     return array
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: Any) -> TypeGuard[jax.Array]:
     """Return whether a value is an array or a scalar of NumPy or JAX."""
     return isinstance(value, np.generic | np.ndarray | jax.Array)
 

@@ -104,7 +104,7 @@ def check_appended(store: Store, taps: Taps) -> None:
             _check_range(name, x[taps.weights > 0], -largest, largest)
 
 
-def _check_range(name: str, x: np.ndarray, low: float, high: float) -> None:
+def _check_range(name: str, x: Array | np.ndarray, low: float, high: float) -> None:
     """Raise a ValueError unless the numbers to append are in a range."""
     if not _is_in_range(x, low, high):
         raise ValueError(
@@ -114,6 +114,6 @@ def _check_range(name: str, x: np.ndarray, low: float, high: float) -> None:
         )
 
 
-def _is_in_range(x: np.ndarray, low: float, high: float) -> bool:
+def _is_in_range(x: Array | np.ndarray, low: float, high: float) -> bool:
     """Return whether all numbers are in a range; NaN is in none."""
     return not x.size or bool(low <= float(x.min()) and float(x.max()) <= high)

@@ -209,7 +209,7 @@ def _check_rows(who: str, basis: Any, name: str, array: Any) -> Array:
     hint = "convert it with jnp.asarray"
     if isinstance(array, Taps | Mapping):
         hint = "pass the activations, taps.acts (of one site)"
-    check_array(who, name, array, hint=hint)
+    array = check_array(who, name, array, hint=hint)
     # ... of the width of the basis.
     width = basis.readers.shape[0] if name == "acts" else basis.writers.shape[0]
     if array.shape[-1:] != (width,):

@@ -10,7 +10,7 @@ from toyfeat.checks import as_host_floats, check_int, check_key, check_type
 from toyfeat.metrics.matching import match_features, random_coverage
 from toyfeat.metrics.preservation import preserved_share
 from toyfeat.models.planted.task import Task
-from toyfeat.types import Array, Features
+from toyfeat.types import Array, ArrayLike, Features
 
 # Length of a unit row's part in ignored structure from which the row is a part of it.
 _INSIDE_LENGTH = 0.9
@@ -138,7 +138,7 @@ _NOTHING_FOUND = TaskScores(
 )
 
 
-def _known_sides(task: Task) -> dict[str, Array]:
+def _known_sides(task: Task) -> dict[str, ArrayLike]:
     """Return the true readers and writers, those that are known.
 
     Raises:

@@ -22,7 +22,7 @@ _PLANE_SAME_COSINE = np.cos(np.pi / 16)
 _SUPPORT_DIVISOR = 3
 _MIN_SUPPORT = 2
 
-# Share of the largest support above which directions are tried without the others.
+# Share of the largest support above which directions may do without the others.
 # docs/research.md, section 13.
 _CORE_SUPPORT = 0.5
 
@@ -82,8 +82,8 @@ def agree_and_refine(
     on the gradients of the readout that is sparse in them, by
     :func:`toyfeat.discover.refinement.refine_directions`, random directions first; it
     leaves out the directions that its rows can do without, unless their support is
-    close to the largest one.  Directions of less than half the largest support are used
-    only where the others explain neither readout.
+    close to the largest one.  Directions of no more than half the largest support are
+    used only where the others do not explain that readout as well.
 
     Args:
       dictionaries: unit rows, one of ``gradients.dictionaries``.
@@ -103,31 +103,27 @@ def agree_and_refine(
     # Directions that the dictionaries share.
     shared, supports = shared_directions(dictionaries, support=support, cosine=cosine)
     largest = supports.max(initial=0)
-    core = supports > (_CORE_SUPPORT * largest if support is None else 0)
 
-    # Refine them on the readout that is sparse in them: those of large support alone,
-    # and the others, which may be sums of them, only where these explain no readout.
+    # Refine them on the readout that is sparse in them, those of large support alone if
+    # it needs no others, which may be sums of them.
     tables = [
         _spread_rows(grads)
         for grads in (gradients.direction_grads, gradients.norm_grads)
     ]
-    for chosen in (core, np.ones(len(core), bool)):
-        directions, needed, explained = refine_directions(
-            shared[chosen],
-            tables,
-            cosine=cosine,
-            certain=supports[chosen] >= _CERTAIN_SUPPORT * largest,
-        )
-        supports_kept = supports[chosen][needed]
-        if explained or core.all():
-            break
+    directions, kept = refine_directions(
+        shared,
+        tables,
+        cosine=cosine,
+        certain=supports >= _CERTAIN_SUPPORT * largest,
+        core=supports > _CORE_SUPPORT * largest if support is None else None,
+    )
 
     # Mixtures of circles are shared as well; the circles themselves take their place.
     separate = _outside_planes(directions, gradients.planes)
     rows = np.concatenate([directions[separate], gradients.planes])
     no_support = np.zeros(len(gradients.planes), int)
     rows = gradients.coordinates.directions(rows)
-    return rows, np.concatenate([supports_kept[separate], no_support])
+    return rows, np.concatenate([supports[kept][separate], no_support])
 
 
 def shared_directions(

@@ -33,27 +33,14 @@ _MIN_INSIDE = 0.999
 _MIN_DIMS_PER_CODE = 4
 
 
-class Refinement(NamedTuple):
-    """Directions that were fitted to a table of rows.
-
-    Attributes:
-      directions: ``[S, D]`` unit rows.
-      kept: ``[R]`` bool, which of the given directions they are.
-      explained: whether a table is sparse in the directions that were given.
-    """
-
-    directions: np.ndarray
-    kept: np.ndarray
-    explained: bool
-
-
 def refine_directions(
     directions: np.ndarray,
     tables: Sequence[ArrayLike],
     *,
     cosine: float,
     certain: ArrayLike | None = None,
-) -> Refinement:
+    core: ArrayLike | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Fit directions to the table of rows that is sparse in them, and prune them.
 
     A table is sparse in directions if they lie in its span, and if few of them per row
@@ -62,36 +49,51 @@ def refine_directions(
     unless the median direction moves clearly less in a later one: directions are near
     what they should be, and rows that are made of something else move them away.
 
-    Directions that the table does not need are left out
-    (:func:`toyfeat.discover.sparse_coding.needed_atoms`), and the others fitted again.
-    This is done only where rows have two codes or more, since one code cannot take the
-    place of a sum, and where there are enough dimensions per code.
+    If the core explains a table with as few codes as all directions do, the others are
+    left out.  So are directions of the core that the table does not need
+    (:func:`toyfeat.discover.sparse_coding.needed_atoms`), and what remains is fitted
+    again.  The latter is done only where rows have two codes or more, since one code
+    cannot take the place of a sum, and where there are enough dimensions per code.
 
     Args:
       directions: ``[R, D]`` unit rows.
       tables: rows ``[N, D]`` each.
       cosine: a direction whose ``|cos|`` with its fit is less stays where it is.
-      certain: ``[R]`` bool, directions that are not left out; ``None`` for none.
+      certain: ``[R]`` bool, directions that the table need not need; ``None`` for none.
+      core: ``[R]`` bool, directions that may do without the others; ``None`` for all.
 
     Returns:
-      :class:`Refinement`; all directions, unchanged, if no table is sparse in them.
+      Unit rows ``[S, D]``, and ``[R]`` bool, the directions that were kept.  All of
+      them, unchanged, if no table is sparse in them.
 
     Example:
       >>> import numpy as np
       >>> near = np.array([[0.98, 0.199], [0.0, 1.0]])
-      >>> refine_directions(near, [np.eye(2)], cosine=0.95).directions.round(3)
+      >>> refine_directions(near, [np.eye(2)], cosine=0.95)[0].round(3)
       array([[1., 0.],
              [0., 1.]])
 
     References:
       ``docs/research.md``, section 10 for the fit, section 11 for the choice of the
-      table and for what is left out.
+      table and for what is left out, section 13 for the core.
     """
-    needed = np.ones(len(directions), bool)
-    fits = [_fit_sparsely(np.asarray(rows, float), directions) for rows in tables]
+    rows = [np.asarray(table, float) for table in tables]
+    chosen = np.ones(len(directions), bool)
+    fits = [_fit_sparsely(table, directions) for table in rows]
+
+    # Use the core where it explains a table as sparsely as all directions do.
+    if core is not None and not np.all(core):
+        core_fits = [_fit_sparsely(table, directions[core]) for table in rows]
+        as_sparse = [
+            few if few is not None and (every is None or few.k <= every.k) else None
+            for few, every in zip(core_fits, fits, strict=True)
+        ]
+        if any(fit is not None for fit in as_sparse):
+            chosen, fits = np.array(core, bool), as_sparse
     fits = [fit for fit in fits if fit is not None]
     if not fits:
-        return Refinement(directions, needed, explained=False)
+        return directions, chosen
+    directions = directions[chosen]
 
     # The table in which directions move least; the first one has an advantage.
     moves = [1 - np.median(_abs_cosines(fit.atoms, directions)) for fit in fits]
@@ -100,13 +102,15 @@ def refine_directions(
     refined = _limit_moves(best.atoms, directions, cosine)
 
     # Leave out the directions that its rows do not need.
+    needed = np.ones(len(directions), bool)
     if best.k > 1 and _MIN_DIMS_PER_CODE * best.k <= best.dim:
-        needed = needed_atoms(best.rows, refined, best.k, certain=certain)
-    if needed.all():
-        return Refinement(refined, needed, explained=True)
-    refined, _ = _run_mod(best.rows, refined[needed], best.k)
-    refined = _limit_moves(refined, directions[needed], cosine)
-    return Refinement(refined, needed, explained=True)
+        keep = None if certain is None else np.asarray(certain)[chosen]
+        needed = needed_atoms(best.rows, refined, best.k, certain=keep)
+    if not needed.all():
+        refined, _ = _run_mod(best.rows, refined[needed], best.k)
+        refined = _limit_moves(refined, directions[needed], cosine)
+        chosen[chosen] = needed
+    return refined, chosen
 
 
 class _SparseFit(NamedTuple):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from toyfeat.discover.gradients import row_span
 from toyfeat.discover.sparse_coding import mod_step, needed_atoms
 from toyfeat.types import ArrayLike
 
@@ -23,9 +24,9 @@ _MAX_CODES = 32
 _MOVE_RATIO = 1.5
 
 # Least length of the median direction in the span of a table that may refine it: a
-# table that lacks a dimension pulls all directions out of it, in twenty dimensions to a
-# cosine of .975.  Shared directions had .9997 and more where nothing was lacking, and
-# .9985 and less where something was (docs/research.md, section 13).
+# table without a gradient along some dimension pulls all directions out of it, in
+# twenty dimensions to a cosine of .975.  The median shared direction had .9997 and more
+# where nothing was lacking, .9962 and less elsewhere (docs/research.md, section 13).
 _MIN_INSIDE = 0.999
 
 # Dimensions per code from which elimination is right: with fewer, wrong directions are
@@ -131,11 +132,10 @@ class _SparseFit(NamedTuple):
 
 def _fit_sparsely(rows: np.ndarray, directions: np.ndarray) -> _SparseFit | None:
     """Fit directions with the fewest codes that explain a table, if few do."""
-    span = _effective_span(rows)
-    dim = len(span)
-    inside = np.linalg.norm(directions @ span.T, axis=1)
+    inside = np.linalg.norm(directions @ row_span(rows).T, axis=1)
     if not len(directions) or np.median(inside) < _MIN_INSIDE:
         return None
+    dim = _effective_rank(rows)
     most = min(len(directions), dim, max(1, dim // 2), _MAX_CODES)
     k = 1
     while k <= most:
@@ -167,9 +167,8 @@ def _limit_moves(
     return np.where(near[:, None], refined, directions)
 
 
-def _effective_span(rows: np.ndarray) -> np.ndarray:
-    """Return the fewest orthonormal rows that explain a table up to ``_MAX_ERROR``."""
-    values, vectors = np.linalg.eigh(rows.T @ rows)
-    explained = np.cumsum(values[::-1])
+def _effective_rank(rows: np.ndarray) -> int:
+    """Count the dimensions that explain a table up to ``_MAX_ERROR``; 0 for zeros."""
+    explained = np.cumsum(np.linalg.eigvalsh(rows.T @ rows)[::-1])
     num = int(np.sum(explained < (1 - _MAX_ERROR) * explained[-1])) + 1
-    return vectors.T[::-1][: num if np.any(rows) else 0]
+    return num if np.any(rows) else 0

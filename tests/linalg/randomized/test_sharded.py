@@ -125,8 +125,9 @@ print(json.dumps(report))
 
 
 def start(script, arguments, devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    flags = [os.environ.get("XLA_FLAGS", "")]
+    flags += [f"--xla_force_host_platform_device_count={devices}"]
+    env = {**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
     path = [str(ROOT), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(p for p in path if p)
     code = COMMON + textwrap.dedent(script)

@@ -1,5 +1,6 @@
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,26 +12,36 @@ DIM, RANK, NUM, READOUTS = 60, 6, 900, 2
 
 @pytest.fixture(scope="module")
 def taps():
-    keys = jax.random.split(jax.random.key(0), 4)
-    decay = 0.6 ** jnp.arange(float(DIM))
-    mix = jnp.linalg.qr(jax.random.normal(keys[0], (DIM, DIM)))[0]
-    acts = (jax.random.normal(keys[1], (NUM, DIM)) * decay[None, :]) @ mix + 3.0
-    grads = jax.random.normal(keys[2], (NUM, READOUTS, DIM)) * decay[::-1][None, None]
-    weights = (jax.random.uniform(keys[3], (NUM,)) > 0.2).astype(jnp.float32)
-    return ft.Taps(acts, grads, weights)
+    rng = np.random.default_rng(0)
+    decay = 0.6 ** np.arange(DIM)
+    mix = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0]
+    acts = (rng.normal(size=(NUM, DIM)) * decay) @ mix + 3.0
+    grads = rng.normal(size=(NUM, READOUTS, DIM)) * decay[::-1]
+    weights = rng.uniform(size=NUM) > 0.2
+    return ft.Taps(*(x.astype(np.float32) for x in (acts, grads, weights)))
 
 
-def folded(acc, taps, size=300):
+@functools.cache
+def compiled(make, *arguments, **settings):
+    """An accumulator with jitted functions: one for the same settings."""
+    acc = make(*arguments, **settings)
+    return acc._replace(update=jax.jit(acc.update), merge=jax.jit(acc.merge))
+
+
+def folded(acc, taps, start=0, stop=NUM, size=300):
     state = acc.init()
-    for start in range(0, NUM, size):
-        part = jax.tree.map(lambda x, start=start: x[start : start + size], taps)
+    for first in range(start, stop, size):
+        part = jax.tree.map(lambda x, first=first: x[first : first + size], taps)
         state = acc.update(state, part)
     return state
 
 
 @pytest.fixture(scope="module")
 def both(taps):
-    exact, sketch = ft.moments(DIM), sketched_moments(DIM, 24, width=48)
+    exact, sketch = (
+        compiled(ft.moments, DIM),
+        compiled(sketched_moments, DIM, 24, width=48),
+    )
     return exact.finish(folded(exact, taps)), sketch.finish(folded(sketch, taps))
 
 
@@ -45,24 +56,25 @@ def test_a_wide_sketch_gives_the_same_basis_as_the_moments(both, method):
         assert float(cosines.min()) > 0.999
 
 
-def test_two_halves_merge_to_the_whole(taps, both):
-    acc = sketched_moments(DIM, 24, width=48)
-    halves = [
-        acc.update(acc.init(), jax.tree.map(lambda x, part=part: x[part], taps))
-        for part in (slice(0, 450), slice(450, NUM))
-    ]
-    merged = acc.finish(acc.merge(*halves))
-    np.testing.assert_allclose(merged.acts.s[:RANK], both[1].acts.s[:RANK], rtol=1e-3)
+def test_two_parts_merge_to_the_whole(taps, both):
+    acc = compiled(sketched_moments, DIM, 24, width=48)
+    parts = folded(acc, taps, 0, 600), folded(acc, taps, 600)
+    merged = acc.finish(acc.merge(*parts))
+    np.testing.assert_allclose(
+        np.asarray(merged.acts.s)[:RANK], np.asarray(both[1].acts.s)[:RANK], rtol=1e-3
+    )
     np.testing.assert_allclose(merged.mean, both[1].mean, atol=1e-5)
     np.testing.assert_allclose(merged.weight, taps.weights.sum())
 
 
 def test_what_rows_of_weight_0_hold_does_not_matter(taps, both):
-    hidden = jnp.where(taps.weights == 0, jnp.nan, 1.0)
-    acc = sketched_moments(DIM, 24, width=48)
+    hidden = np.where(taps.weights == 0, np.float32(np.nan), np.float32(1))
+    acc = compiled(sketched_moments, DIM, 24, width=48)
     spoiled = taps._replace(acts=taps.acts * hidden[:, None])
     got = acc.finish(folded(acc, spoiled))
-    np.testing.assert_allclose(got.acts.s[:RANK], both[1].acts.s[:RANK], rtol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(got.acts.s)[:RANK], np.asarray(both[1].acts.s)[:RANK], rtol=1e-5
+    )
 
 
 def test_errors_say_what_is_wrong(taps, both):
@@ -70,7 +82,7 @@ def test_errors_say_what_is_wrong(taps, both):
         ft.pca(both[1], 25)
     with pytest.raises(ValueError, match="not centred"):
         ft.gradient_pca(both[1], 2, center=True)
-    acc = sketched_moments(DIM, 4, grads=False)
+    acc = compiled(sketched_moments, DIM, 4, grads=False)
     without = acc.finish(acc.update(acc.init(), taps._replace(grads=None)))
     with pytest.raises(ValueError, match="hold no gradients"):
         ft.joint_pca(without, 2)

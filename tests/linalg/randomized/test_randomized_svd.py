@@ -304,6 +304,7 @@ def test_vmap_is_a_loop(tall, method):
     keys = jax.random.split(jax.random.key(1), 3)
     out = mapped(method)(keys, np.stack(batch))
     assert out.info.method == method
+    out = jax.tree.map(np.asarray, out)
     for i, a in enumerate(batch):
         one = jax.tree.map(lambda x, i=i: x[i], out)
         assert_valid(one, TALL, RANK)

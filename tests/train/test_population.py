@@ -34,27 +34,26 @@ def trained(kind, steps, group=None):
     data = ft.Taps(acts, grads, jnp.ones((steps, N), float_type))
     values = {name: jnp.asarray(v, float_type) for name, v in hyper.items()}
 
-    def run(trainer, state):
-        return jax.jit(lambda s: jax.lax.scan(trainer.update, s, data))(state)
+    def training(trainer):
+        return jax.jit(lambda s: jax.lax.scan(trainer.update, s, data))
 
-    together = run(many, many.init(keys, **values))
+    together = training(many)(many.init(keys, **values))
+    run = training(one)  # one program for all members
     alone = [
-        run(one, one.init(keys[i], **{n: v[i] for n, v in values.items()}))
-        for i in range(P)
+        run(one.init(keys[i], **{n: v[i] for n, v in values.items()})) for i in range(P)
     ]
     return together, alone
 
 
 def compare(together, alone, tolerance):
+    losses = np.asarray(together[1]["loss"])
     for i, (state, metrics) in enumerate(alone):
-        mine = jax.tree.map(lambda x, i=i: x[i], together[0])
         for name in ("params", "opt_state", "running", "controller"):
-            a, b = getattr(mine, name), getattr(state, name)
+            a, b = getattr(together[0], name), getattr(state, name)
             for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-                np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
-        np.testing.assert_allclose(
-            together[1]["loss"][:, i], metrics["loss"], rtol=tolerance
-        )
+                member = np.asarray(x)[i]
+                np.testing.assert_allclose(member, y, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(losses[:, i], metrics["loss"], rtol=tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -256,11 +256,20 @@ def test_bfloat16_gradients_are_close():
         close(grads.astype(np.float32), tapped("llama")[site].grads, 0.1)
 
 
+@cache
+def attention_inputs():
+    @jax.jit
+    def drawn():
+        keys = jax.random.split(jax.random.key(0), 4)
+        return [jax.random.normal(key, (2, 16, 2, 8)) for key in keys]
+
+    return jax.device_get(drawn())
+
+
 @pytest.mark.parametrize("shift", [0.0, 5.0, 20.0])
 def test_what_all_keys_have_in_common_costs_bfloat16_no_gradients(shift):
     """A bias of the keys, and a smaller one of the values."""
-    rng = np.random.default_rng(0)
-    query, key, value, cotangent = rng.normal(size=(4, 2, 16, 2, 8)).astype(np.float32)
+    query, key, value, cotangent = attention_inputs()
     given = query, key + shift, value + shift / 5
 
     def pulled(dtype):

@@ -14,6 +14,7 @@ from toyfeat.models.decoder import (
     Pretrained,
     load_decoder,
     parse_config,
+    stack_blocks,
     token_windows,
 )
 
@@ -21,7 +22,7 @@ safetensors = pytest.importorskip("safetensors.numpy")
 tokenizers = pytest.importorskip("tokenizers")
 gguf = pytest.importorskip("gguf")
 
-TOKENS = np.random.default_rng(1).integers(0, 13, (2, 6))
+TOKENS = np.random.default_rng(1).integers(0, 13, (2, 6)).astype(np.int32)
 
 OLD = {name: oracle.CONFIGS[name] for name in ("gpt2", "neox", "llama")}
 NEW = {  # what transformers 5 writes
@@ -84,12 +85,14 @@ def write(folder, given, tensors, *, shards=1):
 
 @cache
 def compiled(config):
-    return jax.jit(Decoder(config).apply)
+    """The scanned model, which compiles in less time."""
+    model = Decoder(config, scan=True)
+    return jax.jit(lambda params, tokens: model.apply(stack_blocks(params), tokens))
 
 
 def check(loaded, given, tensors, tol=1e-5):
     wanted = oracle.forward(given, tensors, TOKENS)[0]
-    found = compiled(loaded.config)(loaded.params, jnp.asarray(TOKENS))
+    found = compiled(loaded.config)(loaded.params, TOKENS)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=tol * np.abs(wanted).max())
 
 

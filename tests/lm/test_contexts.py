@@ -1,4 +1,4 @@
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from toyfeat.lm.collect import read_chunks
 from toyfeat.models.decoder import Decoder, Pretrained, gpt2, llama
 
 NUM, LENGTH, VOCAB, DIM, LATENTS = 9, 7, 5, 4, 6
+MEAN = np.full(DIM, 0.5, np.float32)
 
 
 class Words:
@@ -24,7 +25,8 @@ class Words:
 
 
 def model_of(config):
-    params = Decoder(config).init(jax.random.key(0), jnp.zeros((1, 2), int))
+    tokens = np.zeros((1, 2), np.int32)
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), tokens)
     return Pretrained("tiny", config, params, Words())
 
 
@@ -49,19 +51,25 @@ def store(taps, tmp_path_factory):
     return open_store(path)
 
 
+@cache
 def dictionary(signed):
     sae = ft.dictionaries.topk(DIM, LATENTS, 2, signed=signed)
-    params = sae.init(jax.random.key(1))
+    params = jax.jit(sae.init)(jax.random.key(1))
     rng = np.random.default_rng(1)
     rows = rng.normal(size=(LATENTS, DIM)) * rng.uniform(0.2, 3, (LATENTS, 1))
     return sae, params | {"W_dec": jnp.asarray(rows, jnp.float32)}
+
+
+@partial(jax.jit, static_argnums=0)
+def encoded(sae, params, source):
+    return sae.encode(params, source)
 
 
 def by_hand(taps, signed):
     """Codes and attributions in float64 of every token that counts."""
     sae, params = dictionary(signed)
     source = taps.grads[:, 0] if signed else taps.acts
-    codes = np.asarray(sae.encode(params, jnp.asarray(source)), np.float64)
+    codes = np.asarray(encoded(sae, params, source), np.float64)
     rows = np.asarray(params["W_dec"], np.float64)
     units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     other = taps.acts - 0.5 if signed else taps.grads[:, 0]
@@ -75,8 +83,7 @@ def test_latents_and_contexts_against_numpy(store, taps, signed):
     sae, params = dictionary(signed)
     view = contexts.from_acts(sae, params)
     if signed:
-        mean = jnp.full(DIM, 0.5)
-        view = contexts.from_grads(sae, params, mean, jnp.eye(DIM))
+        view = contexts.from_grads(sae, params, MEAN, np.eye(DIM, dtype="f4"))
     tokens = tokens_of(NUM)
     found = contexts.find_contexts(
         view,
@@ -113,13 +120,12 @@ def test_latents_and_contexts_against_numpy(store, taps, signed):
 def test_attributions_of_gradients_sum_to_the_first_order_effect(taps):
     """``(g_hat - b_dec) . (a - mean)``, also for rows that have no unit length."""
     sae, params = dictionary(True)
-    mean = jnp.full(DIM, 0.5)
-    view = contexts.from_grads(sae, params, mean, jnp.eye(DIM))
-    inputs = jax.tree.map(jnp.asarray, taps)
-    _, effects = view.rule(view.arrays, inputs)
-    codes = sae.encode(params, inputs.grads[:, 0])
-    recon = sae.decode(params, codes) - params["b_dec"][None]
-    wanted = np.sum(np.asarray(recon) * (taps.acts - 0.5), axis=1)
+    view = contexts.from_grads(sae, params, MEAN, np.eye(DIM, dtype="f4"))
+    _, effects = jax.device_get(jax.jit(view.rule)(view.arrays, taps))
+    codes = encoded(sae, params, taps.grads[:, 0])
+    recon = np.asarray(jax.jit(sae.decode)(params, codes))
+    recon = recon - np.asarray(params["b_dec"])
+    wanted = np.sum(recon * (taps.acts - 0.5), axis=1)
     np.testing.assert_allclose(effects.sum(1), wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -1,3 +1,5 @@
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,31 +7,50 @@ import pytest
 from tiny_decoder import top_codes
 
 import toyfeat as ft
-from toyfeat.lm.replacements import from_basis, from_dictionary, from_readers
+from toyfeat.lm.replacements import (
+    Replacement,
+    from_basis,
+    from_dictionary,
+    from_readers,
+)
 
 DIM, LATENTS, N = 5, 14, 9
 
 
+@cache
 def taps(seed=0, readouts=1, num=N):
-    keys = jax.random.split(jax.random.key(seed), 2)
-    acts = jax.random.normal(keys[0], (num, DIM)) + 0.5
-    grads = 3 * jax.random.normal(keys[1], (num, readouts, DIM))
-    return ft.Taps(acts, grads, jnp.ones(num))
+    @jax.jit
+    def drawn():
+        keys = jax.random.split(jax.random.key(seed), 2)
+        acts = jax.random.normal(keys[0], (num, DIM)) + 0.5
+        return acts, 3 * jax.random.normal(keys[1], (num, readouts, DIM))
+
+    return ft.Taps(*jax.device_get(drawn()), np.ones(num, np.float32))
 
 
-def trained_like(sae, seed=1):
+@cache
+def drawn_like(sae):
     """Parameters with everything in them: offsets, rows of all lengths, a threshold."""
-    params = dict(sae.init(jax.random.key(seed)))
-    keys = jax.random.split(jax.random.key(seed + 1), 4)
-    shape = params["W_dec"].shape
-    params["W_dec"] = jax.random.normal(keys[0], shape) * jnp.geomspace(
-        0.2, 5, len(params["W_dec"])
-    ).reshape(-1, 1)
-    params["W_enc"] = jax.random.normal(keys[1], params["W_enc"].shape)
-    params["b_dec"] = jax.random.normal(keys[2], params["b_dec"].shape)
-    if "b_enc" in params:
-        params["b_enc"] = 0.3 * jax.random.normal(keys[3], params["b_enc"].shape)
-    return params
+
+    @jax.jit
+    def drawn():
+        params = dict(sae.init(jax.random.key(1)))
+        keys = jax.random.split(jax.random.key(2), 4)
+        shape = params["W_dec"].shape
+        lengths = jnp.geomspace(0.2, 5, len(params["W_dec"])).reshape(-1, 1)
+        params["W_dec"] = jax.random.normal(keys[0], shape) * lengths
+        params["W_enc"] = jax.random.normal(keys[1], params["W_enc"].shape)
+        params["b_dec"] = jax.random.normal(keys[2], params["b_dec"].shape)
+        if "b_enc" in params:
+            params["b_enc"] = 0.3 * jax.random.normal(keys[3], params["b_enc"].shape)
+        return params
+
+    return jax.device_get(drawn())
+
+
+def trained_like(sae):
+    """A copy of the drawn parameters, to be changed."""
+    return jax.tree.map(np.array, drawn_like(sae))
 
 
 SPARSE = {
@@ -43,27 +64,55 @@ SPARSE = {
 }
 
 
+@partial(jax.jit, static_argnums=0)
+def coded(sae, params, given):
+    codes = sae.encode(params, given.acts, grads=given.grads)
+    return codes, sae.decode(params, codes)
+
+
+@partial(jax.jit, static_argnums=0)
+def decoded(sae, params, codes):
+    return sae.decode(params, codes)
+
+
+@partial(jax.jit, static_argnums=0)
+def _replaced(rule, params, given):
+    return Replacement(rule, LATENTS, None, params).replace(given)
+
+
+RULES = {}
+
+
+def replaced(method, given, kind=None):
+    """What a method makes of taps, in numpy.
+
+    Methods of one kind differ in their arrays alone, so that one rule serves them.
+    """
+    rule = method.rule if kind is None else RULES.setdefault(kind, method.rule)
+    return jax.device_get(_replaced(rule, method.params, given))
+
+
 def check(sae, params, method, given, most):
     """The dictionary itself, and its codes one by one, against what was made of it."""
-    codes = sae.encode(params, given.acts, grads=given.grads)
-    recon = sae.decode(params, codes)
-    found = jax.jit(method.replace)(given)
+    codes, recon = jax.device_get(coded(sae, params, given))
+    found = replaced(method, given)
     np.testing.assert_allclose(found.recon, recon, atol=1e-5)
     assert found.parts.shape == (N, most, DIM)
-    total = found.parts.sum(axis=1) + params["b_dec"][None]
+    total = found.parts.sum(axis=1) + params["b_dec"]
     np.testing.assert_allclose(total, recon, atol=1e-5)
+    writers = np.asarray(method.writers)
     assert method.latents == LATENTS
     for n in range(N):
-        index = np.asarray(found.index[n])
+        index = found.index[n]
         assert len(set(index.tolist())) == most
         alone = np.zeros((most + 1, LATENTS), np.float32)  # the last one has none
-        alone[np.arange(most), index] = np.asarray(codes)[n, index]
-        lone = np.asarray(sae.decode(params, jnp.asarray(alone)), np.float64)
+        alone[np.arange(most), index] = codes[n, index]
+        lone = np.asarray(decoded(sae, params, alone), np.float64)
         np.testing.assert_allclose(found.parts[n], lone[:-1] - lone[-1], atol=1e-5)
-        adds = np.asarray(codes[n]) * np.abs(method.writers).max(axis=1)
+        adds = codes[n] * np.abs(writers).max(axis=1)
         assert set(np.flatnonzero(adds)) <= set(index.tolist())
-    apart = np.asarray(codes)[:, :, None] * np.asarray(method.writers)[None]
-    apart = apart.sum(axis=1) + np.asarray(params["b_dec"])
+    apart = codes[:, :, None] * writers[None]
+    apart = apart.sum(axis=1) + params["b_dec"]
     np.testing.assert_allclose(apart, recon, atol=1e-5)
     return found
 
@@ -77,7 +126,8 @@ def test_parts_are_what_the_codes_of_a_dictionary_add(name, readouts):
     if name in ("topk", "plain rows"):
         _, _, recon = top_codes(params, given.acts, 3, rescale=name == "topk")
         np.testing.assert_allclose(found.recon, recon, atol=1e-5)
-    without = from_dictionary(sae, params).replace(given._replace(grads=None)).recon
+    method = from_dictionary(sae, params)
+    without = replaced(method, given._replace(grads=None)).recon
     chosen = name in ("gradient_topk", "paired")
     assert (np.abs(found.recon - without).max() > 1e-3) == chosen
 
@@ -96,7 +146,7 @@ def test_parts_are_what_the_codes_of_a_dictionary_add(name, readouts):
 def test_all_codes_are_looked_at_where_max_latents_is_all(sae):
     params = trained_like(sae)
     if "topk_threshold" in params:
-        params["topk_threshold"] = jnp.asarray(2.0)
+        params["topk_threshold"] = np.float32(2)
     method = from_dictionary(sae, params, max_latents=LATENTS)
     check(sae, params, method, taps(), LATENTS)
     with pytest.raises(
@@ -107,11 +157,10 @@ def test_all_codes_are_looked_at_where_max_latents_is_all(sae):
 
 def test_max_latents_keeps_the_largest_effects_and_all_of_the_reconstruction():
     sae = ft.dictionaries.batch_topk(DIM, LATENTS, 2)
-    params = trained_like(sae) | {"topk_threshold": jnp.asarray(1.0)}
+    params = trained_like(sae) | {"topk_threshold": np.float32(1)}
     given = taps()
-    codes = np.asarray(sae.encode(params, given.acts))
-    found = from_dictionary(sae, params, max_latents=2).replace(given)
-    recon = sae.decode(params, jnp.asarray(codes))
+    codes, recon = jax.device_get(coded(sae, params, given._replace(grads=None)))
+    found = replaced(from_dictionary(sae, params, max_latents=2), given)
     np.testing.assert_allclose(found.recon, recon, atol=1e-5)
     sizes = np.sort(codes, axis=1)[:, ::-1][:, :2]  # of unit rows
     lengths = np.sort(np.linalg.norm(found.parts, axis=2), axis=1)[:, ::-1]
@@ -138,32 +187,43 @@ def test_parts_of_rows_of_any_size(scale):
         "W_enc": params["W_enc"] / scale,
         "b_enc": params["b_enc"] / scale,
     }
-    found = from_dictionary(sae, scaled).replace(given)
-    total = found.parts.sum(axis=1) + params["b_dec"][None]
+    scaled = {name: np.asarray(x, "f4") for name, x in scaled.items()}
+    found = replaced(from_dictionary(sae, scaled), given, "topk")
+    total = found.parts.sum(axis=1) + params["b_dec"]
     np.testing.assert_allclose(total, found.recon, atol=1e-5)
-    plain = from_dictionary(sae, params).replace(given)
+    plain = replaced(from_dictionary(sae, params), given, "topk")
     np.testing.assert_allclose(found.parts, plain.parts, rtol=1e-3, atol=1e-5)
 
 
 def test_a_zero_row_adds_nothing():
     sae = SPARSE["topk"]
     params = trained_like(sae)
-    params["W_dec"] = params["W_dec"].at[::2].set(0)
+    params["W_dec"][::2] = 0
     check(sae, params, from_dictionary(sae, params), taps(), 3)
 
 
 def moments_of(given):
+    return jax.device_get(_moments_of(given))
+
+
+@jax.jit
+def _moments_of(given):
     acc = ft.moments(DIM)
     return acc.finish(acc.update(acc.init(), given))
+
+
+@partial(jax.jit, static_argnums=0)
+def basis_of(kind, stats):
+    return kind(stats, DIM)
 
 
 @pytest.mark.parametrize("rank", [1, 3, DIM])
 @pytest.mark.parametrize("kind", [ft.pca, ft.gradient_pca, ft.joint_pca])
 def test_a_basis_is_its_first_directions(kind, rank):
     stats, given = moments_of(taps(7, num=40)), taps()
-    basis = kind(stats, DIM)
+    basis = basis_of(kind, stats)
     method = from_basis(basis, rank)
-    found = jax.jit(method.replace)(given)
+    found = replaced(method, given)
     mean = np.asarray(basis.mean, np.float64)
     readers = np.asarray(basis.readers, np.float64)[:, :rank]
     writers = np.asarray(basis.writers, np.float64)[:rank]
@@ -178,7 +238,7 @@ def test_a_basis_is_its_first_directions(kind, rank):
 
 @pytest.mark.parametrize("rank", [0, DIM + 1])
 def test_a_rank_that_a_basis_does_not_have_is_refused(rank):
-    basis = ft.pca(moments_of(taps()), DIM)
+    basis = basis_of(ft.pca, moments_of(taps(7, num=40)))
     with pytest.raises(ValueError, match=rf"from_basis: .* 1 \.\. {DIM}, got {rank}"):
         from_basis(basis, rank)
 
@@ -220,25 +280,22 @@ def test_readers_give_the_best_linear_guess(k, case):
     sae = ft.dictionaries.topk(DIM, LATENTS, k, signed=True)
     params, given = trained_like(sae), taps(readouts=2)
     if case == "zero codes":  # two latents see anything
-        params["W_enc"] = params["W_enc"].at[:, 2:].set(0)
-        params["b_enc"] = params["b_enc"].at[2:].set(0)
+        params["W_enc"][:, 2:] = 0
+        params["b_enc"][2:] = 0
     if case == "all zero":
-        params["W_enc"], params["b_enc"] = (
-            jnp.zeros_like(params[name]) for name in ("W_enc", "b_enc")
-        )
+        params["W_enc"][:] = params["b_enc"][:] = 0
     if case == "duplicates":
-        for name in ("W_dec", "b_enc"):
-            params[name] = params[name].at[7:].set(-params[name][:7])
-        params["W_enc"] = params["W_enc"].at[:, 7:].set(params["W_enc"][:, :7])
-        params["b_enc"] = 0 * params["b_enc"]
+        params["W_dec"][7:] = -params["W_dec"][:7]
+        params["W_enc"][:, 7:] = params["W_enc"][:, :7]
+        params["b_enc"][:] = 0
     stats = moments_of(taps(7, num=60))
     mean = np.asarray(stats.mean, np.float64)
     cov = np.asarray(stats.scatter, np.float64) / float(stats.weight)
-    method = from_readers(sae, params, stats.mean, jnp.asarray(cov, jnp.float32))
-    found = jax.jit(method.replace)(given)
+    method = from_readers(sae, params, stats.mean, cov.astype("f4"))
+    found = replaced(method, given, ("readers", k))
     recon, parts = from_readers_numpy(params, given, k, mean, cov)
     np.testing.assert_allclose(found.recon, recon, atol=1e-3)
-    total = found.parts.sum(axis=1) + stats.mean[None]
+    total = found.parts.sum(axis=1) + stats.mean
     np.testing.assert_allclose(total, found.recon, atol=1e-3)
     assert (method.latents, method.writers) == (LATENTS, None)
     if case in ("plain", "zero codes") and k <= DIM:  # else shares are not unique
@@ -255,11 +312,13 @@ def test_what_the_readers_read_is_kept():
     params, given = trained_like(sae), taps()
     stats = moments_of(taps(7, num=60))
     cov = stats.scatter / stats.weight
-    found = from_readers(sae, params, stats.mean, cov).replace(given)
-    codes = np.asarray(sae.encode(params, given.grads[:, 0]))
+    method = from_readers(sae, params, stats.mean, cov)
+    found = replaced(method, given, ("readers", 3))
+    other = given._replace(acts=given.grads[:, 0], grads=None)
+    codes = jax.device_get(coded(sae, params, other))[0]
     for n in range(N):
-        readers = np.asarray(params["W_dec"])[codes[n] != 0]
-        left = readers @ np.asarray(given.acts[n] - found.recon[n])
+        readers = params["W_dec"][codes[n] != 0]
+        left = readers @ (given.acts[n] - found.recon[n])
         np.testing.assert_allclose(left, 0, atol=1e-3)
 
 
@@ -269,18 +328,20 @@ def test_readers_of_activations_of_any_size(scale):
     params, given = trained_like(sae), taps()
     stats = moments_of(taps(7, num=60))
     cov = stats.scatter / stats.weight
-    plain = from_readers(sae, params, stats.mean, cov).replace(given)
-    found = from_readers(
-        sae, params, scale * stats.mean, scale * (scale * cov)
-    ).replace(given._replace(acts=scale * given.acts))
+    method = from_readers(sae, params, stats.mean, cov)
+    plain = replaced(method, given, ("readers", 3))
+    scale = np.float32(scale)
+    method = from_readers(sae, params, scale * stats.mean, scale * (scale * cov))
+    given = given._replace(acts=scale * given.acts)
+    found = replaced(method, given, ("readers", 3))
     np.testing.assert_allclose(found.recon / scale, plain.recon, atol=1e-4)
 
 
 def test_readers_want_k_codes_and_gradients():
     sae = ft.dictionaries.standard(DIM, LATENTS)
-    params = sae.init(jax.random.key(0))
+    params = drawn_like(sae)
     with pytest.raises(ValueError, match="from_readers: wanted a dictionary with k"):
-        from_readers(sae, params, jnp.zeros(DIM), jnp.eye(DIM))
+        from_readers(sae, params, np.zeros(DIM, "f4"), np.eye(DIM, dtype="f4"))
 
 
 @pytest.mark.parametrize("name", ["gradient_topk", "paired"])
@@ -291,10 +352,9 @@ def test_latents_can_be_chosen_by_another_gradient(name):
         other = given._replace(
             grads=given.grads[:, gradient_index : gradient_index + 1]
         )
-        wanted = from_dictionary(sae, params).replace(other)
-        found = from_dictionary(sae, params, gradient_index=gradient_index).replace(
-            given
-        )
+        wanted = replaced(from_dictionary(sae, params), other, name)
+        method = from_dictionary(sae, params, gradient_index=gradient_index)
+        found = replaced(method, given)
         for mine, theirs in zip(found, wanted, strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
@@ -302,10 +362,11 @@ def test_latents_can_be_chosen_by_another_gradient(name):
 def test_supports_can_be_chosen_by_another_gradient():
     sae = SPARSE["signed"]
     params, given = trained_like(sae), taps(readouts=2)
-    args = sae, params, jnp.full(DIM, 0.5), jnp.eye(DIM)
+    args = sae, params, np.full(DIM, 0.5, "f4"), np.eye(DIM, dtype="f4")
     other = given._replace(grads=given.grads[:, 1:])
-    found = from_readers(*args, gradient_index=1).replace(given)
-    for mine, theirs in zip(found, from_readers(*args).replace(other), strict=True):
+    found = replaced(from_readers(*args, gradient_index=1), given)
+    wanted = replaced(from_readers(*args), other, ("readers", 3))
+    for mine, theirs in zip(found, wanted, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
-    first = from_readers(*args).replace(given)
+    first = replaced(from_readers(*args), given, ("readers", 3))
     assert np.abs(first.recon - found.recon).max() > 1e-3

@@ -1,3 +1,7 @@
+import functools
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,12 +16,20 @@ from tiny_decoder import (
     whole,
     windows,
 )
-from tiny_held import LATENTS, SITES, K, dictionary, held_at, replaced_by
+from tiny_held import (
+    LATENTS,
+    SITES,
+    K,
+    described,
+    dictionary,
+    held_at,
+    replaced_by,
+)
 
 import toyfeat as ft
 from toyfeat.lm.collect import make_readout
 from toyfeat.lm.evaluate import evaluate_replacements
-from toyfeat.lm.replacements import Replacement, from_basis, from_dictionary
+from toyfeat.lm.replacements import Replacement, from_basis
 from toyfeat.lm.split import split_at, tap_held_out
 
 
@@ -41,23 +53,35 @@ def test_held_out_text_has_the_taps_of_the_whole_model(site):
     np.testing.assert_array_equal(held.tokens, tokens)
 
 
+EXTRA = make_readout("sampled", draws=2, seed=5)
+
+
+@functools.cache
+def extra_gradients(site):
+    """Of the whole model."""
+
+    @jax.jit
+    def run(params, tokens):
+        return ft.tap(whole(), params, tokens, sites=site, readout=EXTRA(tokens, 0))
+
+    grads = run(weights(), windows())[site].grads
+    return np.asarray(grads).reshape(*windows().shape, 2, -1)
+
+
 @pytest.mark.parametrize("batch", [2, 3])
 def test_gradients_of_an_extra_readout_follow_those_of_the_loss(batch):
     """Those of the loss stay the first; what is drawn is that of the window."""
     site, tokens = SITES[0], windows()
     split, held = held_at(site)
-    extra = make_readout("sampled", draws=2, seed=5)
     both = tap_held_out(
-        split, weights(), tokens, held.mean, batch=batch, extra_readout=extra
+        split, weights(), tokens, held.mean, batch=batch, extra_readout=EXTRA
     )
     assert both.grads.shape == (*tokens.shape, 3, CONFIG.dim)
     np.testing.assert_allclose(both.grads[:, :, :1], held.grads, atol=1e-5)
-    readout = extra(jnp.asarray(tokens), 0)
-    taps = ft.tap(whole(), weights(), jnp.asarray(tokens), sites=site, readout=readout)
-    wanted = taps[site].grads.reshape(*tokens.shape, 2, -1)
+    wanted = extra_gradients(site)
     np.testing.assert_allclose(both.grads[:, :, 1:], wanted, atol=1e-5)
     assert np.abs(both.grads[:, :, 1] - held.grads[:, :, 0]).max() > 1e-3
-    method = from_dictionary(*dictionary(CONFIG.dim))
+    method = described(CONFIG.dim)
     found = [
         evaluate_replacements(split, weights(), x, {"x": method}, batch=2)["x"]
         for x in (held, both)
@@ -118,10 +142,9 @@ def scores_by_numpy(site, tokens, mean, params):
 @pytest.mark.parametrize("site", SITES)
 def test_every_score_against_numpy_through_the_whole_model(site):
     split, held = held_at(site)
-    sae, params = dictionary(held.acts.shape[-1])
-    found = evaluate_replacements(
-        split, weights(), held, {"x": from_dictionary(sae, params)}, batch=2
-    )["x"]
+    width = held.acts.shape[-1]
+    params, method = dictionary(width)[1], described(width)
+    found = evaluate_replacements(split, weights(), held, {"x": method}, batch=2)["x"]
     mean = np.asarray(held.mean, np.float64)
     wanted, costs = scores_by_numpy(site, windows(), mean, params)
     assert all(costs)  # else the shares say nothing
@@ -134,7 +157,7 @@ def test_every_score_against_numpy_through_the_whole_model(site):
 def test_scores_do_not_depend_on_the_batch(batch):
     site = SITES[1]
     split, held = held_at(site)
-    method = from_dictionary(*dictionary(held.acts.shape[-1]))
+    method = described(held.acts.shape[-1])
     plain = evaluate_replacements(split, weights(), held, {"x": method}, batch=2)["x"]
     found = evaluate_replacements(split, weights(), held, {"x": method}, batch=batch)[
         "x"
@@ -150,11 +173,9 @@ def test_scores_of_the_model_itself_its_mean_and_zero():
         "mean": replaced_by(jnp.asarray(held.mean)[None]),
         "0": replaced_by(jnp.zeros((1, CONFIG.dim))),
     }
-    found = evaluate_replacements(split, weights(), held, methods, batch=3)
-    alone = {
-        name: evaluate_replacements(split, weights(), held, {name: methods[name]})
-        for name in found
-    }
+    run = partial(evaluate_replacements, split, weights(), held, batch=2)
+    found = run(methods)
+    alone = {name: run({name: methods[name]}) for name in found}
     for name, one in alone.items():
         np.testing.assert_allclose(one[name], found[name], rtol=1e-4, atol=1e-6)
     clean = cross_entropy(logits_with(SITES[0], held.acts, windows()), windows())[:, 1:]
@@ -173,7 +194,7 @@ def test_scores_of_the_model_itself_its_mean_and_zero():
 
 def test_first_and_last_positions_are_left_as_they_are():
     split, held = held_at(SITES[0])
-    method = from_dictionary(*dictionary(CONFIG.dim))
+    method = described(CONFIG.dim)
 
     def also_there(params, taps):
         found = method.rule(params, taps)
@@ -190,12 +211,17 @@ def test_first_and_last_positions_are_left_as_they_are():
 def test_a_basis_of_full_rank_scores_like_the_model_itself():
     site = SITES[2]
     split, held = held_at(site)
-    acc = ft.moments(CONFIG.dim, grads=False)
-    flat = jnp.asarray(held.acts.reshape(-1, CONFIG.dim))
-    taps = ft.Taps(flat, None, jnp.ones(len(flat)))
-    stats = acc.finish(acc.update(acc.init(), taps))
-    method = from_basis(ft.pca(stats, CONFIG.dim), CONFIG.dim)
-    found = evaluate_replacements(split, weights(), held, {"x": method})["x"]
+    flat = held.acts.reshape(-1, CONFIG.dim)
+
+    @jax.jit
+    def basis(taps):
+        acc = ft.moments(CONFIG.dim, grads=False)
+        stats = acc.finish(acc.update(acc.init(), taps))
+        return ft.pca(stats, CONFIG.dim)
+
+    taps = ft.Taps(flat, None, np.ones(len(flat), np.float32))
+    method = from_basis(basis(taps), CONFIG.dim)
+    found = evaluate_replacements(split, weights(), held, {"x": method}, batch=2)["x"]
     assert found.recovered == pytest.approx(1, abs=1e-3)
     assert (found.l0, found.dead) == (CONFIG.dim, 0)
     assert found.unexplained == pytest.approx(0, abs=1e-4)
@@ -205,10 +231,10 @@ def test_a_basis_of_full_rank_scores_like_the_model_itself():
 def test_tap_held_out_wants_whole_batches(num):
     split = split_at(CONFIG, SITES[0])
     with pytest.raises(ValueError, match=rf"tap_held_out: .* of 2 windows, got {num}"):
-        tap_held_out(split, weights(), windows()[:num], jnp.zeros(CONFIG.dim), batch=2)
+        tap_held_out(split, weights(), windows()[:num], np.zeros(CONFIG.dim), batch=2)
 
 
 def test_tap_held_out_wants_a_position_between_the_first_and_the_last():
     split = split_at(CONFIG, SITES[0])
     with pytest.raises(ValueError, match=r"tap_held_out: .* at least 3 tokens, got 2"):
-        tap_held_out(split, weights(), windows()[:, :2], jnp.zeros(CONFIG.dim), batch=2)
+        tap_held_out(split, weights(), windows()[:, :2], np.zeros(CONFIG.dim), batch=2)

@@ -1,15 +1,16 @@
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_decoder import CONFIG, cross_entropy, logits_with, weights, windows
-from tiny_held import LATENTS, SITES, dictionary, held_at, replaced_by
+from tiny_held import LATENTS, SITES, described, held_at, replaced_by
 
 import toyfeat as ft
 from toyfeat.lm import leave_one_out
 from toyfeat.lm.leave_one_out import faithfulness
-from toyfeat.lm.replacements import Replacement, from_dictionary
+from toyfeat.lm.replacements import Replacement
 from toyfeat.lm.split import split_at, tap_held_out
 
 
@@ -17,13 +18,11 @@ def effects_by_hand(site, held, method):
     """``{(window, position, latent): (predicted, true)}``, the whole model each."""
     tokens, effects = held.tokens, {}
     clean = cross_entropy(logits_with(site, held.acts, tokens), tokens).sum(axis=1)
+    replace = jax.jit(method.rule)
     for t in range(1, tokens.shape[1] - 1):
-        taps = ft.Taps(
-            jnp.asarray(held.acts[:, t]),
-            jnp.asarray(held.grads[:, t]),
-            jnp.ones(len(tokens)),
-        )
-        found = method.replace(taps)
+        ones = np.ones(len(tokens), np.float32)
+        taps = ft.Taps(held.acts[:, t], held.grads[:, t], ones)
+        found = jax.device_get(replace(method.params, taps))
         parts = np.asarray(found.parts, np.float64)
         for slot in range(parts.shape[1]):
             value = held.acts.astype(np.float64)
@@ -43,7 +42,7 @@ def effects_by_hand(site, held, method):
 )
 def test_effects_are_those_of_the_whole_model_without_the_part(site, stretch):
     split, held = held_at(site)
-    method = from_dictionary(*dictionary(held.acts.shape[-1]))
+    method = described(held.acts.shape[-1])
     wanted = np.array(list(effects_by_hand(site, held, method).values()))
     run = partial(faithfulness, split, weights(), held, method, stretch=stretch)
     few, some, num = run(uniform=9, largest=7)
@@ -77,7 +76,7 @@ def test_effects_are_those_of_the_whole_model_without_the_part(site, stretch):
 
 def test_pairs_are_drawn_once_each_and_by_the_seed(monkeypatch):
     split, held = held_at(SITES[0])
-    method = from_dictionary(*dictionary(CONFIG.dim))
+    method = described(CONFIG.dim)
 
     def pairs(seed, batch=16, uniform=30, **options):
         _, found, _ = faithfulness(
@@ -108,7 +107,7 @@ def test_attributions_of_small_parts_are_exact():
     """To first order the model is linear in what is left out."""
     site = SITES[1]
     split, held = held_at(site)
-    whole_ = from_dictionary(*dictionary(CONFIG.hidden))
+    whole_ = described(CONFIG.hidden)
 
     def a_hundredth(_, taps):
         found = whole_.replace(taps)
@@ -134,8 +133,8 @@ def test_attributions_are_exact_where_the_model_is_nearly_linear():
     tree["embed"] = {"embedding": 1000 * tree["embed"]["embedding"]}
     params = {**weights(), "params": tree}
     split = split_at(CONFIG, site)
-    held = tap_held_out(split, params, windows(), jnp.zeros(CONFIG.dim), batch=2)
-    method = from_dictionary(*dictionary(CONFIG.dim))
+    held = tap_held_out(split, params, windows(), np.zeros(CONFIG.dim), batch=2)
+    method = described(CONFIG.dim)
     scores, _, _ = faithfulness(split, params, held, method, uniform=60, largest=20)
     assert scores.correlation > 0.999
     assert scores.slope == pytest.approx(1, abs=0.02)
@@ -153,7 +152,7 @@ def test_a_replacement_without_effects_is_refused():
 def test_windows_with_many_pairs_are_run_in_stretches(monkeypatch, uniform, ways):
     """Six windows of seven tokens; eight pairs in each of them are enough."""
     split, held = held_at(SITES[0])
-    method = from_dictionary(*dictionary(CONFIG.dim))
+    method = described(CONFIG.dim)
     run = partial(faithfulness, split, weights(), held, method, largest=0)
     whole = run(uniform=uniform)[1]  # shorter than the shortest stretch
     monkeypatch.setattr(leave_one_out, "_MIN_STRETCH", 2)
@@ -173,7 +172,7 @@ def test_windows_with_many_pairs_are_run_in_stretches(monkeypatch, uniform, ways
 )
 def test_invalid_numbers_of_pairs_and_stretches_are_refused(bad):
     split, held = held_at(SITES[0])
-    method = from_dictionary(*dictionary(CONFIG.dim))
+    method = described(CONFIG.dim)
     options = {"uniform": 3, "largest": 0, **bad}
     with pytest.raises(ValueError, match="faithfulness: wanted at least a pair, and a"):
         faithfulness(split, weights(), held, method, **options)

@@ -22,8 +22,9 @@ def whole():
 
 @functools.cache
 def weights():
-    params = Decoder(CONFIG).init(jax.random.key(3), jnp.zeros((1, 2), int))
-    return jax.tree.map(lambda x: 1.5 * x, params)
+    tokens = np.zeros((1, 2), np.int32)
+    params = jax.jit(Decoder(CONFIG).init)(jax.random.key(3), tokens)
+    return jax.tree.map(lambda x: np.float32(1.5) * np.asarray(x), params)
 
 
 @functools.cache
@@ -46,21 +47,30 @@ def tapped():
         readout = readouts.next_token_loss(tokens)
         return tap(whole(), params, tokens, sites=ALL, readout=readout)
 
-    taps = run(weights(), jnp.asarray(windows()))
+    taps = run(weights(), windows())
     return jax.tree.map(np.asarray, taps)
 
 
-@functools.cache
-def _run_with(site):
-    return jax.jit(
-        lambda params, tokens, value: whole()(params, tokens, {site: lambda _: value})
-    )
+@jax.jit
+def _run_with(params, tokens, values, given):
+    """With values at the sites where ``given``: one program for all sites."""
+    probes = {
+        site: lambda act, site=site: jnp.where(given[site], values[site], act)
+        for site in ALL
+    }
+    return whole()(params, tokens, probes)[0]
 
 
 def logits_with(site, value, tokens):
     """Of the whole model, float64, with ``value [B, T, width]`` at a site."""
-    value = jnp.asarray(value, jnp.float32)
-    return np.asarray(_run_with(site)(weights(), tokens, value)[0], np.float64)
+    rows, shape = len(tokens), windows().shape
+    widths = {name: CONFIG.hidden if "hidden" in name else CONFIG.dim for name in ALL}
+    values = {x: np.zeros((*shape, dim), np.float32) for x, dim in widths.items()}
+    values[site][:rows] = value
+    given = {name: np.bool_(name == site) for name in ALL}
+    filled = np.resize(tokens, shape)
+    logits = _run_with(weights(), filled, values, given)
+    return np.asarray(logits, np.float64)[:rows]
 
 
 def log_softmax(logits):

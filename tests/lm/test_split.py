@@ -71,7 +71,7 @@ def other(make):
     config = make(vocab=5, layers=2, dim=8, heads=2, hidden=12, **more)
     tokens = np.array([[0, 3, 1, 4], [2, 2, 1, 0]], np.int32)
     model = Decoder(config)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)
+    params = model.init(jax.random.key(0), tokens)
 
     @jax.jit
     def run(params, scales, shifts):

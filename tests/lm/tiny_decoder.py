@@ -23,7 +23,7 @@ def whole():
 @functools.cache
 def weights():
     tokens = np.zeros((1, 2), np.int32)
-    params = jax.jit(Decoder(CONFIG).init)(jax.random.key(3), tokens)
+    params = Decoder(CONFIG).init(jax.random.key(3), tokens)
     return jax.tree.map(lambda x: np.float32(1.5) * np.asarray(x), params)
 
 

@@ -513,7 +513,7 @@ def test_parameters_of_the_other_layout():
 def test_it_is_a_module_like_another():
     assert issubclass(Decoder, nn.Module)
     model = Decoder(case("gpt2").config)
-    params = jax.jit(model.init)(jax.random.key(0), TOKENS)
+    params = model.init(jax.random.key(0), TOKENS)
     logits = np.asarray(model.apply(params, TOKENS))
     assert logits.shape == (BATCH, TIME, 13)
     assert np.isfinite(logits).all()

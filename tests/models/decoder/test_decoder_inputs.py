@@ -169,7 +169,7 @@ def small():
     """A model whose vocabulary is no number of short dtypes, and logits of int32."""
     config = gpt2(vocab=300, layers=1, dim=2, heads=1, context=3, tied=False)
     tokens = np.asarray([[0, 99, 127]], np.int32)
-    params = jax.jit(Decoder(config).init)(jax.random.key(0), tokens)
+    params = Decoder(config).init(jax.random.key(0), tokens)
     return Decoder(config), params, Decoder(config).apply(params, tokens)
 
 

@@ -31,21 +31,16 @@ def taps(seed=0, readouts=1, num=N):
 @cache
 def drawn_like(sae):
     """Parameters with everything in them: offsets, rows of all lengths, a threshold."""
-
-    @jax.jit
-    def drawn():
-        params = dict(sae.init(jax.random.key(1)))
-        keys = jax.random.split(jax.random.key(2), 4)
-        shape = params["W_dec"].shape
-        lengths = jnp.geomspace(0.2, 5, len(params["W_dec"])).reshape(-1, 1)
-        params["W_dec"] = jax.random.normal(keys[0], shape) * lengths
-        params["W_enc"] = jax.random.normal(keys[1], params["W_enc"].shape)
-        params["b_dec"] = jax.random.normal(keys[2], params["b_dec"].shape)
-        if "b_enc" in params:
-            params["b_enc"] = 0.3 * jax.random.normal(keys[3], params["b_enc"].shape)
-        return params
-
-    return jax.device_get(drawn())
+    params = dict(sae.init(jax.random.key(1)))
+    keys = jax.random.split(jax.random.key(2), 4)
+    shape = params["W_dec"].shape
+    lengths = jnp.geomspace(0.2, 5, len(params["W_dec"])).reshape(-1, 1)
+    params["W_dec"] = jax.random.normal(keys[0], shape) * lengths
+    params["W_enc"] = jax.random.normal(keys[1], params["W_enc"].shape)
+    params["b_dec"] = jax.random.normal(keys[2], params["b_dec"].shape)
+    if "b_enc" in params:
+        params["b_enc"] = 0.3 * jax.random.normal(keys[3], params["b_enc"].shape)
+    return jax.device_get(params)
 
 
 def trained_like(sae):

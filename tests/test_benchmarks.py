@@ -158,6 +158,8 @@ def test_sweeps_that_were_published_are_of_the_grids_as_they_are(bench):
             for name, family in sweeps.FAMILIES.items():
                 file = f"{sweeps.file_name(task)}-{name}.json"
                 path = ROOT / "benchmarks" / "results" / folder / file
+                if name == "consensus" and not path.exists():
+                    continue  # version 4 has not been swept
                 version = sweeps.TASKS[task].version
                 runs, _ = sweeps.load_runs(path, family, grid, task_version=version)
                 assert runs

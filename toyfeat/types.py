@@ -168,10 +168,23 @@ class Subject(NamedTuple):
 class Features(NamedTuple):
     """Features that a method found in a model, in pairs of reader and writer.
 
+    A *mechanism* is the span of the rows of a group: a direction, a plane (of a gated
+    unit, or a circle), or a subspace of more dimensions.  Inside of it no row means
+    anything by itself.
+
     Attributes:
       readers: ``[R, D]``, one covector per row.
       writers: ``[R, D]``, one vector per row.
+      group: ``[R]`` int, rows that share a value are one mechanism; ``None`` if every
+        row is one of its own.
+      strength: ``[R]``, how much of the model goes through the mechanism of each row,
+        in units of the method, or ``None``.
+      support: ``[R]``, how sure the method is of the mechanism of each row, in 0 .. 1,
+        such as the share of independent runs that found it; or ``None``.
     """
 
     readers: Array
     writers: Array
+    group: ArrayLike | None = None
+    strength: ArrayLike | None = None
+    support: ArrayLike | None = None

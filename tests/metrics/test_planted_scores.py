@@ -34,7 +34,7 @@ def test_the_truth_scores_one(name):
 
 def test_swapped_readers_and_writers_score_less():
     task = TASKS["ignored"]
-    turned = ft.metrics.score_task(KEY, task, ft.Features(*truth_of(task)[::-1]))
+    turned = ft.metrics.score_task(KEY, task, ft.Features(*truth_of(task)[1::-1]))
     direct = ft.metrics.match_features(task.truth.writers, task.truth.readers).coverage
     assert turned.readers == pytest.approx(direct, abs=1e-6)
     assert turned.readers < 0.8
@@ -43,7 +43,7 @@ def test_swapped_readers_and_writers_score_less():
 
 def test_lengths_signs_and_zero_rows_do_not_matter():
     task = TASKS["product"]
-    readers, writers = truth_of(task)
+    readers, writers = truth_of(task)[:2]
     size = jnp.linspace(-3.0, 5.0, len(readers))[:, None]
     none = jnp.zeros((2, readers.shape[1]))
     more = ft.Features(
@@ -58,7 +58,7 @@ def test_lengths_signs_and_zero_rows_do_not_matter():
 
 def test_writers_of_a_product_space_preserve_the_output():
     task = TASKS["product"]
-    readers, writers = truth_of(task)
+    readers, writers = truth_of(task)[:2]
     assert (
         ft.metrics.score_task(KEY, task, ft.Features(readers, writers)).preserved > 0.99
     )
@@ -123,7 +123,7 @@ def test_preserved_equals_a_loop_over_examples(name, side, noise, monkeypatch):
     found = ft.Features(
         *(
             rows + noise * jax.random.normal(jax.random.key(7 + i), rows.shape)
-            for i, rows in enumerate(truth_of(task))
+            for i, rows in enumerate(truth_of(task)[:2])
         )
     )
     shares = by_hand(task, found, 60)
@@ -143,7 +143,7 @@ def test_true_readers_preserve_the_output_whatever_their_writers():
     task = TASKS["ignored"]
     projected, guessed = by_hand(task, truth_of(task), 200)
     assert projected < 0.5 < 0.9 < guessed
-    readers, writers = truth_of(task)
+    readers, writers = truth_of(task)[:2]
     for other in (writers, jax.random.normal(KEY, writers.shape)):
         assert (
             ft.metrics.score_task(KEY, task, ft.Features(readers, other)).preserved
@@ -153,7 +153,7 @@ def test_true_readers_preserve_the_output_whatever_their_writers():
 
 def test_true_writers_preserve_the_output_whatever_their_readers():
     task = TASKS["product"]
-    readers, writers = truth_of(task)
+    readers, writers = truth_of(task)[:2]
     noise = jax.random.normal(KEY, readers.shape)
     projected, guessed = by_hand(task, ft.Features(noise, writers), 200)
     assert guessed < 0.9 < 0.99 < projected
@@ -179,7 +179,7 @@ def test_readers_of_constant_activations_guess_the_mean():
 
 def test_repeated_rows_reconstruct_the_same():
     task = TASKS["product"]
-    readers, writers = truth_of(task)
+    readers, writers = truth_of(task)[:2]
     twice = ft.Features(jnp.repeat(readers[:2], 6, 0), jnp.repeat(writers[:2], 6, 0))
     some = np.asarray(task.probed(task.params, task.sample(KEY, 200), {})[1][task.site])
     some = some.astype(np.float64)
@@ -219,15 +219,43 @@ def test_ignored_structure_is_counted_by_dimension():
 def test_no_features_score_zero():
     task = TASKS["product"]
     none = jnp.zeros((3, 9))
-    assert ft.metrics.score_task(KEY, task, ft.Features(none, none)) == (
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
+    scores = ft.metrics.score_task(KEY, task, ft.Features(none, none))
+    assert scores == (0,) * len(scores)
+
+
+def test_where_nothing_is_planted_only_counts_are_not_zero():
+    task = TASKS["product"]
+    none = jnp.zeros((0, 9))
+    empty = task._replace(
+        truth=planted.Truth(readers=none, writers=none, frequency=jnp.zeros(0)),
+        features=lambda params, inputs: jnp.zeros((len(inputs), 0)),
     )
+    rows = jnp.eye(9)[:3]
+    features = ft.Features(rows, rows, group=np.array([0, 0, 1]))
+    scores = ft.metrics.score_task(KEY, empty, features)
+    assert (scores.num_found, scores.num_mechanisms) == (3, 2)
+    assert scores[:3] == (0, 0, 0)
+    assert scores.mechanisms == scores.random_coverage == 0
+    scores = ft.metrics.score_task(KEY, empty, ft.Features(none, none))
+    assert scores == (0,) * len(scores)
+
+
+def test_a_plane_counts_as_a_mechanism_where_it_is_returned_as_a_plane():
+    pair = np.array([0, 0, 1, 1, 2, 3, 4])
+    task = TASKS["product"]
+    task = task._replace(truth=task.truth._replace(group=pair), side="mechanisms")
+    rows = truth_of(task)[:2]
+    whole = ft.metrics.score_task(KEY, task, ft.Features(*rows, group=pair))
+    assert whole.mechanisms == pytest.approx(1, abs=1e-6)
+    assert (whole.precision, whole.mechanism_precision, whole.inside) == (1, 1, 0)
+    assert (whole.num_found, whole.num_mechanisms) == (7, 5)
+    alone = ft.metrics.score_task(KEY, task, ft.Features(*rows))
+    assert alone.readers == pytest.approx(1, abs=1e-6)  # the rows span the planes
+    assert alone.mechanisms == pytest.approx(3 / 5, abs=1e-6)
+    assert alone.precision == pytest.approx(3 / 7)
+    assert alone.inside == pytest.approx(4 / 7)
+    with pytest.raises(ValueError, match="score_task: group needs one entry per row"):
+        ft.metrics.score_task(KEY, task, ft.Features(*rows, group=pair[:3]))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +274,7 @@ def test_features_must_be_finite_and_fit_the_task(readers, writers, match):
 
 def test_rows_of_zero_length_are_left_out():
     task = TASKS["product"]
-    readers, writers = (np.asarray(rows, np.float64) for rows in truth_of(task))
+    readers, writers = (np.asarray(rows, np.float64) for rows in truth_of(task)[:2])
     size = np.where(np.arange(len(readers)) > 1, 1.0, 1e-200)[:, None]
     scores = ft.metrics.score_task(KEY, task, ft.Features(size * readers, writers))
     assert scores.num_found == len(readers) - 2

@@ -136,7 +136,7 @@ def consensus(
       >>> task = planted.product_space(jax.random.key(0), colours=2, shapes=2, dim=6)
       >>> short = ConsensusConfig(examples=500, steps=100)
       >>> result = consensus(jax.random.key(1), planted.subject_of(task), config=short)
-      >>> readers, writers = result.features
+      >>> readers, writers = result.features[:2]
       >>> readers.shape[1], readers.shape == writers.shape
       (6, True)
 

@@ -8,6 +8,11 @@ from toyfeat.metrics.detection import (
     latent_classification,
 )
 from toyfeat.metrics.matching import Match, match_features, random_coverage
+from toyfeat.metrics.mechanisms import (
+    MechanismMatch,
+    match_mechanisms,
+    mechanism_kinds,
+)
 from toyfeat.metrics.planted import TaskScores, mean_active_features, score_task
 from toyfeat.metrics.splicing import (
     Faithfulness,
@@ -27,6 +32,7 @@ __all__ = [
     "Classification",
     "Faithfulness",
     "Match",
+    "MechanismMatch",
     "OutlierDims",
     "TaskScores",
     "ablation_curve",
@@ -38,7 +44,9 @@ __all__ = [
     "feature_uniqueness",
     "latent_classification",
     "match_features",
+    "match_mechanisms",
     "mean_active_features",
+    "mechanism_kinds",
     "outlier_dims",
     "output_preserved",
     "principal_angles",

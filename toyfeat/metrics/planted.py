@@ -6,11 +6,18 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from toyfeat.checks import as_host_floats, check_int, check_key, check_type
+from toyfeat.checks import (
+    as_host_floats,
+    as_integers,
+    check_int,
+    check_key,
+    check_type,
+)
 from toyfeat.metrics.matching import match_features, random_coverage
+from toyfeat.metrics.mechanisms import match_mechanisms, random_mechanism_coverage
 from toyfeat.metrics.preservation import preserved_share
 from toyfeat.models.planted.task import Task
-from toyfeat.types import Array, ArrayLike, Features
+from toyfeat.types import Array, Features
 
 # Length of a unit row's part in ignored structure from which the row is a part of it.
 _INSIDE_LENGTH = 0.9
@@ -36,13 +43,21 @@ class TaskScores(NamedTuple):
       readers: coverage of the true readers by the found ones.
       writers: coverage of the true writers.
       precision: share of the found rows, on the side of the task, that are near a
-        truth, as in :class:`toyfeat.metrics.Match`.
+        truth, as in :class:`toyfeat.metrics.Match`; where mechanisms are scored,
+        ``mechanism_precision``.
       num_found: ``R``, how many pairs.
       random_coverage: coverage of the task's side by as many random directions.
       ignored_share: share of the dimensions of ignored structure that were returned.
       preserved: share of the variance of the output that is left when every
         activation is replaced by its part along a few of the found writers, or by its
         best guess from a few of the found readers; the larger one.
+      mechanisms: coverage of the true mechanisms by the found ones, as in
+        :class:`toyfeat.metrics.MechanismMatch`: a plane counts if it was returned as a
+        plane, while ``readers`` credits any rows that span it.
+      mechanism_precision: share of the found mechanisms that are true ones.
+      inside: share of the found mechanisms that are parts of a true one of more
+        dimensions, such as directions of a plane.
+      num_mechanisms: how many were found.
     """
 
     readers: float
@@ -52,6 +67,10 @@ class TaskScores(NamedTuple):
     random_coverage: float
     ignored_share: float
     preserved: float
+    mechanisms: float = 0.0
+    mechanism_precision: float = 0.0
+    inside: float = 0.0
+    num_mechanisms: int = 0
 
 
 def score_task(
@@ -72,7 +91,8 @@ def score_task(
         on all of them it is 1 if that is kept and 0 if not.
 
     Returns:
-      :class:`toyfeat.metrics.TaskScores`; all 0 if there are no features.
+      :class:`toyfeat.metrics.TaskScores`; all 0 if there are no features.  Where
+      nothing is planted only the counts and ``preserved`` are not 0.
 
     Raises:
       ValueError: if readers and writers do not have one shape ``[R, D]`` that fits
@@ -93,37 +113,47 @@ def score_task(
     check_type("score_task", "features", features, Features)
     examples = check_int("score_task", "examples", examples, error=ValueError)
     truths = _known_sides(task)
-    readers, writers = _check_features(features, np.shape(truths[task.side])[1])
+    side = _scored_side(task)
+    readers, writers, groups = _check_features(features, np.shape(truths[side])[1])
     num = len(readers)
     if not num:
         return _NOTHING_FOUND
-
-    # Readers against true readers, writers against true writers.
     rows = {"readers": readers, "writers": writers}
-    matches = {
-        name: match_features(rows[name], truth, group=task.truth.group)
-        for name, truth in truths.items()
-    }
-    coverage = {name: match.coverage for name, match in matches.items()}
+    true_groups = task.truth.group
 
     # The same number of rows per example for all methods, so that none gains by more.
     inputs_key, draws_key = jax.random.split(key)
-    rows_per_example = mean_active_features(inputs_key, task, examples)
+    rows_per_example = min(mean_active_features(inputs_key, task, examples), num)
+    preserved = preserved_share(
+        inputs_key, task, readers, writers, num=rows_per_example, examples=examples
+    )
+
+    # Mechanisms against true mechanisms; where nothing is planted they are all false.
+    mechanisms = match_mechanisms(
+        rows[side], truths[side], group=groups, truth_group=true_groups
+    )
+    counts = {"num_found": num, "num_mechanisms": mechanisms.num_found}
+    if not len(truths[side]):
+        return _NOTHING_FOUND._replace(**counts, preserved=preserved)
+
+    # Readers against true readers, writers against true writers.
+    matches = {
+        name: match_features(rows[name], truth, group=true_groups)
+        for name, truth in truths.items()
+    }
+    coverage = {name: match.coverage for name, match in matches.items()}
+    strict = task.side == "mechanisms"
     return TaskScores(
+        **counts,
         readers=coverage.get("readers", 0.0),
         writers=coverage.get("writers", 0.0),
-        precision=matches[task.side].precision,
-        num_found=num,
-        random_coverage=_coverage_floor(draws_key, num, task),
-        ignored_share=_ignored_share(rows[task.side], task),
-        preserved=preserved_share(
-            inputs_key,
-            task,
-            readers,
-            writers,
-            num=min(rows_per_example, num),
-            examples=examples,
-        ),
+        precision=(mechanisms if strict else matches[side]).precision,
+        random_coverage=_coverage_floor(draws_key, num, task, groups),
+        ignored_share=_ignored_share(rows[side], task),
+        preserved=preserved,
+        mechanisms=mechanisms.coverage,
+        mechanism_precision=mechanisms.precision,
+        inside=mechanisms.inside,
     )
 
 
@@ -138,15 +168,24 @@ _NOTHING_FOUND = TaskScores(
 )
 
 
-def _known_sides(task: Task) -> dict[str, ArrayLike]:
-    """Return the true readers and writers, those that are known.
+def _scored_side(task: Task) -> str:
+    """Return the side whose rows are judged: mechanisms are spans of readers."""
+    return "readers" if task.side == "mechanisms" else task.side
+
+
+def _known_sides(task: Task) -> dict[str, np.ndarray]:
+    """Return the true readers and writers, those that are known, float64.
 
     Raises:
       ValueError: if the side on which the task is judged is not known.
     """
     sides = {"readers": task.truth.readers, "writers": task.truth.writers}
-    known = {name: rows for name, rows in sides.items() if rows is not None}
-    if task.side not in known:
+    known = {
+        name: np.asarray(rows, np.float64)
+        for name, rows in sides.items()
+        if rows is not None
+    }
+    if _scored_side(task) not in known:
         raise ValueError(
             "score_task: wanted a truth with the side of the task, got "
             f"{task.side!r} and {list(known)}"
@@ -154,11 +193,18 @@ def _known_sides(task: Task) -> dict[str, ArrayLike]:
     return known
 
 
-def _coverage_floor(key: Array, num: int, task: Task) -> float:
+def _coverage_floor(
+    key: Array, num: int, task: Task, groups: np.ndarray | None
+) -> float:
     """Compute the coverage of the task's side by ``num`` random directions."""
     draws = _RANDOM_DRAWS if num <= _MANY_DIRECTIONS else _RANDOM_DRAWS_OF_MANY
-    truth = np.asarray(_known_sides(task)[task.side], np.float64)
-    return random_coverage(key, num, truth, group=task.truth.group, draws=draws)
+    truth = _known_sides(task)[_scored_side(task)]
+    true_groups = task.truth.group
+    if task.side == "mechanisms":
+        return random_mechanism_coverage(
+            key, num, truth, group=groups, truth_group=true_groups, draws=draws
+        )
+    return random_coverage(key, num, truth, group=true_groups, draws=draws)
 
 
 def mean_active_features(key: Array, task: Task, examples: int = 1000) -> int:
@@ -199,8 +245,10 @@ def mean_active_features(key: Array, task: Task, examples: int = 1000) -> int:
     return max(1, math.ceil(counts[counts > 0].mean())) if counts.any() else 1
 
 
-def _check_features(features: Features, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return float64 readers and writers without the pairs that have a row of 0."""
+def _check_features(
+    features: Features, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return float64 readers, writers and groups, without pairs with a row of 0."""
     readers = as_host_floats("score_task", "readers", features.readers)
     writers = as_host_floats("score_task", "writers", features.writers)
     if readers.shape != writers.shape or readers.ndim != 2 or readers.shape[1] != width:
@@ -215,7 +263,15 @@ def _check_features(features: Features, width: int) -> tuple[np.ndarray, np.ndar
             "leave such pairs out"
         )
     nonzero = np.all(np.array(lengths) > 0, axis=0)
-    return readers[nonzero], writers[nonzero]
+    if features.group is None:
+        return readers[nonzero], writers[nonzero], None
+    groups = np.asarray(as_integers("score_task", "group", features.group))
+    if groups.shape != (len(readers),):
+        raise ValueError(
+            f"score_task: group needs one entry per row {(len(readers),)}, got shape "
+            f"{groups.shape}; equal numbers mean one mechanism"
+        )
+    return readers[nonzero], writers[nonzero], groups[nonzero]
 
 
 def _ignored_share(rows: np.ndarray, task: Task) -> float:

@@ -11,11 +11,12 @@ class Truth(NamedTuple):
 
     Attributes:
       readers: ``[F, D]``, the covectors that the next layer takes the dot
-        product with, or ``None``.
+        product with, or ``None``; ``[0, D]`` where there is nothing to find.
       writers: ``[F, D]``, the vectors that the previous layer adds, or ``None``.
       frequency: ``[F]``, how often a feature is active.
-      group: ``[F]`` int, rows that share a value span a subspace inside which
-        no direction is preferred, or ``None`` if every row stands alone.
+      group: ``[F]`` int, rows that share a value span one mechanism: the plane of a
+        circle or of a gated unit, a subspace that an attention head reads; ``None``
+        if every row stands alone.
     """
 
     readers: ArrayLike | None
@@ -36,7 +37,8 @@ class Task(NamedTuple):
       sample: ``(key, num) -> inputs``.
       site: where the features are.
       truth: readers and writers of the features at the site.
-      side: ``"readers"`` or ``"writers"``, the side that is scored.
+      side: what is scored, ``"readers"``, ``"writers"``, or ``"mechanisms"`` of
+        readers, where a plane has to be returned as a plane.
       name: of the task.
       features: ``(params, inputs) -> [B, F]``, the activation of each feature.
       fit: share of the variance of its targets that the model leaves; 0 where the

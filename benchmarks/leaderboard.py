@@ -31,11 +31,13 @@ from methods import METHODS
 from rich.console import Console
 from runner import Failure, measure_missing
 from stored_rows import resume_rows
-from tasks import SHAPES, SIZES, TASKS
+from tasks import ALL, SIZES
 
 from toyfeat.files.atomic import output_folder
 from toyfeat.report import leaderboard
 
+# Mechanisms that the consensus may return where nothing is planted.
+MAX_FALSE = 1
 # A hard task is one whose features activations alone do not tell: coverage at most.
 EASY = 0.8
 CONSENSUS = "consensus"
@@ -190,17 +192,20 @@ def verdicts(
     Returns:
       A heading line, and a line per bar.
     """
+    controls = [row for row in rows if leaderboard.is_control(row)]
+    rows = [row for row in rows if not leaderboard.is_control(row)]
     coverage = leaderboard.medians(rows)
     failed = {task for task, *_ in failures}
     names = [n for n in dict.fromkeys(row["case"] for row in rows) if n not in failed]
     lines: list[tuple[str, ...]] = [("bar", "task", "figure", "wanted", "")]
     # Hard tasks are too hard for methods that read activations alone.
-    for task in (name for name in names if (TASKS | SHAPES)[name].hard):
+    for task in (name for name in names if ALL[name].hard):
         for method in (m.name for m in METHODS.values() if m.hard_bar):
             if (task, method) in coverage:
                 value = coverage[task, method]
                 bar, good = f"<= {EASY}", value <= EASY
                 lines.append(_line(f"too hard for {method}", task, value, bar, good))
+    lines += false_lines(controls)
     if CONSENSUS not in {row["method"] for row in rows}:
         return lines
     for task in names:
@@ -210,6 +215,19 @@ def verdicts(
             bar, good = f">= {least:.3f}", value >= least
             lines.append(_line(f"{CONSENSUS} {label}", task, value, bar, good))
     return lines
+
+
+def false_lines(controls: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Lines on what the consensus returns where nothing is planted."""
+    counts: dict[str, list[int]] = {}
+    for row in controls:
+        if row["method"] == CONSENSUS:
+            counts.setdefault(row["case"], []).append(row["num_mechanisms"])
+    label, bar = f"{CONSENSUS} finds nothing", f"<= {MAX_FALSE}"
+    return [
+        (label, task, str(max(c)), bar, "ok" if max(c) <= MAX_FALSE else "MISSED")
+        for task, c in counts.items()
+    ]
 
 
 def consensus_bound(
@@ -224,7 +242,7 @@ def consensus_bound(
     Returns:
       ``None`` where the oracle, which sets the bar, was not measured.
     """
-    if (TASKS | SHAPES)[task].beats_published:
+    if ALL[task].beats_published:
         published = (m.name for m in METHODS.values() if not m.ours)
         best = max(coverage.get((task, name), 0.0) for name in published)
         return "beats all", min(best + 0.1, best + (1 - best) / 2)

@@ -202,6 +202,8 @@ def oracle(key: Array, task: Task, *, budget: Budget) -> Features:
     of the truth is kept.
     """
     truth = np.asarray(task.truth.readers, np.float64)
+    if not len(truth):  # nothing is planted
+        return Features(jnp.asarray(truth), jnp.asarray(truth))
     k = min(ft.metrics.mean_active_features(key, task), len(truth))
     best = Features(jnp.asarray(truth), jnp.asarray(truth))
     best_coverage = -1.0
@@ -213,7 +215,8 @@ def oracle(key: Array, task: Task, *, budget: Budget) -> Features:
         readers = _train_from_truth(key, truth, taps[num], budget, k, signed)
         match = ft.metrics.match_features(readers, truth, group=task.truth.group)
         if match.coverage > best_coverage:
-            best = Features(readers, readers @ acts_covariance(taps[num]))
+            writers = readers @ acts_covariance(taps[num])
+            best = Features(readers, writers, group=task.truth.group)
             best_coverage = match.coverage
     return best
 

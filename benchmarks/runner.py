@@ -19,7 +19,7 @@ import jax
 from harness import row
 from method_tools import Budget
 from methods import METHODS, oracle
-from tasks import SIZES, make_task, task_key
+from tasks import ALL, SIZES, make_task, task_key
 
 import toyfeat as ft
 from toyfeat.models import planted
@@ -206,7 +206,8 @@ def measure_job(job: Job) -> JobResult:
         task = make_task(planted_task, root=job.root, seed=job.seed)
         if job.seed == 0:
             key = task_key(planted_task, root=job.root, seed=job.seed)
-            result = result._replace(page=(describe(task), task_figure(key, task)))
+            drawn = task_figure(key, task) if len(task.truth.frequency) else None
+            result = result._replace(page=(describe(task), drawn))
     except Exception as error:  # of one task: the others go on
         label = f"as a whole, seed {job.seed}"
         return result._replace(failures=[_failure(job.task, label, error)])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks import SHAPES, SIZES, TASKS
+from tasks import ALL, SIZES
 
 from toyfeat.files.atomic import write_whole
 
@@ -93,7 +93,7 @@ def check_version(line: Mapping[str, Any], path: Path) -> None:
     Raises:
       SystemExit: if the versions differ.
     """
-    task = (TASKS | SHAPES).get(line["case"])
+    task = ALL.get(line["case"])
     version = line.get("task_version", FIRST_VERSION)
     if task is not None and version != task.version:
         raise SystemExit(

@@ -246,6 +246,28 @@ SHAPES = _by_name(
 """The same kinds of tasks, of sizes that no method was made with."""
 
 
+MECHANISMS = _by_name(
+    [
+        PlantedTask("bilinear units", planted.gated_units),
+        PlantedTask("SwiGLU units", planted.gated_units, {"kind": "silu"}),
+        PlantedTask("ReLU-gated units", planted.gated_units, {"kind": "relu"}),
+        PlantedTask("sigmoid-gated units", planted.gated_units, {"kind": "sigmoid"}),
+        PlantedTask(
+            "SwiGLU 24 in 32", planted.gated_units, {"kind": "silu", "units": 24}
+        ),
+        PlantedTask("attention reads", planted.attention_reads),
+        PlantedTask("attention of 6 heads", planted.attention_reads, {"heads": 6}),
+        PlantedTask("random network", planted.random_network),
+        PlantedTask("unrelated labels", planted.unrelated_labels),
+    ]
+)
+"""Tasks of planes and subspaces, and controls in which there is nothing to find."""
+
+_FULL = TASKS | MECHANISMS
+ALL = _FULL | SHAPES
+"""Every task by its name."""
+
+
 def _resized(changes: str) -> dict[str, PlantedTask]:
     """Tasks with the knobs of the column ``changes``, without those that have none."""
     return {
@@ -260,9 +282,9 @@ def _resized(changes: str) -> dict[str, PlantedTask]:
 CONDITION = 100.0
 
 SIZES = {
-    "full": Size(tasks=TASKS, budget=Budget(), seeds=5),
+    "full": Size(tasks=_FULL, budget=Budget(), seeds=5),
     "conditioned": Size(
-        tasks={n: t._replace(condition=CONDITION) for n, t in TASKS.items()},
+        tasks={n: t._replace(condition=CONDITION) for n, t in _FULL.items()},
         budget=Budget(),
         seeds=5,
     ),

@@ -123,8 +123,8 @@ def test_rows_of_another_version_of_a_task_are_refused(
     stored_rows.resume_rows(path, **TINY)
     text = json.dumps(ROW | stored) + "\n"
     path.write_text(text)
-    changed = stored_rows.TASKS["x²"]._replace(version=2)
-    monkeypatch.setitem(stored_rows.TASKS, "x²", changed)
+    changed = stored_rows.ALL["x²"]._replace(version=2)
+    monkeypatch.setitem(stored_rows.ALL, "x²", changed)
     version = stored.get("task_version", 1)
     match = rf"rows of version {version} of 'x²', which is at version 2 now; take them"
     with pytest.raises(SystemExit, match=match):
@@ -212,7 +212,26 @@ def test_a_task_is_made_with_its_key_and_its_knobs(bench):
     draw = tasks.make_task(row, seed=3)  # the same draw in other coordinates
     assert abs(np.linalg.cond(draw.params["map"]) / 100 - 1) < 1e-3
     np.testing.assert_array_equal(draw.params["model"]["mix"], plain.params["mix"])
-    assert all(name == task.name for name, task in (tasks.TASKS | tasks.SHAPES).items())
+    assert all(name == task.name for name, task in tasks.ALL.items())
+
+
+def test_controls_count_what_is_false(bench):
+    runner, tasks, board = bench("runner"), bench("tasks"), bench("leaderboard")
+    knobs = {"dim": 4, "width": 8, "layers": 1, "outputs": 2}
+    small = tasks.MECHANISMS["random network"]._replace(knobs=knobs)
+    budget = bench("methods").Budget(examples=50, steps=2, batch=8)
+    task = tasks.make_task(small)
+    rows = [
+        runner.measure_method(task, small.name, method, 0, budget)
+        for method in ("random", "oracle")
+    ]
+    assert [row["num_mechanisms"] for row in rows] == [16, 0]
+    ours = rows[0] | {"method": "consensus"}
+    planted = ROW | {"case": "product space", "method": "consensus"}
+    lines = board.verdicts([planted, *rows, ours])
+    wanted = ("consensus finds nothing", "random network", "16", "<= 1", "MISSED")
+    assert wanted in lines
+    assert sum("random network" in line for line in lines) == 1
 
 
 def test_a_method_that_raises_ends_nothing(bench, tmp_path, monkeypatch, capsys):
@@ -281,8 +300,8 @@ def test_the_command_line_is_checked(bench, capsys):
     other = board.parse_options()
     assert (other.size, other.seeds) == ("shapes", 1)
     assert other.out == Path("out/leaderboard-shapes")
-    assert not set(other.tasks) & set(board.TASKS)
-    assert "," not in "".join([*board.TASKS, *board.SHAPES, *board.METHODS])
+    assert not set(other.tasks) & set(board.SIZES["full"].tasks)
+    assert "," not in "".join([*board.ALL, *board.METHODS])
 
 
 def test_without_tyro_the_command_says_what_to_install():

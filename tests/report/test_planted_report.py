@@ -12,17 +12,24 @@ from toyfeat.report.planted import describe, task_figure, write_tasks
 
 SHORT = {"steps": 5, "batch": 8}
 TINY = {
+    "attention_reads": {"heads": 1, "head_dim": 3, "dim": 10, "positions": 2},
+    "gated_units": {"units": 3, "dim": 8, "probability": 0.3},
     "circuits": {"features": 3, "neurons": 6, "each": 2, **SHORT},
     "cross_layer": {"features": 14, "neurons": (5, 4), "each": 2, **SHORT},
     "ignored_structure": {"dim": 8, "features": 3, "manifold": 2},
     "modular_addition": {"modulus": 7, "frequencies": 2, "dim": 14},
     "product_space": {"dim": 8, "colours": 3, "shapes": 2},
+    "random_network": {"dim": 4, "width": 8, "outputs": 3},
+    "unrelated_labels": {"dim": 4, "features": 6},
     "quiet_and_loud": {"dim": 8, "quiet": 3, "loud": 4},
     "squares": {"neurons": 4, **SHORT},
     "superposition": {"features": 3, "hidden": 2, "probability": 0.3, **SHORT},
     "tiled_curve": {"dim": 8, "harmonics": 3, "reads": 3},
     "world_with_head": {"features": 64, "dim": 12, "read": 12, "composed": 2},
 }
+
+
+CONTROLS = ("random_network", "unrelated_labels")
 
 
 @cache
@@ -63,7 +70,12 @@ def test_a_description_says_what_is_defined_ignored_and_shared():
     assert "Rows that share a subspace: 0 and 1 and 2." in text
 
 
-@pytest.mark.parametrize("name", TINY)
+def test_a_description_says_that_nothing_is_planted():
+    text = describe(task_of("random_network"))
+    assert "Nothing is planted in the 4 dimensions of the site “acts”" in text
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in CONTROLS])
 def test_a_figure_has_three_panels_that_say_what_they_are(name, key):
     pytest.importorskip("matplotlib")
     task = task_of(name)

@@ -18,6 +18,9 @@ from toyfeat.report.tables import html_lines, print_lines, spread
 ORACLE = "oracle"
 """The method that starts at the truth; its coverage is a task's ceiling."""
 
+MECHANISM_COLUMNS = ("mechanisms", "inside", "num_mechanisms")
+"""Further fields, shown where all rows of a task have them."""
+
 COLUMNS = (
     "readers",
     "writers",
@@ -30,6 +33,8 @@ COLUMNS = (
 )
 """Fields of a row that the table of a task shows."""
 
+_CONTROLS = "Mechanisms returned where nothing is planted: all of them false"
+
 # Cells of the picture that are darker than this have white text (viridis).
 _DARK = 0.6
 
@@ -37,6 +42,31 @@ _DARK = 0.6
 def coverage(row: Mapping[str, Any]) -> float:
     """Coverage of the side that is scored in the row's task."""
     return float(row[row["side"]])
+
+
+def is_control(row: Mapping[str, Any]) -> bool:
+    """Return whether nothing is planted in the row's task."""
+    return row.get("size", {}).get("features") == 0
+
+
+def control_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Tabulate how many mechanisms methods return where there are none.
+
+    Args:
+      rows: of tasks in which nothing is planted.
+
+    Returns:
+      A heading line and a line per method: the median over seeds, with the range.
+    """
+    tasks, methods = _names(rows)
+    lines: list[tuple[str, ...]] = [("method", *tasks)]
+    for method in methods:
+        counts = [
+            [r["num_mechanisms"] for r in rows if (r["case"], r["method"]) == pair]
+            for pair in ((task, method) for task in tasks)
+        ]
+        lines.append((method, *(spread(c, ".3g") if c else "" for c in counts)))
+    return lines
 
 
 def medians(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
@@ -86,10 +116,12 @@ def task_lines(rows: Sequence[Mapping[str, Any]], task: str) -> list[tuple[str, 
       A heading line and a line per method.
     """
     task_rows = [row for row in rows if row["case"] == task]
-    lines: list[tuple[str, ...]] = [("method", *COLUMNS)]
+    more = [c for c in MECHANISM_COLUMNS if all(c in row for row in task_rows)]
+    columns = (*COLUMNS, *more)
+    lines: list[tuple[str, ...]] = [("method", *columns)]
     for method in _names(task_rows)[1]:
         seeds = [row for row in task_rows if row["method"] == method]
-        cells = [spread([row[name] for row in seeds], ".3g") for name in COLUMNS]
+        cells = [spread([row[name] for row in seeds], ".3g") for name in columns]
         lines.append((method, *cells))
     return lines
 
@@ -145,7 +177,7 @@ def write_leaderboard(
       rows: of every task, method and seed.
       argument: paragraphs of plain text above the picture.
       header: settings, beside the rows in the JSON.
-      tasks: task to a paragraph and a matplotlib figure.
+      tasks: task to a paragraph and a matplotlib figure, or ``None`` for no figure.
       verdicts: a heading line and lines on bars.
       console: where to print the tables; ``None`` for nowhere.
 
@@ -160,12 +192,18 @@ def write_leaderboard(
     # The rows, the picture of all tasks, and a page with a section per task.
     text = json.dumps({**header, "rows": list(rows)}, indent=1, allow_nan=False)
     write_whole(folder / "leaderboard.json", text + "\n")
-    image = png(heat_figure(rows))
-    (folder / "leaderboard.png").write_bytes(image)
-    caption = "Coverage of the side that each task is about, median over seeds."
+    controls = [row for row in rows if is_control(row)]
+    planted = [row for row in rows if not is_control(row)]
     body = [page.paragraph(part) for part in argument]
-    body += [page.picture(data_uri(image), caption)]
+    if planted:
+        image = png(heat_figure(planted))
+        (folder / "leaderboard.png").write_bytes(image)
+        caption = "Coverage of the side that each task is about, median over seeds."
+        body += [page.picture(data_uri(image), caption)]
     sections = [page.section("All methods on all tasks", body)]
+    if controls:
+        table = page.table(html_lines(control_lines(controls)))
+        sections.append(page.section(_CONTROLS, [table]))
     if verdicts:
         sections.append(page.section("Bars", [page.table(html_lines(verdicts))]))
     sections += [_task_section(rows, task, tasks or {}) for task in _names(rows)[0]]
@@ -184,7 +222,9 @@ def _task_section(
     parts = []
     if task in pages:
         text, drawn = pages[task]
-        parts = [page.paragraph(text), page.picture(data_uri(png(drawn)), task)]
+        parts = [page.paragraph(text)]
+        if drawn is not None:
+            parts.append(page.picture(data_uri(png(drawn)), task))
     parts.append(page.table(html_lines(task_lines(rows, task))))
     return page.section(task, parts)
 
@@ -199,7 +239,13 @@ def _print_tables(
         console.print(printable(task), markup=False)
         print_lines(task_lines(rows, task), console)
         console.print()
-    print_lines(summary_lines(rows), console)
+    controls = [row for row in rows if is_control(row)]
+    planted = [row for row in rows if not is_control(row)]
+    if planted:
+        print_lines(summary_lines(planted), console)
+    if controls:
+        console.print(f"\n{_CONTROLS}", markup=False)
+        print_lines(control_lines(controls), console)
     if verdicts:
         console.print()
         print_lines(verdicts, console)

@@ -56,7 +56,10 @@ def describe(task: Task, *, fit: float | None = None) -> str:
     sentences = [
         f"{task.name}: {task.about}",
         f"{_count(num, 'feature')} in {_count(width, 'dimension')} at the site "
-        f"“{task.site}”; the {task.side} are scored.",
+        f"“{task.site}”; the {task.side} are scored."
+        if num
+        else f"Nothing is planted in the {_count(width, 'dimension')} of the site "
+        f"“{task.site}”; what is returned is counted.",
         "The model is the definition of its features."
         if left == 0
         else f"The trained model leaves {_percent(left)} of its targets' variance.",

@@ -5,8 +5,11 @@ Every function makes a :class:`Task` from a random key; its arguments are the kn
 other coordinates.
 """
 
+from toyfeat.models.planted.attention import attention_reads
 from toyfeat.models.planted.bottleneck import superposition
 from toyfeat.models.planted.conditioning import recondition
+from toyfeat.models.planted.controls import random_network, unrelated_labels
+from toyfeat.models.planted.gated import gated_units
 from toyfeat.models.planted.loudness import quiet_and_loud
 from toyfeat.models.planted.manifolds import (
     ignored_structure,
@@ -25,16 +28,20 @@ from toyfeat.models.planted.worlds import world_with_head
 __all__ = [
     "Task",
     "Truth",
+    "attention_reads",
     "circuits",
     "cross_layer",
+    "gated_units",
     "ignored_structure",
     "modular_addition",
     "product_space",
     "quiet_and_loud",
+    "random_network",
     "recondition",
     "squares",
     "subject_of",
     "superposition",
     "tiled_curve",
+    "unrelated_labels",
     "world_with_head",
 ]

@@ -257,6 +257,31 @@ MECHANISMS = _by_name(
         ),
         PlantedTask("attention reads", planted.attention_reads),
         PlantedTask("attention of 6 heads", planted.attention_reads, {"heads": 6}),
+        PlantedTask("residual 1 layer", planted.resid_mlp),
+        PlantedTask(
+            "residual 2 layers", planted.resid_mlp, {"layers": 2, "neurons": 25}
+        ),
+        PlantedTask(
+            "residual 3 layers",
+            planted.resid_mlp,
+            {"layers": 3, "features": 102, "neurons": 17, "steps": 3000},
+        ),
+        *(
+            PlantedTask(
+                f"TMS {features}-{hidden}{' with identity' * identity}",
+                planted.superposition,
+                {
+                    "features": features,
+                    "hidden": hidden,
+                    "identity": identity,
+                    "published": True,
+                    "steps": 10_000,
+                },
+            )
+            for features, hidden in ((5, 2), (40, 10))
+            for identity in (False, True)
+        ),
+        PlantedTask("compressed computation", planted.compressed_computation),
         PlantedTask("random network", planted.random_network),
         PlantedTask("unrelated labels", planted.unrelated_labels),
     ]

@@ -227,7 +227,7 @@ def test_controls_count_what_is_false(bench):
     ]
     assert [row["num_mechanisms"] for row in rows] == [16, 0]
     ours = rows[0] | {"method": "consensus"}
-    planted = ROW | {"case": "product space", "method": "consensus"}
+    planted = ROW | {"case": "product space", "method": "random", "readers": 0.5}
     lines = board.verdicts([planted, *rows, ours])
     wanted = ("consensus finds nothing", "random network", "16", "<= 1", "MISSED")
     assert wanted in lines

@@ -22,6 +22,8 @@ TINY = {
     "random_network": {"dim": 4, "width": 8, "outputs": 3},
     "unrelated_labels": {"dim": 4, "features": 6},
     "quiet_and_loud": {"dim": 8, "quiet": 3, "loud": 4},
+    "compressed_computation": {"features": 6, "neurons": 3, **SHORT},
+    "resid_mlp": {"features": 6, "neurons": 2, "layers": 2, "embedding": 9, **SHORT},
     "squares": {"neurons": 4, **SHORT},
     "superposition": {"features": 3, "hidden": 2, "probability": 0.3, **SHORT},
     "tiled_curve": {"dim": 8, "harmonics": 3, "reads": 3},

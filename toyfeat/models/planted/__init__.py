@@ -21,6 +21,7 @@ from toyfeat.models.planted.networks import (
     cross_layer,
     squares,
 )
+from toyfeat.models.planted.residual import compressed_computation, resid_mlp
 from toyfeat.models.planted.task import Task, Truth, subject_of
 from toyfeat.models.planted.waves import modular_addition
 from toyfeat.models.planted.worlds import world_with_head
@@ -30,6 +31,7 @@ __all__ = [
     "Truth",
     "attention_reads",
     "circuits",
+    "compressed_computation",
     "cross_layer",
     "gated_units",
     "ignored_structure",
@@ -38,6 +40,7 @@ __all__ = [
     "quiet_and_loud",
     "random_network",
     "recondition",
+    "resid_mlp",
     "squares",
     "subject_of",
     "superposition",

@@ -20,6 +20,8 @@ from toyfeat.types import Array, Params
 
 # Inputs behind the fit: its standard error is 1 / sqrt(50,000), half a percent.
 _EXAMPLES = 50_000
+# Decay of weights in published trainings, torch's default.
+_DECAY = 0.01
 
 
 def superposition(
@@ -32,6 +34,7 @@ def superposition(
     steps: int = 4000,
     batch: int = 1024,
     learning_rate: float = 5e-3,
+    published: bool = False,
 ) -> Task:
     """Plant sparse inputs in a narrow layer, which the same weights read again.
 
@@ -47,6 +50,8 @@ def superposition(
       steps: of Adam, whose rate falls to 0 along a cosine.
       batch: inputs per step.
       learning_rate: of the first step.
+      published: whether training is that of the papers on parameters, AdamW at a
+        constant rate from short uniform weights, for 10,000 steps there.
 
     Returns:
       :class:`toyfeat.models.planted.Task`.
@@ -57,7 +62,7 @@ def superposition(
     """
     _check(features, hidden, probability, steps, batch)
     params, fit = _train_superposition(
-        features, hidden, probability, steps, batch, learning_rate, key
+        features, hidden, probability, steps, batch, learning_rate, published, key
     )
     if not jnp.isfinite(fit):
         raise ValueError(
@@ -121,7 +126,7 @@ def _sparse_inputs(features: int, probability: float, key: Array, num: int) -> A
     return sparse_uniform(key, (num, features), probability)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
 def _train_superposition(
     features: int,
     hidden: int,
@@ -129,14 +134,19 @@ def _train_superposition(
     steps: int,
     batch: int,
     learning_rate: float,
+    published: bool,
     key: Array,
 ) -> tuple[Params, Array]:
     """Train one network; parameters and the share of the variance that they leave."""
     init_key, data_key = jax.random.split(key)
-    params = {
-        "weight": unit(jax.random.normal(init_key, (features, hidden))),
-        "bias": jnp.zeros(features),
-    }
+    if published:  # torch's default for the layer that writes, of fan-in F
+        weight = jax.random.uniform(init_key, (features, hidden), minval=-1, maxval=1)
+        weight = weight / features**0.5
+        optimizer = optax.adamw(learning_rate, weight_decay=_DECAY)
+    else:
+        weight = unit(jax.random.normal(init_key, (features, hidden)))
+        optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+    params = {"weight": weight, "bias": jnp.zeros(features)}
 
     # Squared error per example, summed over the outputs.
     def loss(params: Params, x: Array) -> Array:
@@ -147,7 +157,6 @@ def _train_superposition(
         return _sparse_inputs(features, probability, key, num)
 
     # Train on fresh inputs, then measure on inputs that training did not see.
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     params = train(
         loss, params, lambda step: draw(step, batch), steps=steps, optimizer=optimizer
     ).params

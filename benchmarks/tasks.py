@@ -246,46 +246,45 @@ SHAPES = _by_name(
 """The same kinds of tasks, of sizes that no method was made with."""
 
 
-MECHANISMS = _by_name(
-    [
-        PlantedTask("bilinear units", planted.gated_units),
-        PlantedTask("SwiGLU units", planted.gated_units, {"kind": "silu"}),
-        PlantedTask("ReLU-gated units", planted.gated_units, {"kind": "relu"}),
-        PlantedTask("sigmoid-gated units", planted.gated_units, {"kind": "sigmoid"}),
-        PlantedTask(
-            "SwiGLU 24 in 32", planted.gated_units, {"kind": "silu", "units": 24}
-        ),
-        PlantedTask("attention reads", planted.attention_reads),
-        PlantedTask("attention of 6 heads", planted.attention_reads, {"heads": 6}),
-        PlantedTask("residual 1 layer", planted.resid_mlp),
-        PlantedTask(
-            "residual 2 layers", planted.resid_mlp, {"layers": 2, "neurons": 25}
-        ),
-        PlantedTask(
-            "residual 3 layers",
-            planted.resid_mlp,
-            {"layers": 3, "features": 102, "neurons": 17, "steps": 3000},
-        ),
-        *(
-            PlantedTask(
-                f"TMS {features}-{hidden}{' with identity' * identity}",
-                planted.superposition,
-                {
-                    "features": features,
-                    "hidden": hidden,
-                    "identity": identity,
-                    "published": True,
-                    "steps": 10_000,
-                },
-            )
-            for features, hidden in ((5, 2), (40, 10))
-            for identity in (False, True)
-        ),
-        PlantedTask("compressed computation", planted.compressed_computation),
-        PlantedTask("random network", planted.random_network),
-        PlantedTask("unrelated labels", planted.unrelated_labels),
-    ]
-)
+_PUBLISHED = {"published": True, "steps": 10_000}
+_WIDE = _PUBLISHED | {"features": 40, "hidden": 10}
+_IDENTITY = {"identity": True}
+MECHANISMS = {
+    name: PlantedTask(name, make, knobs)
+    for make, rows in {
+        planted.gated_units: {
+            "bilinear units": {},
+            "SwiGLU units": {"kind": "silu"},
+            "SwiGLU 24 in 32": {"kind": "silu", "units": 24},
+            "ReLU-gated units": {"kind": "relu"},
+            "sigmoid-gated units": {"kind": "sigmoid"},
+        },
+        planted.attention_reads: {
+            "attention reads": {},
+            "attention of 6 heads": {"heads": 6},
+        },
+        planted.resid_mlp: {
+            "residual 1 layer": {},
+            "residual 2 layers": {"layers": 2, "neurons": 25},
+            "residual 3 layers": {
+                "layers": 3,
+                "features": 102,
+                "neurons": 17,
+                "steps": 3000,
+            },
+        },
+        planted.superposition: {
+            "TMS 5-2": _PUBLISHED,
+            "TMS 40-10": _WIDE,
+            "TMS 5-2 with identity": _PUBLISHED | _IDENTITY,
+            "TMS 40-10 with identity": _WIDE | _IDENTITY,
+        },
+        planted.compressed_computation: {"compressed computation": {}},
+        planted.random_network: {"random network": {}},
+        planted.unrelated_labels: {"unrelated labels": {}},
+    }.items()
+    for name, knobs in rows.items()
+}
 """Tasks of planes and subspaces, and controls in which there is nothing to find."""
 
 _FULL = TASKS | MECHANISMS

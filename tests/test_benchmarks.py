@@ -215,6 +215,13 @@ def test_a_task_is_made_with_its_key_and_its_knobs(bench):
     assert all(name == task.name for name, task in tasks.ALL.items())
 
 
+def test_every_task_is_in_the_list_of_tasks(bench):
+    text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
+    listed = {name.strip() for row in rows[1:] for name in row.split(",")}
+    assert listed == set(bench("tasks").SIZES["full"].tasks)
+
+
 def test_controls_count_what_is_false(bench):
     runner, tasks, board = bench("runner"), bench("tasks"), bench("leaderboard")
     knobs = {"dim": 4, "width": 8, "layers": 1, "outputs": 2}

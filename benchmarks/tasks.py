@@ -249,6 +249,7 @@ SHAPES = _by_name(
 _PUBLISHED = {"published": True, "steps": 10_000}
 _WIDE = _PUBLISHED | {"features": 40, "hidden": 10}
 _IDENTITY = {"identity": True}
+_THREE_LAYERS = {"layers": 3, "features": 102, "neurons": 17, "steps": 3000}
 MECHANISMS = {
     name: PlantedTask(name, make, knobs)
     for make, rows in {
@@ -266,12 +267,7 @@ MECHANISMS = {
         planted.resid_mlp: {
             "residual 1 layer": {},
             "residual 2 layers": {"layers": 2, "neurons": 25},
-            "residual 3 layers": {
-                "layers": 3,
-                "features": 102,
-                "neurons": 17,
-                "steps": 3000,
-            },
+            "residual 3 layers": _THREE_LAYERS,
         },
         planted.superposition: {
             "TMS 5-2": _PUBLISHED,
@@ -301,8 +297,7 @@ def _resized(changes: str) -> dict[str, PlantedTask]:
     }
 
 
-# A draw is badly conditioned where whitening by rounded gradients still works: the
-# squares of singular values, 1e4 apart, are far above the 1e-7 of float32.
+# Badly conditioned, though squares of singular values, 1e4 apart, are well above 1e-7.
 CONDITION = 100.0
 
 SIZES = {
@@ -324,10 +319,7 @@ SIZES = {
         seeds=1,
     ),
 }
-"""The sizes of the leaderboard, by name.
-
-``conditioned`` has the draws of ``full``, each in random coordinates of its site.
-"""
+"""The sizes by name; ``conditioned`` has the draws of ``full`` in other coordinates."""
 
 
 def task_key(task: PlantedTask, *, root: int = 0, seed: int = 0) -> Array:
@@ -355,5 +347,5 @@ def make_task(task: PlantedTask, *, root: int = 0, seed: int = 0) -> Task:
     draw = task.make(key, **task.knobs)
     if task.condition is None:
         return draw
-    map_key = jax.random.fold_in(key, zlib.crc32(b"condition"))
-    return planted.recondition(map_key, draw, condition=task.condition)
+    key = jax.random.fold_in(key, zlib.crc32(b"condition"))
+    return planted.recondition(key, draw, condition=task.condition)

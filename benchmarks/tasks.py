@@ -248,7 +248,6 @@ SHAPES = _by_name(
 
 _PUBLISHED = {"published": True, "steps": 10_000}
 _WIDE = _PUBLISHED | {"features": 40, "hidden": 10}
-_IDENTITY = {"identity": True}
 _THREE_LAYERS = {"layers": 3, "features": 102, "neurons": 17, "steps": 3000}
 MECHANISMS = {
     name: PlantedTask(name, make, knobs)
@@ -272,8 +271,8 @@ MECHANISMS = {
         planted.superposition: {
             "TMS 5-2": _PUBLISHED,
             "TMS 40-10": _WIDE,
-            "TMS 5-2 with identity": _PUBLISHED | _IDENTITY,
-            "TMS 40-10 with identity": _WIDE | _IDENTITY,
+            "TMS 5-2 with identity": _PUBLISHED | {"identity": True},
+            "TMS 40-10 with identity": _WIDE | {"identity": True},
         },
         planted.compressed_computation: {"compressed computation": {}},
         planted.random_network: {"random network": {}},

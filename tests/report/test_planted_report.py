@@ -89,8 +89,8 @@ def test_a_figure_has_three_panels_that_say_what_they_are(name, key):
     arrows, key_label, shown = [num], "strongest feature, the first of equals", ""
     if num == 1:
         key_label = "size of the feature"
-    elif name == "modular_addition":
-        arrows, shown = [2], "2 of 4 "
+    elif name in ("modular_addition", "gated_units"):
+        arrows, shown = [2], f"2 of {num} "
         key_label = "angle in the plane of rows "
     elif num > 12:
         arrows, shown = [12], f"12 of {num} "

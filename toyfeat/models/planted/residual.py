@@ -17,7 +17,7 @@ References:
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def resid_mlp(
     features: int = 100,
     neurons: int = 50,
     embedding: int = 1000,
-    **spec: float,
+    **spec: Any,
 ) -> Task:
     """Plant ReLUs of sparse inputs that layers of a residual network compute together.
 
@@ -119,7 +119,7 @@ def resid_mlp(
 
 
 def compressed_computation(
-    key: Array, *, features: int = 100, neurons: int = 50, **spec: float
+    key: Array, *, features: int = 100, neurons: int = 50, **spec: Any
 ) -> Task:
     r"""Plant fewer mechanisms than features: a control for finding one per feature.
 

@@ -46,6 +46,9 @@ ARGUMENT = (
     "computation reads. A method sees the model and its inputs, nothing else, and "
     "returns readers and writers; coverage is the mean |cos| of every true feature "
     "with the found one it is paired with, one to one, and 0 without a partner.",
+    "Where a plane or a subspace is planted, as behind a gated unit, and mechanisms are "
+    "scored, only one of the same dimension counts, by the cosine of the largest angle "
+    "between both; directions inside of it are listed apart.",
     "The oracle is a dictionary of gradients that starts at the truth and is trained "
     "on: where it loses the truth, so must a method that trains one.",
 )

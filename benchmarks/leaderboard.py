@@ -46,7 +46,7 @@ ARGUMENT = (
     "computation reads. A method sees the model and its inputs, nothing else, and "
     "returns readers and writers; coverage is the mean |cos| of every true feature "
     "with the found one it is paired with, one to one, and 0 without a partner.",
-    "Where a plane or a subspace is planted, as behind a gated unit, and mechanisms are "
+    "Where a plane or a subspace is planted, as of a gated unit, and mechanisms are "
     "scored, only one of the same dimension counts, by the cosine of the largest angle "
     "between both; directions inside of it are listed apart.",
     "The oracle is a dictionary of gradients that starts at the truth and is trained "

@@ -164,8 +164,9 @@ def _control(
 
 
 def _random_shape(key: Array, dim: int) -> Array:
-    """Draw a matrix ``[D, D]`` of condition :data:`_CONDITION` around 1."""
-    exponents = jnp.linspace(0.5, -0.5, dim)
+    """Draw a matrix ``[D, D]`` of condition :data:`_CONDITION`."""
+    # The mean square of the singular values is near 1, so that few units saturate.
+    exponents = jnp.linspace(0.25, -0.75, dim)
     left, right = (rotation(k, dim) for k in jax.random.split(key))
     return dot(left * (_CONDITION**exponents)[None, :], right)
 

@@ -36,9 +36,9 @@ class MechanismMatch(NamedTuple):
         ``toyfeat.metrics.matching.PRECISE_COSINE``.
       precision: share of the found mechanisms whose best similarity with any true one
         reaches it.
-      inside: share of the found mechanisms that lie within a true one of more
-        dimensions (their smallest principal cosine with it reaches it): directions of
-        true planes.  They count in neither coverage nor precision.
+      inside: share of the found mechanisms that are not precise but lie within a true
+        one of more dimensions (their smallest principal cosine with it reaches it):
+        directions of true planes.  They count in neither coverage nor precision.
       num_found: how many mechanisms were found.
     """
 
@@ -134,13 +134,15 @@ def match_mechanisms(
     index[second[useful]] = first[useful]
     similarity = np.zeros(len(true))
     similarity[second[useful]] = scores[first[useful], second[useful]]
+    precise = scores.max(axis=1, initial=0.0) >= PRECISE_COSINE
+    inside = within.max(axis=1, initial=0.0) >= PRECISE_COSINE
     return MechanismMatch(
         index=index,
         similarity=similarity,
         coverage=_mean(similarity),
         found=_mean(similarity >= PRECISE_COSINE),
-        precision=_mean(scores.max(axis=1, initial=0.0) >= PRECISE_COSINE),
-        inside=_mean(within.max(axis=1, initial=0.0) >= PRECISE_COSINE),
+        precision=_mean(precise),
+        inside=_mean(inside & ~precise),
         num_found=len(found),
     )
 

@@ -243,7 +243,9 @@ def test_where_nothing_is_planted_only_counts_are_not_zero():
 def test_a_plane_counts_as_a_mechanism_where_it_is_returned_as_a_plane():
     pair = np.array([0, 0, 1, 1, 2, 3, 4])
     task = TASKS["product"]
-    task = task._replace(truth=task.truth._replace(group=pair), side="mechanisms")
+    # Rows at right angles: those of the task are within .9 of each other.
+    truth = task.truth._replace(readers=jnp.eye(9)[:7], group=pair)
+    task = task._replace(truth=truth, side="mechanisms")
     rows = truth_of(task)[:2]
     whole = ft.metrics.score_task(KEY, task, ft.Features(*rows, group=pair))
     assert whole.mechanisms == pytest.approx(1, abs=1e-6)

@@ -19,7 +19,7 @@ import jax
 from harness import row
 from method_tools import Budget
 from methods import METHODS, oracle
-from tasks import ALL, SIZES, make_task, task_key
+from tasks import SIZES, make_task, task_key
 
 import toyfeat as ft
 from toyfeat.models import planted

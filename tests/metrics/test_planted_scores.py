@@ -168,7 +168,7 @@ def test_readers_of_constant_activations_guess_the_mean():
     acts[:, 1] = 1.0 - acts[:, 2]  # their sum is constant
     rows = np.zeros((2, 6))
     rows[0, 0] = rows[1, 1] = rows[1, 2] = 1.0
-    data = preservation._Acts(acts[:9], acts[:9], acts)
+    data = preservation._Acts(acts[:9], acts[:9], acts, acts.dtype)
     for size in (1e-160, 1.0, 1e150):
         guess = preservation._guess_from_readers(2, size * rows, data)
         np.testing.assert_allclose(guess, np.tile(acts.mean(0), (9, 1)), atol=1e-12)
@@ -193,7 +193,7 @@ def test_repeated_rows_reconstruct_the_same():
             else twice.writers
         )
         rows = np.asarray(rows, np.float64)
-        data = preservation._Acts(some, some, some)
+        data = preservation._Acts(some, some, some, some.dtype)
         many = replaced(12, rows, data)
         few = replaced(2, rows[::6], data)
         np.testing.assert_allclose(many, few, atol=1e-6)

@@ -13,11 +13,11 @@ from toyfeat.checks import (
     check_key,
     check_type,
 )
-from toyfeat.metrics.matching import match_features, random_coverage
+from toyfeat.metrics.matching import Match, match_features, random_coverage
 from toyfeat.metrics.mechanisms import match_mechanisms, random_mechanism_coverage
 from toyfeat.metrics.preservation import preserved_share
 from toyfeat.models.planted.task import Task
-from toyfeat.types import Array, Features
+from toyfeat.types import Array, ArrayLike, Features
 
 # Length of a unit row's part in ignored structure from which the row is a part of it.
 _INSIDE_LENGTH = 0.9
@@ -119,7 +119,6 @@ def score_task(
     if not num:
         return _NOTHING_FOUND
     rows = {"readers": readers, "writers": writers}
-    true_groups = task.truth.group
 
     # The same number of rows per example for all methods, so that none gains by more.
     inputs_key, draws_key = jax.random.split(key)
@@ -130,17 +129,13 @@ def score_task(
 
     # Mechanisms against true mechanisms; where nothing is planted they are all false.
     mechanisms = match_mechanisms(
-        rows[side], truths[side], group=groups, truth_group=true_groups
+        rows[side], truths[side], group=groups, truth_group=task.truth.group
     )
     counts = {"num_found": num, "num_mechanisms": mechanisms.num_found}
     if not len(truths[side]):
         return _NOTHING_FOUND._replace(**counts, preserved=preserved)
 
-    # Readers against true readers, writers against true writers.
-    matches = {
-        name: match_features(rows[name], truth, group=true_groups)
-        for name, truth in truths.items()
-    }
+    matches = _match_sides(rows, truths, task.truth.group)
     coverage = {name: match.coverage for name, match in matches.items()}
     strict = task.side == "mechanisms"
     return TaskScores(
@@ -191,6 +186,18 @@ def _known_sides(task: Task) -> dict[str, np.ndarray]:
             f"{task.side!r} and {list(known)}"
         )
     return known
+
+
+def _match_sides(
+    rows: dict[str, np.ndarray],
+    truths: dict[str, np.ndarray],
+    true_groups: ArrayLike | None,
+) -> dict[str, Match]:
+    """Match readers to true readers, and writers to true writers."""
+    return {
+        name: match_features(rows[name], truth, group=true_groups)
+        for name, truth in truths.items()
+    }
 
 
 def _coverage_floor(

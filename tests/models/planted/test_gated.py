@@ -195,7 +195,7 @@ def test_errors(call, match):
 
 
 def test_sizes_are_ints():
-    with pytest.raises(TypeError, match="gated_units: wanted an int for units"):
+    with pytest.raises(TypeError, match="gated_units: units must be an int"):
         make("relu", units=2.0)
-    with pytest.raises(TypeError, match="attention_reads: wanted an int for heads"):
+    with pytest.raises(TypeError, match="attention_reads: heads must be an int"):
         attention(heads=2.0)

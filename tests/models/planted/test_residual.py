@@ -124,5 +124,5 @@ def test_errors(call, match):
 
 
 def test_sizes_are_ints():
-    with pytest.raises(TypeError, match="resid_mlp: wanted an int for neurons"):
+    with pytest.raises(TypeError, match="resid_mlp: neurons must be an int"):
         planted.resid_mlp(KEY, neurons=2.0)

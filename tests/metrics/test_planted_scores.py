@@ -193,7 +193,7 @@ def test_repeated_rows_reconstruct_the_same():
             else twice.writers
         )
         rows = np.asarray(rows, np.float64)
-        data = preservation._Acts(some, some, some, some.dtype)
+        data = preservation._Acts(some, some, some, np.dtype(np.float32))
         many = replaced(12, rows, data)
         few = replaced(2, rows[::6], data)
         np.testing.assert_allclose(many, few, atol=1e-6)

@@ -80,15 +80,7 @@ def attention_reads(
     """
     _check(heads, head_dim, dim, positions, probability, sharpness)
     num = _PARTS * heads * head_dim
-    rows_key, mix_key = jax.random.split(key)
-    rows = unit(jax.random.normal(rows_key, (num, dim)))
-    readers = rows if num > dim else dual(rows)
-    params = {
-        "writers": rows,
-        "readers": readers.reshape(heads, _PARTS, head_dim, dim),
-        "mix": rotation(mix_key, heads * head_dim),
-        "sharpness": jnp.asarray(sharpness, readers.dtype),
-    }
+    params = _draw_heads(key, heads, head_dim, dim, sharpness)
     place = "in superposition in" if num > dim else "in"
     return Task(
         probed=_PROBED,
@@ -96,8 +88,8 @@ def attention_reads(
         sample=partial(_sources, heads, head_dim, positions, probability),
         site=SITE,
         truth=Truth(
-            readers=readers,
-            writers=rows,
+            readers=params["readers"].reshape(num, dim),
+            writers=params["writers"],
             frequency=jnp.full(num, probability),
             group=jnp.repeat(jnp.arange(_PARTS * heads), head_dim),
         ),
@@ -135,6 +127,22 @@ def _check(
             "attention_reads: wanted probability in (0, 1] and sharpness in (0, 100], "
             f"got {probability} and {sharpness}"
         )
+
+
+def _draw_heads(
+    key: Array, heads: int, head_dim: int, dim: int, sharpness: float
+) -> dict[str, Array]:
+    """Draw rows of all subspaces; duals see their own source alone, if there are."""
+    num = _PARTS * heads * head_dim
+    rows_key, mix_key = jax.random.split(key)
+    rows = unit(jax.random.normal(rows_key, (num, dim)))
+    readers = rows if num > dim else dual(rows)
+    return {
+        "writers": rows,
+        "readers": readers.reshape(heads, _PARTS, head_dim, dim),
+        "mix": rotation(mix_key, heads * head_dim),
+        "sharpness": jnp.asarray(sharpness, readers.dtype),
+    }
 
 
 def _sources(

@@ -23,6 +23,11 @@ _EXAMPLES = 50_000
 # Decay of weights in published trainings, torch's default.
 _DECAY = 0.01
 
+_LIMITS = (
+    "A feature that the training gave up has a row near 0, whose direction means "
+    "nothing."
+)
+
 
 def superposition(
     key: Array,
@@ -87,8 +92,7 @@ def superposition(
         fit=float(fit),
         ignored=None,
         about=f"{features} sparse inputs in {hidden} dimensions and back.",
-        limits="A feature that the training gave up has a row near 0, whose direction "
-        "means nothing.",
+        limits=_LIMITS,
     )
 
 

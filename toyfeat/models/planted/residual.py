@@ -252,6 +252,21 @@ _NEURONS = from_function(_by_neurons)
 _MLP_IN = from_function(_by_mlp_in)
 
 
+def _first_weights(key: Array, width: int, neurons: tuple[int, ...]) -> Params:
+    """Draw weights of variance 1 over the fan-in, as published."""
+    in_keys, out_keys = jax.random.split(key, (2, len(neurons)))
+    return {
+        "in": [
+            jax.random.normal(k, (width, n)) / width**0.5
+            for k, n in zip(in_keys, neurons, strict=True)
+        ],
+        "out": [
+            jax.random.normal(k, (n, width)) / n**0.5
+            for k, n in zip(out_keys, neurons, strict=True)
+        ],
+    }
+
+
 @partial(jax.jit, static_argnums=0)
 def _train_residual(spec: Spec, key: Array) -> tuple[Params, _Measured]:
     """Train one network, and measure it."""
@@ -260,18 +275,7 @@ def _train_residual(spec: Spec, key: Array) -> tuple[Params, _Measured]:
     embed = jnp.eye(spec.features)
     if spec.embedding:
         embed = unit(jax.random.normal(embed_key, (spec.features, width)))
-    in_keys, out_keys = jax.random.split(init_key, (2, len(spec.neurons)))
-    # Weights of variance 1 over the fan-in, as published.
-    weights = {
-        "in": [
-            jax.random.normal(k, (width, n)) / width**0.5
-            for k, n in zip(in_keys, spec.neurons, strict=True)
-        ],
-        "out": [
-            jax.random.normal(k, (n, width)) / n**0.5
-            for k, n in zip(out_keys, spec.neurons, strict=True)
-        ],
-    }
+    weights = _first_weights(init_key, width, spec.neurons)
 
     def loss(weights: Params, x: Array) -> Array:
         y = _by_neurons(weights | {"embed": embed}, x, untapped)

@@ -26,6 +26,7 @@ from toyfeat.discover.agreement import (
 )
 from toyfeat.discover.circles import circular_planes
 from toyfeat.discover.gradients import (
+    WhiteCoordinates,
     acts_covariance,
     gradient_rows,
     tap_subject,
@@ -79,7 +80,8 @@ class ConsensusResult(NamedTuple):
     """Features found by :func:`toyfeat.discover.consensus`.
 
     Attributes:
-      features: readers and their writers.
+      features: readers and their writers; the two rows of a circular plane share a
+        ``group``.
       support: ``[R]`` int, in how many dictionaries a reader is; 0 for the two rows of
         a circular plane, which have no direction of their own.
       num_dictionaries: how many dictionaries there were.
@@ -158,7 +160,15 @@ def consensus(
     )
     readers = jnp.asarray(rows, float)
     writers = readers @ acts_covariance(gradients.taps)
-    return ConsensusResult(Features(readers, writers), supports, len(dictionaries))
+
+    # The two rows of a circular plane, which come last, are one mechanism.
+    num_planes = len(gradients.planes) // 2
+    num_directions = len(rows) - 2 * num_planes
+    group = np.append(
+        np.arange(num_directions), num_directions + np.arange(2 * num_planes) // 2
+    )
+    features = Features(readers, writers, group=group)
+    return ConsensusResult(features, supports, len(dictionaries))
 
 
 def train_gradient_dictionaries(
@@ -194,14 +204,9 @@ def train_gradient_dictionaries(
         directions_key, config.num_directions, "gaussian"
     )
     taps = tap_subject(subject, inputs, readouts.half_squared_norm())
-    norm_grads = gradient_rows(taps)
-    direction_grads = gradient_rows(tap_subject(subject, inputs, directions))
-
-    # Readers are covariant: in other coordinates of the site they are other rows.  In
-    # white coordinates the rows are the same for all of them, up to a rotation.
-    coordinates = white_coordinates(direction_grads, min_eigenvalue=_MIN_EIGENVALUE)
-    norm_grads = unit_mean_square(np.asarray(norm_grads) @ coordinates.whiten)
-    direction_grads = unit_mean_square(np.asarray(direction_grads) @ coordinates.whiten)
+    coordinates, norm_grads, direction_grads = _whiten(
+        gradient_rows(taps), gradient_rows(tap_subject(subject, inputs, directions))
+    )
 
     # Dictionaries of each.  Codes of the first have one sign, which tells a direction
     # from its opposite; random directions have none (docs/research.md, section 5).
@@ -229,3 +234,19 @@ def train_gradient_dictionaries(
         coordinates=coordinates,
         taps=taps,
     )
+
+
+def _whiten(
+    norm_grads: Array, direction_grads: Array
+) -> tuple[WhiteCoordinates, Array, Array]:
+    """Map both tables to the coordinates in which the second one is white.
+
+    Readers are covariant: in other coordinates of the site they are other rows.  In
+    white coordinates the rows are the same for all of them, up to a rotation.
+    """
+    coordinates = white_coordinates(direction_grads, min_eigenvalue=_MIN_EIGENVALUE)
+    norm_grads, direction_grads = (
+        unit_mean_square(np.asarray(rows) @ coordinates.whiten)
+        for rows in (norm_grads, direction_grads)
+    )
+    return coordinates, norm_grads, direction_grads

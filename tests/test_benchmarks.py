@@ -28,6 +28,7 @@ def run_leaderboard(folder, *arguments):
     return done.stdout, shown
 
 
+@pytest.mark.slow
 def test_the_leaderboard_goes_on_after_a_kill(tmp_path):
     two_seeds = "--seeds", "2", "--jobs", "2", "--methods", "random,TopK"
     text, shown = run_leaderboard(tmp_path, *two_seeds)
@@ -241,6 +242,7 @@ def test_controls_count_what_is_false(bench):
     assert sum("random network" in line for line in lines) == 1
 
 
+@pytest.mark.slow
 def test_a_method_that_raises_ends_nothing(bench, tmp_path, monkeypatch, capsys):
     names = "--methods", "activation PCA,random"
     board = bench("leaderboard", "--tiny", *names, "--out", tmp_path)

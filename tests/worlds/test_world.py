@@ -304,7 +304,7 @@ def test_an_equal_key_makes_an_equal_world(key):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"features": 0}, "features and dim of at least 1, got 0 and 3"),
+        ({"features": 0}, "features must be an int of at least 1, got 0"),
         ({"firing_probability": worlds.LinearFiring(0.1, 0.2)}, "min_prob=0.2"),
         ({"firing_probability": worlds.ZipfianFiring(-1.0)}, "positive, got -1.0"),
         (

@@ -429,7 +429,7 @@ def test_settings_with_which_nothing_can_be_trained(settings, match):
     sae = ALL["standard"]()
     with pytest.raises(ValueError, match=match):
         ft.trainer(sae, losses.default(sae), **settings)
-    with pytest.raises(ValueError, match="sparsity must be a finite number .* got nan"):
+    with pytest.raises(ValueError, match="sparsity must be a finite number"):
         ft.trainer(sae, losses.default(sae, sparsity=np.nan))
 
 

@@ -80,18 +80,20 @@ def refine_directions(
     """
     rows = [np.asarray(table, float) for table in tables]
     chosen = np.ones(len(directions), bool)
-    fits = [_fit_sparsely(table, directions) for table in rows]
+    fits: list[_SparseFit] = []
 
-    # Use the core where it explains a table as sparsely as all directions do.
+    # Use the core where no fewer codes of all directions explain the same table.
     if core is not None and not np.all(core):
         core_fits = [_fit_sparsely(table, directions[core]) for table in rows]
-        as_sparse = [
-            few if few is not None and (every is None or few.k <= every.k) else None
-            for few, every in zip(core_fits, fits, strict=True)
+        fits = [
+            fit
+            for fit in core_fits
+            if fit and not _fit_sparsely(fit.rows, directions, below=fit.k)
         ]
-        if any(fit is not None for fit in as_sparse):
-            chosen, fits = np.array(core, bool), as_sparse
-    fits = [fit for fit in fits if fit is not None]
+        if fits:
+            chosen = np.array(core, bool)
+    if not fits:
+        fits = [fit for table in rows if (fit := _fit_sparsely(table, directions))]
     if not fits:
         return directions, chosen
     directions = directions[chosen]
@@ -130,13 +132,17 @@ class _SparseFit(NamedTuple):
     atoms: np.ndarray
 
 
-def _fit_sparsely(rows: np.ndarray, directions: np.ndarray) -> _SparseFit | None:
-    """Fit directions with the fewest codes that explain a table, if few do."""
+def _fit_sparsely(
+    rows: np.ndarray, directions: np.ndarray, *, below: int | None = None
+) -> _SparseFit | None:
+    """Fit directions with the fewest codes that explain a table, ``below`` a number."""
     inside = np.linalg.norm(directions @ row_span(rows).T, axis=1)
     if not len(directions) or np.median(inside) < _MIN_INSIDE:
         return None
     dim = _effective_rank(rows)
     most = min(len(directions), dim, max(1, dim // 2), _MAX_CODES)
+    if below is not None:
+        most = min(most, below - 1)
     k = 1
     while k <= most:
         atoms, error = _run_mod(rows, directions, k)

@@ -1,3 +1,6 @@
+import dataclasses
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from toyfeat.interop import load_saelens
 from toyfeat.jobs import Attribution, Train
 from toyfeat.jobs import taps as sources
 from toyfeat.jobs import train as training
+from toyfeat.jobs.kinds import KINDS
 from toyfeat.jobs.results import Run, finished_runs, is_finished, list_runs
 from toyfeat.jobs.taps import from_store, grads_as_acts, shuffled_batches
 from toyfeat.jobs.train import design, load_curves, train_one, train_together
@@ -65,10 +69,17 @@ def test_members_that_diverge_do_not_take_the_others_along(
 
 def test_a_loss_has_its_coefficients():
     loss = Attribution("x", 3.0, 0.0, "l1")
-    _, objective, _ = design("attribution", 5, 12, 3, loss)
+    _, objective = design("attribution", 5, 12, 3, loss)
     found = {term.name: term.coefficient for term in objective}
     assert found["attribution_sparsity"] == 3.0
     assert "unexplained" not in found
+
+
+def test_the_settings_of_a_loss_are_arguments_of_the_library_s_with_its_defaults():
+    arguments = inspect.signature(ft.losses.attribution).parameters
+    settings = dataclasses.asdict(Attribution())
+    del settings["name"]
+    assert {name: arguments[name].default for name in settings} == settings
 
 
 @pytest.mark.parametrize("kind", ["acts", "gradients", "paired", "attribution"])
@@ -113,7 +124,7 @@ def test_a_population_has_the_dictionaries_of_single_trainings(store, tmp_path, 
     ],
 )
 def test_designs(kind, architecture, terms):
-    sae, objective, of_gradients = design(kind, 5, 12, 3)
+    sae, objective = design(kind, 5, 12, 3)
     config = sae.config
     assert (config.architecture, config.d_in, config.d_sae, config.k) == (
         architecture,
@@ -122,7 +133,7 @@ def test_designs(kind, architecture, terms):
         3,
     )
     assert {term.name for term in objective} == terms
-    assert of_gradients == (kind == "gradients")
+    assert KINDS[kind].of_gradients == (kind == "gradients")
 
 
 @pytest.fixture(scope="module")

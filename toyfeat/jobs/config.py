@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+from toyfeat.jobs.kinds import KINDS
+
 DEFAULT_SITE = "blocks_15/resid_post"
 
 
@@ -126,8 +128,8 @@ class Train:
 
     Attributes:
       site: where; the first collected site by default.
-      kinds: ``"acts"`` (TopK), ``"attribution"`` (TopK with every loss of
-        ``attribution``), ``"gradients"`` (signed TopK of gradients), ``"paired"``.
+      kinds: of :data:`toyfeat.jobs.kinds.KINDS`, all by default; ``"attribution"``
+        is trained with every loss of ``attribution``.
       ks: numbers of active latents per token.
       seeds: of initial parameters and the order of tokens.
       latents: of a dictionary.
@@ -140,7 +142,7 @@ class Train:
     """
 
     site: str = ""
-    kinds: tuple[str, ...] = ("acts", "attribution", "gradients", "paired")
+    kinds: tuple[str, ...] = tuple(KINDS)
     ks: tuple[Count, ...] = (8, 16, 32)
     seeds: tuple[Seed, ...] = (0,)
     latents: Count = 2304

@@ -17,6 +17,7 @@ from toyfeat.decompose import (
     pca,
 )
 from toyfeat.interop import load_saelens
+from toyfeat.jobs.kinds import KINDS
 from toyfeat.jobs.results import Rows, Run
 from toyfeat.jobs.workspace import Log, Site, probed_from
 from toyfeat.linalg.precision import norm
@@ -175,14 +176,14 @@ def methods_from_run(run: Run, features: Path, site: Site) -> dict[str, Replacem
     def name_of(way: str) -> str:
         return run.name.replace(run.label, f"{run.label} {way}", 1)
 
-    if run.kind == "gradients":
+    if KINDS[run.kind].of_gradients:
         mean, covariance = site.mean, site.covariance
         return {
             name: from_readers(sae, params, mean, covariance, gradient_index=index)
             for index, name in enumerate((run.name, name_of("sampled")))
         }
     methods = {run.name: from_dictionary(sae, params, gradient_index=0)}
-    if run.kind == "paired":
+    if sae.architecture.reads_gradients:
         by_acts = sae._replace(encode=_ignore_grads(sae.encode))
         methods[name_of("sampled")] = from_dictionary(sae, params, gradient_index=1)
         methods[name_of("alone")] = from_dictionary(by_acts, params)

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 from toyfeat.files.atomic import write_whole
 from toyfeat.files.json import read_json, read_json_lines
 from toyfeat.jobs.config import BASES, Attribution, Job, Train
+from toyfeat.jobs.kinds import KINDS
 from toyfeat.lm.collect import site_folder
-
-KINDS = ("acts", "attribution", "gradients", "paired")
 
 # Entries that may be extended in a folder that has results already.
 _EXTENDABLE = {
@@ -40,7 +39,7 @@ class Run(NamedTuple):
     """One dictionary of a job.
 
     Attributes:
-      kind: of :data:`KINDS`.
+      kind: of :data:`toyfeat.jobs.kinds.KINDS`.
       k: active latents per token.
       seed: of the initial parameters and the order of the tokens.
       loss: of the kind ``"attribution"``.

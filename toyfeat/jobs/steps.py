@@ -22,6 +22,7 @@ from toyfeat.jobs.evaluate import (
     open_held_out,
     score_methods,
 )
+from toyfeat.jobs.kinds import KINDS
 from toyfeat.jobs.results import (
     Rows,
     Run,
@@ -316,7 +317,7 @@ def inspect_latents(work: Workspace, *, num: int = 24) -> dict[str, list[Latent]
         if (run.seed, run.k) != (seed, k):
             continue
         sae, params = load_saelens(features)
-        if run.kind == "gradients":
+        if KINDS[run.kind].of_gradients:
             described = from_grads(sae, params, site.mean, site.covariance)
         else:
             described = from_acts(sae, params)

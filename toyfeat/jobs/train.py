@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.dictionary import losses, paired, topk
 from toyfeat.dictionary.types import Dictionary, Objective
 from toyfeat.files.atomic import write_whole
 from toyfeat.files.json import parse_json, read_bytes, read_json_lines
 from toyfeat.interop import save_saelens
 from toyfeat.jobs.config import Attribution, Train
+from toyfeat.jobs.kinds import KINDS
 from toyfeat.jobs.results import Run, finished_runs
 from toyfeat.jobs.taps import TapSource
 from toyfeat.train import denormalized, fit, population, trainer
@@ -26,37 +26,25 @@ OnChunk = Callable[..., None]
 
 def design(
     kind: str, dim: int, latents: int, k: int, loss: Attribution | None = None
-) -> tuple[Dictionary, Objective, bool]:
+) -> tuple[Dictionary, Objective]:
     """Make the dictionary and the objective of a kind.
 
     Args:
-      kind: ``"acts"``, a TopK dictionary of activations; ``"attribution"``, the same
-        with the four-term attribution loss; ``"gradients"``, a signed TopK
-        dictionary of the gradients; ``"paired"``, latents with a writer and a reader.
+      kind: of :data:`toyfeat.jobs.kinds.KINDS`.
       dim: width of the site.
       latents: of the dictionary.
       k: active latents per token.
-      loss: of ``"attribution"``.
+      loss: of a kind that is trained with one; its defaults are those of
+        :func:`toyfeat.losses.attribution`.
 
     Returns:
-      Dictionary, objective, and whether they are of gradients.
+      Dictionary and objective.
     """
-    if kind == "paired":
-        sae = paired(dim, latents, k)
-    else:
-        sae = topk(dim, latents, k, signed=kind == "gradients")
-    objective = losses.default(sae)
-    if kind == "attribution":
-        loss = loss or Attribution()
-        objective = losses.attribution(
-            sae,
-            attribution_sparsity=loss.attribution_sparsity,
-            unexplained=loss.unexplained,
-            penalty=loss.penalty,
-            form=loss.form,
-            dead_latents=1.0,
-        )
-    return sae, objective, kind == "gradients"
+    row = KINDS[kind]
+    sae = row.make(dim, latents, k)
+    settings = asdict(loss) if loss else {}
+    settings.pop("name", None)  # of the run, not of the loss
+    return sae, row.objective(sae, **settings)
 
 
 def train_one(
@@ -77,14 +65,14 @@ def train_one(
         ``features/``, the latter in SAELens' format.
       on_chunk: as of :func:`toyfeat.fit`.
     """
-    run_trainer, of_gradients = _make_trainer(run, train, source, run.k)
+    run_trainer = _make_trainer(run, train, source, run.k)
     state = run_trainer.init(
         jax.random.key(run.seed), learning_rate=train.learning_rate
     )
     state = fit(
         run_trainer,
         state,
-        source.batches(run.seed, of_gradients),
+        source.batches(run.seed, KINDS[run.kind].of_gradients),
         steps=train.steps,
         directory=folder / run.name,
         on_chunk=on_chunk,
@@ -118,17 +106,17 @@ def train_together(
     """
     shared, members = _find_population(runs, folder)
     # One trainer for all: members keep fewer codes than the largest k, by their own.
-    run_trainer, of_gradients = _make_trainer(
-        members[0], train, source, max(run.k for run in members)
-    )
-    run_trainer = population(run_trainer)
+    largest = max(run.k for run in members)
+    run_trainer = population(_make_trainer(members[0], train, source, largest))
     keys = jax.vmap(jax.random.key)(jnp.array([run.seed for run in members]))
     ks = jnp.array([float(run.k) for run in members])
     state = run_trainer.init(keys, k=ks, learning_rate=train.learning_rate)
     state = fit(
         run_trainer,
         state,
-        source.batches(min(run.seed for run in members), of_gradients),
+        source.batches(
+            min(run.seed for run in members), KINDS[members[0].kind].of_gradients
+        ),
         steps=train.steps,
         directory=shared,
         on_chunk=on_chunk,
@@ -232,34 +220,28 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
-def _make_trainer(
-    run: Run, train: Train, source: TapSource, k: int
-) -> tuple[Trainer, bool]:
-    """Make the trainer of a run, and say whether it is one of gradients."""
-    sae, objective, of_gradients = design(
-        run.kind, source.dim, train.latents, k, run.loss
-    )
+def _make_trainer(run: Run, train: Train, source: TapSource, k: int) -> Trainer:
+    """Make the trainer of a run."""
+    kind = KINDS[run.kind]
+    sae, objective = design(run.kind, source.dim, train.latents, k, run.loss)
     # Shares of the training: a tenth warms up, a latent that was active nowhere in a
     # tenth counts as dead.  The lower bounds are for trainings of a few steps.
-    run_trainer = trainer(
+    return trainer(
         sae,
         objective,
-        readouts=1 if of_gradients else source.readouts or 1,
-        center=not of_gradients,
+        readouts=1 if kind.of_gradients else source.readouts or 1,
+        center=not kind.of_gradients,
         warm_up=max(1, train.steps // 10),
         dead_after=max(20, train.steps // 10),
-        # Half of a paired dictionary dies early, and its auxiliary loss, which only
-        # looks at activations, does not bring it back.
-        revive=max(10, train.steps // 20) if run.kind == "paired" else None,
+        revive=max(10, train.steps // 20) if kind.revive else None,
     )
-    return run_trainer, of_gradients
 
 
 def _save_features(
     run: Run, train: Train, source: TapSource, folder: Path, state: TrainState
 ) -> None:
     """Save the dictionary for taps as they are, in SAELens' format."""
-    sae, *_ = design(run.kind, source.dim, train.latents, run.k, run.loss)
+    sae = KINDS[run.kind].make(source.dim, train.latents, run.k)
     metadata: dict[str, Any] = {"kind": run.kind, "seed": run.seed, **source.metadata}
     if run.loss:
         metadata["loss"] = asdict(run.loss)

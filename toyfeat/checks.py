@@ -100,7 +100,9 @@ def check_number(
     wanted = f"{who}: {name} must be {kind}{_number_range(least, above, most)}"
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_array(value):
-        is_number = value.shape == () and _is_real(value.dtype)
+        kinds = (jnp.integer, jnp.floating)  # neither bools nor complex numbers
+        is_real = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+        is_number = value.shape == () and is_real
     if not is_number:
         raise TypeError(f"{wanted}, got {show(value)}; pass a number")
     if isinstance(value, Tracer):
@@ -327,11 +329,6 @@ def _check_real(who: str, name: str, dtype: Any) -> None:
             f"{who}: {name} must be real, got {dtype}; pass real and imaginary parts "
             "as rows of their own"
         )
-
-
-def _is_real(dtype: Any) -> bool:
-    """Return whether a dtype is of integers or of real floats."""
-    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.floating))
 
 
 def _int_range(least: int | None, most: int | None) -> str:

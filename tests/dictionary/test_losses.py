@@ -11,6 +11,7 @@ import pytest
 import toyfeat as ft
 from toyfeat import losses
 from toyfeat.dictionary import Config, make_dictionary
+from toyfeat.dictionary.attributions import PENALTIES
 from toyfeat.dictionary.linear import LINEAR
 
 # Written by benchmarks/peers/saelens_losses_golden.py.
@@ -402,7 +403,7 @@ def test_errors():
 @pytest.mark.parametrize("gamma", [0.1, 0.5])
 @pytest.mark.parametrize("name", ["l1", "geman_mcclure", "log"])
 def test_the_slope_of_a_penalty_is_that_of_its_value(name, gamma):
-    penalty = losses._PENALTIES[name](gamma)
+    penalty = PENALTIES[name](gamma)
     sizes = np.concatenate([-np.geomspace(1e-3, 1e3, 40), np.geomspace(1e-3, 1e3, 40)])
     with jax.enable_x64(True):
         sizes = jnp.asarray(sizes)

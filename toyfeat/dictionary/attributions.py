@@ -1,5 +1,6 @@
 """First-order effects of latents on readouts."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -27,6 +28,48 @@ class Penalty(NamedTuple):
 
     value: Callable[[Array], Array]
     slope: Callable[[Array, Array], Array]
+
+
+def _l1(gamma: float) -> Penalty:
+    """Make ``|c|``, which has no ``gamma``."""
+    del gamma
+    return Penalty(jnp.abs, lambda sizes, _: jnp.sign(sizes))
+
+
+def _geman_mcclure(gamma: float) -> Penalty:
+    """Make ``c**2 / (c**2 + gamma**2)``, whose slope costs no second division.
+
+    The slope is ``2 c (1 - value)**2 / gamma**2``.  Where ``c`` is many ``gamma`` it
+    has few correct digits, and is next to 0.
+    """
+
+    def value(sizes: Array) -> Array:
+        return sizes * sizes * (1 / (sizes * sizes + gamma**2))
+
+    def slope(sizes: Array, values: Array) -> Array:
+        remainder = 1 - values
+        return (2 / gamma**2) * sizes * remainder * remainder
+
+    return Penalty(value, slope)
+
+
+def _log(gamma: float) -> Penalty:
+    """Make ``log(1 + |c| / gamma) / log(1 + 1 / gamma)``, which is 1 at ``c = 1``."""
+    at_one = math.log1p(1 / gamma)
+
+    def slope(sizes: Array, values: Array) -> Array:
+        del values
+        return jnp.sign(sizes) / (at_one * (jnp.abs(sizes) + gamma))
+
+    return Penalty(lambda sizes: jnp.log1p(jnp.abs(sizes) / gamma) / at_one, slope)
+
+
+PENALTIES: dict[str, Callable[[float], Penalty]] = {
+    "l1": _l1,
+    "geman_mcclure": _geman_mcclure,
+    "log": _log,
+}
+"""Name to a penalty, of the attribution that counts as small, ``gamma``."""
 
 
 def attributions(inputs: Inputs) -> Array:

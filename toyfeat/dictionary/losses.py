@@ -7,14 +7,15 @@ units of the rows ``w_j`` of ``W_dec``, ``x`` the target, ``x_hat`` its
 reconstruction, ``g_k`` the gradients at the original activation, which are constants.
 """
 
-import math
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from toyfeat.checks import check_choice, check_number, check_type
-from toyfeat.dictionary.attributions import Penalty, mean_penalty, unexplained_effect
+from toyfeat.dictionary.attributions import (
+    PENALTIES,
+    mean_penalty,
+    unexplained_effect,
+)
 from toyfeat.dictionary.auxiliary import auxiliary_error
 from toyfeat.dictionary.base import lengths, weighted_mean
 from toyfeat.dictionary.gated import gate
@@ -238,9 +239,9 @@ def attribution_sparsity(penalty: str = "l1", *, gamma: float = GAMMA) -> Term:
       Olah et al. (April 2024), "Attribution dictionary learning", term 3; Geman and
       McClure (1987) for the bounded form.
     """
-    check_choice("attribution_sparsity", "penalty", penalty, _PENALTIES)
+    check_choice("attribution_sparsity", "penalty", penalty, PENALTIES)
     check_number("attribution_sparsity", "gamma", gamma, above=0)
-    form = _PENALTIES[penalty](gamma)
+    form = PENALTIES[penalty](gamma)
 
     def loss(inputs: Inputs) -> Array:
         # The published penalty is in units of the attributions, bounded ones in units
@@ -317,44 +318,3 @@ def _sparsity(inputs: Inputs) -> Array:
     # Codes of a few latents: the lengths of the rows that they use.
     length = lengths(inputs.params["W_dec"])[index]
     return weighted_mean(inputs, jnp.sum(jnp.abs(values) * length, axis=1))
-
-
-def _l1(gamma: float) -> Penalty:
-    """Make ``|c|``, which has no ``gamma``."""
-    del gamma
-    return Penalty(jnp.abs, lambda sizes, _: jnp.sign(sizes))
-
-
-def _geman_mcclure(gamma: float) -> Penalty:
-    """Make ``c**2 / (c**2 + gamma**2)``, whose slope costs no second division.
-
-    The slope is ``2 c (1 - value)**2 / gamma**2``.  Where ``c`` is many ``gamma`` it
-    has few correct digits, and is next to 0.
-    """
-
-    def value(sizes: Array) -> Array:
-        return sizes * sizes * (1 / (sizes * sizes + gamma**2))
-
-    def slope(sizes: Array, values: Array) -> Array:
-        remainder = 1 - values
-        return (2 / gamma**2) * sizes * remainder * remainder
-
-    return Penalty(value, slope)
-
-
-def _log(gamma: float) -> Penalty:
-    """Make ``log(1 + |c| / gamma) / log(1 + 1 / gamma)``, which is 1 at ``c = 1``."""
-    at_one = math.log1p(1 / gamma)
-
-    def slope(sizes: Array, values: Array) -> Array:
-        del values
-        return jnp.sign(sizes) / (at_one * (jnp.abs(sizes) + gamma))
-
-    return Penalty(lambda sizes: jnp.log1p(jnp.abs(sizes) / gamma) / at_one, slope)
-
-
-_PENALTIES: dict[str, Callable[[float], Penalty]] = {
-    "l1": _l1,
-    "geman_mcclure": _geman_mcclure,
-    "log": _log,
-}

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-MAX_SIZE = 2**31 - 1
-"""Largest size: XLA counts the entries of an axis with int32."""
+from toyfeat.checks import MAX_SIZE
 
 _MAX_TEXT = 400  # characters, about five lines
 _MAX_NUMBER = float(np.finfo(np.float32).max)
@@ -33,6 +32,38 @@ def divide_heads(who: str, dim: int, heads: int) -> int:
             f"{show_value(dim)}; give other sizes"
         )
     return dim // heads
+
+
+def check_rotary_share(share: float) -> None:
+    """Check the share of a head's entries that is rotated."""
+    if not (is_positive(share) and share <= 1):
+        raise ValueError(
+            "neox: rotary_share must be a part of a head, above 0 and at most 1, got "
+            f"{show_value(share)}; give another share"
+        )
+
+
+def check_rotary_dim(width: int, head_dim: int) -> None:
+    """Check the number of rotated entries of a head, which turn in pairs."""
+    if width % 2 or not 2 <= width <= head_dim:
+        raise ValueError(
+            f"decoder: rotary_dim must be even and in 2 .. head_dim {head_dim}, got "
+            f"{width}; give another share or width of a head"
+        )
+
+
+def check_rotary_divisors(divisors: Any, pairs: int) -> None:
+    """Check the divisors of the rates of rotation, one for each pair of entries."""
+    fits = divisors is None or (
+        isinstance(divisors, tuple)
+        and len(divisors) == pairs
+        and all(is_positive(divisor) for divisor in divisors)
+    )
+    if not fits:
+        raise ValueError(
+            f"decoder: rotary_divisors must be {pairs} positive numbers in a tuple, "
+            f"half of rotary_dim, got {show_value(divisors)}; give as many"
+        )
 
 
 def shorten(error: BaseException) -> str:

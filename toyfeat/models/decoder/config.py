@@ -5,6 +5,9 @@ from typing import Any, Literal, Self, get_args
 
 from toyfeat.models.decoder.checks import (
     MAX_SIZE,
+    check_rotary_dim,
+    check_rotary_divisors,
+    check_rotary_share,
     divide_heads,
     is_positive,
     is_size,
@@ -94,7 +97,7 @@ class DecoderConfig:
         # Scales and rotations.
         is_rotary = self.positions == "rotary"
         if is_rotary:
-            _check_rotary_dim(self)
+            check_rotary_dim(self.rotary_dim, self.head_dim)
         scales = (self.eps, self.rotary_base) if is_rotary else (self.eps,)
         if not all(is_positive(scale) for scale in scales):
             raise ValueError(
@@ -102,7 +105,7 @@ class DecoderConfig:
                 f"{show_value(self.eps)} and {show_value(self.rotary_base)}; give "
                 "finite numbers"
             )
-        _check_rotary_divisors(self)
+        check_rotary_divisors(self.rotary_divisors, self.rotary_dim // 2)
         # Kinds and flags.
         activations = get_args(Activation)
         if self.activation not in activations:
@@ -223,7 +226,7 @@ def neox(
     """
     # Only the first entries of a head are rotated.
     head_dim = divide_heads("neox", dim, heads)
-    _check_rotary_share(rotary_share)
+    check_rotary_share(rotary_share)
     width = int(head_dim * rotary_share)
     return DecoderConfig(
         vocab=vocab,
@@ -329,34 +332,3 @@ def _rotations(
         "rotary_base": base,
         "rotary_divisors": divisors,
     }
-
-
-def _check_rotary_share(share: float) -> None:
-    if not (is_positive(share) and share <= 1):
-        raise ValueError(
-            "neox: rotary_share must be a part of a head, above 0 and at most 1, got "
-            f"{show_value(share)}; give another share"
-        )
-
-
-def _check_rotary_dim(config: DecoderConfig) -> None:
-    width = config.rotary_dim
-    if width % 2 or not 2 <= width <= config.head_dim:
-        raise ValueError(
-            "decoder: rotary_dim must be even and in 2 .. head_dim "
-            f"{config.head_dim}, got {width}; give another share or width of a head"
-        )
-
-
-def _check_rotary_divisors(config: DecoderConfig) -> None:
-    divisors, pairs = config.rotary_divisors, config.rotary_dim // 2
-    fits = divisors is None or (
-        isinstance(divisors, tuple)
-        and len(divisors) == pairs
-        and all(is_positive(divisor) for divisor in divisors)
-    )
-    if not fits:
-        raise ValueError(
-            f"decoder: rotary_divisors must be {pairs} positive numbers in a tuple, "
-            f"half of rotary_dim, got {show_value(divisors)}; give as many"
-        )

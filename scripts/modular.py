@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 
 from examples.modular import network
+from examples.modular.training import train
 from toyfeat.files.atomic import output_folder, write_whole
 
 
@@ -69,7 +70,7 @@ def main(config: Config) -> None:
         seconds = time.perf_counter() - start
         print(f"step {done}: loss {float(loss):.4f} after {seconds:.0f} s", flush=True)
 
-    params = network.train(
+    params = train(
         key,
         task,
         fraction=config.fraction,

@@ -4,6 +4,7 @@ import pytest
 from examples.modular import network as modular
 from examples.modular.compare import compare_bases, mean_table
 from examples.modular.network import SITES, Modular
+from examples.modular.training import train
 
 TASK = Modular(modulus=59, d_model=64, heads=4, d_mlp=256)
 
@@ -12,7 +13,7 @@ TASK = Modular(modulus=59, d_model=64, heads=4, d_mlp=256)
 def test_lib_needs_no_more_than_pca_where_addition_is_learned():
     settings = {"fraction": 0.8, "steps": 2000, "learning_rate": 2e-3, "batch": 512}
     key = jax.random.key(0)
-    params = modular.train(key, TASK, weight_decay=1.0, **settings)
+    params = train(key, TASK, weight_decay=1.0, **settings)
     assert modular.accuracy(params, *modular.pairs(TASK)) > 0.999
     table = compare_bases(key, TASK, params, num=2048)
     rows = {(row["basis"], row["site"]): row for row in table}

@@ -8,6 +8,7 @@ import pytest
 import toyfeat as ft
 from examples.modular import network as modular
 from examples.modular.network import Modular
+from examples.modular.training import train
 
 TINY = Modular(modulus=7, d_model=12, heads=3, d_mlp=10)
 SMALL = Modular(modulus=29, d_model=64, heads=4, d_mlp=128)
@@ -25,7 +26,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def small():
     seen = []
-    params = modular.train(
+    params = train(
         jax.random.key(0),
         SMALL,
         **SMALL_SETTINGS,
@@ -157,15 +158,15 @@ def test_accuracy_counts_the_largest_logits(tiny):
 
 
 def test_chunks_do_not_change_what_is_learned(key):
-    one = modular.train(key, TINY, steps=20, batch=8, chunk=20)
-    two = modular.train(key, TINY, steps=20, batch=8, chunk=5)
+    one = train(key, TINY, steps=20, batch=8, chunk=20)
+    two = train(key, TINY, steps=20, batch=8, chunk=5)
     for name in one:
         np.testing.assert_allclose(one[name], two[name], rtol=1e-4, atol=1e-6)
 
 
 def test_without_batches_the_loss_is_that_of_all_training_pairs(key):
     seen = []
-    modular.train(
+    train(
         key,
         TINY,
         fraction=0.5,
@@ -197,7 +198,7 @@ def test_sizes_must_fit(change, message, key):
     with pytest.raises(ValueError, match=message):
         modular.initial_params(key, task)
     with pytest.raises(ValueError, match=message):
-        modular.train(key, task)
+        train(key, task)
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, math.nan])
@@ -205,18 +206,18 @@ def test_a_fraction_must_be_in_its_range(fraction, key):
     with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\]"):
         modular.split(key, TINY, fraction)
     with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\]"):
-        modular.train(key, TINY, fraction=fraction)
+        train(key, TINY, fraction=fraction)
 
 
 @pytest.mark.parametrize("name", ["steps", "batch", "chunk"])
 def test_counts_must_be_positive(name, key):
     with pytest.raises(ValueError, match=f"train: {name} must be at least 1, got 0"):
-        modular.train(key, TINY, **{name: 0})
+        train(key, TINY, **{name: 0})
 
 
 def test_a_warmup_must_not_be_negative(key):
     with pytest.raises(ValueError, match="train: warmup must be at least 0, got -1"):
-        modular.train(key, TINY, warmup=-1)
+        train(key, TINY, warmup=-1)
 
 
 def test_inputs_must_be_pairs(tiny):
@@ -226,4 +227,4 @@ def test_inputs_must_be_pairs(tiny):
 
 def test_a_loss_that_is_not_finite_stops_the_training(key):
     with pytest.raises(FloatingPointError, match="not finite by step 20"):
-        modular.train(key, TINY, steps=40, batch=8, learning_rate=1e30, chunk=20)
+        train(key, TINY, steps=40, batch=8, learning_rate=1e30, chunk=20)

@@ -94,23 +94,18 @@ def resid_mlp(
     check_ints("resid_mlp", layers=layers, neurons=neurons)
     sizes = Spec(features, (neurons,) * layers, embedding, **spec)
     _check("resid_mlp", sizes)
-    params, measured = _train_residual(sizes, key)
+    make_task, params, measured = _plant(sizes, key)
     readers = dot(jnp.concatenate(params["out"]), params["embed"].T).T
-    return Task(
+    return make_task(
         probed=_NEURONS,
-        params=params,
-        sample=partial(_inputs, sizes),
         site=SITE,
         truth=Truth(
             readers=readers,
             writers=dot(readers, measured.covariance),
             frequency=jnp.full(features, sizes.probability / 2),
         ),
-        side="readers",
         name=f"residual network of {layers} layer{'s' * (layers != 1)}",
         features=_positive_inputs,
-        fit=float(measured.fit),
-        ignored=None,
         about=f"ReLUs of {features} sparse inputs by {layers} x {neurons} neurons "
         f"behind a residual stream of {embedding} dimensions.",
         limits="What an output reads of the neurons is planted, whether or not they "
@@ -154,23 +149,18 @@ def compressed_computation(
             f"compressed_computation: wanted fewer neurons than features = {features}, "
             f"got {neurons}; with as many there is nothing to compress"
         )
-    params, measured = _train_residual(sizes, key)
+    make_task, params, measured = _plant(sizes, key)
     readers = params["in"][0].T
-    return Task(
+    return make_task(
         probed=_MLP_IN,
-        params=params,
-        sample=partial(_inputs, sizes),
         site=MLP_IN,
         truth=Truth(
             readers=readers,
             writers=readers * sizes.probability / 3,  # variance of an input
             frequency=measured.frequency,
         ),
-        side="readers",
         name="compressed computation",
         features=_neurons_themselves,
-        fit=float(measured.fit),
-        ignored=None,
         about=f"ReLUs of {features} sparse inputs by {neurons} neurons, which can "
         f"compute {neurons} of them: {features} mechanisms would be too many.",
         limits="A neuron reads many features and a third of the neurons is active at a "
@@ -190,6 +180,20 @@ class _Measured(NamedTuple):
     fit: Array
     covariance: Array
     frequency: Array
+
+
+def _plant(spec: Spec, key: Array) -> tuple[Callable[..., Task], Params, _Measured]:
+    """Train a network, and return the maker of its tasks, parameters and figures."""
+    params, measured = _train_residual(spec, key)
+    make_task = partial(
+        Task,
+        params=params,
+        sample=partial(_inputs, spec),
+        side="readers",
+        fit=float(measured.fit),
+        ignored=None,
+    )
+    return make_task, params, measured
 
 
 def _check(maker: str, spec: Spec) -> None:

@@ -162,13 +162,12 @@ def dictionary_learning(order, batches):
     return [trainer.ae for trainer in trainers], run
 
 
-def sparsify(order, batches):
-    """The step of sparsify's trainer on its SparseCoder, with Adam."""
+def sparse_coders(order):
+    """Make sparsify's dictionaries, with the starting values of the members."""
     from sparsify import SparseCoder, SparseCoderConfig
 
     if order["architecture"] != "topk":
         raise ValueError(f"sparsify has no {order['architecture']}, only topk")
-    clip, dead = order.get("clip"), order["n_dead"] > 0
     config = SparseCoderConfig(num_latents=order["d_sae"], k=order["k"])
     coders = [
         SparseCoder(order["d_in"], config, order["device"])
@@ -176,6 +175,13 @@ def sparsify(order, batches):
     ]
     for member, coder in enumerate(coders):
         fill(coder, order, member, 1.0)
+    return coders
+
+
+def sparsify(order, batches):
+    """The step of sparsify's trainer on its SparseCoder, with Adam."""
+    coders = sparse_coders(order)
+    clip, dead = order.get("clip"), order["n_dead"] > 0
     adams = [torch.optim.Adam(coder.parameters(), lr=order["lr"]) for coder in coders]
     counters = [torch.zeros(order["d_sae"], dtype=torch.long) for _ in coders]
     counters = [counter.to(order["device"]) for counter in counters]

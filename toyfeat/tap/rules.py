@@ -69,6 +69,23 @@ class Readout:
     scales: Array | None = None
 
 
+def make_chunk(readout: Readout, labels: Any, index: Array) -> Chunk:
+    """Make what the rule of a readout gets with a chunk of inputs.
+
+    Args:
+      readout: whose rule it is.
+      labels: of the chunk.
+      index: ``[B]``, places of the inputs in the batch, from which their keys are made,
+        so that these do not depend on the chunk.
+
+    Returns:
+      Labels and keys of the chunk.
+    """
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    keys = None if readout.key is None else fold(readout.key, index)
+    return Chunk(labels, readout.shared, keys)
+
+
 def check_select(who: str, select: Any) -> None:
     """Check that a selection of outputs is a function or ``None``."""
     if select is not None:

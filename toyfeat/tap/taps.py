@@ -14,7 +14,7 @@ from toyfeat.tap.probes import (
     infer_batch_size,
     is_float_array,
 )
-from toyfeat.tap.rules import Chunk, Readout
+from toyfeat.tap.rules import Chunk, Readout, make_chunk
 from toyfeat.types import Acts, Array, Inputs, Outputs, Params, Probe, Probed, Taps
 
 
@@ -188,10 +188,7 @@ def _tap_chunk(
     if readout is None:
         acts = run({})[1]
     else:
-        # A key per input by its index in the batch, whatever the chunk.
-        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-        keys = None if readout.key is None else fold(readout.key, index)
-        chunk = Chunk(labels, readout.shared, keys)
+        chunk = make_chunk(readout, labels, index)
 
         def cotangents(outputs: Outputs) -> Outputs:
             return readout.rule(readout.options, outputs, chunk)

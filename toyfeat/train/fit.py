@@ -206,17 +206,10 @@ def _train(
     _check_resumed_batch(run, next_batches.source, step)
     _check_first_batch(run, next_batches.source, step)
     while step < steps:
-        # Start the chunk; the call returns before the device has finished.
+        # Start the chunk.
         end = _chunk_end(run, step)
         batches = next_batches
-        state, metrics, finite = run_chunk(
-            run.trainer.update,
-            run.feed.take,
-            end - step,
-            state,
-            batches.source,
-            jnp.asarray(step, jnp.int32),
-        )
+        state, metrics, finite = _start_chunk(run, state, batches.source, step, end)
         # Fetch the next batches meanwhile.
         if end < steps:
             next_batches = run.feed.fetch(end, _chunk_end(run, end) - end)
@@ -240,6 +233,20 @@ def _train(
             return state
     warn_of_saturation(means)
     return state
+
+
+def _start_chunk(
+    run: Run, state: TrainState, source: Any, step: int, end: int
+) -> tuple[TrainState, dict[str, Any], Any]:
+    """Start the updates from ``step`` to ``end``, before the device has finished."""
+    return run_chunk(
+        run.trainer.update,
+        run.feed.take,
+        end - step,
+        state,
+        source,
+        jnp.asarray(step, jnp.int32),
+    )
 
 
 def _check_resumed_batch(run: Run, source: Any, step: int) -> None:

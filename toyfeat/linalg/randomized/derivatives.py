@@ -98,18 +98,10 @@ def svd_jvp(
     turn = _rotation(dot(vt, rhs), unit, level)
 
     # The part outside: one symmetric linear system per right vector.
-    def project(x: Array) -> Array:
-        return x - dot(v, dot(vt, x))
+    def square(x: Array) -> Array:
+        return backward(forward(x), matrix)
 
-    def system(x: Array) -> Array:
-        image = project(backward(forward(project(x)), matrix))
-        return (unit**2 + level)[None, :] * x - image
-
-    # This replaces the solver's own rule, which cannot be transposed inside jit.
-    outside = jax.lax.custom_linear_solve(
-        system, project(rhs), _conjugate_gradients, symmetric=True
-    )
-    dv = dot(v, turn) + project(outside)
+    dv = dot(v, turn) + _part_outside(rhs, vt, unit, level, square)
     dvt = (dv / scale).T
 
     # Left vectors follow from A v = u s.
@@ -134,6 +126,44 @@ def _rotation(inside: Array, unit: Array, level: float) -> Array:
     apart = jnp.abs(gap) > level
     quotient = inside / jnp.where(apart, gap, jnp.ones_like(gap))
     return jnp.where(apart, quotient, jnp.zeros_like(quotient))
+
+
+def _part_outside(
+    rhs: Array,
+    vt: Array,
+    unit: Array,
+    level: float,
+    square: Callable[[Array], Array],
+) -> Array:
+    r"""Change of the right vectors outside of their span.
+
+    It is :math:`P x` with :math:`(s_i^2 - P A^\top A P) x_i = P R_i`, where :math:`P`
+    takes the part in the span away.
+
+    Args:
+      rhs: ``[D, R]``, the right-hand sides.
+      vt: ``[R, D]``.
+      unit: ``[R]``, the values over the first.
+      level: added to the squared values, so that the system has a solution.
+      square: ``x -> A^T A x``, both ``[D, R]``, in units of the first value.
+
+    Returns:
+      ``[D, R]``.
+    """
+    v = vt.T
+
+    def project(x: Array) -> Array:
+        return x - dot(v, dot(vt, x))
+
+    def system(x: Array) -> Array:
+        image = project(square(project(x)))
+        return (unit**2 + level)[None, :] * x - image
+
+    # This replaces the solver's own rule, which cannot be transposed inside jit.
+    solution = jax.lax.custom_linear_solve(
+        system, project(rhs), _conjugate_gradients, symmetric=True
+    )
+    return project(solution)
 
 
 def _conjugate_gradients(system: Callable[[Array], Array], rhs: Array) -> Array:

@@ -9,7 +9,7 @@ from toyfeat.dictionary.types import Dictionary, Objective
 
 
 class Kind(NamedTuple):
-    """How the dictionaries of a kind are made and trained.
+    """Making and training of the dictionaries of a kind.
 
     Attributes:
       make: ``(dim, latents, k) -> Dictionary``.

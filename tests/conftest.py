@@ -44,11 +44,18 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    """Leave out slow tests, and all cases but the first of tests with slow cases."""
     if config.getoption("--slow"):
         return
+    skip = pytest.mark.skip(reason="slow: pass --slow")
+    have_a_case = set()
     for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="slow: pass --slow"))
+        test = item.nodeid.split("[")[0]
+        repeated = "slow_cases" in item.keywords and test in have_a_case
+        if "slow" in item.keywords or repeated:
+            item.add_marker(skip)
+        else:
+            have_a_case.add(test)
 
 
 # Compiled programs are many objects that stay: to look through them all, as often as

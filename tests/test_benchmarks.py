@@ -313,6 +313,7 @@ def test_the_command_line_is_checked(bench, capsys):
     assert "," not in "".join([*board.ALL, *board.METHODS])
 
 
+@pytest.mark.slow
 def test_without_tyro_the_command_says_what_to_install():
     names = "leaderboard.py", "brittleness.py", "tap.py"
     commands = [(f"benchmarks/{name}", "--tiny") for name in names]
@@ -354,6 +355,7 @@ def test_a_sweep_that_is_damaged_or_of_another_grid_is_left_to_the_user(
         assert path.read_text() == text
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_its_last_whole_part(bench, tmp_path):
     sweeps, families = bench("brittleness"), bench("families")
     path, grid = tmp_path / "x.json", sweeps.GRIDS["tiny"]
@@ -492,6 +494,7 @@ def wait_and_write(path):
     path.touch()
 
 
+@pytest.mark.slow
 def test_jobs_are_processes(bench):
     runner = bench("runner")
     assert set(runner.run_parallel(process_of, [0, 1], 1)) == {os.getpid()}
@@ -500,6 +503,7 @@ def test_jobs_are_processes(bench):
     assert os.getpid() not in others
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_is_reported(bench, tmp_path):
     paths = [tmp_path / "first", tmp_path / "second"]
     with pytest.raises(SystemExit, match=r"a process ended, .* with --jobs 1"):
@@ -507,6 +511,7 @@ def test_a_process_that_ends_is_reported(bench, tmp_path):
     assert any(path.exists() for path in paths)  # and not because it never ran
 
 
+@pytest.mark.slow
 def test_an_error_does_not_wait_for_the_other_jobs(bench, tmp_path):
     jobs = [(tmp_path / "late", last) for last in (True, False, True, True)]
     with pytest.raises(ValueError, match="this is mine"):
@@ -516,6 +521,7 @@ def test_an_error_does_not_wait_for_the_other_jobs(bench, tmp_path):
     assert not (tmp_path / "late").exists()  # it would be after a minute
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_began_them(tmp_path):
     code = f"""
 import sys

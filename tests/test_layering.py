@@ -55,6 +55,7 @@ def imported_modules(path):
             yield from (a.name for a in node.names if a.name.split(".")[0] == "toyfeat")
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", [name for name in PATHS if name != "toyfeat"])
 def test_a_module_imports_only_from_rooms_below_its_own(name):
     room = name.split(".")[1]

@@ -73,6 +73,7 @@ def assert_same(got, want, rtol=1e-6):
         assert np.linalg.norm(x - y) <= rtol * np.linalg.norm(y), (name, x, y)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("size", [1, 7, 42])
 @pytest.mark.parametrize("k", [1, 2])
 def test_any_split_into_batches_equals_numpy(size, k):
@@ -182,6 +183,7 @@ def test_an_integer_weight_is_that_many_copies(size):
     assert_same(folded(weighted, size), oracle(copies))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_, jnp.bfloat16])
 def test_weights_may_be_counts_or_a_mask(dtype):
     mask = np.random.default_rng(1).integers(0, 2, size=42)
@@ -305,6 +307,7 @@ def long_oracle(batch, times, multiplier):
     return want._replace(weight=want.weight * factor, scatter=want.scatter * factor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "updates", "doublings"),
     [(1000, 8000, 7), (8, 80_000, 11), (1, 80_000, 14)],
@@ -408,6 +411,7 @@ def test_bf16_taps_are_folded_in_float32():
     assert_same(stats, oracle(taps))
 
 
+@pytest.mark.slow
 def test_eager_is_jit_is_scan():
     taps = stream()
     acc = moments(DIM)

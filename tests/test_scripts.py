@@ -1,5 +1,6 @@
 import runpy
 
+import pytest
 from processes import ROOT, run_in_turn
 
 # Scripts that import ``examples``, which is not installed.
@@ -14,6 +15,7 @@ def test_scripts_are_thin():
         assert "main" in runpy.run_path(str(path), run_name="not_main")
 
 
+@pytest.mark.slow
 def test_scripts_find_the_examples_from_any_folder(tmp_path):
     commands = [(f"scripts/{name}.py", "--help") for name in STUDIES]
     ends = run_in_turn(commands, cwd=tmp_path, env={"COLUMNS": "80"})

@@ -45,6 +45,7 @@ def both(taps):
     return exact.finish(folded(exact, taps)), sketch.finish(folded(sketch, taps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [ft.pca, ft.gradient_pca, ft.joint_pca])
 def test_a_wide_sketch_gives_the_same_basis_as_the_moments(both, method):
     want, got = (method(stats, RANK) for stats in both)

@@ -311,6 +311,7 @@ assert newest_checkpoint(folder, state).step == 2
 """
 
 
+@pytest.mark.slow
 def test_a_real_limit_of_size(tmp_path):
     done = run_python("-W", "error", "-c", LIMITED, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

@@ -52,6 +52,7 @@ def jitted(batches):
     return lambda step: call(batches, np.uint32(step))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("rows", "batch"), [(103, 10), (60, 60), (7, 3), (101, 1)])
 def test_each_row_comes_once_an_epoch(rows, batch, tmp_path):
     for batches in store_and_array_batches(tmp_path, rows, batch):
@@ -118,6 +119,7 @@ def test_shards_that_leave_a_window_over_are_spread(tmp_path):
     assert all(len(shards) > 1 for shards in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [3, None])
 def test_positions_of_a_row_are_uniform_over_epochs(window, tmp_path):
     rows = 36
@@ -154,6 +156,7 @@ def test_runs_in_a_scan_with_arrays_passed_in():
     assert run._cache_size() == size  # another seed is no other program
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("step", [0, 77, 2**20 + 1, 2**31 - 1])
 @pytest.mark.parametrize(("rows", "batch"), [(1000, 999), (1000, 64), (77, 1)])
 def test_the_order_is_that_of_whole_numbers(step, rows, batch):
@@ -206,6 +209,7 @@ def test_wrong_arguments(tmp_path):
         array_batches(Taps(acts, None, weights[1:]), batch=2, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [True, None, "a", 1.5, np.nan, np.array([2])])
 @pytest.mark.parametrize("name", ["batch", "seed"])
 def test_what_is_no_int_is_refused_and_numpy_ints_are_taken(name, wrong, tmp_path):

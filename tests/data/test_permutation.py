@@ -48,6 +48,7 @@ def test_every_size_gives_a_permutation(seed):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num", [1, 2, 3, 100, 4097, 10**9, LARGEST])
 def test_numpy_and_jax_agree_with_the_definition(num):
     index = np.unique(np.linspace(0, num - 1, 60).astype(np.uint32))
@@ -67,6 +68,7 @@ def test_a_billion_indices_do_not_collide():
     assert stats.kstest(positions / 1e9, "uniform").pvalue > 1e-3
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("hashed", [False, True])
 @pytest.mark.parametrize("num", [6, 31, 33, 64, 100])
 def test_every_index_goes_everywhere_equally_often(num, hashed):
@@ -81,6 +83,7 @@ def test_every_index_goes_everywhere_equally_often(num, hashed):
     assert 1e-4 < stats.chi2.sf(chi, (num - 1) ** 2) < 1 - 1e-4
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("hashed", [False, True])
 @pytest.mark.parametrize("num", [31, 64, 100, 1000, 2047])
 def test_neighbours_are_separated(num, hashed):
@@ -93,6 +96,7 @@ def test_neighbours_are_separated(num, hashed):
         assert stats.chisquare(counts).pvalue > 1e-5  # pairs share indices
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("hashed", [False, True])
 @pytest.mark.parametrize("num", [50, 1000, 2047, 30011])
 def test_epochs_are_not_correlated(num, hashed):
@@ -103,6 +107,7 @@ def test_epochs_are_not_correlated(num, hashed):
     assert 1e-4 < stats.chi2.sf((r**2).sum(), 40) < 1 - 1e-4
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("hashed", [False, True])
 def test_all_orders_of_four_occur(hashed):
     permutations = np.stack([permutation(4, 5, epoch, hashed) for epoch in range(2400)])

@@ -48,6 +48,7 @@ def assert_equal(taps, wanted):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("calls", [(1, 2, 3), (25,), (0, 10, 10), (7, 0, 23, 1)])
 @pytest.mark.parametrize("readouts", [None, K])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -353,6 +354,7 @@ print(kills, len(seen))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_bit_by_bit(tmp_path):
     script = textwrap.dedent(KILLED)
     done = run_python("-c", script, tmp_path, 0)

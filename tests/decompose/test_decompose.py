@@ -316,6 +316,7 @@ cases = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow_cases
 @cases
 @pytest.mark.parametrize("seed", range(3))
 def test_a_constant_gradient_uncentred_has_rank_one_and_is_the_reader(
@@ -434,6 +435,7 @@ def test_the_scale_of_the_statistics_changes_the_spectrum_only(method, acts, gra
     assert int(got.diagnostics.rank) == 3
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("place", [(0, 0), (1, 2)])
 @pytest.mark.parametrize("rank", [1, DIM])

@@ -98,6 +98,7 @@ def principal_cosines(ours, theirs):
     return np.linalg.svd(q.T @ r, compute_uv=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", SITES)
 def test_lib_is_the_dense_definition_in_float64(truth, exact, site):
     values, readers, writers = truth[2][site]

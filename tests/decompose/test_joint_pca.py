@@ -27,6 +27,7 @@ def lost(cov, g, basis):
     return np.trace(rest.T @ cov @ rest @ g)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 2, 4])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_no_oblique_projection_of_the_rank_loses_less(rank, seed):
@@ -61,6 +62,7 @@ def test_directions_without_variance_are_left_out():
     assert not np.asarray(basis.readers[:, 3:]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-12, 1e12])
 def test_scales_do_not_matter(size):
     cov, g = stats_of(np.random.default_rng(5), 5)

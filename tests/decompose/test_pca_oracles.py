@@ -85,6 +85,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 batchings = pytest.mark.parametrize("batching", ["whole", "ragged", "rows", "merged"])
 
 
+@pytest.mark.slow_cases
 @batchings
 @kinds
 @shapes
@@ -119,6 +120,7 @@ def test_the_spectrum_is_the_variance_and_the_squared_norm_of_the_scores(shape, 
     allclose(np.sqrt(len(acts) * spectrum), np.linalg.norm(scores, axis=0), rtol=1e-4)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("rank", [1, 6, 12])
 @kinds
 @shapes
@@ -145,6 +147,7 @@ def test_planted_singular_values_are_found(shape, batching):
     allclose(np.abs(np.sum(right * f64(basis.readers)[:, :3], axis=0)), 1, atol=1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("direction", [(3, 4), (1, -1, 2), (0, 0, -7, 0), (1,) * 10])
 @pytest.mark.parametrize("origin", [0.0, 1.0, -300.0])
 def test_data_on_a_line_have_the_line_as_their_component(direction, origin):
@@ -163,6 +166,7 @@ BY_HAND = [
 ]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("rows", "variances"), BY_HAND)
 def test_small_data_worked_out_by_hand(rows, variances):
     acts = np.array([row.split() for row in rows.split(";")], np.float32)
@@ -213,6 +217,7 @@ def test_components_are_orthonormal(shape, kind):
         allclose(gram, want, atol=1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("dtype", ["f4", "f2", jnp.bfloat16, "i4", "i1", "f8"])
 def test_every_input_is_cast_to_float32(dtype):
     acts = np.asarray(3 * data("tall", "gaussian")).astype(dtype)

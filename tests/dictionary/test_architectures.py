@@ -58,6 +58,7 @@ def test_every_architecture_of_the_table_is_in_the_battery():
         assert name == architecture.name
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", ALL)
 def test_codes_and_reconstructions_are_the_textbook_s(name, train):
@@ -80,6 +81,7 @@ def test_codes_and_reconstructions_are_the_textbook_s(name, train):
     assert (got.grad_recon is None) == (name != "paired")
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ALL)
 def test_eager_jit_and_vmap_agree(name):
     sae, (acts, grads) = ALL[name](), data()
@@ -91,6 +93,7 @@ def test_eager_jit_and_vmap_agree(name):
         np.testing.assert_allclose(codes, run(params), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", BY_K)
 def test_fewer_codes_may_be_asked_for_under_a_trace(name):
     sae, (acts, grads) = ALL[name](), data()
@@ -134,6 +137,7 @@ def test_gradients_change_which_codes_are_kept_but_not_their_values():
     np.testing.assert_array_equal(plain, ALL["topk"]().encode(params, acts))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ["topk", "topk plain", "signed", "batch", "paired"])
 def test_derivatives_are_those_of_the_kept_codes(name):
     sae, (acts, _) = ALL[name](), data()

@@ -61,6 +61,7 @@ def all_codes(inputs):
     return codes
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("readouts", [1, 3])
 @pytest.mark.parametrize("name", ALL)
 def test_attributions_bias_and_rest_are_the_whole_first_order_effect(name, readouts):
@@ -144,6 +145,7 @@ PENALTIES = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("readouts", [1, 3])
 @pytest.mark.parametrize("name", ["standard", "topk"])

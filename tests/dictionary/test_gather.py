@@ -49,6 +49,7 @@ def close(got, want, tol=2e-5):
     np.testing.assert_allclose(got, want, rtol=0, atol=tol * np.abs(want).max())
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", SIZES)
 def test_weighted_rows_and_its_derivative_are_those_of_a_dense_product(name):
     a = draw(name)
@@ -63,6 +64,7 @@ def test_weighted_rows_and_its_derivative_are_those_of_a_dense_product(name):
     close(by_values, np.take_along_axis(by_dense, a["index"], axis=1))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", SIZES)
 def test_row_products_and_its_derivative_are_those_of_a_dense_product(name):
     a = draw(name)
@@ -76,6 +78,7 @@ def test_row_products_and_its_derivative_are_those_of_a_dense_product(name):
     close(by_rows, dense.T @ a["x"])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", SIZES)
 def test_row_sums_and_scattered_are_those_of_a_loop(name):
     a = draw(name)
@@ -95,6 +98,7 @@ def encoder(x, origin, matrix, bias, index):
     return jnp.take_along_axis(pre, index, axis=1)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", SIZES)
 def test_taken_is_a_few_pre_activations_with_their_derivative(name):
     a = draw(name)
@@ -139,6 +143,7 @@ def slopes_of(values, index, rows, x):
     return jax.grad(loss, (0, 1, 2))(values, rows, x)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ["dense", "sparse"])
 def test_a_batch_of_them_is_each_of_them(name):
     many = [single(draw(name, seed)) for seed in range(2)]

@@ -32,6 +32,7 @@ BASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_codes_and_reconstructions_are_those_of_the_basis(name):
     basis = BASES[name]()
@@ -71,6 +72,7 @@ def test_the_ways_to_run_it_agree():
     assert sae.encode(params, wide).dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_all_of_the_variance_is_explained_at_full_rank():
     sae, params = ft.dictionaries.from_basis(ft.pca(stats(), RANK))
     acts = taps(1).acts
@@ -78,6 +80,7 @@ def test_all_of_the_variance_is_explained_at_full_rank():
     np.testing.assert_allclose(out, acts, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_training_one_reaches_the_error_of_principal_components():
     sae, _ = ft.dictionaries.from_basis(ft.pca(stats(), 2))
     trainer = ft.trainer(sae, (ft.losses.reconstruction(),))

@@ -169,18 +169,21 @@ def check(name, terms, seed=0, num_dead=5):
             np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7, err_msg=loss)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ALL)
 def test_values_and_slopes_are_those_of_the_written_losses(name):
     makers = LOSSES | OWN.get(name, {})
     check(name, {loss: make() for loss, make in makers.items()})
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("num_dead", [1, 3, M])
 def test_few_and_all_latents_dead(num_dead):
     for name in ("topk", "signed"):
         check(name, {"dead_latents": losses.dead_latents()}, 1, num_dead)
 
 
+@pytest.mark.slow
 def test_without_dead_latents_there_is_nothing_and_no_slope():
     sae = ALL["topk"]()
     p, data = single(*problem(sae, num_dead=0))
@@ -215,6 +218,7 @@ def key():
     return jax.random.key(0)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("target", [None, 4.0])
 def test_jump_relu_s_estimates_of_the_threshold_s_slope(target):
     sae, eps = ALL["jump"](), 0.8
@@ -327,6 +331,7 @@ def golden(case):
     return sae, objective, theirs, start, file
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("case", CASES)
 def test_terms_and_their_slopes_are_saelens(case):
     sae, objective, names, start, file = golden(case)
@@ -400,6 +405,7 @@ def test_errors():
         losses.gradient_reconstruction().loss(inputs)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("gamma", [0.1, 0.5])
 @pytest.mark.parametrize("name", ["l1", "geman_mcclure", "log"])
 def test_the_slope_of_a_penalty_is_that_of_its_value(name, gamma):

@@ -103,6 +103,7 @@ def test_tensors_do_not_become_negative():
     np.testing.assert_array_equal(state.params["shrink"], 0)
 
 
+@pytest.mark.slow
 def test_a_member_of_a_population_is_what_it_is_alone(trained):
     sae, one, _, _, _ = trained
     many = ft.population(one)

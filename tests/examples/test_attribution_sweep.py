@@ -29,6 +29,7 @@ def test_a_sweep_is_checked_before_anything_is_trained(change, match):
         attribution_sweep.check_sweep(sweep._replace(**change))
 
 
+@pytest.mark.slow
 def test_the_script_writes_all_of_it(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tyro")

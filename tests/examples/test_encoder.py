@@ -122,6 +122,7 @@ def by_hand(tokens):
     return x, x.mean(0) / np.linalg.norm(x.mean(0))
 
 
+@pytest.mark.slow
 def test_vectors_are_those_of_every_sentence_alone_in_float64(model):
     texts = ["w1 w2 w3 w4", "w5", "w6 w7 w8 w9 w10 w1"]
     sentences = enc.sentences_from_texts(model, texts, length=7)
@@ -135,6 +136,7 @@ def test_vectors_are_those_of_every_sentence_alone_in_float64(model):
         np.testing.assert_allclose(found, last, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_at_a_site_are_those_of_a_sentence_alone(model):
     sentences = enc.sentences_from_texts(model, ["w1 w2 w3", "w4 w5"], length=4)
     probed, site = ft.from_linen(enc.Encoder(model.config)), "blocks_0/mlp_out"

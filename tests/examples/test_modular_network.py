@@ -119,6 +119,7 @@ def test_pairs_are_all_sums():
     assert all((a + b) % 7 == c for (a, b), c in zip(inputs, labels, strict=True))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("fraction", "num"), [(0.3, 15), (1.0, 49), (1e-9, 1)])
 def test_a_split_holds_every_pair_once(fraction, num, key):
     (first, sums), (rest, held_out) = modular.split(key, TINY, fraction)

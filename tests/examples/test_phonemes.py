@@ -56,6 +56,7 @@ def by_hand(arrays, word, spoken):
     return last, np.array(logits)
 
 
+@pytest.mark.slow
 def test_logits_and_states_are_those_of_a_word_at_a_time(arrays, params):
     logits, acts = g2p.phonemes(params, g2p.words_from_pairs(PAIRS), {})
     for i, (word, spoken) in enumerate(PAIRS):
@@ -76,6 +77,7 @@ def test_the_loss_is_that_of_the_phonemes_and_of_no_padding(arrays, params):
         np.testing.assert_allclose(one, nll, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_at_the_state_are_those_of_every_word_alone(params):
     words = g2p.words_from_pairs(PAIRS)
     readout = ft.readouts.loss(g2p.phoneme_loss, words.phonemes)

@@ -50,6 +50,7 @@ def test_no_bias_errors_of_the_two_textbook_inputs():
     assert squaring.no_bias_error(INPUTS[3]) == pytest.approx(3 - 8 / np.pi)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("task", INPUTS, ids=lambda t: f"{t.low}")
 def test_no_bias_variances_are_those_of_the_activations(task, key):
     e = np.asarray(jax.random.normal(key, (10,)), np.float64)
@@ -69,6 +70,7 @@ def test_no_bias_variances_are_those_of_the_activations(task, key):
     assert np.all(np.abs(oracle[2:]) < 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", [0, 6])
 def test_readers_are_the_gradients_of_the_unrotated_outputs(residual, key):
     task = Squaring(3, 8, residual=residual, probability=0.5)
@@ -122,6 +124,7 @@ def test_inputs_have_the_distribution_of_the_task(task, mean, active, key):
         assert task.low <= x.min() <= x.max() <= task.high
 
 
+@pytest.mark.slow
 def test_a_population_of_seeds_equals_training_each_alone(key):
     keys = jax.random.split(key, 3)
     settings = {"steps": 40, "batch": 16, "learning_rate": 1e-2, "chunk": 20}

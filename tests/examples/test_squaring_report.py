@@ -28,6 +28,7 @@ def looked():
     return case, nets, found, rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_figures_equal_float64_numpy(looked, seed):
     _, nets, found, rows = looked
@@ -74,6 +75,7 @@ def test_gradient_pca_finds_the_reader_and_centring_deletes_it(looked):
     assert min(values(rows, cases.PRESERVED)) >= 0.999
 
 
+@pytest.mark.slow
 def test_no_bias_network_has_exactly_two_rays(key):
     case = cases.CASES[0]._replace(steps=1500)
     nets = train_case(key, case, seeds=2)
@@ -83,6 +85,7 @@ def test_no_bias_network_has_exactly_two_rays(key):
     assert max(values(rows, cases.SHARE_ERRORS[0])) <= 0.02
 
 
+@pytest.mark.slow
 def test_many_functions_show_the_span_and_not_the_readers(key):
     task = Squaring(6, 18, low=-0.5, probability=0.2)
     case = cases.Case("many", "many", task, steps=1500, batch=128, learning_rate=3e-3)
@@ -102,6 +105,7 @@ def test_many_functions_show_the_span_and_not_the_readers(key):
         assert coverage[seed] == pytest.approx(oracle, abs=0.02)
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_for_both_kinds_of_case(looked, key):
     case, nets, found, _ = looked
     one = jax.tree.map(lambda leaf: leaf[0], (found, nets.params))
@@ -119,12 +123,14 @@ def figure_names():
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.slug)
 def test_every_bound_belongs_to_a_figure_that_is_reported(case, figure_names):
     reported = figure_names[case.task.bias, case.task.features]
     assert set(cases.expected(case)) <= reported
 
 
+@pytest.mark.slow
 def test_the_demo_script_writes_a_whole_report(tmp_path):
     out = tmp_path / "demo"
     options = "--out", out, "--seeds", 2, "--samples", 500, "--shorten", 500
@@ -140,6 +146,7 @@ def test_the_demo_script_writes_a_whole_report(tmp_path):
     assert not list(out.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_the_demo_script_refuses_bad_options_before_it_trains():
     messages = {
         ("--out", "pyproject.toml"): "cannot write to pyproject.toml",

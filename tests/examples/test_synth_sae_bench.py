@@ -33,6 +33,7 @@ def test_the_script_trains_scores_saves_and_goes_on(tmp_path):
     assert (folder / "metrics.jsonl").read_text() == lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["batch_topk", "matryoshka", "standard"])
 def test_every_architecture_of_the_table_is_trained(name):
     recipe = synth_sae_bench.TINY._replace(steps=3)

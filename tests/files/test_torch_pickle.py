@@ -70,6 +70,7 @@ def tensor(torch, offset=0, shape=(2, 3), strides=(3, 1), extras=(), **storage):
     return Reduced(torch._utils._rebuild_tensor_v2, *args)
 
 
+@pytest.mark.slow
 def test_views_of_every_kind_are_what_torch_says_they_are():
     tensors = state_dict(GOLDEN / "views.pt", "reader")
     wanted = np.load(GOLDEN / "views.npz")

@@ -41,6 +41,7 @@ def random_params(sae, seed=0):
     return {k: v + jnp.asarray(rng.random(v.shape), v.dtype) for k, v in params.items()}
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", sorted(p.name for p in GOLDEN.iterdir()))
 def test_what_saelens_saved_gives_what_saelens_gives(name):
     sae, params = ft.interop.load_saelens(GOLDEN / name)
@@ -121,6 +122,7 @@ def assert_equal(params, want):
         np.testing.assert_array_equal(params[name], value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gradient", "gradient plain", "paired"])
 def test_scales_of_gradients_come_back_and_choose_the_same(name, tmp_path):
     sae = OURS[name]

@@ -165,6 +165,7 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
+@pytest.mark.slow
 def test_a_model_is_fetched_once_with_nothing_that_is_not_wanted(hub, home):
     address, asked = hub
     before, fetched, layers, total, commit, *more = user(
@@ -199,6 +200,7 @@ def test_a_model_is_fetched_once_with_nothing_that_is_not_wanted(hub, home):
     assert not any("onnx" in path for path in asked if "/resolve/" in path)
 
 
+@pytest.mark.slow
 def test_what_was_fetched_is_there_without_a_network(hub, home):
     user(hub[0], home)
     found = user("http://127.0.0.1:9", home, ("fetch", "hub:them/other"))

@@ -19,6 +19,7 @@ print(faults(), faults(), keep_memory(), faults(), faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
 def test_memory_that_is_kept_is_not_mapped_again():
     done = run_python("-c", PROGRAM)

@@ -113,6 +113,7 @@ def flip(path, at=3):
     path.write_bytes(data)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("shard", range(5))
 def test_a_flipped_bit_of_a_shard_ends_the_training_before_it_begins(job, shard):
     path = store_path(job, SITE) / f"shard-{shard:06d}-8.bin"

@@ -91,6 +91,7 @@ def done(folder, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_text_is_cut_into_windows_of_texts_of_their_own(done):
     run, texts = done["run"], {}
     for i in range(6):
@@ -425,6 +426,7 @@ def test_a_library_that_is_missing_is_named(folder, tmp_path, monkeypatch):
     assert ended("collect.py", path).startswith("load_decoder: tokenizers is not inst")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -600,6 +602,7 @@ def test_a_job_without_a_store_is_of_one_text(done, tmp_path):
         open_taps(other, SITE)
 
 
+@pytest.mark.slow
 def test_products_in_bfloat16_are_trained_on_as_float32(done, tmp_path):
     job = straight(done["job"], tmp_path / "out")
     job = replace(job, collect=replace(job.collect, compute="bfloat16"))
@@ -631,6 +634,7 @@ def test_weights_in_bfloat16_are_near_and_others(done, folder, tmp_path):
             step(plain)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("massive", [1.2, float("inf")])
 def test_lib_is_of_the_tokens_that_count(done, tmp_path, massive):
     """Its readers see what PCA of the same weights does; every output by a source."""
@@ -649,6 +653,7 @@ def test_lib_is_of_the_tokens_that_count(done, tmp_path, massive):
     np.testing.assert_allclose(codes / top, np.diag(basis.spectrum / top), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_more_losses_may_be_asked_for_and_none_changed(copy):
     with_more = replace(
         copy.train, attribution=(Attribution(), Attribution("strong", 1.0))

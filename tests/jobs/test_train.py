@@ -18,6 +18,7 @@ from toyfeat.jobs.taps import from_store, grads_as_acts, shuffled_batches
 from toyfeat.jobs.train import design, load_curves, train_one, train_together
 
 
+@pytest.mark.slow
 def test_a_population_that_was_cut_off_goes_on_with_its_members(
     store, tmp_path, monkeypatch
 ):
@@ -82,6 +83,7 @@ def test_the_settings_of_a_loss_are_arguments_of_the_library_s_with_its_defaults
     assert {name: arguments[name].default for name in settings} == settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["acts", "gradients", "paired", "attribution"])
 def test_a_population_has_the_dictionaries_of_single_trainings(store, tmp_path, kind):
     """With batches of everything, seeds differ by the start alone."""
@@ -141,6 +143,7 @@ def store(tmp_path_factory):
     return collected(tmp_path_factory.mktemp("store"), dtype="bfloat16")[SITES[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_gradients", [False, True])
 def test_batches_in_memory_are_the_tokens_that_count(store, of_gradients):
     parts = [shard_taps(store, i) for i in range(len(store.shards))]

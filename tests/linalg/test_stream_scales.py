@@ -46,6 +46,7 @@ def truth_of(rows, weights, center):
     return np.linalg.svd(rows * np.sqrt(weights)[:, None])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_and_weights_of_any_size_have_the_values_of_numpy(method, center):

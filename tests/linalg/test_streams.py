@@ -186,6 +186,7 @@ def test_gram_merges_in_any_order(order, center):
     check_values(acc.finish(MERGES[order](acc, states)), rows, center, tol=2e-6)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", METHODS)
 def test_merge_with_an_empty_state_changes_nothing(method):
     acc = compiled(method=method, center=True)
@@ -245,6 +246,7 @@ def test_scale_of_rows_is_scale_of_values(method, scale, center):
     check_values(got, rows, center, 1e-6 if method == "gram" else 1e-3)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("method", "center"), [("gram", False), *((method, True) for method in METHODS)]
 )
@@ -264,6 +266,7 @@ def test_counts_are_right_past_2_to_the_24_rows(method, center):
     np.testing.assert_allclose(variance, s[:rank] ** 2 / SIZE, rtol=2e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", METHODS)
 def test_two_long_streams_of_other_means_are_merged(method):
     doublings, rank = 18, 5
@@ -303,6 +306,7 @@ def test_gram_says_that_values_overflow():
 # --- incremental ---------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("sizes", "center"), [(50, False), (250, False), (1000, False), (250, True)]
 )
@@ -411,6 +415,7 @@ def bound_of(rows, width):
     return np.min(tails / (width - k)), 2e-6 * s[0] ** 2
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("sizes", [10, 250])
 @pytest.mark.parametrize("order", ORDERS)
 def test_frequent_directions_holds_its_bound_in_any_order(order, sizes):
@@ -422,6 +427,7 @@ def test_frequent_directions_holds_its_bound_in_any_order(order, sizes):
     check_shape_of_answer(got)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("order", ORDERS)
 def test_frequent_directions_holds_its_bound_when_merged(order, parts):
@@ -449,6 +455,7 @@ def test_a_spiteful_order_defeats_incremental_but_not_frequent_directions():
 # --- what holds for all methods ------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", METHODS)
 def test_jit_does_as_eager_does(method):
     rows = with_spectrum(SPECTRA["geometric_3_percent"])[:SIZE]
@@ -477,6 +484,7 @@ def test_scan_carries_the_state(method):
     np.testing.assert_allclose(got.vt, want.vt, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", METHODS)
 def test_vmap_over_streams_does_as_a_loop_does(method):
     acc = compiled(method=method, center=True)
@@ -495,6 +503,7 @@ def test_vmap_over_streams_does_as_a_loop_does(method):
         np.testing.assert_allclose(many.vt[i], want.vt, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", METHODS)
 def test_fewer_rows_than_rank(method):
     rows = with_spectrum([2.0, 1.0, 0.5], rows=10, dim=DIM)[:5] + np.float32(0.1)
@@ -561,6 +570,7 @@ def test_info_names_the_method(method):
     assert error / 4 - 1e-6 <= float(got.info.orthogonality) <= 4 * error + 1e-6
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", METHODS)
 def test_float64_stays_float64(method):
     with jax.enable_x64(True):
@@ -607,6 +617,7 @@ def low_rank(rows, dim, effective_rank):
     return with_spectrum(np.exp(-((j / effective_rank) ** 2)), rows, dim=dim)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", PCA)
 def test_pca_ratio_of_explained_variance(method):
     centres = normal((3, 3)) * np.float32(3)
@@ -635,6 +646,7 @@ def test_pca_is_inverted_on_rows_in_a_plane(method):
     np.testing.assert_allclose((x - mean) @ vt.T @ vt + mean, x, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", PCA)
 def test_pca_of_as_many_rows_as_components(method):
     x = normal((20, 20))
@@ -737,6 +749,7 @@ def test_pca_whitens(method):
     np.testing.assert_allclose(mine, want, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", PCA)
 def test_pca_of_many_rows(method):
     x = np.random.default_rng(0).random((20_000, 3), dtype=np.float32)

@@ -90,6 +90,7 @@ def test_stores_have_the_taps_of_all_windows(once):
 READOUTS = {"loss": LOSS, "sampled": make_readout("sampled", draws=2, seed=3)}
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", READOUTS)
 @pytest.mark.parametrize("batch", [1, 3, 100])
 def test_stores_do_not_depend_on_the_batch(tmp_path, batch, kind):
@@ -149,6 +150,7 @@ def test_a_stopped_collection_resumes(once, tmp_path, stops):
     assert reports[0] >= stops[-1]  # what is there is not computed again
 
 
+@pytest.mark.slow
 def test_a_killed_collection_resumes(once, tmp_path):
     child = Path(__file__).with_name("tiny_collection.py")
     done = run_python(child, tmp_path, 28, env={"PYTHONPATH": str(ROOT)})
@@ -242,6 +244,7 @@ def test_a_store_without_a_shard_is_refused(tmp_path):
         collected(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [4, 8192])
 def test_moments_of_a_store_against_numpy(once, rows):
     store = once[1]["b"]
@@ -266,6 +269,7 @@ def test_the_loss_is_that_of_the_next_token():
         close(found[site], wanted)
 
 
+@pytest.mark.slow
 def test_sampled_gradients_are_residuals_of_tokens_that_are_drawn_anew():
     tokens, params = tokens_of(), params_of()
     make = make_readout("sampled", draws=4, seed=1)

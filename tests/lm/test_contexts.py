@@ -78,6 +78,7 @@ def by_hand(taps, signed):
     return np.where(there, codes, 0), np.where(there, effects, 0)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("signed", [False, True])
 def test_latents_and_contexts_against_numpy(store, taps, signed):
     sae, params = dictionary(signed)
@@ -129,6 +130,7 @@ def test_attributions_of_gradients_sum_to_the_first_order_effect(taps):
     np.testing.assert_allclose(effects.sum(1), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("centred", [False, True])
 def test_promoted_tokens_are_those_whose_logits_rise_to_first_order(centred):
     sizes = {"vocab": VOCAB, "layers": 1, "dim": DIM, "heads": 1}

@@ -33,6 +33,7 @@ from toyfeat.lm.replacements import Replacement, from_basis
 from toyfeat.lm.split import split_at, tap_held_out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", SITES)
 def test_held_out_text_has_the_taps_of_the_whole_model(site):
     # Programs with other outputs are rounded apart: entries go up to 20 here.
@@ -68,6 +69,7 @@ def extra_gradients(site):
     return np.asarray(grads).reshape(*windows().shape, 2, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [2, 3])
 def test_gradients_of_an_extra_readout_follow_those_of_the_loss(batch):
     """Those of the loss stay the first; what is drawn is that of the window."""
@@ -139,6 +141,7 @@ def scores_by_numpy(site, tokens, mean, params):
     }, (by_mean > clean, by_zero > clean)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("site", SITES)
 def test_every_score_against_numpy_through_the_whole_model(site):
     split, held = held_at(site)
@@ -153,6 +156,7 @@ def test_every_score_against_numpy_through_the_whole_model(site):
         assert getattr(found, name) == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4])
 def test_scores_do_not_depend_on_the_batch(batch):
     site = SITES[1]
@@ -192,6 +196,7 @@ def test_scores_of_the_model_itself_its_mean_and_zero():
     assert found["0"].unexplained == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_first_and_last_positions_are_left_as_they_are():
     split, held = held_at(SITES[0])
     method = described(CONFIG.dim)

@@ -36,6 +36,7 @@ def effects_by_hand(site, held, method):
     return effects
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("site", "stretch"),
     [(SITES[0], 2), (SITES[1], None), (SITES[2], 3), ("blocks_2/resid_post", 3)],
@@ -74,6 +75,7 @@ def test_effects_are_those_of_the_whole_model_without_the_part(site, stretch):
     assert scores == again
 
 
+@pytest.mark.slow
 def test_pairs_are_drawn_once_each_and_by_the_seed(monkeypatch):
     split, held = held_at(SITES[0])
     method = described(CONFIG.dim)
@@ -126,6 +128,7 @@ def test_attributions_of_small_parts_are_exact():
     assert scores.error < 1e-3
 
 
+@pytest.mark.slow
 def test_attributions_are_exact_where_the_model_is_nearly_linear():
     """A residual stream so long that the last norm and the logits hardly move."""
     site = "blocks_2/mlp_out"

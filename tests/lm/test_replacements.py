@@ -112,6 +112,7 @@ def check(sae, params, method, given, most):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("readouts", [1, 4])
 def test_parts_are_what_the_codes_of_a_dictionary_add(name, readouts):
@@ -127,6 +128,7 @@ def test_parts_are_what_the_codes_of_a_dictionary_add(name, readouts):
     assert (np.abs(found.recon - without).max() > 1e-3) == chosen
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "sae",
     [
@@ -212,6 +214,7 @@ def basis_of(kind, stats):
     return kind(stats, DIM)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("rank", [1, 3, DIM])
 @pytest.mark.parametrize("kind", [ft.pca, ft.gradient_pca, ft.joint_pca])
 def test_a_basis_is_its_first_directions(kind, rank):
@@ -269,6 +272,7 @@ def by_latent(found):
     return whole
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("k", [1, 3, DIM, 8])
 @pytest.mark.parametrize("case", ["plain", "zero codes", "duplicates", "all zero"])
 def test_readers_give_the_best_linear_guess(k, case):
@@ -339,6 +343,7 @@ def test_readers_want_k_codes_and_gradients():
         from_readers(sae, params, np.zeros(DIM, "f4"), np.eye(DIM, dtype="f4"))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ["gradient_topk", "paired"])
 def test_latents_can_be_chosen_by_another_gradient(name):
     sae = SPARSE[name]

@@ -25,6 +25,7 @@ def split_of(site):
     return split._replace(run=run, run_with_cache=run_with_cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", range(CONFIG.layers))
 @pytest.mark.parametrize("name", SITES)
 def test_run_is_the_model_behind_the_site(name, layer):
@@ -43,6 +44,7 @@ def test_run_is_the_model_behind_the_site(name, layer):
     assert np.abs(wanted - logits).max() > 0.1
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("name", SITES)
 def test_run_behind_cached_positions_is_the_rest_of_the_window(name, layer):
@@ -91,6 +93,7 @@ def other(make):
     return config, params, acts, {site: found[0] for site, found in changed.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [gpt2, neox])
 @pytest.mark.parametrize("name", OTHER)
 def test_run_with_gpt2_and_neox_decoders(make, name):
@@ -102,6 +105,7 @@ def test_run_with_gpt2_and_neox_decoders(make, name):
     np.testing.assert_allclose(found, wanted[site], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_run_in_bfloat16_gives_float32_logits():
     site = "blocks_1/mlp_out"
     split = split_at(CONFIG, site, dtype=jnp.bfloat16)

@@ -46,6 +46,7 @@ NAN_SCORES = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", NAN_SCORES)
 def test_a_score_of_nan_is_nan(name):
     assert np.isnan(NAN_SCORES[name]())
@@ -161,6 +162,7 @@ def test_bad_arguments_of_metrics_are_named(name, call):
         call()
 
 
+@pytest.mark.slow
 def test_integers_and_lists_are_taken():
     assert metrics.random_coverage(KEY, np.int64(2), ROWS, draws=jnp.int32(1)) > 0
     curve = ablate(ranks=np.array([0, 2]))

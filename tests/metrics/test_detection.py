@@ -46,6 +46,7 @@ def test_precision_recall_and_uniqueness_equal_plain_loops(seed):
     assert ft.metrics.feature_uniqueness(found, truth) == unique
 
 
+@pytest.mark.slow
 def test_batches_are_counted_together():
     found, truth, codes, planted = example()
     whole = ft.metrics.latent_classification(found, truth, [(codes, planted)])

@@ -20,6 +20,7 @@ def truth_of(task):
     return ft.Features(task.truth.readers, task.truth.writers)
 
 
+@pytest.mark.slow
 @every
 def test_the_truth_scores_one(name):
     task = TASKS[name]
@@ -115,6 +116,7 @@ def by_hand(task, found, examples):
     return shares
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("noise", [0.0, 0.3, 3.0])
 @pytest.mark.parametrize("side", [0, 1])
@@ -139,6 +141,7 @@ def test_preserved_equals_a_loop_over_examples(name, side, noise, monkeypatch):
     assert alone == pytest.approx(shares[side], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_true_readers_preserve_the_output_whatever_their_writers():
     task = TASKS["ignored"]
     projected, guessed = by_hand(task, truth_of(task), 200)
@@ -151,6 +154,7 @@ def test_true_readers_preserve_the_output_whatever_their_writers():
         )
 
 
+@pytest.mark.slow
 def test_true_writers_preserve_the_output_whatever_their_readers():
     task = TASKS["product"]
     readers, writers = truth_of(task)[:2]
@@ -319,6 +323,7 @@ def test_an_output_that_varies_by_rounding_is_constant():
     assert scores.preserved == 1
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("kept", "preserved"), [(True, 1), (False, 0)])
 def test_a_constant_output_is_preserved_or_not(kept, preserved):
     task = TASKS["product"]

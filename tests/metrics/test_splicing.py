@@ -35,6 +35,7 @@ KINDS = (
 )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", KINDS)
 def test_splice_is_decode_of_encode_at_every_position(key, kind):
     sae, params = dictionary(kind)
@@ -47,6 +48,7 @@ def test_splice_is_decode_of_encode_at_every_position(key, kind):
     np.testing.assert_allclose(ft.metrics.splice(sae, params)(acts), wanted, atol=1e-6)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("shape", [(4,), (1, 4), (3, 4), (2, 1, 3, 4)])
 def test_splice_keeps_leading_axes(key, shape):
     sae, params = dictionary("topk")
@@ -63,6 +65,7 @@ def test_splice_keeps_the_dtype_and_computes_in_that_of_the_parameters(key, dtyp
     np.testing.assert_array_equal(found, exact.astype(dtype))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["gradient_topk", "paired"])
 def test_splice_chooses_by_gradients_where_they_are_given(key, kind):
     sae, params = dictionary(kind)

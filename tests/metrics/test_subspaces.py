@@ -31,6 +31,7 @@ def scipy_cosines(a, b):
     return np.sort(np.cos(scipy.linalg.subspace_angles(a.T, b.T)))[::-1]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("r", "q", "dim"),
     [(1, 1, 3), (2, 2, 5), (2, 4, 5), (4, 2, 5), (3, 3, 3), (3, 1, 9)],
@@ -83,6 +84,7 @@ def test_more_rows_than_dimensions_span_everything():
     np.testing.assert_allclose(got, [1, 1, 1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_principal_angles_eager_is_jit_and_vmap_is_a_loop():
     a = jnp.asarray(rows(12, 5), jnp.float32).reshape(4, 3, 5)
     b = jnp.asarray(rows(2, 5, 1), jnp.float32)
@@ -111,6 +113,7 @@ def test_principal_angles_of_misfits_raise(a, b):
 # --- r_squared -----------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("mean", [0.0, 1e3])
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
 def test_r_squared_is_that_of_numpy(mean, scale):
@@ -133,6 +136,7 @@ def test_r_squared_does_not_see_signs():
     np.testing.assert_allclose(r_squared(-3 * x + 1, x), 1, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1e4 / 3])
 @pytest.mark.parametrize("n", [3, 1000])
 def test_constant_sides_have_no_correlation(value, n):
@@ -198,6 +202,7 @@ def rebuilt64(basis, acts):
     return (acts - mean) @ readers @ writers + mean
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("method", ["pca", "gradient_pca", "any"])
 def test_variance_explained_is_that_of_the_rebuilt_data(method, rank):
@@ -275,6 +280,7 @@ def model64(acts, shape):
     return {"vector": y, "scalar": y[..., 0]}[shape]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("shape", "lead"), [("vector", (40,)), ("scalar", (40,)), ("vector", (10, 4))]
 )

@@ -8,6 +8,7 @@ from toyfeat import worlds
 from toyfeat.metrics.synthetic import score_dictionary
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("train", [False, True])
 def test_scores_are_their_definitions(train):
     world = worlds.synth_sae_bench(jax.random.key(0), features=128, dim=16)

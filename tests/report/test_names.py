@@ -93,6 +93,7 @@ def test_sweeps_have_names_of_any_characters(tmp_path):
         assert printable(name) in printed
 
 
+@pytest.mark.slow
 def test_the_other_reports_have_names_of_any_characters(tmp_path):
     row = dict.fromkeys(leaderboard.COLUMNS, 0.5) | {"side": "readers"}
     rows = [row | {"case": name, "method": name} for name in NAMES]
@@ -120,6 +121,7 @@ BASIS = {"site": "s", "basis": "gradient pca", "participation": 1.0}
 FAITH = {"site": "s", "method": "acts-k2-s0", "what": "faithfulness"}
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("evaluation", "decomposition"),
     [

@@ -44,6 +44,7 @@ def test_every_task_is_drawn_below():
     assert set(TINY) == set(planted.__all__) - no_tasks
 
 
+@pytest.mark.slow
 def test_a_description_has_the_numbers():
     task = task_of("cross_layer")
     text = describe(task, fit=0.04)
@@ -57,6 +58,7 @@ def test_a_description_has_the_numbers():
     assert "the writers are scored" in describe(task._replace(side="writers"))
 
 
+@pytest.mark.slow
 def test_a_description_says_what_is_defined_ignored_and_shared():
     text = describe(task_of("modular_addition"))
     assert "4 features in 14 dimensions at the site “acts”" in text
@@ -77,6 +79,7 @@ def test_a_description_says_that_nothing_is_planted():
     assert "Nothing is planted in the 4 dimensions of the site “acts”" in text
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", [name for name in TINY if name not in CONTROLS])
 def test_a_figure_has_three_panels_that_say_what_they_are(name, key):
     pytest.importorskip("matplotlib")
@@ -106,6 +109,7 @@ def test_a_figure_has_three_panels_that_say_what_they_are(name, key):
         assert right.images[0].get_array().shape == (num, num)
 
 
+@pytest.mark.slow
 def test_points_are_the_gradients_and_lie_along_their_readers(key):
     pytest.importorskip("matplotlib")
     middle = task_figure(key, task_of("squares")).axes[1]

@@ -122,6 +122,7 @@ def test_every_module_is_a_site_named_by_its_path():
 RematBlock = nn.remat(Block)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("block", [Block, RematBlock], ids=["plain", "remat"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_blocks_give_the_per_example_jacobian(block, frozen):
@@ -141,6 +142,7 @@ def test_blocks_give_the_per_example_jacobian(block, frozen):
     assert_close(taps["blocks_0/up"].grads, want[:, None])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("block", [Block, RematBlock], ids=["plain", "remat"])
 def test_each_call_sees_its_own_probe_functions(block):
     probed = ft.from_linen(Blocks(block))
@@ -256,6 +258,7 @@ def scan_by_hand(x, probes):
 SCAN_SITES = [f"layers/dense@{i}" for i in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [Layer, nn.remat(Layer, prevent_cse=False)])
 def test_scanned_layers_are_sites_when_both_collections_are_carried(layer):
     taps = taps_of(scanned(BOTH, layer), scan_variables(), [*SCAN_SITES, "first"])
@@ -299,6 +302,7 @@ def test_scan_output_is_a_site_per_layer():
     assert_close(acts["layers/dense@2"], last)
 
 
+@pytest.mark.slow
 def test_later_scanned_layer_is_differentiable_in_an_earlier_one():
     probed = ft.from_linen(scanned(BOTH))
 
@@ -316,6 +320,7 @@ def test_later_scanned_layer_is_differentiable_in_an_earlier_one():
         )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("collections", [(), BOTH[:1], BOTH[1:]], ids=str)
 def test_a_stack_carries_the_collections_that_its_code_does_not_name(collections):
     got = taps_of(scanned(collections), scan_variables(), SCAN_SITES)
@@ -329,6 +334,7 @@ def test_a_stack_carries_the_collections_that_its_code_does_not_name(collections
     assert_close(outputs[0], scan_by_hand(X[0], delta)[0])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("collections", [(), ("toyfeat_acts",), ("toyfeat_probes",)])
 def test_other_sites_of_such_a_model_still_work(collections):
     got = taps_of(scanned(collections), scan_variables(), ["first", "head"])
@@ -365,6 +371,7 @@ def mapped(**options):
     return Mapped()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_module_vmapped_over_the_batch_has_sites_with_a_batch_axis(batch):
     # 3 is also the width of the site
@@ -441,6 +448,7 @@ def test_jitted_modules_keep_their_sites_on_every_call():
             assert_close(acts[site], act)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("site", ["blocks_0/up", "blocks_1", "blocks_1/up"])
 def test_a_function_is_applied_at_its_site_under_jit(site):
     probed, plain = ft.from_linen(Blocks(nn.jit(Block))), ft.from_linen(Blocks())
@@ -561,6 +569,7 @@ class Tied(nn.Module):
 TOKENS = jnp.asarray(RNG.integers(0, 6, (B, 3)))
 
 
+@pytest.mark.slow
 def test_other_methods_are_sites_with_their_name():
     variables = variables_of(Tied(), TOKENS)
     table = variables["params"]["embed"]["embedding"]
@@ -623,6 +632,7 @@ class Noisy(nn.Module):
         return nn.Dense(3, name="head")(x)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("train", [False, True])
 def test_dropout_gets_its_rngs_and_keyword_arguments(train):
     variables = variables_of(Noisy())
@@ -648,6 +658,7 @@ class Normed(nn.Module):
         return nn.Dense(3, name="head")(x)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("train", [False, True])
 def test_updates_of_user_collections_are_made_and_dropped(train):
     module = Normed(train)
@@ -661,6 +672,7 @@ def test_updates_of_user_collections_are_made_and_dropped(train):
     assert acts["norm"].shape == (B, 6)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("mutable", [None, ["batch_stats"]])
 def test_gradients_through_evaluated_batch_norm(mutable):
     variables = variables_of(Normed())
@@ -717,6 +729,7 @@ def test_inputs_in_a_tuple_are_positional_arguments():
 # probes
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("probes", "change"),
     [
@@ -757,6 +770,7 @@ def test_probe_of_the_whole_module_changes_its_outputs():
     assert_close(acts["__call__"], want)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("block", [Block, RematBlock], ids=["plain", "remat"])
 def test_later_activation_is_differentiable_in_an_earlier_probe(block):
     probed = ft.from_linen(Blocks(block))

@@ -172,6 +172,7 @@ class Counting(nnx.Module):
 TRAINING = pytest.mark.filterwarnings("ignore:from_nnx.*statistics over the batch")
 
 
+@pytest.mark.slow_cases
 @TRAINING
 @pytest.mark.parametrize("make", [Counting, Blocks, lambda: Blocks(RematBlock)])
 def test_the_model_that_was_given_stays_as_it_is(make):
@@ -271,6 +272,7 @@ def test_super_calls_reach_the_parent():
 # probes
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", REMATS)
 @pytest.mark.parametrize("jitted", [False, True])
 def test_every_call_sees_its_own_probes(kind, jitted):
@@ -316,6 +318,7 @@ def test_same_function_with_other_contents_is_applied_anew():
     assert_close(second, 3 * np.float64(first))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", REMATS)
 def test_a_probe_function_may_close_over_what_is_differentiated(kind):
     probed, params = ft.from_nnx(Blocks(REMATS[kind]))
@@ -627,6 +630,7 @@ def scan_by_hand(model, x, probes):
     return x, acts
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("length", "remat"), [(3, False), (3, True), (B, False)])
 def test_scanned_layers_are_sites(length, remat):
     model = Scanned(length, remat)
@@ -742,6 +746,7 @@ def test_users_capture_around_a_probed_call_is_left_alone():
     assert_close(recorded["hidden"][0], hidden)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("probe", [X, jnp.sin], ids=["array", "function"])
 def test_jitted_methods_keep_their_sites_on_every_call(probe):
     class Jitted(Block):
@@ -853,6 +858,7 @@ def test_training_mode_draws_the_models_next_dropout():
     assert_close(taps["norm"].grads, (at_dropout * kept)[:, None])
 
 
+@pytest.mark.slow
 def test_attention_of_flax_has_its_projections_as_sites():
     model = nnx.MultiHeadAttention(
         num_heads=2, in_features=D, decode=False, rngs=nnx.Rngs(0)

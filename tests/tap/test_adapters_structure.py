@@ -58,6 +58,7 @@ def lifted(lift):
     return Lifted()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lift", [nn.remat, nn.jit], ids=["remat", "jit"])
 def test_a_lifted_function_is_no_site(lift):
     model = lifted(lift)
@@ -264,6 +265,7 @@ PLAIN_TRANSFORMS = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", PLAIN_TRANSFORMS)
 @pytest.mark.parametrize("library", ["linen", "nnx"])
 def test_a_module_in_a_plain_transformation_is_no_site(name, library):
@@ -411,6 +413,7 @@ class Stacked(nnx.Module):
         return self.head(step(x, self.stack))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", STACKS)
 @pytest.mark.parametrize("remat", [False, True])
 def test_containers_in_a_stack_have_sites(kind, remat):
@@ -462,6 +465,7 @@ NNX_CONTROL = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", NNX_CONTROL)
 def test_control_flow_of_nnx_runs_without_sites_inside(name):
     model = NnxTransformed(NNX_CONTROL[name])

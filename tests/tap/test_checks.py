@@ -291,6 +291,7 @@ GOOD = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", GOOD)
 def test_models_of_single_examples_pass(name):
     probed, params, inputs = GOOD[name]()
@@ -357,6 +358,7 @@ MIXED = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", MIXED)
 def test_models_that_mix_examples_are_caught(name):
     probed, params, inputs = MIXED[name]()

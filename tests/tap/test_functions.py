@@ -69,6 +69,7 @@ PROBES = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", PROBES)
 @pytest.mark.parametrize("jitted", [False, True])
 def test_probe_changes_its_site_and_all_that_follows(name, jitted):
@@ -81,6 +82,7 @@ def test_probe_changes_its_site_and_all_that_follows(name, jitted):
     assert_close(acts["high"], high)
 
 
+@pytest.mark.slow
 def test_later_activation_is_differentiable_in_an_earlier_probe():
     got = jax.jacrev(lambda d: PROBED(PARAMS, X, {"low": d})[1]["high"])(DELTA)
     for i in range(3):

@@ -362,6 +362,7 @@ def with_argmax(w, acts):
 WITH_ARGMAX = ft.from_split(lambda w, x: x, with_argmax)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("with_integers", "plain"),
     [
@@ -654,6 +655,7 @@ def taps_of_tokens(tokens, ignore):
 jitted_taps_of_tokens = jax.jit(taps_of_tokens, static_argnames="ignore")
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("ignore", [-100, -1, 3])
 @pytest.mark.parametrize("places", [[2], [0], [4], [0, 1], [1, 3], [0, 1, 2, 3, 4]])
 @pytest.mark.parametrize("jit", [False, True])
@@ -701,6 +703,7 @@ def test_targets_that_the_logits_do_not_have_raise_or_are_nan(token, batch_size)
 CROSS_ENTROPY = optax.softmax_cross_entropy_with_integer_labels
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("ignore", [-100, 2, None])
 @pytest.mark.parametrize("shape", [(2, 5), (2,)])
 @pytest.mark.parametrize("jit", [False, True])
@@ -792,6 +795,7 @@ def test_several_outputs_without_select_are_named(name, readout):
         traced_tap(both, X, readout)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("over", ["all", "positions", "units"])
 def test_random_directions_of_half_precision_outputs(over):
     logits = LOGITS.astype(jnp.float16)

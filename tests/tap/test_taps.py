@@ -262,6 +262,7 @@ def all_taps(adapter, batch_size=None):
     return first, second, len(traces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapter", "case"),
     [
@@ -281,6 +282,7 @@ def test_taps_are_the_per_example_jacobian(adapter, case):
         np.testing.assert_array_equal(taps[site].weights, np.ones(B))
 
 
+@pytest.mark.slow
 def test_taps_outside_of_jit_are_the_same():
     taps = taps_by("function", READOUTS["loss"])
     chex.assert_trees_all_close(
@@ -313,6 +315,7 @@ def test_no_readout_gives_activations_alone(adapter):
         assert_close(taps[site].acts, all_expected()["loss"][site][0])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("case", CHUNKED)
 @pytest.mark.parametrize("size", [1, 7, B])
 def test_batch_size_does_not_change_the_taps(size, case):
@@ -489,6 +492,7 @@ def sequence_taps(batch_size):
     return jax.jit(run)(SEQUENCES, cases)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("case", SEQUENCE_CASES)
 @pytest.mark.parametrize("size", [None, 2])
 def test_gradient_is_read_at_each_position(case, size):
@@ -557,6 +561,7 @@ def test_image_positions_are_flattened_input_major():
 # composition with transformations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["function", "nnx"])
 def test_taps_of_many_seeds_by_vmap_equal_the_loop(adapter):
     probed, params = model_by(adapter)
@@ -618,6 +623,7 @@ def test_inputs_may_be_any_tree_with_a_batch_axis():
     assert_close(taps.grads, grads)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "case", ["loss", "jacobian", "rademacher", "sampled_labels", "logit_difference"]
 )
@@ -724,6 +730,7 @@ def flops(fn, *args):
     return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("adapter", ["function", "linen", "nnx"])
 def test_tap_costs_one_backward_of_what_follows_the_sites(adapter):
     probed, params, sites = wide_model(adapter)
@@ -748,6 +755,7 @@ def test_tap_costs_one_backward_of_what_follows_the_sites(adapter):
     assert every == pytest.approx(forward * 1.75, rel=0.05)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("adapter", ["function", "linen", "nnx"])
 def test_no_parameter_gradient_is_formed(adapter):
     probed, params = model_by(adapter)
@@ -975,6 +983,7 @@ def projected(params, x, tap):
     return tap("s", x @ matrix).sum(-1)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("size", [1, 3, B - 1])
 @pytest.mark.parametrize("model", [noisy, split_keys, None])
 def test_a_model_that_draws_for_the_whole_batch_is_refused_in_chunks(model, size):
@@ -987,6 +996,7 @@ def test_a_model_that_draws_for_the_whole_batch_is_refused_in_chunks(model, size
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"rate": 0.0}, {"broadcast": (0,)}])
 def test_masks_that_do_not_depend_on_the_batch_are_the_same_in_chunks(options):
     whole, chunks = dropped(None, **options), dropped(3, **options)
@@ -994,6 +1004,7 @@ def test_masks_that_do_not_depend_on_the_batch_are_the_same_in_chunks(options):
     assert_close(chunks.grads, whole.grads)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("model", [keyed, projected])
 def test_a_key_of_each_input_or_of_the_model_is_fine_in_chunks(model):
     keys = jax.random.split(jax.random.key(5), B)

@@ -131,6 +131,7 @@ def test_members_of_a_population_have_units_and_are_denormalized_as_alone():
         np.testing.assert_allclose(each[name][0], x, rtol=1e-6)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ALL)
 def test_denormalized_parameters_do_for_taps_what_the_others_do_for_scaled_taps(name):
     sae = ALL[name]

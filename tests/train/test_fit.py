@@ -49,6 +49,7 @@ def close(a, b):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [on_device(), a_batch], ids=["device", "host"])
 @pytest.mark.parametrize("start", [START, POPULATION], ids=["one", "population"])
 def test_it_does_what_a_loop_over_update_does(start, batches):

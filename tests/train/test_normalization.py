@@ -32,6 +32,7 @@ def both():
     return made.init(jax.random.key(0)), update
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-30, 1e-18, 1e20, 1e30])
 def test_gradients_of_any_size_train_the_same_dictionary(both, size):
     start, update = both
@@ -66,6 +67,7 @@ def test_what_has_no_weight_may_be_anything(both):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("first", ["no weight", "constant", "one example"])
 def test_the_scale_is_that_of_the_first_batch_that_varies(both, first):
     start, update = both

@@ -106,6 +106,7 @@ def test_each_setting_that_differs_is_named(before, now, name):
     assert any(re.search(name, change) for change in changes), changes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "match"),
     [

@@ -52,6 +52,7 @@ def test_normal_data_and_sparse_codes_raise_no_alarm(num):
     assert found.massive.size == 0
 
 
+@pytest.mark.slow
 def test_examples_count_by_weight_and_moments_say_the_same():
     taps = drawn(shifted={1: 5.0})
     junk = taps.acts.at[:100].set(1e9)
@@ -115,6 +116,7 @@ def warned(taps, *, check_data=True, **options):
     return [str(warning.message) for warning in said]
 
 
+@pytest.mark.slow
 def test_fit_warns_once_where_a_mean_will_not_be_taken_away():
     far = drawn(shifted={3: 40.0})
     assert warned(far) == []
@@ -162,6 +164,7 @@ def test_moments_that_are_not_finite_are_refused():
         ft.metrics.outlier_dims(stats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0.0, 1.0])
 @pytest.mark.parametrize("reads_grads", [False, True])
 def test_fit_tells_of_gradients_that_are_all_zero(lost, reads_grads):

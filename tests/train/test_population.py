@@ -56,22 +56,26 @@ def compare(together, alone, tolerance):
         np.testing.assert_allclose(losses[:, i], metrics["loss"], rtol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_member_is_what_it_would_be_alone(kind):
     compare(*trained(kind, 20), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["topk", "jump"])
 def test_and_stays_so_for_long_in_double_precision(kind):
     with jax.enable_x64(True):
         compare(*trained(kind, 200), 1e-9)
 
 
+@pytest.mark.slow
 def test_groups_change_nothing():
     together, alone = trained("standard", 5, group=1)
     compare(together, alone, 1e-5)
 
 
+@pytest.mark.slow
 def test_members_differ():
     (state, _), _ = trained("standard", 5)
     rows = np.asarray(state.params["W_dec"])

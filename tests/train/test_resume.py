@@ -138,6 +138,7 @@ def whole(tmp_path_factory):
     return bits(state), without_times(rows(folder))
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_in_every_place(tmp_path, whole):
     leaves = len(jax.tree.leaves(START))
     wanted = [
@@ -166,6 +167,7 @@ def finished(folder, sizes):
     assert [row["step"] for row in rows(folder)] == [*range(4, end, 4), end]
 
 
+@pytest.mark.slow
 def test_killed_at_random_times(tmp_path):
     seed = int.from_bytes(os.urandom(4), "big")
     delays = np.random.default_rng(seed).uniform(0, 0.4, 4)
@@ -177,6 +179,7 @@ def test_killed_at_random_times(tmp_path):
     finished(tmp_path, sizes)
 
 
+@pytest.mark.slow
 def test_sigterm_from_outside_ends_a_process_with_status_0(tmp_path):
     child = started("device", [("nowhere", 0)], tmp_path, 100_000, SIZES)
     while not (tmp_path / "checkpoint").exists() and child.poll() is None:

@@ -154,6 +154,7 @@ def test_examples_are_drawn_by_error_and_weight_and_the_rest_waits():
     assert all(np.isfinite(x).all() for x in none.params.values())
 
 
+@pytest.mark.slow
 def test_a_large_error_is_chosen_more_often():
     _, trainer = made("standard", center=False, normalize=False)
     state = planted(trainer.init(jax.random.key(0), learning_rate=0.0))
@@ -183,6 +184,7 @@ def trained(trainer, steps, seed=0, **hyper):
     return jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(steps)))(state)
 
 
+@pytest.mark.slow
 def test_revived_latents_find_what_the_others_cannot():
     found = {}
     for revive in (None, 50):
@@ -209,6 +211,7 @@ def several():
     return one, many, jax.tree.map(lambda *x: jnp.stack(x), *parts), parts
 
 
+@pytest.mark.slow
 def test_a_member_is_what_it_would_be_alone(several):
     one, many, together, alone = several
     update, told = jax.jit(many.update), []
@@ -255,6 +258,7 @@ def test_other_steps_do_none_of_the_work_in_a_population_either(several):
     assert "log" not in names
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_ends_with_the_same_bits(several, tmp_path):
     _, many, state, _ = several
     arguments = {"steps": 8, "chunk": 2, "checkpoint_every": 1, "progress": False}

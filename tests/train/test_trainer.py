@@ -65,6 +65,7 @@ def same(x, y, rtol=1e-4, atol=1e-5):
     jax.tree.map(close, x, y)
 
 
+@pytest.mark.slow
 def test_the_first_batch_sets_the_scale_and_the_origin():
     taps = draw(1)
     _, trainer = make("standard")
@@ -92,6 +93,7 @@ def test_gradients_are_in_units_of_each_readout_s_running_size():
     np.testing.assert_allclose(told["unexplained"][2], want, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_transcoder_is_denormalized_in_two_units():
     sae = ft.dictionaries.topk(D, M, K, target_dim=4)
     trainer = ft.trainer(sae, losses.default(sae))
@@ -119,6 +121,7 @@ def test_targets_beside_a_shared_origin_are_in_the_units_of_acts():
     same(outer / state.running["target_scale"], inner)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("scale", [1e-3, 1e3, 1e-25, 1e25])
 def test_the_units_of_acts_and_of_gradients_do_not_matter(scale):
     _, trainer = make("standard", warm_up=4)
@@ -130,6 +133,7 @@ def test_the_units_of_acts_and_of_gradients_do_not_matter(scale):
     same(got, want, rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["standard", "topk", "batch", "jump"])
 def test_examples_of_weight_0_are_not_there(name):
     _, trainer = make(name, warm_up=2, dead_after=2)
@@ -147,6 +151,7 @@ def test_examples_of_weight_0_are_not_there(name):
     same(got.running, want.running)
 
 
+@pytest.mark.slow
 def test_weights_are_counts():
     _, trainer = make("standard", warm_up=0)
     taps = draw(3, 40)
@@ -160,6 +165,7 @@ def test_weights_are_counts():
     same(got.params, want.params, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_training_reconstructs_planted_data(name):
     sae = ALL[name]()
@@ -176,6 +182,7 @@ def test_training_reconstructs_planted_data(name):
     assert np.all(np.isfinite(told["loss"]))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ["standard", "topk", "batch", "gated"])
 def test_metrics_are_their_definitions(name):
     sae, trainer = make(name, **OFF)
@@ -220,6 +227,7 @@ def test_latents_are_dead_after_so_many_silent_steps():
     np.testing.assert_array_equal(state.running["silent"][:5], [0, 5, 5, 5, 5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["batch", "matryoshka"])
 def test_the_threshold_follows_the_smallest_code_that_is_kept(name):
     sae, trainer = make(name, threshold_rate=0.25, **OFF)
@@ -237,6 +245,7 @@ def test_the_threshold_follows_the_smallest_code_that_is_kept(name):
     np.testing.assert_allclose(state.params["topk_threshold"], want, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_thresholds_stay_at_or_above_zero():
     sae = ALL["jump"]()
     objective = losses.default(sae, sparsity=0.0)
@@ -291,6 +300,7 @@ def test_a_schedule_is_a_factor_of_every_update():
         same(two.params[name] - x, 0.5 * (one.params[name] - x), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_all_switched_off_is_the_published_loss_in_a_loop_of_optax():
     sae = ALL["standard"]()
     objective = losses.attribution(
@@ -329,6 +339,7 @@ def test_all_switched_off_is_the_published_loss_in_a_loop_of_optax():
     same(state.params, params, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_controller_takes_over_after_the_warm_up_and_reaches_its_target():
     sae = ALL["standard"]()
     objective = losses.default(sae, sparsity=0.1)

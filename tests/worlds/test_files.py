@@ -17,6 +17,7 @@ N = 100_000
 FILES = ("synthetic_model_config.json", "hierarchy.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_have_the_statistics_of_saelens_own(name):
     world = worlds.load_synthetic_model(GOLDEN / name)
@@ -85,6 +86,7 @@ def test_there_and_back(tmp_path):
     assert worlds.load_synthetic_model(tmp_path).hierarchy is None
 
 
+@pytest.mark.slow
 def test_siblings_of_several_kinds_survive(tmp_path):
     parents = np.asarray([-1, 0, 0, 0, 0, 3, 3, -1, -1, 7])
     groups = np.asarray([-1, 0, 0, -1, -1, -1, -1, 1, 1, -1])

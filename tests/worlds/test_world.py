@@ -154,6 +154,7 @@ def test_codes_are_a_normal_cut_at_zero(key):
     check((codes**2).mean(0), second, (codes**4).mean(0) - second**2)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_children_fire_with_their_parent_and_one_at_a_time(sampler, treed, key):
     assert treed.hierarchy.trees is not None
@@ -200,6 +201,7 @@ def test_rates_under_a_root_are_those_of_all_cases(sampler, key):
     check(codes.mean(0), mean, codes.var(0))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_children_grow_with_their_parent(sampler, key):
     options = {
@@ -268,6 +270,7 @@ def test_activations_are_sums_of_vectors(treed, key):
     np.testing.assert_allclose(norms, 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_key_is_a_sample(sampler, treed, key):
     run = SAMPLERS[sampler]
@@ -282,6 +285,7 @@ def test_a_key_is_a_sample(sampler, treed, key):
     np.testing.assert_allclose(many, jnp.stack([codes, other]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_any_kind_of_key_will_do(treed, key):
     for other in (jax.random.PRNGKey(0), jax.random.key(0, impl="rbg")):
         assert RUN["world_codes"](other, treed, 10).shape == (10, 32)

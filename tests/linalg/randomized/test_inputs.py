@@ -100,6 +100,7 @@ def test_integers_of_numpy_and_old_keys_are_taken():
     np.testing.assert_allclose(plain.s, s[:3], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sparse_matrix_is_taken_as_a_linear_map():
     sparse = products(
         lambda x: SPARSE @ np.asarray(x), lambda y: SPARSE.T @ np.asarray(y)
@@ -108,6 +109,7 @@ def test_a_sparse_matrix_is_taken_as_a_linear_map():
     np.testing.assert_allclose(randomized_svd(KEY, sparse, 3).s, s[:3], rtol=1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", ["krylov", "subspace"])
 def test_info_says_whether_values_are_as_good_as_promised(method):
     rng = np.random.default_rng(1)

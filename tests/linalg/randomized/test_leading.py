@@ -32,6 +32,7 @@ def start():
     return orthonormal_rows(jax.random.normal(jax.random.key(0), (WIDTH, DIM)))[0]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", SPECTRA)
 def test_singular_values_are_right_and_vectors_are_eigenvectors(name):
     s, q = SPECTRA[name], rotation(DIM)
@@ -49,6 +50,7 @@ def test_singular_values_are_right_and_vectors_are_eigenvectors(name):
     assert kept >= (1 - 1e-5) * exact.sum()
 
 
+@pytest.mark.slow
 def test_a_batch_with_one_slow_member_is_right_for_all():
     q = rotation(DIM)
     names = ("1/j", "j^-.5", "rank 3", "one large and a bulk")
@@ -60,6 +62,7 @@ def test_a_batch_with_one_slow_member_is_right_for_all():
         assert np.abs(values[:RANK] - exact).max() <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.0066, 0.0075, 0.01])
 def test_a_noise_bulk_below_one_large_value_is_found(scale):
     u, v = rotation(600, 1)[:, :400], rotation(400, 2)

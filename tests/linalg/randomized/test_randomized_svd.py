@@ -162,6 +162,7 @@ def assert_same(out, want, tolerance=1e-5, vectors=True):
 # Hard matrices
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", TABLE)
 def test_hard_matrices(key, table, name, method):
@@ -174,6 +175,7 @@ def test_hard_matrices(key, table, name, method):
         assert_values(out.s, values)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("shape", "rank", "method"),
     [
@@ -235,6 +237,7 @@ def test_residual_of_one_seed(key, slow_spectrum, method):
     assert abs(out.info.residual / truth - 1) <= 0.4
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "method", ["subspace", "krylov", pytest.param("gram", marks=slow)]
 )
@@ -298,6 +301,7 @@ def mapped(method):
 VMAPPED = ["gram", "subspace", *[pytest.param(m, marks=slow) for m in METHODS[3:]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", VMAPPED)
 def test_vmap_is_a_loop(tall, method):
     batch = [tall, scaled(tall, 1e30), with_values(TALL, [3.0])]
@@ -336,6 +340,7 @@ def numpy_products(a):
     )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("transposed", [False, pytest.param(True, marks=slow)])
 @pytest.mark.parametrize(
     "method", ["auto", *[pytest.param(m, marks=slow) for m in FORCED]]
@@ -457,6 +462,7 @@ def test_input_of_16_bits(key, tall, dtype):
     assert_values(out.s, np.linalg.svd(f64(a), compute_uv=False))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "method", ["gram", *[pytest.param(m, marks=slow) for m in ["full", "subspace"]]]
 )

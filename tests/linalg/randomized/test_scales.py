@@ -32,6 +32,7 @@ def decompose(kind, matrix, method):
     return randomized_svd(KEY, products, 4, method=method)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("kind", "shape", "method"), CASES)
 def test_values_and_vectors_of_any_size_are_those_of_numpy(kind, shape, method):
     base = hilbert(shape)

@@ -171,6 +171,7 @@ def report():
     return lambda case: of(tuple(QUICK if case not in SLOW else SLOW))[case]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_eight_devices_are_one(report, case):
     got = report(case)
@@ -219,6 +220,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one():
     address = f"localhost:{free_port()}"
     both = [start(TWO_PROCESSES, [address, str(i)], 1) for i in range(2)]

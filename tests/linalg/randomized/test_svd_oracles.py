@@ -65,6 +65,7 @@ def low_rank(effective_rank, tail, seed=0, shape=(N, D)):
     return (orthonormal(rng, shape[0], k) * values) @ orthonormal(rng, shape[1], k).T
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "method", ["auto", "subspace", pytest.param("gram", marks=slow)]
 )
@@ -74,6 +75,7 @@ def test_low_rank(key, method, dtype):
     assert_decomposition(a, randomized_svd(key, a, 10, method=method), 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", pytest.param("subspace", marks=slow)])
 def test_low_rank_in_float64(method):
     a = low_rank(5, 0.0)
@@ -89,6 +91,7 @@ def test_integers_are_refused(key, dtype):
         randomized_svd(key, np.ones((4, 3), dtype), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", [0.1, 1.0])
 def test_power_iterations_see_through_noise(key, tail):
     """Without iterations the values are off, with them they are not."""
@@ -175,6 +178,7 @@ KINDS = {
 AT_MOST_RANK_ONE = ["ones", "zero", "first row"]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("shape", "k"),
     [
@@ -260,6 +264,7 @@ def second_differences_cubed(shape):
     return a / np.linalg.norm(a, 2)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("of_shape", [decaying_diagonal, second_differences_cubed])
 @pytest.mark.parametrize(
     ("shape", "k", "method"),

@@ -219,6 +219,7 @@ def write_tensors(path, tensors, names=TYPES):
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(blobs))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("dtype", TYPES)
 def test_short_floats_are_read_exactly(folder, dtype):
     tensors = oracle.random_tensors(oracle.LLAMA)

@@ -43,6 +43,7 @@ from toyfeat.models.decoder.attention import causal_attention
 ALL_KEPT = [f"blocks_{i}/attn/{n}" for i in range(LAYERS) for n in ("key", "value")]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_sites_are_those_of_the_architecture(kind):
     logits, expected = wanted(kind)
@@ -53,6 +54,7 @@ def test_logits_and_sites_are_those_of_the_architecture(kind):
         close(found[f"blocks_{layer}/{site}"].acts.reshape(value.shape), value)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_token_changes_no_logits_before_it(kind):
     clean = values(kind)[0]
@@ -75,6 +77,7 @@ def test_gradients_are_central_differences(kind):
         close(grads, each, 2e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_every_logit_are_jacobians_per_example():
     config, params = replace(case("llama").config, layers=2), case("llama").params
     site, few = "blocks_1/resid_pre", TOKENS[:, :3]
@@ -96,6 +99,7 @@ def test_gradients_of_every_logit_are_jacobians_per_example():
     close(grads, each.reshape(grads.shape))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", SHAPES)
 def test_array_probes_are_added_at_every_site(kind):
     given, tensors, _, _ = case(kind)
@@ -117,6 +121,7 @@ def probes_of(kind, site, delta):
     return {f"blocks_1/{s}": probe for s, probe in probes.items()}
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", SHAPES)
 def test_functions_are_spliced_in_at_every_site(kind):
     given, tensors, config, params = case(kind)
@@ -150,11 +155,13 @@ def test_every_site_of_every_block_has_its_width():
     assert {f"blocks/{s}@{i}" for s in SITES for i in range(LAYERS)} <= names.keys()
 
 
+@pytest.mark.slow
 def test_examples_do_not_mix():
     model = ft.from_linen(Decoder(replace(case("gpt2").config, layers=1)))
     ft.check_no_mixing(jax.jit(model), case("gpt2").params, TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_scan_over_the_layers_is_the_unrolled_model(kind):
     names = tuple(f"blocks/mlp_out@{i}" for i in range(LAYERS))
@@ -172,6 +179,7 @@ def test_a_scan_takes_no_functions():
         model(stacked("llama"), TOKENS, {"blocks/mlp_out@1": jnp.tanh})
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", SHAPES)
 def test_parameters_are_stacked_and_back(kind):
     config, params = case(kind).config, case(kind).params
@@ -193,6 +201,7 @@ def test_more_than_ten_layers_are_stacked_in_order():
     equal_trees(unstack_blocks(stack_blocks(params)), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHAPES)
 def test_the_rest_of_the_model_runs_from_the_residual_stream(kind):
     resid = wanted(kind)[1][1, "resid_pre"].astype(np.float32)
@@ -202,6 +211,7 @@ def test_the_rest_of_the_model_runs_from_the_residual_stream(kind):
         same_taps(found[site], tapped(kind)[site])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_first_start_is_what_the_tokens_become(scan):
     resid = wanted("gpt2")[1][0, "resid_pre"].astype(np.float32)
@@ -217,6 +227,7 @@ def test_the_last_start_is_the_norm_and_the_logits(kind, scan):
     assert not [site for site in acts if site.startswith("blocks")]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", SHAPES)
 def test_bfloat16_is_close(kind):
     logits, acts = values(kind, dtype=jnp.bfloat16)
@@ -239,6 +250,7 @@ def tapped_in_bfloat16():
     return jax.device_get(model(halved("llama"), TOKENS, LOSS))
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_run_in_either_type():
     params = halved("llama")
     rounded = jax.tree.map(lambda x: x.astype(np.float32), params)
@@ -266,6 +278,7 @@ def attention_inputs():
     return jax.device_get(drawn())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, 5.0, 20.0])
 def test_what_all_keys_have_in_common_costs_bfloat16_no_gradients(shift):
     """A bias of the keys, and a smaller one of the values."""
@@ -283,6 +296,7 @@ def test_what_all_keys_have_in_common_costs_bfloat16_no_gradients(shift):
         assert np.linalg.norm(error) < 0.05 * np.linalg.norm(exact)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", SHAPES)
 def test_forward_mode_is_the_transpose_of_reverse_mode(kind):
     params = case(kind).params
@@ -301,6 +315,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(kind):
     np.testing.assert_allclose(pushed, pulled, rtol=1e-4)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("scan", [False, True])
 def test_computing_blocks_again_changes_no_gradient(scan):
     names = tuple(f"blocks/{s}@1" for s in SITES) if scan else of_block(1)
@@ -315,6 +330,7 @@ def past_of(acts, num, layers=range(LAYERS)):
     return {name: acts[name][:, :num] for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num", [1, 4])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_positions_behind_a_past_are_those_of_the_whole(kind, num):
@@ -338,6 +354,7 @@ def test_positions_behind_a_past_are_those_of_the_whole(kind, num):
     close(values(kind, inputs, start=1)[0], logits[:, num:])
 
 
+@pytest.mark.slow
 def test_an_empty_past_is_none_and_the_norm_and_logits_need_none():
     acts = values("llama")[1]
     for past in (None, {}, past_of(acts, 0)):
@@ -375,6 +392,7 @@ def test_a_past_that_does_not_fit(kind, options, past, match):
         jax.eval_shape(Decoder(config, **options).apply, params, inputs, None, past)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHAPES)
 def test_jit_is_eager(kind):
     model = ft.from_linen(Decoder(case(kind).config))
@@ -389,6 +407,7 @@ def test_jit_is_eager(kind):
     close(logits, wanted(kind)[0])
 
 
+@pytest.mark.slow
 def test_a_subject_is_tapped_in_chunks():
     model = ft.from_linen(Decoder(case("neox").config))
     site = "blocks_1/mlp_out"

@@ -61,6 +61,7 @@ def gradients_alone(kind, site):
     return [oracle.gradients(given, tensors, row, 1, site) for row in ROWS]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("side", PLACES)
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_padded_row_has_the_values_that_it_has_alone(kind, side):
@@ -72,6 +73,7 @@ def test_a_padded_row_has_the_values_that_it_has_alone(kind, side):
         close_at_tokens(side, acts[f"blocks_{layer}/{site}"], rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["gpt2"])
 def test_a_padded_row_has_the_gradients_that_it_has_alone(kind, side):
@@ -89,6 +91,7 @@ def test_a_padded_row_has_the_gradients_that_it_has_alone(kind, side):
         close_at_tokens(side, weights, [np.array(row) for row in expected])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("mask", [np.bool_, np.float32])
 def test_masks_of_any_dtype(mask):
     tokens, ones = padded("left")
@@ -102,6 +105,7 @@ def test_padding_and_a_scan_over_the_layers():
     close_at_tokens("left", found, alone("llama")[0])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_padding_behind_a_past_and_from_a_residual_stream(kind):
     """The mask is then of the positions of the past too."""
@@ -173,6 +177,7 @@ def small():
     return Decoder(config), params, Decoder(config).apply(params, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32])
 def test_ids_of_any_dtype(dtype):
     """Also where the size of the vocabulary is no number of the dtype."""

@@ -103,6 +103,7 @@ def tied_again(given):
 # Folders.
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", OLD)
 @pytest.mark.parametrize("style", [OLD, NEW], ids=["old", "new"])
 def test_a_folder_gives_the_logits_of_its_architecture(tmp_path, name, style):
@@ -116,6 +117,7 @@ def test_a_folder_gives_the_logits_of_its_architecture(tmp_path, name, style):
     check(loaded, given, tensors)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ["neox-unbiased-tied", "llama-biased-tied"])
 def test_options_of_a_configuration_are_read(tmp_path, name):
     given = oracle.CONFIGS[name]
@@ -123,6 +125,7 @@ def test_options_of_a_configuration_are_read(tmp_path, name):
     check(load_decoder(write(tmp_path, given, tensors)), given, tensors)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", OLD)
 def test_names_without_the_prefix_of_the_inner_model(tmp_path, name):
     tensors = oracle.random_tensors(OLD[name])
@@ -138,6 +141,7 @@ def test_shards_with_an_index(tmp_path, name):
     check(load_decoder(folder), OLD[name], tensors)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_is_read_exactly(tmp_path, dtype):
     tensors = oracle.random_tensors(oracle.LLAMA)
@@ -151,6 +155,7 @@ def test_half_precision_is_read_exactly(tmp_path, dtype):
     np.testing.assert_array_equal(found, table)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", OLD)
 def test_a_tied_model_with_its_head_written_again(tmp_path, name):
     given = tied_again(OLD[name])
@@ -633,6 +638,7 @@ def file(tmp_path):
     return path
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_1"])
 def test_a_gguf_file_gives_the_logits_of_its_tensors(tmp_path, kind):
     tensors = oracle.random_tensors(GGUF)
@@ -654,6 +660,7 @@ def test_a_gguf_file_with_a_head(tmp_path):
     check(load_decoder(tmp_path / "a.gguf"), given, meant)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "entries",
     [
@@ -671,6 +678,7 @@ def test_entries_of_gguf_that_say_the_same(tmp_path, entries):
     assert load_decoder(path).config == load_decoder(tmp_path / "b.gguf").config
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("entries", "slower", "total"),
     [
@@ -799,6 +807,7 @@ def gguf_tokens(tokenizer, split):
     }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("digits", [False, True])
 def test_tokenizers_of_a_folder_and_of_gguf_are_the_same(tmp_path, digits):
     words = byte_tokenizer(digits=digits)
@@ -856,6 +865,7 @@ def test_a_truncated_tokenizer(tmp_path, text):
     refused(folder, r"tokenizer.json is no tokenizer file \(")
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -29,6 +29,7 @@ def taps_of(task, inputs):
     )[task.site]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_taps_of_the_transformed_task_are_the_transformed_taps(name):
     with jax.enable_x64(True):
@@ -50,6 +51,7 @@ def test_taps_of_the_transformed_task_are_the_transformed_taps(name):
         np.testing.assert_allclose(other.truth.writers, writers, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["product_space", "superposition"])
 def test_outputs_features_and_inputs_stay_as_they_are(name):
     task = make(name)

@@ -20,6 +20,7 @@ def taps_of(task, num):
     )
 
 
+@pytest.mark.slow
 def test_a_random_network_reads_all_of_its_directions_in_every_example():
     task = planted.random_network(KEY, dim=5, width=16, layers=2, outputs=3)
     acts, grads = taps_of(task, 40)
@@ -47,6 +48,7 @@ def test_unrelated_labels_have_gradients_that_are_noise():
     assert np.abs(left).max() < 4.5 / np.sqrt(on.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["random_network", "unrelated_labels"])
 def test_nothing_is_planted(name):
     task = getattr(planted, name)(

@@ -60,6 +60,7 @@ def jacobians(task, inputs):
     return np.asarray(jax.vmap(jax.jacrev(output), in_axes=(None, 0))(zero, inputs))
 
 
+@pytest.mark.slow_cases
 @every
 def test_gradients_are_those_of_products_in_the_planes(kind):
     with jax.enable_x64(True):
@@ -80,6 +81,7 @@ def test_gradients_are_those_of_products_in_the_planes(kind):
         np.testing.assert_allclose(reads.reshape(N, 8), inputs, atol=1e-10)
 
 
+@pytest.mark.slow_cases
 @every
 @pytest.mark.parametrize("together", [1.0, 0.5])
 def test_units_are_active_as_often_as_stated(kind, together):
@@ -125,6 +127,7 @@ def attention_by_hand(task, stream):
     return (out.reshape(len(stream), 4) @ np.asarray(task.params["mix"])).ravel()
 
 
+@pytest.mark.slow
 def test_heads_attend_and_their_gradients_lie_in_what_they_read():
     with jax.enable_x64(True):
         task = attention(probability=0.8)
@@ -146,6 +149,7 @@ def test_heads_attend_and_their_gradients_lie_in_what_they_read():
         assert angles.max() < 1e-6
 
 
+@pytest.mark.slow
 def test_no_basis_of_a_head_is_preferred():
     task = attention()
     turned = task.params | {}
@@ -164,6 +168,7 @@ def test_no_basis_of_a_head_is_preferred():
     np.testing.assert_allclose(rate.mean(0), task.truth.frequency, atol=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gated", "attention"])
 def test_the_truth_as_planes_scores_one_and_as_rows_none(name):
     task = make("silu") if name == "gated" else attention()

@@ -120,6 +120,7 @@ def parts(name):
     return rows, adds, margin > 0
 
 
+@pytest.mark.slow_cases
 @every
 def test_shapes(name):
     task = planted_task(name)
@@ -156,6 +157,7 @@ def test_samples_are_keyed_and_can_be_compiled(name):
         assert np.any(np.asarray(b) != np.asarray(c))
 
 
+@pytest.mark.slow_cases
 @every
 def test_examples_do_not_mix(name):
     task = planted_task(name)
@@ -171,6 +173,7 @@ def test_a_subject_holds_no_truth(name):
     assert all(a is b for a, b in zip(subject, task, strict=False))
 
 
+@pytest.mark.slow_cases
 @every
 def test_gradients_are_sums_of_the_readers_that_are_active(name):
     rows, adds, active = parts(name)
@@ -314,6 +317,7 @@ def test_ignored_structure_reads_every_source_of_a_sum_alike():
     np.testing.assert_allclose(task.truth.writers, both, atol=1e-6)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("manifold", [2, 8, 12])
 def test_the_surface_has_the_same_spread_in_all_of_its_dimensions(manifold):
     task = make_task("ignored_structure", dim=26, manifold=manifold, size=3.0, tilt=0.5)
@@ -383,6 +387,7 @@ def test_a_feature_is_what_a_reader_reads_above_its_threshold(name, sources):
     np.testing.assert_allclose(got, oracle, atol=1e-4)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "name",
     [
@@ -462,6 +467,7 @@ def test_quiet_and_loud_have_the_stated_lengths_and_effects(quietness, idleness)
     np.testing.assert_allclose(own, effect, rtol=1e-4)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("modulus", "frequencies"), [(11, 2), (23, 11)])
 def test_modular_addition_adds(modulus, frequencies):
     task = make_task(
@@ -773,6 +779,7 @@ def test_what_is_loud_may_have_no_effect_at_all():
     np.testing.assert_allclose(moved, y, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["world_with_head", "product_space"])
 def test_a_task_can_be_made_in_double_precision(name):
     with jax.enable_x64(True):

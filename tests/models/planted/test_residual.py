@@ -39,6 +39,7 @@ def stream_by_hand(params, x):
     return np.concatenate(hidden, 1), stream @ params["embed"].T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 2])
 def test_residual_networks_are_what_their_stream_makes_of_inputs(layers):
     task = residual(layers)

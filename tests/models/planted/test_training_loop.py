@@ -21,6 +21,7 @@ def sample(step):
     return x, 1.0 / (1.0 + jnp.asarray(step, jnp.float32))
 
 
+@pytest.mark.slow
 def test_training_is_the_loop_that_one_would_write():
     params, state, losses = START, OPTIMIZER.init(START), []
     for step in range(5):
@@ -68,6 +69,7 @@ def test_chunks_train_as_one_go_does():
     np.testing.assert_allclose(last, means[-1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_can_be_mapped_over_keys():
     def run(key):
         params = {"w": jax.random.normal(key, (2, 1)), "b": jnp.zeros(1)}

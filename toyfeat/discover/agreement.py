@@ -22,17 +22,8 @@ _PLANE_SAME_COSINE = np.cos(np.pi / 16)
 _SUPPORT_DIVISOR = 3
 _MIN_SUPPORT = 2
 
-# Share of the largest support above which directions may do without the others.
-# docs/research.md, section 13.
-_CORE_SUPPORT = 0.5
-
-# Share of the largest support from which elimination may not remove a direction.
-# docs/research.md, section 11, "A code to spare is dangerous".
-_CERTAIN_SUPPORT = 0.6
-
-# Gradients of each readout that directions are refined on.  docs/research.md,
-# section 10, where it is also what this costs readers that are very rare.
-_REFINE_ROWS = 6000
+# Products of rows that are held at once when near ones are looked for.  Memory only.
+_MAX_PRODUCTS = 2**25
 
 # Share of a direction's length in the span of the circles from which it is a mixture of
 # circles.  docs/research.md, section 4, "Mixtures of circles recur".
@@ -43,15 +34,13 @@ _MIXTURE_LENGTH = 0.99
 _RANK_TOLERANCE = 1e-2
 
 
-class GradientDictionaries(NamedTuple):
-    """Gradients of two readouts, and the dictionaries and circles found in them.
+class GradientTables(NamedTuple):
+    """Gradients of two readouts, and the circles found in them.
 
     All rows are in the ``R`` white coordinates of the gradients along random directions
     of the output; their entries have a root mean square of 1.
 
     Attributes:
-      dictionaries: for each setting the dictionaries of both readouts, each the unit
-        rows ``[M_i, R]`` of its decoder.
       norm_grads: ``[N, R]``, gradients of half the squared norm of the output.
       direction_grads: ``[N', R]``, those along random directions of the output.
       planes: ``[2 P, R]``, circular planes of ``norm_grads``.
@@ -59,7 +48,6 @@ class GradientDictionaries(NamedTuple):
       taps: activations, and gradients of half the squared norm of the output.
     """
 
-    dictionaries: list[list[np.ndarray]]
     norm_grads: Array
     direction_grads: Array
     planes: np.ndarray
@@ -67,13 +55,29 @@ class GradientDictionaries(NamedTuple):
     taps: Taps
 
 
+class Agreement(NamedTuple):
+    """Directions that dictionaries share, after :func:`agree_and_refine`.
+
+    Attributes:
+      rows: ``[K, D]`` unit rows in the coordinates of the site; two rows for every
+        circle come last.
+      supports: ``[K]`` int, in how many dictionaries each is, the largest first; 0 for
+        circles.
+      explain: whether the gradients of a readout are sparse in the directions.
+    """
+
+    rows: np.ndarray
+    supports: np.ndarray
+    explain: bool
+
+
 def agree_and_refine(
     dictionaries: Sequence[ArrayLike],
-    gradients: GradientDictionaries,
+    tables: GradientTables,
     *,
     support: int | None = None,
     cosine: float = SAME_COSINE,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Agreement:
     """Take the directions that dictionaries share, refine them, and add the circles.
 
     Both readouts have an equal say in what is shared.  But dictionaries with too few
@@ -86,44 +90,38 @@ def agree_and_refine(
     used only where the others do not explain that readout as well.
 
     Args:
-      dictionaries: unit rows, one of ``gradients.dictionaries``.
-      gradients: of both readouts, with their circles.
+      dictionaries: unit rows ``[M_i, R]`` each, in white coordinates.
+      tables: gradients of both readouts, with their circles.
       support: as in :func:`shared_directions`.
       cosine: ``|cos|`` from which directions are the same; a direction that would move
         further stays where it is.
 
     Returns:
-      Unit rows ``[K, D]`` in the coordinates of the site, and in how many dictionaries
-      each is; the largest support first.  Two rows for every circle come last, with
-      support 0.
+      :class:`Agreement`.
 
     References:
       ``docs/research.md``, sections 10, 11 and 13.
     """
     # Directions that the dictionaries share.
     shared, supports = shared_directions(dictionaries, support=support, cosine=cosine)
-    largest = supports.max(initial=0)
 
-    # Refine them on the readout that is sparse in them, those of large support alone if
-    # it needs no others, which may be sums of them.
-    tables = [
-        _spread_rows(grads)
-        for grads in (gradients.direction_grads, gradients.norm_grads)
-    ]
-    directions, kept = refine_directions(
+    # Refine them on the readout that is sparse in them.
+    refined = refine_directions(
         shared,
-        tables,
+        [tables.direction_grads, tables.norm_grads],
         cosine=cosine,
-        certain=supports >= _CERTAIN_SUPPORT * largest,
-        core=supports > _CORE_SUPPORT * largest if support is None else None,
+        supports=supports,
     )
 
     # Mixtures of circles are shared as well; the circles themselves take their place.
-    separate = _outside_planes(directions, gradients.planes)
-    rows = np.concatenate([directions[separate], gradients.planes])
-    no_support = np.zeros(len(gradients.planes), int)
-    rows = gradients.coordinates.directions(rows)
-    return rows, np.concatenate([supports[kept][separate], no_support])
+    separate = _outside_planes(refined.directions, tables.planes)
+    rows = np.concatenate([refined.directions[separate], tables.planes])
+    no_support = np.zeros(len(tables.planes), int)
+    return Agreement(
+        rows=tables.coordinates.directions(rows),
+        supports=np.concatenate([supports[refined.kept][separate], no_support]),
+        explain=refined.explain,
+    )
 
 
 def shared_directions(
@@ -163,37 +161,46 @@ def shared_directions(
     if np.linalg.matrix_rank(rows, tol=_RANK_TOLERANCE * len(rows) ** 0.5) == 2:
         cosine = max(cosine, _PLANE_SAME_COSINE)
 
-    # How many neighbours each row has in every dictionary.
-    near = np.abs(rows @ rows.T) >= cosine
-    membership = source[:, None] == np.arange(num)[None, :]
-    neighbours = near.astype(np.float32) @ membership
+    # Near rows of every row, and how many of them lie in each dictionary.
+    near = _near_rows(rows, cosine)
+    neighbours = np.zeros((len(rows), num), int)
+    for i, others in enumerate(near):
+        np.add.at(neighbours[i], source[others], 1)
+    row_support = (neighbours > 0).sum(1)
 
     directions, supports = [], []
     free = np.ones(len(rows), bool)
     while free.any():
         # The row with neighbours in most dictionaries.
-        row_support = np.where(free, (neighbours > 0.5).sum(1), 0)
         best = int(row_support.argmax())
         if support is None:  # supports only fall, so the first one is the largest
             support = max(_MIN_SUPPORT, int(row_support[best]) // _SUPPORT_DIVISOR)
         if row_support[best] < support:
             break
         # The leading direction of its neighbours, with its own sign.
-        cluster = free & near[best]
+        cluster = near[best][free[near[best]]]
         _, _, vt = np.linalg.svd(rows[cluster], full_matrices=False)
         directions.append(vt[0] * np.sign(vt[0] @ rows[best]))
         supports.append(int(row_support[best]))
-        # Take the cluster away from all counts.
-        neighbours -= near[:, cluster].astype(np.float32) @ membership[cluster]
-        free &= ~cluster
+        # Take the cluster away from the counts of all rows near it.
+        for i in cluster:
+            neighbours[near[i], source[i]] -= 1
+        free[cluster] = False
+        changed = np.unique(np.concatenate([near[i] for i in cluster]))
+        row_support[changed] = (neighbours[changed] > 0).sum(1) * free[changed]
     empty = np.zeros((0, rows.shape[1]))
     return np.stack(directions) if directions else empty, np.array(supports, int)
 
 
-def _spread_rows(rows: Array) -> np.ndarray:
-    """Take evenly spaced rows, enough to refine directions on."""
-    index = np.linspace(0, len(rows) - 1, min(len(rows), _REFINE_ROWS)).astype(int)
-    return np.asarray(rows)[index].astype(np.float64)
+def _near_rows(rows: np.ndarray, cosine: float) -> list[np.ndarray]:
+    """Return for each unit row the indices of rows within a ``|cos|``, its own too."""
+    single = rows.astype(np.float32)
+    batch_size = max(1, _MAX_PRODUCTS // max(1, len(rows)))
+    near = []
+    for start in range(0, len(rows), batch_size):
+        products = single[start : start + batch_size] @ single.T
+        near += [np.flatnonzero(np.abs(row) >= cosine) for row in products]
+    return near
 
 
 def _outside_planes(directions: np.ndarray, planes: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ and refined on the gradients.
 directions exact, ``circles`` finds the planes that no sparse code describes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from toyfeat.discover.agreement import (
     SAME_COSINE,
-    GradientDictionaries,
+    GradientTables,
     agree_and_refine,
 )
 from toyfeat.discover.circles import circular_planes
@@ -42,6 +42,10 @@ from toyfeat.types import Array, ArrayLike, Features, Subject
 # a standard deviation of 3e-5 of it has .2 % of rounding in it.
 _MIN_EIGENVALUE = 1e-9
 
+# Largest share of a dictionary's latents that may be needed: a dictionary that has none
+# to spare may lack some.  docs/research.md, section 14.
+_MAX_NEEDED = 2 / 3
+
 
 class ConsensusConfig(NamedTuple):
     """Settings of :func:`toyfeat.discover.consensus`; the defaults serve all models.
@@ -50,27 +54,22 @@ class ConsensusConfig(NamedTuple):
       examples: inputs that are tapped.
       num_directions: random directions of the output per example.
       ks: codes per gradient; a dictionary is trained with each.
-      starts: random starts of each dictionary.
-      latents_per_dim: latents per dimension that the gradients span.
+      starts: random starts of each dictionary, every one on gradients of its own.
+      latents_per_dim: latents per dimension that the gradients span, fewest first;
+        more are tried where fewer do not explain the gradients.
       max_latents: most latents of a dictionary.
       steps: of training.
       batch_size: gradients per step.
-      learning_rate: of Adam; lowered to ``max_row_step / sqrt(D)`` if that is less.
-      max_row_step: length by which a step may turn a decoder row of unit length.  A
-        row that turns too far leaves its examples and dies (``docs/research.md``,
-        section 12).
     """
 
     examples: int = 20_000
     num_directions: int = 4
     ks: tuple[int, ...] = (1, 2, 4)
     starts: int = 2
-    latents_per_dim: int = 8
-    max_latents: int = 512
-    steps: int = 2000
-    batch_size: int = 256
-    learning_rate: float = 3e-3
-    max_row_step: float = 0.05
+    latents_per_dim: tuple[int, ...] = (2, 4, 8)
+    max_latents: int = 8192
+    steps: int = 60
+    batch_size: int = 2048
 
 
 DEFAULT_CONFIG = ConsensusConfig()
@@ -97,7 +96,7 @@ def consensus(
     subject: Subject,
     *,
     config: ConsensusConfig = DEFAULT_CONFIG,
-    support: int | None = None,
+    support: float | None = None,
     cosine: float = SAME_COSINE,
 ) -> ConsensusResult:
     r"""Find the readers of a model by the agreement of dictionaries of its gradients.
@@ -146,59 +145,69 @@ def consensus(
       Meinshausen and Bühlmann (2010), "Stability selection"; Haufe et al. (2014),
       equation 6, for the writers; ``docs/research.md`` for the experiments.
     """
-    num_dictionaries = 2 * len(config.ks) * config.starts
-    possible = support is None or 1 <= support <= num_dictionaries
-    if not possible or not 0 < cosine < 1:
+    if not (support is None or 0 < support <= 1) or not 0 < cosine < 1:
         raise ValueError(
-            f"consensus: wanted support in 1 .. {num_dictionaries}, the number of "
-            f"dictionaries, and cosine in (0, 1), got {support} and {cosine}"
+            "consensus: wanted support in (0, 1], a share of the dictionaries, and "
+            f"cosine in (0, 1), got {support} and {cosine}"
         )
-    gradients = train_gradient_dictionaries(key, subject, config)
-    (dictionaries,) = gradients.dictionaries
-    rows, supports = agree_and_refine(
-        dictionaries, gradients, support=support, cosine=cosine
-    )
-    readers = jnp.asarray(rows, float)
-    writers = readers @ acts_covariance(gradients.taps)
+    tables_key, *level_keys = jax.random.split(key, 1 + len(config.latents_per_dim))
+    tables = gradient_tables(tables_key, subject, config)
+
+    # As few latents as explain the gradients, and some to spare.  Where none do, the
+    # dictionaries of all sizes vote together.
+    levels: list[list[np.ndarray]] = []
+    for level_key, latents_per_dim in zip(
+        level_keys, config.latents_per_dim, strict=True
+    ):
+        levels.append(_train_level(level_key, tables, config, latents_per_dim))
+        dictionaries = levels[-1]
+        agreement = agree_and_refine(
+            dictionaries, tables, support=_count(support, dictionaries), cosine=cosine
+        )
+        if agreement.explain and len(agreement.rows) <= _MAX_NEEDED * max(
+            map(len, dictionaries)
+        ):
+            break
+    else:
+        dictionaries = [atoms for level in levels for atoms in level]
+        agreement = agree_and_refine(
+            dictionaries, tables, support=_count(support, dictionaries), cosine=cosine
+        )
+    readers = jnp.asarray(agreement.rows, float)
+    writers = readers @ acts_covariance(tables.taps)
 
     # The two rows of a circular plane, which come last, are one mechanism.
-    num_planes = len(gradients.planes) // 2
-    num_directions = len(rows) - 2 * num_planes
+    num_planes = len(tables.planes) // 2
+    num_directions = len(readers) - 2 * num_planes
     group = np.append(
         np.arange(num_directions), num_directions + np.arange(2 * num_planes) // 2
     )
     features = Features(readers, writers, group=group)
-    return ConsensusResult(features, supports, len(dictionaries))
+    return ConsensusResult(features, agreement.supports, len(dictionaries))
 
 
-def train_gradient_dictionaries(
-    key: Array,
-    subject: Subject,
-    config: ConsensusConfig,
-    *,
-    settings: Mapping[str, ArrayLike] | None = None,
-) -> GradientDictionaries:
-    """Train dictionaries of the gradients of both readouts, and look for circles.
+def _count(support: float | None, dictionaries: Sequence[ArrayLike]) -> int | None:
+    """Return a share of dictionaries as a number of them, one at least."""
+    return None if support is None else max(1, round(support * len(dictionaries)))
+
+
+def gradient_tables(
+    key: Array, subject: Subject, config: ConsensusConfig
+) -> GradientTables:
+    """Tap the gradients of both readouts, whiten them, and look for circles.
 
     Args:
       key: random key.
       subject: the model, its inputs and the site.
-      config: which dictionaries, and of how many gradients.
-      settings: hyper-parameter to ``[S]`` values; all dictionaries are trained with
-        each of them, instead of ``config.learning_rate`` and the trainer's defaults.
-        Learning rates are lowered as that of the config.
+      config: how many examples and directions.
 
     Returns:
-      :class:`GradientDictionaries`, with ``S`` lists of dictionaries.
+      Rows in white coordinates.
 
     Raises:
       ValueError: if all gradients are 0, or one is not finite.
     """
-    inputs_key, directions_key, norm_key, random_key, circles_key = jax.random.split(
-        key, 5
-    )
-
-    # Gradients of both readouts, at the same inputs.
+    inputs_key, directions_key, circles_key = jax.random.split(key, 3)
     inputs = subject.sample(inputs_key, config.examples)
     directions = readouts.random_directions(
         directions_key, config.num_directions, "gaussian"
@@ -207,33 +216,34 @@ def train_gradient_dictionaries(
     coordinates, norm_grads, direction_grads = _whiten(
         gradient_rows(taps), gradient_rows(tap_subject(subject, inputs, directions))
     )
-
-    # Dictionaries of each.  Codes of the first have one sign, which tells a direction
-    # from its opposite; random directions have none (docs/research.md, section 5).
-    train = partial(
-        train_dictionaries,
-        ks=config.ks,
-        starts=config.starts,
-        latents_per_dim=config.latents_per_dim,
-        max_latents=config.max_latents,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        max_row_step=config.max_row_step,
-        settings={"learning_rate": np.array(config.learning_rate), **(settings or {})},
-    )
-    of_norm = train(norm_key, norm_grads, signed=False)
-    of_directions = train(random_key, direction_grads, signed=True)
-
-    # Circles, which no sparse code describes.
     planes = np.asarray(circular_planes(circles_key, norm_grads), np.float64)
-    return GradientDictionaries(
-        dictionaries=[a + b for a, b in zip(of_norm, of_directions, strict=True)],
+    return GradientTables(
         norm_grads=norm_grads,
         direction_grads=direction_grads,
         planes=planes,
         coordinates=coordinates,
         taps=taps,
     )
+
+
+def _train_level(
+    key: Array, tables: GradientTables, config: ConsensusConfig, latents_per_dim: int
+) -> list[np.ndarray]:
+    """Train dictionaries of both readouts with some number of latents."""
+    norm_key, random_key = jax.random.split(key)
+    train = partial(
+        train_dictionaries,
+        ks=config.ks,
+        starts=config.starts,
+        latents_per_dim=latents_per_dim,
+        max_latents=config.max_latents,
+        steps=config.steps,
+        batch_size=config.batch_size,
+    )
+    # Codes of the first have one sign, which tells a direction from its opposite;
+    # random directions have none (docs/research.md, section 5).
+    of_norm = train(norm_key, tables.norm_grads, signed=False)
+    return of_norm + train(random_key, tables.direction_grads, signed=True)
 
 
 def _whiten(

@@ -6,7 +6,12 @@ from typing import NamedTuple
 import numpy as np
 
 from toyfeat.discover.gradients import row_span
-from toyfeat.discover.sparse_coding import mod_step, needed_atoms
+from toyfeat.discover.sparse_coding import (
+    SparseCodes,
+    matching_pursuit,
+    mod_step,
+    needed_atoms,
+)
 from toyfeat.types import ArrayLike
 
 # Steps of the method of optimal directions.  docs/research.md, section 10.
@@ -18,6 +23,23 @@ _MAX_ERROR = 0.005
 
 # Most directions per row that are tried; a pursuit takes time with the cube of it.
 _MAX_CODES = 32
+
+# Rows on which the number of codes and the table are chosen (docs/research.md, section
+# 10), and rows per direction of the last fit: each reader needs some that use it.
+_CHOICE_ROWS = 6000
+_ROWS_PER_DIRECTION = 30
+
+# Share of the largest support from which elimination may not remove a direction.
+# docs/research.md, section 11, "A code to spare is dangerous".
+_CERTAIN_SUPPORT = 0.6
+
+# Square of a code, as a share of its row's square, from which the row uses a direction:
+# a tenth of the length.  Smaller codes are noise.
+_USED_SHARE = 1e-2
+
+# Where a step leaves more than this share of the error of the last one, and the error
+# is still too large, more steps would not explain the table.  Not swept.
+_MIN_GAIN = 0.9
 
 # How many times as far as in another table the median direction may move in the first
 # one.  docs/research.md, section 11, "Which readout, again"; 3 was worse.
@@ -34,14 +56,47 @@ _MIN_INSIDE = 0.999
 _MIN_DIMS_PER_CODE = 4
 
 
+class RefinedDirections(NamedTuple):
+    """Directions after :func:`refine_directions`.
+
+    Attributes:
+      directions: ``[S, D]`` unit rows.
+      kept: ``[R]`` bool, the directions that were given and are among them.
+      explain: whether a table is sparse in the directions.
+    """
+
+    directions: np.ndarray
+    kept: np.ndarray
+    explain: bool
+
+
+class _SparseFit(NamedTuple):
+    """A table that few directions per row explain.
+
+    Attributes:
+      table: ``[N, D]``, all of its rows.
+      rows: ``[n, D]``, those that were fitted.
+      dim: its effective rank.
+      most: directions per row that count as few.
+      k: the fewest directions per row that explain it.
+      atoms: ``[R, D]``, the directions after the fit.
+    """
+
+    table: ArrayLike
+    rows: np.ndarray
+    dim: int
+    most: int
+    k: int
+    atoms: np.ndarray
+
+
 def refine_directions(
     directions: np.ndarray,
     tables: Sequence[ArrayLike],
     *,
     cosine: float,
-    certain: ArrayLike | None = None,
-    core: ArrayLike | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+    supports: ArrayLike | None = None,
+) -> RefinedDirections:
     """Fit directions to the table of rows that is sparse in them, and prune them.
 
     A table is sparse in directions if they lie in its span, and if few of them per row
@@ -50,105 +105,142 @@ def refine_directions(
     unless the median direction moves clearly less in a later one: directions are near
     what they should be, and rows that are made of something else move them away.
 
-    If the core explains a table with as few codes as all directions do, the others are
-    left out.  So are directions of the core that the table does not need
-    (:func:`toyfeat.discover.sparse_coding.needed_atoms`), and what remains is fitted
-    again.  The latter is done only where rows have two codes or more, since one code
+    Then directions are left out.  First those of small support, if those of large
+    support explain the table with as few codes, and explain the rows that used what is
+    left out.  Of the others those that the table does not need
+    (:func:`toyfeat.discover.sparse_coding.needed_atoms`) and whose support is not close
+    to the largest one; this only where rows have two codes or more, since one code
     cannot take the place of a sum, and where there are enough dimensions per code.
+    What remains is fitted again.
 
     Args:
       directions: ``[R, D]`` unit rows.
       tables: rows ``[N, D]`` each.
       cosine: a direction whose ``|cos|`` with its fit is less stays where it is.
-      certain: ``[R]`` bool, directions that the table need not need; ``None`` for none.
-      core: ``[R]`` bool, directions that may do without the others; ``None`` for all.
+      supports: ``[R]``, how sure each direction is; ``None`` if all are as sure, and
+        none so sure that it need not be needed.
 
     Returns:
-      Unit rows ``[S, D]``, and ``[R]`` bool, the directions that were kept.  All of
-      them, unchanged, if no table is sparse in them.
+      :class:`RefinedDirections`; all directions, unchanged, if no table is sparse in
+      them.
 
     Example:
       >>> import numpy as np
       >>> near = np.array([[0.98, 0.199], [0.0, 1.0]])
-      >>> refine_directions(near, [np.eye(2)], cosine=0.95)[0].round(3)
+      >>> refine_directions(near, [np.eye(2)], cosine=0.95).directions.round(3)
       array([[1., 0.],
              [0., 1.]])
 
     References:
       ``docs/research.md``, section 10 for the fit, section 11 for the choice of the
-      table and for what is left out, section 13 for the core.
+      table and for what is left out, section 14 for the supports.
     """
-    rows = [np.asarray(table, float) for table in tables]
-    chosen = np.ones(len(directions), bool)
-    fits: list[_SparseFit] = []
-
-    # Use the core where no fewer codes of all directions explain the same table.
-    if core is not None and not np.all(core):
-        core_fits = [_fit_sparsely(table, directions[core]) for table in rows]
-        fits = [
-            fit
-            for fit in core_fits
-            if fit and not _fit_sparsely(fit.rows, directions, below=fit.k)
-        ]
-        if fits:
-            chosen = np.array(core, bool)
+    fits = [fit for table in tables if (fit := _fit_sparsely(table, directions))]
     if not fits:
-        fits = [fit for table in rows if (fit := _fit_sparsely(table, directions))]
-    if not fits:
-        return directions, chosen
-    directions = directions[chosen]
+        return RefinedDirections(directions, np.ones(len(directions), bool), False)
 
     # The table in which directions move least; the first one has an advantage.
     moves = [1 - np.median(_abs_cosines(fit.atoms, directions)) for fit in fits]
     moves[0] /= _MOVE_RATIO
     best = fits[int(np.argmin(moves))]
+
+    # The directions of largest support that explain it as well.
+    chosen = np.ones(len(directions), bool)
+    certain = None
+    if supports is not None:
+        supports = np.asarray(supports)
+        best, chosen = _most_supported(best, directions, supports)
+        certain = (supports >= _CERTAIN_SUPPORT * supports.max())[chosen]
+    directions = directions[chosen]
     refined = _limit_moves(best.atoms, directions, cosine)
+
+    # Many directions need more rows than the choice did.
+    rows = _spread(best.table, max(_CHOICE_ROWS, _ROWS_PER_DIRECTION * len(directions)))
+    if len(rows) > len(best.rows):
+        refined, _ = _run_mod(rows, refined, best.k)
+        refined = _limit_moves(refined, directions, cosine)
 
     # Leave out the directions that its rows do not need.
     needed = np.ones(len(directions), bool)
     if best.k > 1 and _MIN_DIMS_PER_CODE * best.k <= best.dim:
-        keep = None if certain is None else np.asarray(certain)[chosen]
-        needed = needed_atoms(best.rows, refined, best.k, certain=keep)
+        needed = needed_atoms(rows, refined, best.k, certain=certain)
     if not needed.all():
-        refined, _ = _run_mod(best.rows, refined[needed], best.k)
+        refined, _ = _run_mod(rows, refined[needed], best.k)
         refined = _limit_moves(refined, directions[needed], cosine)
         chosen[chosen] = needed
-    return refined, chosen
+    return RefinedDirections(refined, chosen, explain=True)
 
 
-class _SparseFit(NamedTuple):
-    """A table that few directions per row explain.
+def _most_supported(
+    fit: _SparseFit, directions: np.ndarray, supports: np.ndarray
+) -> tuple[_SparseFit, np.ndarray]:
+    """Fit the directions of largest support that explain a table as well as all do.
 
-    Attributes:
-      rows: ``[N, D]``, the table.
-      dim: its effective rank.
-      k: the fewest directions per row that explain it.
-      atoms: ``[R, D]``, the directions after the fit.
+    Returns:
+      Their fit, and ``[R]`` bool, which they are.
     """
+    # With a code more as well: a sum of others takes the place of two codes.
+    ks = [k for k in (fit.k, _next(fit.k)) if k <= fit.most]
+    fits = [
+        fit,
+        *(
+            fit._replace(k=k, atoms=_run_mod(fit.rows, directions, k)[0])
+            for k in ks[1:]
+        ),
+    ]
+    for level in np.unique(supports)[:0:-1]:
+        chosen = supports >= level
+        for whole in fits:
+            k = min(whole.k, int(chosen.sum()))
+            atoms, error = _run_mod(fit.rows, directions[chosen], k)
+            part = fit._replace(k=k, atoms=atoms)
+            if error <= _MAX_ERROR and not np.any(_needed(whole, part, chosen)):
+                return part, chosen
+    return fit, np.ones(len(directions), bool)
 
-    rows: np.ndarray
-    dim: int
-    k: int
-    atoms: np.ndarray
+
+def _needed(whole: _SparseFit, part: _SparseFit, chosen: np.ndarray) -> np.ndarray:
+    """Tell which of the directions that are not chosen the rows need, bool."""
+    errors, codes = zip(*map(_errors_and_codes, (whole, part)), strict=True)
+    square = codes[0].matrix(len(whole.atoms)) ** 2
+    energy = square.sum(0)
+    uses = square[:, ~chosen] > _USED_SHARE * np.sum(whole.rows**2, axis=1)[:, None]
+    lost = uses.T @ (errors[1] - errors[0])
+    return lost > _MAX_ERROR * np.median(energy[chosen])
 
 
-def _fit_sparsely(
-    rows: np.ndarray, directions: np.ndarray, *, below: int | None = None
-) -> _SparseFit | None:
-    """Fit directions with the fewest codes that explain a table, ``below`` a number."""
+def _errors_and_codes(fit: _SparseFit) -> tuple[np.ndarray, SparseCodes]:
+    """Return the squared error of each row, and the codes."""
+    codes = matching_pursuit(fit.rows, fit.atoms, fit.k)
+    return np.sum((fit.rows - codes.reconstruct(fit.atoms)) ** 2, axis=1), codes
+
+
+def _next(k: int) -> int:
+    """Return the number of codes that is tried after ``k``."""
+    return k + max(1, k // 2)  # 1, 2, 3, 4, 6, 9, 13, ...
+
+
+def _spread(rows: ArrayLike, num: int) -> np.ndarray:
+    """Take at most ``num`` evenly spaced rows."""
+    rows = np.asarray(rows)
+    index = np.linspace(0, len(rows) - 1, min(len(rows), num)).astype(int)
+    return rows[index].astype(np.float64)
+
+
+def _fit_sparsely(table: ArrayLike, directions: np.ndarray) -> _SparseFit | None:
+    """Fit directions with the fewest codes that explain a table."""
+    rows = _spread(table, _CHOICE_ROWS)
     inside = np.linalg.norm(directions @ row_span(rows).T, axis=1)
     if not len(directions) or np.median(inside) < _MIN_INSIDE:
         return None
     dim = _effective_rank(rows)
     most = min(len(directions), dim, max(1, dim // 2), _MAX_CODES)
-    if below is not None:
-        most = min(most, below - 1)
     k = 1
     while k <= most:
         atoms, error = _run_mod(rows, directions, k)
         if error <= _MAX_ERROR:
-            return _SparseFit(rows, dim, k, atoms)
-        k += max(1, k // 2)  # 1, 2, 3, 4, 6, 9, 13, ...
+            return _SparseFit(table, rows, dim, most, k, atoms)
+        k = _next(k)
     return None
 
 
@@ -156,7 +248,10 @@ def _run_mod(rows: np.ndarray, atoms: np.ndarray, k: int) -> tuple[np.ndarray, f
     """Run the method of optimal directions; return atoms and unexplained share."""
     error = 1.0
     for _ in range(_MOD_STEPS):
+        last_error = error
         atoms, error = mod_step(rows, atoms, k)
+        if error > max(_MAX_ERROR, _MIN_GAIN * last_error):
+            break
     return atoms, error
 
 

@@ -8,11 +8,13 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
+from scipy import sparse
 
 from toyfeat.types import ArrayLike
 
-# Rows per pursuit.  Memory only.
-_BATCH_SIZE = 1000
+# Entries of the products of rows and atoms that are held at once.  Memory only: half a
+# gigabyte with all that a pursuit needs beside them.
+_MAX_PRODUCTS = 2**23
 
 # Ridge, as a share of an atom's square: two atoms may become one, and their Gram matrix
 # singular.  Far above float64 rounding and far below what any test can see.
@@ -31,7 +33,30 @@ _USED_SHARE = 1e-4
 _MAX_ADDED_ERROR = 0.04
 
 
-def matching_pursuit(rows: ArrayLike, atoms: ArrayLike, k: int) -> np.ndarray:
+class SparseCodes(NamedTuple):
+    """Codes of rows, ``k`` of each.
+
+    Attributes:
+      index: ``[N, k]`` int, the atoms of each row, all different.
+      values: ``[N, k]`` float64, their codes.
+    """
+
+    index: np.ndarray
+    values: np.ndarray
+
+    def matrix(self, num_atoms: int) -> sparse.csr_array:
+        """Return the codes as a sparse matrix ``[N, num_atoms]``."""
+        num, k = self.index.shape
+        starts = np.arange(num + 1) * k
+        entries = self.values.ravel(), self.index.ravel(), starts
+        return sparse.csr_array(entries, shape=(num, num_atoms))
+
+    def reconstruct(self, atoms: np.ndarray) -> np.ndarray:
+        """Return the sums of atoms ``[N, D]`` that the codes stand for."""
+        return self.matrix(len(atoms)) @ atoms
+
+
+def matching_pursuit(rows: ArrayLike, atoms: ArrayLike, k: int) -> SparseCodes:
     r"""Find sparse codes by orthogonal matching pursuit.
 
     The atom with the largest :math:`|r \cdot a_j|` of the residual :math:`r` is added
@@ -43,14 +68,14 @@ def matching_pursuit(rows: ArrayLike, atoms: ArrayLike, k: int) -> np.ndarray:
       k: atoms per row, 1 .. M.
 
     Returns:
-      ``[N, M]`` float64 codes, at most ``k`` of a row not 0.
+      Codes of ``k`` atoms per row.
 
     Raises:
       ValueError: if the shapes do not fit or ``k`` is out of range.
 
     Example:
       >>> import numpy as np
-      >>> matching_pursuit([[3.0, 4.0]], np.eye(2), 1)
+      >>> matching_pursuit([[3.0, 4.0]], np.eye(2), 1).matrix(2).toarray()
       array([[0., 4.]])
 
     References:
@@ -67,32 +92,35 @@ def matching_pursuit(rows: ArrayLike, atoms: ArrayLike, k: int) -> np.ndarray:
             f"matching_pursuit: wanted k in 1 .. {len(atoms)}, the number of atoms, "
             f"got {k}"
         )
+    index = np.zeros((len(rows), k), int)
+    values = np.zeros((len(rows), k))
     gram = atoms @ atoms.T + _RIDGE * np.eye(len(atoms))
-    codes = np.zeros((len(rows), len(atoms)))
-    for start in range(0, len(rows), _BATCH_SIZE):
-        batch = slice(start, start + _BATCH_SIZE)
-        codes[batch] = _pursue(rows[batch], atoms, gram, k)
-    return codes
+    batch_size = max(1, _MAX_PRODUCTS // len(atoms))
+    for start in range(0, len(rows), batch_size):
+        batch = slice(start, start + batch_size)
+        index[batch], values[batch] = _pursue(rows[batch], atoms, gram, k)
+    return SparseCodes(index, values)
 
 
 def _pursue(
     rows: np.ndarray, atoms: np.ndarray, gram: np.ndarray, k: int
-) -> np.ndarray:
+) -> SparseCodes:
     """Run the pursuit on one batch of rows; ``gram`` is that of the atoms."""
-    products = rows @ atoms.T
-    codes = np.zeros_like(products)
-    chosen = np.zeros((len(rows), 0), int)
-    for _ in range(k):
+    products = residual_products = rows @ atoms.T
+    index = np.zeros((len(rows), 0), int)
+    while True:
         # Add the atom that is closest to each residual and not chosen yet.
-        size = np.abs((rows - codes @ atoms) @ atoms.T)
-        np.put_along_axis(size, chosen, -1.0, axis=1)
-        chosen = np.concatenate([chosen, size.argmax(1)[:, None]], axis=1)
+        size = np.abs(residual_products)
+        np.put_along_axis(size, index, -1.0, axis=1)
+        index = np.concatenate([index, size.argmax(1)[:, None]], axis=1)
         # Solve the normal equations of the chosen atoms, row by row.
-        chosen_gram = gram[chosen[:, :, None], chosen[:, None, :]]
-        chosen_products = np.take_along_axis(products, chosen, axis=1)
-        fitted = np.linalg.solve(chosen_gram, chosen_products[:, :, None])[:, :, 0]
-        np.put_along_axis(codes, chosen, fitted, axis=1)
-    return codes
+        chosen_gram = gram[index[:, :, None], index[:, None, :]]
+        chosen_products = np.take_along_axis(products, index, axis=1)
+        values = np.linalg.solve(chosen_gram, chosen_products[:, :, None])[:, :, 0]
+        codes = SparseCodes(index, values)
+        if index.shape[1] == k:
+            return codes
+        residual_products = (rows - codes.reconstruct(atoms)) @ atoms.T
 
 
 def mod_step(rows: ArrayLike, atoms: ArrayLike, k: int) -> tuple[np.ndarray, float]:
@@ -125,17 +153,16 @@ def mod_step(rows: ArrayLike, atoms: ArrayLike, k: int) -> tuple[np.ndarray, flo
       Engan, Aase and Husøy (1999), "Method of optimal directions for frame design".
     """
     rows, atoms = np.asarray(rows, np.float64), np.array(atoms, np.float64)
-    codes = matching_pursuit(rows, atoms, k)
+    codes = matching_pursuit(rows, atoms, k).matrix(len(atoms))
 
     # Fit the atoms in use to the codes, by least squares with a ridge.
-    energy = np.sum(codes**2, axis=0)
+    gram = (codes.T @ codes).toarray()
+    energy = np.diag(gram)
     used = energy > _UNUSED_ENERGY * energy.max(initial=0.0)
-    codes = codes[:, used]
-    gram = codes.T @ codes
-    gram += _RIDGE * np.diag(np.diag(gram))
-    fitted = np.linalg.solve(gram, codes.T @ rows)
+    gram = gram[np.ix_(used, used)] + _RIDGE * np.diag(energy[used])
+    fitted = np.linalg.solve(gram, (codes.T @ rows)[used])
 
-    error = np.sum((rows - codes @ fitted) ** 2) / (np.sum(rows**2) or 1.0)
+    error = np.sum((rows - codes[:, used] @ fitted) ** 2) / (np.sum(rows**2) or 1.0)
     atoms[used] = fitted / np.linalg.norm(fitted, axis=1, keepdims=True)
     return atoms, float(error)
 
@@ -184,12 +211,14 @@ def needed_atoms(
     queue = [(-np.inf, int(j)) for j in np.flatnonzero(uncertain)]
     while queue and remaining.sum() > k:
         _, j = heappop(queue)
-        removal = _code_without(j, rows, atoms, codes, remaining, k)
+        removal = _code_without(j, rows, atoms, codes, remaining)
         if queue and removal.added_error > queue[0][0]:
             heappush(queue, (removal.added_error, j))  # another atom may add less
         elif removal.added_error <= _MAX_ADDED_ERROR * removal.energy:
-            codes[:, j] = 0
-            codes[removal.users], remaining[j] = removal.codes, False
+            codes.index[removal.users] = removal.codes.index
+            codes.values[removal.users] = removal.codes.values
+            codes.values[codes.index == j] = 0  # of rows that hardly used it
+            remaining[j] = False
     return remaining
 
 
@@ -204,7 +233,7 @@ class _Removal(NamedTuple):
     """
 
     users: np.ndarray
-    codes: np.ndarray
+    codes: SparseCodes
     added_error: float
     energy: float
 
@@ -213,21 +242,22 @@ def _code_without(
     j: int,
     rows: np.ndarray,
     atoms: np.ndarray,
-    codes: np.ndarray,
+    codes: SparseCodes,
     remaining: np.ndarray,
-    k: int,
 ) -> _Removal:
     """Code the rows that use atom ``j`` again, with the other remaining atoms."""
-    users = np.flatnonzero(codes[:, j] ** 2 > _USED_SHARE * np.sum(rows**2, axis=1))
-    others = remaining & (np.arange(len(atoms)) != j)
-    rows, codes = rows[users], codes[users]
-    new_codes = np.zeros_like(codes)
-    new_codes[:, others] = matching_pursuit(rows, atoms[others], k)
-    new_error = np.sum((rows - new_codes @ atoms) ** 2)
-    added_error = new_error - np.sum((rows - codes @ atoms) ** 2)
+    own = np.where(codes.index == j, codes.values, 0).sum(1)
+    users = np.flatnonzero(own**2 > _USED_SHARE * np.sum(rows**2, axis=1))
+    others = np.flatnonzero(remaining & (np.arange(len(atoms)) != j))
+    rows, codes = rows[users], SparseCodes(*(part[users] for part in codes))
+    new_codes = matching_pursuit(rows, atoms[others], codes.index.shape[1])
+    new_codes = new_codes._replace(index=others[new_codes.index])
+    added_error = np.sum((rows - new_codes.reconstruct(atoms)) ** 2) - np.sum(
+        (rows - codes.reconstruct(atoms)) ** 2
+    )
     return _Removal(
         users=users,
         codes=new_codes,
         added_error=float(added_error),
-        energy=float(np.sum(codes[:, j] ** 2)),
+        energy=float(np.sum(own**2)),
     )

@@ -282,8 +282,28 @@ MECHANISMS = {
 }
 """Tasks of planes and subspaces, and controls in which there is nothing to find."""
 
-_FULL = TASKS | MECHANISMS
-ALL = _FULL | SHAPES
+SCALE = {
+    name: PlantedTask(name, planted.overcomplete, knobs)
+    for name, knobs in {
+        "160 readers in 64": {},
+        "512 readers in 256": {
+            "dim": 256,
+            "features": 512,
+            "most": 0.02,
+            "least": 0.002,
+        },
+        "2000 readers in 576": {
+            "dim": 576,
+            "features": 2000,
+            "most": 0.03,
+            "least": 0.001,
+        },
+    }.items()
+}
+"""Sites with many rare readers; the first one is in the full size, too."""
+
+_FULL = TASKS | MECHANISMS | {"160 readers in 64": SCALE["160 readers in 64"]}
+ALL = _FULL | SHAPES | SCALE
 """Every task by its name."""
 
 

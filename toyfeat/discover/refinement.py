@@ -37,6 +37,9 @@ _CERTAIN_SUPPORT = 0.6
 # a tenth of the length.  Smaller codes are noise.
 _USED_SHARE = 1e-2
 
+# Errors above so many times the largest that counts are not fitted further.  Not swept.
+_HOPELESS_ERRORS = 3
+
 # Where a step leaves more than this share of the error of the last one, and the error
 # is still too large, more steps would not explain the table.  Not swept.
 _MIN_GAIN = 0.9
@@ -180,18 +183,19 @@ def _most_supported(
       Their fit, and ``[R]`` bool, which they are.
     """
     # With a code more as well: a sum of others takes the place of two codes.
-    ks = [k for k in (fit.k, _next(fit.k)) if k <= fit.most]
-    fits = [
-        fit,
-        *(
-            fit._replace(k=k, atoms=_run_mod(fit.rows, directions, k)[0])
-            for k in ks[1:]
-        ),
-    ]
+    wholes = [fit]
+    if _next(fit.k) <= fit.most:
+        k = _next(fit.k)
+        atoms, _ = mod_step(fit.rows, fit.atoms, k)
+        wholes.append(fit._replace(k=k, atoms=atoms))
     for level in np.unique(supports)[:0:-1]:
         chosen = supports >= level
-        for whole in fits:
+        for whole in wholes:
             k = min(whole.k, int(chosen.sum()))
+            # A first step tells most of them.
+            atoms, error = mod_step(fit.rows, whole.atoms[chosen], k)
+            if error > _HOPELESS_ERRORS * _MAX_ERROR:
+                continue
             atoms, error = _run_mod(fit.rows, directions[chosen], k)
             part = fit._replace(k=k, atoms=atoms)
             if error <= _MAX_ERROR and not np.any(_needed(whole, part, chosen)):

@@ -9,6 +9,7 @@ from toyfeat.models.planted.attention import attention_reads
 from toyfeat.models.planted.bottleneck import superposition
 from toyfeat.models.planted.conditioning import recondition
 from toyfeat.models.planted.controls import random_network, unrelated_labels
+from toyfeat.models.planted.crowds import overcomplete
 from toyfeat.models.planted.gated import gated_units
 from toyfeat.models.planted.loudness import quiet_and_loud
 from toyfeat.models.planted.manifolds import (
@@ -36,6 +37,7 @@ __all__ = [
     "gated_units",
     "ignored_structure",
     "modular_addition",
+    "overcomplete",
     "product_space",
     "quiet_and_loud",
     "random_network",

@@ -232,8 +232,8 @@ def _orthonormal_pairs(pairs: Array) -> Array:
 
     They are :math:`(A A^\top)^{-1/2} A`, with the square root of the two by two matrix
     in closed form, :math:`\sqrt G = (G + s I) / t` where :math:`s^2 = \det G` and
-    :math:`t^2 = \operatorname{tr} G + 2 s`: a decomposition of each pair takes ten times
-    as long as all else.
+    :math:`t^2 = \operatorname{tr} G + 2 s`; a decomposition of each pair takes longer
+    than the rest of a step.
     """
     largest = jnp.max(jnp.abs(pairs), axis=(1, 2), keepdims=True)
     pairs = pairs / jnp.where(largest > 0, largest, 1)

@@ -11,6 +11,7 @@ and refined on the gradients.
 directions exact, ``circles`` finds the planes that no sparse code describes.
 """
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 
 from toyfeat.discover.agreement import (
     SAME_COSINE,
+    Agreement,
     GradientTables,
     agree_and_refine,
 )
@@ -81,14 +83,19 @@ class ConsensusResult(NamedTuple):
     Attributes:
       features: readers and their writers; the two rows of a circular plane share a
         ``group``.
+        ``group``, and ``support`` is the share of the dictionaries, 1 for a circular
+        plane, which held-out gradients have confirmed.
       support: ``[R]`` int, in how many dictionaries a reader is; 0 for the two rows of
         a circular plane, which have no direction of their own.
-      num_dictionaries: how many dictionaries there were.
+      num_dictionaries: how many dictionaries voted.
+      explain: whether the gradients of a readout are sparse in the directions.  If not,
+        what recurs is returned, and more of it may be sums of readers.
     """
 
     features: Features
     support: np.ndarray
     num_dictionaries: int
+    explain: bool
 
 
 def consensus(
@@ -98,6 +105,7 @@ def consensus(
     config: ConsensusConfig = DEFAULT_CONFIG,
     support: float | None = None,
     cosine: float = SAME_COSINE,
+    progress: bool = False,
 ) -> ConsensusResult:
     r"""Find the readers of a model by the agreement of dictionaries of its gradients.
 
@@ -106,23 +114,32 @@ def consensus(
        only one that tells readers apart behind a linear read-out), and random
        directions :math:`J^\top u` (the only one that tells apart features that always
        come together).
-    2. Train TopK dictionaries of each with several ``k`` and random starts.
+    2. Train dictionaries of each by sparse coding, with several codes per gradient, and
+       starts on gradients of their own.
     3. Keep the directions that enough dictionaries share within ``cosine``.
     4. Refine them on the gradients of the readout that is sparse in them, and leave out
        those that are not needed there and have little support.
-    5. Add the circles of the first readout (:func:`toyfeat.discover.circular_planes`),
+    5. Begin again with more latents where the gradients are not sparse in what is left,
+       or where the dictionaries have few latents to spare.
+    6. Add the circles of the first readout (:func:`toyfeat.discover.circular_planes`),
        which no sparse code describes, and leave out other directions in their span.
-    6. Return the regression patterns :math:`\Sigma r` of the readers as writers.
+    7. Return the regression patterns :math:`\Sigma r` of the readers as writers.
+
+    Training takes time with the product of dimensions, latents and examples, and memory
+    for the gradients, ``examples * num_directions * D`` floats, three times over.  A
+    reader has to be active in some twenty examples (``docs/research.md``, section 14).
 
     Args:
       key: random key.
       subject: the model, its inputs and the site.
       config: how gradients are sampled and dictionaries are trained.
-      support: dictionaries in which a reader has to be; ``None`` for more than half of
-        the largest support, or a third where those do not explain the gradients
-        (``docs/research.md``, sections 8 and 13).
+      support: share of the dictionaries in which a reader has to be, in (0, 1];
+        ``None`` for the largest share whose directions explain the gradients as well
+        as those of less support do, a third of the largest one at least
+        (``docs/research.md``, sections 8 and 14).
       cosine: ``|cos|`` from which two directions are the same; refinement moves none
         further than that.
+      progress: whether to write a line to standard error for every stage.
 
     Returns:
       :class:`toyfeat.discover.ConsensusResult`; the readers with the largest support
@@ -135,7 +152,7 @@ def consensus(
       >>> import jax
       >>> from toyfeat.models import planted
       >>> task = planted.product_space(jax.random.key(0), colours=2, shapes=2, dim=6)
-      >>> short = ConsensusConfig(examples=500, steps=100)
+      >>> short = ConsensusConfig(examples=500, steps=20)
       >>> result = consensus(jax.random.key(1), planted.subject_of(task), config=short)
       >>> readers, writers = result.features[:2]
       >>> readers.shape[1], readers.shape == writers.shape
@@ -161,34 +178,56 @@ def consensus(
     ):
         levels.append(_train_level(level_key, tables, config, latents_per_dim))
         dictionaries = levels[-1]
-        agreement = agree_and_refine(
-            dictionaries, tables, support=_count(support, dictionaries), cosine=cosine
-        )
-        if agreement.explain and len(agreement.rows) <= _MAX_NEEDED * max(
-            map(len, dictionaries)
-        ):
+        agreement = _agree(dictionaries, tables, support, cosine)
+        num_latents = max(map(len, dictionaries))
+        if progress:
+            _tell(agreement, len(dictionaries), num_latents)
+        if agreement.explain and len(agreement.rows) <= _MAX_NEEDED * num_latents:
             break
     else:
         dictionaries = [atoms for level in levels for atoms in level]
-        agreement = agree_and_refine(
-            dictionaries, tables, support=_count(support, dictionaries), cosine=cosine
-        )
-    readers = jnp.asarray(agreement.rows, float)
-    writers = readers @ acts_covariance(tables.taps)
+        agreement = _agree(dictionaries, tables, support, cosine)
+        if progress:
+            _tell(agreement, len(dictionaries), max(map(len, dictionaries)))
 
     # The two rows of a circular plane, which come last, are one mechanism.
+    num = len(agreement.rows)
     num_planes = len(tables.planes) // 2
-    num_directions = len(readers) - 2 * num_planes
-    group = np.append(
-        np.arange(num_directions), num_directions + np.arange(2 * num_planes) // 2
+    is_plane = np.arange(num) >= num - 2 * num_planes
+    within = np.arange(num) - (num - 2 * num_planes)
+    group = np.where(is_plane, num - 2 * num_planes + within // 2, np.arange(num))
+    share = np.where(is_plane, 1.0, agreement.supports / len(dictionaries))
+
+    readers = jnp.asarray(agreement.rows, float)
+    writers = readers @ acts_covariance(tables.taps)
+    return ConsensusResult(
+        features=Features(readers, writers, group=group, support=share),
+        support=agreement.supports,
+        num_dictionaries=len(dictionaries),
+        explain=agreement.explain,
     )
-    features = Features(readers, writers, group=group)
-    return ConsensusResult(features, agreement.supports, len(dictionaries))
 
 
-def _count(support: float | None, dictionaries: Sequence[ArrayLike]) -> int | None:
-    """Return a share of dictionaries as a number of them, one at least."""
-    return None if support is None else max(1, round(support * len(dictionaries)))
+def _agree(
+    dictionaries: Sequence[ArrayLike],
+    tables: GradientTables,
+    support: float | None,
+    cosine: float,
+) -> Agreement:
+    """Let dictionaries vote, with a share of them as the support that is wanted."""
+    count = None if support is None else max(1, round(support * len(dictionaries)))
+    return agree_and_refine(dictionaries, tables, support=count, cosine=cosine)
+
+
+def _tell(agreement: Agreement, num_dictionaries: int, num_latents: int) -> None:
+    """Write a line of progress to standard error."""
+    explained = "explain" if agreement.explain else "do not explain"
+    print(
+        f"consensus: {num_dictionaries} dictionaries of up to {num_latents} latents "
+        f"share {len(agreement.rows)} directions, which {explained} the gradients",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def gradient_tables(

@@ -18,6 +18,7 @@ ARGUMENTS = {
     "tiled_curve": {"dim": 12, "harmonics": 5, "reads": 4},
     "product_space": {"dim": 9, "colours": 4, "shapes": 3},
     "quiet_and_loud": {"dim": 14, "quiet": 5, "loud": 9, "probability": 0.15},
+    "overcomplete": {"dim": 16, "features": 20, "most": 0.3, "least": 0.1},
     "modular_addition": {"modulus": 11, "frequencies": 2, "dim": 15},
     "world_with_head": {
         "features": 40,
@@ -39,6 +40,7 @@ HEADS = (
     "tiled_curve",
     "product_space",
     "quiet_and_loud",
+    "overcomplete",
     "world_with_head",
 )
 SQUARES = ("squares", "circuits", "clipped circuits", "cross_layer")
@@ -48,6 +50,7 @@ SHAPES = {  # of inputs, outputs, activations, features
     "tiled_curve": ((N,), 4, 12, 4),
     "product_space": ((N, 7), 7, 9, 7),
     "quiet_and_loud": ((N, 14), 14, 14, 5),
+    "overcomplete": ((N, 20), 20, 16, 20),
     "modular_addition": ((N, 2), 11, 15, 4),
     "world_with_head": ((N, 40), 12, 48, 12),
     "squares": ((N, 3), 3, 12, 3),
@@ -662,6 +665,9 @@ def test_a_hidden_identity_changes_nothing_and_has_a_site_of_its_own():
 
 
 ERRORS = [
+    ("overcomplete", {"least": 0.4}, "most 0.3"),
+    ("overcomplete", {"features": 1}, "features 1"),
+    ("overcomplete", {"threshold": -0.1}, r"threshold in 0 \.\. 0.5, got -0.1"),
     ("ignored_structure", {"manifold": 3}, "wanted an even manifold >= 2"),
     ("ignored_structure", {"threshold": 0.7}, r"threshold in 0 \.\. 0.5, got 0.7"),
     ("product_space", {"threshold": -0.1}, r"threshold in 0 \.\. 0.5, got -0.1"),

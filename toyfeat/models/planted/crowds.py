@@ -10,6 +10,9 @@ from toyfeat.models.planted.heads import unit
 from toyfeat.models.planted.task import Task, Truth
 from toyfeat.types import Array
 
+# Inputs on which frequencies are counted: .001 is counted 20 times, to a fifth.
+_COUNTED = 20_000
+
 
 def overcomplete(
     key: Array,
@@ -51,20 +54,26 @@ def overcomplete(
             "overcomplete: wanted dim >= 2, features >= 2 and 0 < least <= most <= 1, "
             f"got dim {dim}, features {features}, least {least}, most {most}"
         )
-    rows_key, head_key = jax.random.split(key)
+    rows_key, head_key, count_key = jax.random.split(key, 3)
     readers = unit(jax.random.normal(rows_key, (features, dim)))
 
     # rank ** -a, from most to least.
     ranks = jnp.arange(1.0, features + 1)
     exponent = jnp.log(most / least) / jnp.log(float(features))
-    frequency = most * ranks**-exponent
+    rates = most * ranks**-exponent
     params = heads.head(head_key, readers, threshold)
-    params |= {"writers": readers, "frequency": frequency}
+    params |= {"writers": readers}
+
+    # Readers are active a little more often than what is written for them.
+    draw = partial(_rare_codes, rates)
+    codes = draw(count_key, _COUNTED)
+    active = heads.features(params, heads.write_codes(params, codes)) > 0
+    frequency = jnp.mean(active, axis=0, dtype=readers.dtype)
     return heads.make_task(
         "overcomplete",
         heads.write_codes,
         params,
-        partial(_rare_codes, frequency),
+        draw,
         Truth(readers=readers, writers=readers, frequency=frequency),
         about=f"{features} features in {dim} dimensions, active in {most:g} to "
         f"{least:g} of the inputs.",
@@ -73,5 +82,5 @@ def overcomplete(
     )
 
 
-def _rare_codes(frequency: Array, key: Array, num: int) -> Array:
-    return heads.sparse_codes(key, (num, len(frequency)), frequency[None, :])
+def _rare_codes(rates: Array, key: Array, num: int) -> Array:
+    return heads.sparse_codes(key, (num, len(rates)), rates[None, :])

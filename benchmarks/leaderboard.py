@@ -1,6 +1,7 @@
 """Every method on every planted task, scored against the truth.
 
-    python benchmarks/leaderboard.py [--quick | --shapes | --conditioned | --tiny]
+    python benchmarks/leaderboard.py [--quick | --shapes | --conditioned | --scale |
+        --tiny]
         [--seeds N] [--jobs N] [--tasks A,B] [--methods A,B]
 
 Prints coverage of each task's side (median over seeds) and the bars, and writes
@@ -38,6 +39,9 @@ from toyfeat.report import leaderboard
 
 # Mechanisms that the consensus may return where nothing is planted.
 MAX_FALSE = 1
+# Coverage from which a draw is a success, and the share of the draws that have to be.
+SUCCESS = 0.95
+MIN_SUCCESSES = 0.95
 # A hard task is one whose features activations alone do not tell: coverage at most.
 EASY = 0.8
 CONSENSUS = "consensus"
@@ -64,10 +68,12 @@ class Config:
     """One seed, other sizes."""
     conditioned: bool = False
     """The same draws in badly conditioned coordinates."""
+    scale: bool = False
+    """One seed of sites with hundreds and thousands of readers."""
     tiny: bool = False
     """Only to see that it runs."""
     seeds: int | None = None
-    """5, or 1 of quick, shapes and tiny."""
+    """5, or 1 of quick, shapes, scale and tiny."""
     jobs: int | None = None
     """Processes, 1 or, quick and without accelerator, 2."""
     root: int = 0
@@ -217,6 +223,25 @@ def verdicts(
             label, least = bound
             bar, good = f">= {least:.3f}", value >= least
             lines.append(_line(f"{CONSENSUS} {label}", task, value, bar, good))
+    return lines + success_lines(rows, names)
+
+
+def success_lines(
+    rows: list[dict[str, Any]], tasks: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """Lines on the share of the draws that the consensus covers, one per task."""
+    label, bar = f"{CONSENSUS} covers {SUCCESS}", f">= {MIN_SUCCESSES}"
+    lines = []
+    for task in tasks:
+        covered = [
+            leaderboard.coverage(row) >= SUCCESS
+            for row in rows
+            if row["case"] == task and row["method"] == CONSENSUS
+        ]
+        if covered:
+            share = sum(covered) / len(covered)
+            name = f"{task}, {sum(covered)} of {len(covered)} draws"
+            lines.append(_line(label, name, share, bar, share >= MIN_SUCCESSES))
     return lines
 
 

@@ -327,6 +327,7 @@ SIZES = {
         seeds=5,
     ),
     "shapes": Size(tasks=SHAPES, budget=Budget(), seeds=1),
+    "scale": Size(tasks=SCALE, budget=Budget(), seeds=1),
     "quick": Size(
         tasks=_resized("quick"),
         budget=Budget(examples=6000, steps=500, batch=256),

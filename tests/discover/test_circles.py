@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from toyfeat.discover import circular_planes
-from toyfeat.discover.circles import _roundest_set
+from toyfeat.discover.circles import _orthonormal_pairs, _roundest_set
 
 FEW = {"starts": 192, "steps": 60}
 
@@ -97,6 +97,26 @@ def test_two_mixed_planes_do_not_replace_a_true_one():
     np.testing.assert_array_equal(planes, true[[1, 2, 0, 3]])
     assert _roundest_set([known], 0.9, 4)[0].shape == (0, 2, 8)
     assert _roundest_set([known], 1.1, 0)[0].shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_orthonormal_pairs_are_the_polar_factor(scale):
+    rng = np.random.default_rng(0)
+    pairs = rng.normal(size=(300, 2, 7))
+    pairs[:100, 1] = pairs[:100, 0] + 0.1 * pairs[:100, 1]  # nearly parallel
+    pairs[100:200, 1] *= 1e-2
+    left, _, right = np.linalg.svd(pairs, full_matrices=False)
+    found = np.asarray(_orthonormal_pairs(jnp.asarray(scale * pairs, jnp.float32)))
+    np.testing.assert_allclose(found, left @ right, atol=1e-3)
+    grams = found @ found.swapaxes(1, 2)
+    np.testing.assert_allclose(grams, np.tile(np.eye(2), (300, 1, 1)), atol=1e-3)
+    again = np.asarray(_orthonormal_pairs(jnp.asarray(found)))
+    np.testing.assert_allclose(again @ again.swapaxes(1, 2), grams * 0 + np.eye(2), atol=1e-6)
+
+
+def test_pairs_of_less_than_two_dimensions_stay_finite():
+    pairs = jnp.asarray([[[0.0, 0.0]] * 2, [[1.0, 2.0]] * 2, [[1.0, 2.0], [0.0, 0.0]]])
+    assert np.isfinite(_orthonormal_pairs(pairs)).all()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])

@@ -2,7 +2,11 @@ import numpy as np
 import pytest
 from planted_atoms import planted, turned, unit
 
-from toyfeat.discover.refinement import refine_directions
+from toyfeat.discover.refinement import (
+    _fit_sparsely,
+    _most_supported,
+    refine_directions,
+)
 from toyfeat.discover.sparse_coding import needed_atoms
 
 
@@ -23,12 +27,74 @@ def test_arguments_are_not_written_to():
     np.testing.assert_array_equal(near, before)
 
 
-def test_certain_directions_are_kept():
+def test_elimination_keeps_directions_of_a_support_close_to_the_largest():
     atoms, _, rows = planted()
     every = with_sums(atoms)
-    certain = np.arange(50) >= 48
-    assert refine_directions(every, [rows], cosine=0.9, certain=certain)[1][48:].all()
-    assert not refine_directions(every, [rows], cosine=0.9)[1][48:].any()
+    assert not refine_directions(every, [rows], cosine=0.9).kept[40:].any()
+    supports = np.full(50, 5)
+    supports[48:] = 7, 10
+    kept = refine_directions(every, [rows], cosine=0.9, supports=supports).kept
+    assert kept.tolist() == [True] * 40 + [False] * 8 + [True] * 2
+
+
+def most_supported(directions, rows, supports):
+    """The directions that are chosen, and the fit of them."""
+    fit = _fit_sparsely(rows, directions)
+    part, chosen = _most_supported(fit, directions, np.asarray(supports))
+    assert part.atoms.shape == directions[chosen].shape
+    assert part.k <= fit.most
+    return chosen, part
+
+
+@pytest.mark.parametrize(("often", "rarely"), [(10, 2), (3, 2), (100, 99)])
+def test_sums_of_low_support_are_left_out(often, rarely):
+    atoms, _, rows = planted()
+    every = with_sums(atoms)
+    supports = [often] * 40 + [rarely] * 10
+    chosen, fit = most_supported(every, rows, supports)
+    assert chosen.tolist() == [True] * 40 + [False] * 10
+    assert fit.k == 2
+    found = refine_directions(every, [rows], cosine=0.9, supports=supports)
+    assert found.kept.tolist() == chosen.tolist()
+    assert np.abs(np.sum(found.directions * atoms, axis=1)).min() > 0.9999
+
+
+def test_sums_of_low_support_are_left_out_though_they_save_a_code():
+    """A third of the rows are multiples of a sum, and most have one atom."""
+    basis = np.eye(16)
+    sums = unit(basis[0::2] + basis[1::2])
+    rows = np.concatenate([np.repeat(basis, 20, axis=0), np.repeat(sums, 20, axis=0)])
+    every = np.concatenate([basis, sums])
+    chosen, fit = most_supported(every, rows, [10] * 16 + [2] * 8)
+    assert chosen.tolist() == [True] * 16 + [False] * 8
+    assert (_fit_sparsely(rows, every).k, fit.k) == (1, 2)
+
+
+@pytest.mark.parametrize(("of_rare", "sums"), [(3, 0), (2, 10)])
+def test_a_rare_direction_of_low_support_is_kept_for_its_rows(of_rare, sums):
+    """Five of 3000 rows have it; with sums, if their support is as high."""
+    atoms, _, rows = planted(dim=80)
+    rare = unit(np.random.default_rng(7).normal(size=(1, 80)))
+    rows[:5] = atoms[:5] + rare
+    every = np.concatenate([with_sums(atoms), rare])
+    supports = [10] * 40 + [2] * 10 + [of_rare]
+    chosen, _ = most_supported(every, rows, supports)
+    assert (chosen[:40].all(), chosen[40:50].sum(), chosen[50]) == (True, sums, True)
+    kept = refine_directions(every, [rows], cosine=0.9, supports=supports).kept
+    assert kept.tolist() == [True] * 40 + [False] * 10 + [True]
+
+
+def test_without_different_supports_all_directions_are_chosen():
+    atoms, _, rows = planted()
+    chosen, fit = most_supported(with_sums(atoms), rows, [4] * 50)
+    assert chosen.all()
+    assert fit.k == 2
+
+
+def test_the_most_supported_are_not_enough_if_they_leave_too_much():
+    atoms, _, rows = planted()
+    chosen, _ = most_supported(atoms, rows, [10] * 30 + [4] * 10)
+    assert chosen.all()
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -37,7 +103,8 @@ def test_directions_are_fitted_to_the_sparse_table(place):
     tables = [dense(atoms)]
     tables.insert(place, rows)
     near = turned(atoms, 0.2)
-    moved, kept = refine_directions(near, tables, cosine=0.9)
+    moved, kept, explain = refine_directions(near, tables, cosine=0.9)
+    assert explain
     assert kept.all()
     assert np.abs(np.sum(near * atoms, axis=1)).max() < 0.99
     assert np.abs(np.sum(moved * atoms, axis=1)).min() > 0.999
@@ -48,7 +115,7 @@ def test_directions_that_are_not_needed_are_left_out(place):
     atoms, _, rows = planted()
     near = turned(atoms, 0.1)
     more = np.insert(near, place, unit(near[3] + near[4]), axis=0)
-    moved, kept = refine_directions(more, [rows], cosine=0.9)
+    moved, kept, _ = refine_directions(more, [rows], cosine=0.9)
     assert np.flatnonzero(~kept).tolist() == [place]
     assert np.abs(np.sum(moved * atoms, axis=1)).min() > 0.9999
 
@@ -64,7 +131,7 @@ def test_the_first_table_counts_unless_directions_move_less_in_another():
         ("far", "nearly as far", "near"): "near",
     }.items():
         tables = [codes @ bases[name] for name in names]
-        moved, _ = refine_directions(np.eye(8), tables, cosine=0.9)
+        moved, *_ = refine_directions(np.eye(8), tables, cosine=0.9)
         assert np.abs(np.sum(moved * bases[counts], axis=1)).min() > 0.9999
 
 
@@ -75,11 +142,11 @@ def test_nothing_is_left_out_with_fewer_than_four_dimensions_per_code(num, kept)
     every = np.concatenate([np.eye(num), unit(np.eye(num)[:1] + np.eye(num)[1:2])])
     rows = np.concatenate([codes, np.tile(every[-1:], (50, 1))])
     assert not needed_atoms(rows, every, 2)[-1]
-    assert refine_directions(every, [rows], cosine=0.9)[1].sum() == kept
+    assert refine_directions(every, [rows], cosine=0.9).kept.sum() == kept
     wide = rows @ np.eye(num, 20)
     wide += 0.01 * np.random.default_rng(2).normal(size=wide.shape)  # not dimensions
     assert (
-        refine_directions(every @ np.eye(num, 20), [wide], cosine=0.9)[1].sum() == kept
+        refine_directions(every @ np.eye(num, 20), [wide], cosine=0.9).kept.sum() == kept
     )
 
 
@@ -89,26 +156,27 @@ def test_nothing_is_left_out_where_one_code_is_enough():
     every = np.concatenate([np.eye(8), pairs])
     rows = np.repeat(pairs, 50, axis=0)
     assert needed_atoms(rows, every, 1).tolist() == [False] * 8 + [True] * 4
-    assert refine_directions(every, [rows], cosine=0.9)[1].all()
+    assert refine_directions(every, [rows], cosine=0.9).kept.all()
 
 
 def test_directions_stay_where_no_table_is_sparse():
     atoms, _, _ = planted()
     near = turned(atoms, 0.2)
     for tables in ([dense(atoms)], [], [np.zeros((5, 32))]):
-        moved, kept = refine_directions(near, tables, cosine=0.9)
+        moved, kept, explain = refine_directions(near, tables, cosine=0.9)
+        assert not explain
         np.testing.assert_array_equal(moved, near)
         assert kept.all()
-    none, kept = refine_directions(np.zeros((0, 32)), [dense(atoms)], cosine=0.9)
+    none, kept, _ = refine_directions(np.zeros((0, 32)), [dense(atoms)], cosine=0.9)
     assert (none.shape, kept.shape) == ((0, 32), (0,))
 
 
 def test_a_table_of_zeros_does_not_count():
     atoms, _, rows = planted()
     near = turned(atoms, 0.2)
-    alone, _ = refine_directions(near, [rows], cosine=0.9)
+    alone, *_ = refine_directions(near, [rows], cosine=0.9)
     assert np.any(alone != near)
-    both, _ = refine_directions(near, [np.zeros((5, 32)), rows], cosine=0.9)
+    both, *_ = refine_directions(near, [np.zeros((5, 32)), rows], cosine=0.9)
     np.testing.assert_array_equal(both, alone)
 
 
@@ -116,7 +184,7 @@ def test_a_direction_that_would_move_too_far_stays():
     rows = np.repeat(np.eye(4), 50, axis=0)
     near = turned(np.eye(4), 0.1)
     near[0] = unit(np.array([0.8, 0.6, 0.0, 0.0]))
-    moved, _ = refine_directions(near, [rows], cosine=0.95)
+    moved, *_ = refine_directions(near, [rows], cosine=0.95)
     np.testing.assert_array_equal(moved[0], near[0])
     np.testing.assert_allclose(np.abs(moved[1:]), np.eye(4)[1:], atol=1e-6)
 
@@ -127,4 +195,4 @@ def test_a_table_is_sparse_if_half_a_percent_is_left(noise, moves):
     rows = np.repeat(np.eye(32), 100, axis=0)
     rows += noise**0.5 * unit(rng.normal(size=rows.shape))  # nearly all of it is left
     near = turned(np.eye(32), 0.2)
-    assert np.any(refine_directions(near, [rows], cosine=0.9)[0] != near) == moves
+    assert np.any(refine_directions(near, [rows], cosine=0.9).directions != near) == moves

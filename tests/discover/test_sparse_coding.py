@@ -27,27 +27,33 @@ def test_the_pursuit_equals_least_squares_in_loops(num, k):
     atoms, rows = unit(rng.normal(size=(num, 6))), rng.normal(size=(1200, 6))
     codes = matching_pursuit(rows, atoms, k)
     oracle = np.stack([by_loops(row, atoms, k) for row in rows])
-    np.testing.assert_allclose(codes, oracle, rtol=1e-5, atol=1e-6)
-    assert np.all(np.sum(codes != 0, axis=1) <= k)
+    assert codes.index.shape == codes.values.shape == (1200, k)
+    assert all(len(set(index)) == k for index in codes.index.tolist())
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    np.testing.assert_allclose(codes.matrix(num).toarray(), oracle, **close)
+    np.testing.assert_allclose(codes.reconstruct(atoms), oracle @ atoms, **close)
 
 
 def test_codes_of_orthonormal_atoms_are_the_largest_projections():
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(50, 5))
-    codes = matching_pursuit(rows, np.eye(5), 2)
+    codes = matching_pursuit(rows, np.eye(5), 2).matrix(5).toarray()
     least = np.sort(np.abs(rows), axis=1)[:, -2:-1]
     np.testing.assert_allclose(codes, np.where(np.abs(rows) >= least, rows, 0))
 
 
 def test_rows_of_zeros_have_no_codes():
-    assert not matching_pursuit(np.zeros((3, 4)), np.eye(4), 3).any()
-    assert matching_pursuit(np.zeros((0, 4)), np.eye(4), 3).shape == (0, 4)
+    assert not matching_pursuit(np.zeros((3, 4)), np.eye(4), 3).values.any()
+    none = matching_pursuit(np.zeros((0, 4)), np.eye(4), 3)
+    assert none.index.shape == none.values.shape == (0, 3)
+    assert none.matrix(4).shape == none.reconstruct(np.eye(4)).shape == (0, 4)
 
 
 def test_a_duplicated_atom_gives_finite_codes():
-    codes = matching_pursuit(np.array([[2.0, 1.0]]), np.eye(2)[[0, 0, 1]], 3)
-    assert np.isfinite(codes).all()
-    np.testing.assert_allclose(codes @ np.eye(2)[[0, 0, 1]], [[2.0, 1.0]], atol=1e-6)
+    atoms = np.eye(2)[[0, 0, 1]]
+    codes = matching_pursuit(np.array([[2.0, 1.0]]), atoms, 3)
+    assert np.isfinite(codes.values).all()
+    np.testing.assert_allclose(codes.reconstruct(atoms), [[2.0, 1.0]], atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [0, 4, -1])
@@ -86,7 +92,7 @@ def test_the_error_is_that_of_least_squares_on_the_codes():
     _, _, rows = planted()
     near = unit(np.random.default_rng(3).normal(size=(5, 32)))
     moved, left = mod_step(rows, near, 2)
-    codes = matching_pursuit(rows, near, 2)
+    codes = matching_pursuit(rows, near, 2).matrix(5).toarray()
     fit, residual, *_ = np.linalg.lstsq(codes, rows, rcond=None)
     assert left == pytest.approx(residual.sum() / np.sum(rows**2), rel=1e-6)
     np.testing.assert_allclose(moved, unit(fit), atol=1e-6)
@@ -162,7 +168,8 @@ def test_needed_atoms_explain_as_much_as_all():
     every = with_sums(atoms)
     kept = needed_atoms(rows, every, 2)
     left = [
-        np.sum((rows - matching_pursuit(rows, some, 2) @ some) ** 2) / np.sum(rows**2)
+        np.sum((rows - matching_pursuit(rows, some, 2).reconstruct(some)) ** 2)
+        / np.sum(rows**2)
         for some in (every, every[kept], every[kept][1:])
     ]
     assert left[1] <= left[0] + 1e-6

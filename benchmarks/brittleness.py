@@ -13,9 +13,9 @@ that task; (b) also has the number of codes that was asked for, within 10 %.
   its best coefficient at every other setting.  The better one of decoder and encoder
   counts.
 - ``robust``: our four-term loss with a controller, coefficients as they begin.
-- ``consensus``: has no coefficient, no readout and no codes to choose: its result at a
-  learning rate, scale and start, a fourth as many trainings, counts at every
-  coefficient, and it has no (b).
+- ``consensus``: has no learning rate, coefficient, readout or codes to choose: its
+  result at a scale and start counts at every learning rate and coefficient, and it has
+  no (b).
 
 The bar is that ours is at 95 % or more.  Writes maps of coverage and of both shares,
 and ``out/brittleness/brittleness.html``.  Every part, of as many runs as the grid has

@@ -11,13 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from method_tools import num_latents
+from method_tools import Budget, consensus_config, num_latents
 
 import toyfeat as ft
 from toyfeat.dictionary.types import Dictionary
-from toyfeat.discover import ConsensusConfig
-from toyfeat.discover.agreement import agree_and_refine
-from toyfeat.discover.consensus import train_gradient_dictionaries
 from toyfeat.discover.gradients import tap_subject
 from toyfeat.models.planted import Task
 from toyfeat.tap.readouts import Readout
@@ -218,37 +215,33 @@ def train_population(
 
 
 def sweep_consensus(task: Task, target: float, grid: Grid) -> list[Part]:
-    """Sweep the consensus over learning rates, in one population per readout.
+    """Run the consensus at every scale and start.
 
-    It has no coefficient: what it finds stands at every one of the grid.
+    It has no learning rate and no coefficient: what it finds stands at every one of the
+    grid.
     """
     del target
-    settings = {"learning_rate": np.array(grid.rates)}
-    config = ConsensusConfig(examples=grid.examples, steps=grid.steps)
+    budget = Budget(examples=grid.examples, steps=grid.steps)
+    config = consensus_config(budget)
 
     def part(scale: float, start: int) -> list[Run]:
-        # Trained once for each rate, and scored as it is for all coefficients.
         subject = scale_outputs(task, scale)
-        gradients = train_gradient_dictionaries(
-            jax.random.key(start), subject, config, settings=settings
-        )
-        runs = []
-        for rate, trained in zip(grid.rates, gradients.dictionaries, strict=True):
-            finite = all(map(len, trained))  # a dictionary that diverged uses no latent
-            coverage = reader_coverage(agree_and_refine(trained, gradients)[0], task)
-            for c in grid.coefficients:
-                run = Run(
-                    learning_rate=rate,
-                    coefficient=c,
-                    scale=scale,
-                    readout="both",
-                    start=start,
-                    finite=finite,
-                    coverage=coverage,
-                    codes=None,
-                )
-                runs.append(run)
-        return runs
+        result = ft.consensus(jax.random.key(start), subject, config=config)
+        readers = np.asarray(result.features.readers)
+        coverage = reader_coverage(readers, task)
+        return [
+            Run(
+                learning_rate=float(rate),
+                coefficient=float(c),
+                scale=scale,
+                readout="both",
+                start=start,
+                finite=bool(np.isfinite(readers).all()),
+                coverage=coverage,
+                codes=None,
+            )
+            for rate, c in zip(*grid_cells(grid), strict=True)
+        ]
 
     return [
         partial(part, scale, start)
@@ -277,6 +270,6 @@ class Family(NamedTuple):
 FAMILIES = {
     "published": Family(sweep_published, best_coefficient=True),
     "robust": Family(sweep_robust, ours=True),
-    "consensus": Family(sweep_consensus, version=4, ours=True),
+    "consensus": Family(sweep_consensus, version=5, ours=True),
 }
 """Name to family; a new one is one row."""

@@ -24,6 +24,7 @@ import numpy as np
 import toyfeat as ft
 from toyfeat.dictionary.tensors import latent_axes
 from toyfeat.dictionary.types import Dictionary, Objective
+from toyfeat.discover import ConsensusConfig
 from toyfeat.discover.gradients import tap_subject
 from toyfeat.train import normalization
 from toyfeat.train.types import Trainer, TrainState
@@ -52,6 +53,18 @@ LATENTS_PER_DIM, MIN_LATENTS, MAX_LATENTS = 4, 16, 512
 LEARNING_RATE = 3e-3  # between too slow and too fast (docs/research.md, section 8)
 # Readouts per example where gradients are along random directions.
 DIRECTIONS = 4
+
+
+def consensus_config(budget: Budget) -> ConsensusConfig:
+    """Settings of the consensus, which takes fewer steps with more rows than others.
+
+    Each of its dictionaries sees no more rows than the budget has.
+    """
+    steps = min(ConsensusConfig().steps, budget.steps)
+    batch_size = min(ConsensusConfig().batch_size, budget.steps * budget.batch // steps)
+    return ConsensusConfig(
+        examples=budget.examples, steps=steps, batch_size=max(1, batch_size)
+    )
 
 
 def tap_readout(key: Array, subject: Subject, budget: Budget, num: int = 0) -> Taps:

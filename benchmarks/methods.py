@@ -18,6 +18,7 @@ from method_tools import (
     LEARNING_RATE,
     Budget,
     choose_k,
+    consensus_config,
     fit_quietly,
     num_latents,
     rows_as_taps,
@@ -29,7 +30,6 @@ from method_tools import (
 
 import toyfeat as ft
 from toyfeat.dictionary.types import Dictionary
-from toyfeat.discover import ConsensusConfig
 from toyfeat.discover.gradients import acts_covariance, gradient_rows
 from toyfeat.models import planted
 from toyfeat.models.planted import Task
@@ -189,9 +189,7 @@ def gradient_dictionary(
 
 def run_consensus(key: Array, subject: Subject, *, budget: Budget) -> Features:
     """Run the consensus of dictionaries of the gradients of two readouts."""
-    config = ConsensusConfig(
-        examples=budget.examples, steps=budget.steps, batch_size=budget.batch
-    )
+    config = consensus_config(budget)
     return ft.consensus(key, subject, config=config).features
 
 

@@ -242,6 +242,19 @@ def test_controls_count_what_is_false(bench):
     assert sum("random network" in line for line in lines) == 1
 
 
+def test_the_share_of_the_draws_that_are_covered_is_told(bench):
+    board = bench("leaderboard")
+    rows = [
+        ROW | {"case": "product space", "method": "consensus", "seed": i, "readers": x}
+        for i, x in enumerate((0.96, 0.95, 0.94))
+    ]
+    label, bar = "consensus covers 0.95", ">= 0.95"
+    task = "product space, 2 of 3 draws"
+    assert (label, task, "0.667", bar, "MISSED") in board.verdicts(rows)
+    task = "product space, 2 of 2 draws"
+    assert (label, task, "1.000", bar, "ok") in board.verdicts(rows[:2])
+
+
 @pytest.mark.slow
 def test_a_method_that_raises_ends_nothing(bench, tmp_path, monkeypatch, capsys):
     names = "--methods", "activation PCA,random"

@@ -15,8 +15,8 @@ def test_the_python_blocks_of_a_page_run_in_order(page, capsys, tmp_path, monkey
     blocks = (ROOT / page).read_text(encoding="utf-8").split("```python\n")[1:]
     assert blocks, f"{page} has no python example"
     monkeypatch.chdir(tmp_path)
-    # A tenth of the examples, fewer steps; enough for the example of the README.
-    names = {"QUICK": ConsensusConfig(examples=2000, steps=300)}
+    # Fewer examples and steps; enough for the example of the README.
+    names = {"QUICK": ConsensusConfig(examples=1000, steps=30, batch_size=512)}
     for block in blocks:
         code = block.split("```")[0].replace("steps=2000", "steps=20")
         code = code.replace("subject_of(task))", "subject_of(task), config=QUICK)")

@@ -145,9 +145,8 @@ def test_nothing_is_left_out_with_fewer_than_four_dimensions_per_code(num, kept)
     assert refine_directions(every, [rows], cosine=0.9).kept.sum() == kept
     wide = rows @ np.eye(num, 20)
     wide += 0.01 * np.random.default_rng(2).normal(size=wide.shape)  # not dimensions
-    assert (
-        refine_directions(every @ np.eye(num, 20), [wide], cosine=0.9).kept.sum() == kept
-    )
+    found = refine_directions(every @ np.eye(num, 20), [wide], cosine=0.9)
+    assert found.kept.sum() == kept
 
 
 def test_nothing_is_left_out_where_one_code_is_enough():
@@ -195,4 +194,6 @@ def test_a_table_is_sparse_if_half_a_percent_is_left(noise, moves):
     rows = np.repeat(np.eye(32), 100, axis=0)
     rows += noise**0.5 * unit(rng.normal(size=rows.shape))  # nearly all of it is left
     near = turned(np.eye(32), 0.2)
-    assert np.any(refine_directions(near, [rows], cosine=0.9).directions != near) == moves
+    found = refine_directions(near, [rows], cosine=0.9)
+    assert found.explain == moves
+    assert np.any(found.directions != near) == moves

@@ -102,14 +102,6 @@ def test_planted_atoms_are_recovered(signed, key):
     assert least_cosine(found, atoms, signed=signed) > 0.99
 
 
-def test_an_atom_of_one_row_in_500_is_recovered(key):
-    atoms, _, rows = planted(dim=12, num=24, rows=8000)
-    rare = unit(np.random.default_rng(7).normal(size=(1, 12)))
-    rows[::500] = 1.5 * rare + 0.5 * atoms[:16]
-    (found,) = train(key, rows)
-    assert least_cosine(found, np.concatenate([atoms, rare])) > 0.99
-
-
 def test_there_is_a_dictionary_for_every_k_and_start(key):
     rows = np.random.default_rng(0).normal(size=(200, 6))
     trained = train(key, rows, ks=(1, 2, 30), starts=2, sizes=SMALL)

@@ -236,33 +236,6 @@ def test_directions_below_the_least_eigenvalue_are_left_out():
         assert white_coordinates(rows, min_eigenvalue=least).whiten.shape == (3, rank)
 
 
-def test_tables_have_white_gradients_of_both_readouts(key):
-    subject = planted.subject_of(planted.product_space(key, dim=8, colours=3, shapes=3))
-    short = SHORT._replace(examples=200)
-    tables = gradient_tables(key, subject, short)
-    inputs = subject.sample(jax.random.split(key, 3)[0], short.examples)
-    gradients = jax.vmap(jax.grad(lambda a, x: half_of(subject, a, x)), (None, 0))
-    oracle = gradients(jnp.zeros(8), inputs)
-    taps = tables.taps
-    assert taps.grads.shape == (200, 1, 8)
-    assert len(tables.norm_grads) == 200
-    assert len(tables.direction_grads) == 200 * short.num_directions
-    rank = len(tables.coordinates.unwhiten)
-    assert tables.planes.shape == (0, rank)
-    # All rows are in the white coordinates of the gradients of random directions.
-    for rows in (tables.norm_grads, tables.direction_grads):
-        np.testing.assert_allclose(np.mean(np.asarray(rows) ** 2), 1, rtol=1e-4)
-    second = np.asarray(tables.direction_grads, np.float64)
-    second = second.T @ second / len(second)
-    np.testing.assert_allclose(second, np.eye(rank), atol=1e-4)
-    back = np.asarray(tables.norm_grads, np.float64) @ tables.coordinates.unwhiten
-    back *= np.sqrt(np.mean(np.square(gradient_rows(taps)))) / np.sqrt(np.mean(back**2))
-    np.testing.assert_allclose(back, gradient_rows(taps), atol=1e-4)
-    np.testing.assert_allclose(taps.grads[:, 0], oracle, rtol=1e-4, atol=1e-5)
-    acts = np.asarray(taps.acts, np.float64)
-    np.testing.assert_allclose(acts_covariance(taps), np.cov(acts.T, ddof=0), atol=1e-4)
-
-
 def test_a_level_has_dictionaries_of_both_readouts(key, monkeypatch):
     """Codes of the first have one sign."""
     seen = []
@@ -359,6 +332,33 @@ def first_level(name):
     tables_key, level_key = jax.random.split(jax.random.key(1), 4)[:2]
     tables = gradient_tables(tables_key, planted.subject_of(task(name)), SHORT)
     return tables, _train_level(level_key, tables, SHORT, SHORT.latents_per_dim[0])
+
+
+def test_tables_have_white_gradients_of_both_readouts():
+    subject = planted.subject_of(task("product_space"))
+    tables, _ = first_level("product_space")
+    tables_key = jax.random.split(jax.random.key(1), 4)[0]
+    inputs = subject.sample(jax.random.split(tables_key, 3)[0], SHORT.examples)
+    gradients = jax.vmap(jax.grad(lambda a, x: half_of(subject, a, x)), (None, 0))
+    oracle = gradients(jnp.zeros(16), inputs)
+    taps = tables.taps
+    assert taps.grads.shape == (1000, 1, 16)
+    assert len(tables.norm_grads) == 1000
+    assert len(tables.direction_grads) == 1000 * SHORT.num_directions
+    rank = len(tables.coordinates.unwhiten)
+    assert tables.planes.shape == (0, rank)
+    # All rows are in the white coordinates of the gradients of random directions.
+    for rows in (tables.norm_grads, tables.direction_grads):
+        np.testing.assert_allclose(np.mean(np.asarray(rows) ** 2), 1, rtol=1e-4)
+    second = np.asarray(tables.direction_grads, np.float64)
+    second = second.T @ second / len(second)
+    np.testing.assert_allclose(second, np.eye(rank), atol=1e-4)
+    back = np.asarray(tables.norm_grads, np.float64) @ tables.coordinates.unwhiten
+    back *= np.sqrt(np.mean(np.square(gradient_rows(taps)))) / np.sqrt(np.mean(back**2))
+    np.testing.assert_allclose(back, gradient_rows(taps), atol=1e-4)
+    np.testing.assert_allclose(taps.grads[:, 0], oracle, rtol=1e-4, atol=1e-5)
+    acts = np.asarray(taps.acts, np.float64)
+    np.testing.assert_allclose(acts_covariance(taps), np.cov(acts.T, ddof=0), atol=1e-4)
 
 
 def test_shared_directions_are_refined_on_the_gradients():
@@ -545,6 +545,7 @@ def test_the_unit_of_the_outputs_does_not_matter(power):
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_planes_come_last_and_have_no_support():
     waves = planted.modular_addition(
         jax.random.key(2), modulus=13, frequencies=2, dim=12

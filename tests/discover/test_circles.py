@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from toyfeat.discover import circular_planes
+from toyfeat.discover import circles, circular_planes
 from toyfeat.discover.circles import _orthonormal_pairs, _roundest_set
 
 FEW = {"starts": 192, "steps": 60}
@@ -151,6 +151,24 @@ def test_rows_without_circles_give_no_plane(kind, dim, key):
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     found = circular_planes(key, rows, **FEW)
     assert found.shape == (0, rows.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("early_ratio", "steps", "descents"),
+    [(1.51, 60, [7]), (1.49, 60, [7, 60]), (1.51, 7, [0, 7])],
+    ids=["hopeless", "hopeful", "too few steps to tell"],
+)
+def test_a_hopeless_search_ends_early(early_ratio, steps, descents, key, monkeypatch):
+    seen = []
+
+    def descend(steps, planes, rows):
+        seen.append(steps)
+        return planes, jnp.full(len(planes), early_ratio)
+
+    monkeypatch.setattr(circles, "_descend", descend)
+    rows = jax.random.normal(key, (50, 4))
+    assert circles._search(key, 3, steps, rows, 1.1).shape == (0, 2, 4)
+    assert seen == descents
 
 
 @pytest.mark.parametrize(

@@ -264,3 +264,13 @@ def test_residuals_are_drawn_by_their_squares():
     drawn = [replace(np.eye(4)[:1], [0], rows, seed=seed)[0] for seed in range(300)]
     share = np.mean([np.abs(atoms[0, 3]) > 0.999 for atoms in drawn])
     assert share == pytest.approx(0.9, abs=0.06)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_atom_of_one_row_in_500_is_recovered(seed):
+    """It replaces one of two copies: nothing else is unexplained."""
+    atoms, _, rows = planted(seed, dim=20, num=24, rows=8000, active=1)
+    rare = unit(np.random.default_rng(7 + seed).normal(size=(1, 20)))
+    rows[::500] = rare
+    (found,) = train(jax.random.key(seed), rows, ks=(1,))
+    assert least_cosine(found, np.concatenate([atoms, rare])) > 0.99

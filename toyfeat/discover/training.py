@@ -25,6 +25,9 @@ _SETTLING_SHARE = 1 / 3
 # atom that one row in ten thousand uses is in use once in two chunks.
 _MIN_USES = 3
 
+# |cos| from which two atoms are copies of one another, as between dictionaries.
+_SAME_COSINE = 0.95
+
 # Uses after which an atom has half forgotten: it is a weighted mean of the rows that
 # used it last.  Fewer uses are noise, more keep what other atoms were at the time.
 _MEMORY = 200
@@ -32,6 +35,9 @@ _MEMORY = 200
 # Ridge of the fit of codes, as a share of an atom's square; float32 atoms may become
 # one.
 _RIDGE = 1e-4
+
+# Length of a residual that counts, as a share of its row: above what the ridge leaves.
+_MIN_RESIDUAL = 1e-2
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -54,7 +60,8 @@ def train_dictionaries(
     every atom becomes the direction of what is left of its rows when all other atoms
     are taken away, a weighted mean over its last uses.  Atoms start at rows.  Those
     that few rows use are replaced by residuals, drawn with a probability that is
-    proportional to their square: what is unexplained is where an atom is missing.
+    proportional to their square: what is unexplained is where an atom is missing.  So
+    are near copies of other atoms.
 
     Args:
       key: random key.
@@ -63,7 +70,7 @@ def train_dictionaries(
       starts: random starts of each; with ``S`` starts each one sees every ``S``-th row.
       latents_per_dim: latents per dimension of the rows.
       max_latents: most latents of a dictionary.
-      steps: of training.
+      steps: of training, rounded to tens.
       batch_size: rows per step.
       signed: whether codes may be negative.
 
@@ -228,21 +235,31 @@ def _pursue(
 def _replace_unused(
     max_k: int, key: Array, state: _State, rows: Array, k: Array, signed: Array
 ) -> _State:
-    """Replace atoms that few rows use by residuals of other rows."""
+    """Replace atoms that are not needed by residuals of other rows.
+
+    They are those that few rows use, and near copies of an atom that more rows use,
+    which share its rows.
+    """
     atoms, sums, uses = state
+    place = jnp.arange(len(atoms))
+    earlier = (uses[None, :] == uses[:, None]) & (place[None, :] < place[:, None])
+    ahead = (uses[None, :] > uses[:, None]) | earlier
+    is_copy = jnp.any((jnp.abs(atoms @ atoms.T) >= _SAME_COSINE) & ahead, axis=1)
     residual = _pursue(max_k, rows, atoms, k, signed)[2]
     square = jnp.sum(residual**2, axis=1)
+    floor = _MIN_RESIDUAL**2 * jnp.sum(rows**2, axis=1)
+    square = jnp.where(square > floor, square, 0)
 
     # Draw different rows with probabilities proportional to their squares: those with
     # the largest logarithms plus Gumbel noise.
     noise = jax.random.gumbel(key, square.shape)
     order = jnp.argsort(-(jnp.log(square) + noise))
 
-    # One for each unused atom, as far as there are residuals.
-    unused = uses < _MIN_USES
-    place = jnp.cumsum(unused) - 1
-    drawn = order[jnp.minimum(place, len(rows) - 1)]
-    replace = unused & (place < len(rows)) & (square[drawn] > 0)
+    # One for each of these atoms, as far as there are residuals.
+    spare = (uses < _MIN_USES) | is_copy
+    rank = jnp.cumsum(spare) - 1
+    drawn = order[jnp.minimum(rank, len(rows) - 1)]
+    replace = spare & (rank < len(rows)) & (square[drawn] > 0)
     new = residual[drawn] / jnp.sqrt(jnp.where(replace, square[drawn], 1))[:, None]
     return _State(
         atoms=jnp.where(replace[:, None], new, atoms),

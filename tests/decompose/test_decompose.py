@@ -331,6 +331,7 @@ def test_a_constant_gradient_uncentred_has_rank_one_and_is_the_reader(
     assert_finite(basis)
 
 
+@pytest.mark.slow_cases
 @cases
 @pytest.mark.parametrize("seed", range(3))
 def test_a_constant_gradient_centred_has_rank_zero_and_says_why(

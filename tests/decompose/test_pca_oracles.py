@@ -136,6 +136,7 @@ def test_shares_are_those_of_the_total_variance(shape, kind, rank):
         assert float(said[1]) == pytest.approx(100 * want.sum(), abs=0.051)
 
 
+@pytest.mark.slow_cases
 @batchings
 @shapes
 def test_planted_singular_values_are_found(shape, batching):

@@ -54,6 +54,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", PLANTED)
 def test_planes_of_circles_are_found(name, key):
     waves, alone, dim, others = PLANTED[name]
@@ -73,6 +74,7 @@ def test_rows_are_those_that_circles_are_made_of_not_those_that_measure_them(key
     assert closeness(found, measuring.reshape(-1, 2, 6)).max(1).max() < 0.95
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("seed", range(4))
 def test_planes_that_few_starts_reach_are_found_beside_the_others(seed):
     rows, planes, _ = example((1, 2, 6, 13), 1, 10)
@@ -137,6 +139,7 @@ def test_another_key_finds_the_same_planes_in_another_basis(key):
     assert closeness(other, planes).max(1).min() > 0.99
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("dim", [2, 4, 7])
 @pytest.mark.parametrize("kind", ["normal", "sparse", "laplace", "sphere"])
 def test_rows_without_circles_give_no_plane(kind, dim, key):
@@ -171,6 +174,7 @@ def test_a_hopeless_search_ends_early(early_ratio, steps, descents, key, monkeyp
     assert seen == descents
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("tolerance", "planes"), [(1.27, 0), (1.31, 1)], ids=["below", "above"]
 )
@@ -235,6 +239,7 @@ def test_options_are_in_range(bad, key):
         circular_planes(key, np.eye(3), **bad)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("num", "dim"), [(100, 40), (200, 100), (120, 120), (300, 200)]
 )

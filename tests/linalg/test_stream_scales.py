@@ -63,6 +63,7 @@ def test_rows_and_weights_of_any_size_have_the_values_of_numpy(method, center):
         assert 0 <= float(svd.info.residual) < s[0]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", METHODS)
 def test_small_rows_after_large_ones_are_told_by_their_share(method):
     acc = streams(method)

@@ -12,6 +12,7 @@ from toyfeat.report.planted import describe, task_figure, write_tasks
 
 SHORT = {"steps": 5, "batch": 8}
 TINY = {
+    "overcomplete": {"dim": 6, "features": 8, "most": 0.3, "least": 0.1},
     "attention_reads": {"heads": 1, "head_dim": 3, "dim": 10, "positions": 2},
     "gated_units": {"units": 3, "dim": 8, "probability": 0.3},
     "circuits": {"features": 3, "neurons": 6, "each": 2, **SHORT},

@@ -152,7 +152,7 @@ def consensus(
       >>> import jax
       >>> from toyfeat.models import planted
       >>> task = planted.product_space(jax.random.key(0), colours=2, shapes=2, dim=6)
-      >>> short = ConsensusConfig(examples=500, steps=20)
+      >>> short = ConsensusConfig(examples=500, steps=20, latents_per_dim=(2,))
       >>> result = consensus(jax.random.key(1), planted.subject_of(task), config=short)
       >>> readers, writers = result.features[:2]
       >>> readers.shape[1], readers.shape == writers.shape

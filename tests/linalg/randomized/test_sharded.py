@@ -181,6 +181,7 @@ def test_eight_devices_are_one(report, case):
     assert got["from numpy"] <= 2e-5
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("case", CASES)
 def test_u_stays_split(report, case):
     got = report(case)

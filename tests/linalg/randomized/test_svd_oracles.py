@@ -139,6 +139,7 @@ def test_transpose_is_consistent(key, method):
     np.testing.assert_allclose(straight.s, values, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "power_iters", [2, 10, *[pytest.param(i, marks=slow) for i in [5, 20, 50]]]
 )

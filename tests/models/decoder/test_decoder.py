@@ -67,6 +67,7 @@ def test_a_token_changes_no_logits_before_it(kind):
         assert moved.min() > 1e-3, t  # and all of the later ones
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_central_differences(kind):
     given, tensors, _, _ = case(kind)

@@ -150,6 +150,7 @@ def test_the_key_decides_the_task(name):
     assert np.abs(task.truth.readers - other.truth.readers).max() > 0.01
 
 
+@pytest.mark.slow_cases
 @every
 def test_samples_are_keyed_and_can_be_compiled(name):
     task = planted_task(name)
@@ -186,6 +187,7 @@ def test_gradients_are_sums_of_the_readers_that_are_active(name):
     np.testing.assert_allclose(found, oracle, atol=1e-5 * np.abs(oracle).max())
 
 
+@pytest.mark.slow_cases
 @every
 def test_active_readers_and_gradients_span_the_same(name):
     rows, adds, active = parts(name)

@@ -22,6 +22,11 @@ _PLANE_SAME_COSINE = np.cos(np.pi / 16)
 _SUPPORT_DIVISOR = 3
 _MIN_SUPPORT = 2
 
+# Share of all dictionaries that a direction needs, as a divisor.  In a random network
+# nothing is in more than a ninth of 36; readers that only one readout and half of the
+# numbers of codes see are in a fourth (docs/research.md, section 14).
+_SHARE_DIVISOR = 6
+
 # Products of rows that are held at once when near ones are looked for.  Memory only.
 _MAX_PRODUCTS = 2**25
 
@@ -139,8 +144,8 @@ def shared_directions(
 
     Args:
       dictionaries: unit rows ``[M_i, D]`` each.
-      support: dictionaries in which a direction has to be; ``None`` for a share of the
-        largest support, as in :func:`toyfeat.discover.consensus`.
+      support: dictionaries in which a direction has to be; ``None`` for a third of the
+        largest support, and a sixth of the dictionaries at least.
       cosine: ``|cos|`` from which two directions are the same.
 
     Returns:
@@ -174,7 +179,8 @@ def shared_directions(
         # The row with neighbours in most dictionaries.
         best = int(row_support.argmax())
         if support is None:  # supports only fall, so the first one is the largest
-            support = max(_MIN_SUPPORT, int(row_support[best]) // _SUPPORT_DIVISOR)
+            least = max(_MIN_SUPPORT, num // _SHARE_DIVISOR)
+            support = max(least, int(row_support[best]) // _SUPPORT_DIVISOR)
         if row_support[best] < support:
             break
         # The leading direction of its neighbours, with its own sign.

@@ -91,8 +91,8 @@ def agree_and_refine(
     on the gradients of the readout that is sparse in them, by
     :func:`toyfeat.discover.refinement.refine_directions`, random directions first; it
     leaves out the directions that its rows can do without, unless their support is
-    close to the largest one.  Directions of no more than half the largest support are
-    used only where the others do not explain that readout as well.
+    close to the largest one, and those of small support where the others explain that
+    readout as well.
 
     Args:
       dictionaries: unit rows ``[M_i, R]`` each, in white coordinates.
@@ -105,7 +105,7 @@ def agree_and_refine(
       :class:`Agreement`.
 
     References:
-      ``docs/research.md``, sections 10, 11 and 13.
+      ``docs/research.md``, sections 10, 11 and 14.
     """
     # Directions that the dictionaries share.
     shared, supports = shared_directions(dictionaries, support=support, cosine=cosine)

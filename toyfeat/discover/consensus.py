@@ -169,65 +169,60 @@ def consensus(
         )
     tables_key, *level_keys = jax.random.split(key, 1 + len(config.latents_per_dim))
     tables = gradient_tables(tables_key, subject, config)
+    vote = partial(_vote, tables=tables, support=support, cosine=cosine, tell=progress)
 
     # As few latents as explain the gradients, and some to spare.  Where none do, the
     # dictionaries of all sizes vote together.
-    levels: list[list[np.ndarray]] = []
-    for level_key, latents_per_dim in zip(
-        level_keys, config.latents_per_dim, strict=True
-    ):
-        levels.append(_train_level(level_key, tables, config, latents_per_dim))
-        dictionaries = levels[-1]
-        agreement = _agree(dictionaries, tables, support, cosine)
-        num_latents = max(map(len, dictionaries))
-        if progress:
-            _tell(agreement, len(dictionaries), num_latents)
-        if agreement.explain and len(agreement.rows) <= _MAX_NEEDED * num_latents:
+    dictionaries: list[np.ndarray] = []
+    for level_key, size in zip(level_keys, config.latents_per_dim, strict=True):
+        level = _train_level(level_key, tables, config, size)
+        dictionaries += level
+        agreement, num_voters = vote(level), len(level)
+        most = _MAX_NEEDED * max(map(len, level))
+        if agreement.explain and len(agreement.rows) <= most:
             break
     else:
-        dictionaries = [atoms for level in levels for atoms in level]
-        agreement = _agree(dictionaries, tables, support, cosine)
-        if progress:
-            _tell(agreement, len(dictionaries), max(map(len, dictionaries)))
+        if len(config.latents_per_dim) > 1:
+            agreement, num_voters = vote(dictionaries), len(dictionaries)
 
     # The two rows of a circular plane, which come last, are one mechanism.
-    num = len(agreement.rows)
-    num_planes = len(tables.planes) // 2
-    is_plane = np.arange(num) >= num - 2 * num_planes
-    within = np.arange(num) - (num - 2 * num_planes)
-    group = np.where(is_plane, num - 2 * num_planes + within // 2, np.arange(num))
-    share = np.where(is_plane, 1.0, agreement.supports / len(dictionaries))
-
+    num_single = len(agreement.rows) - len(tables.planes)
+    group = np.append(
+        np.arange(num_single), num_single + np.arange(len(tables.planes)) // 2
+    )
+    share = agreement.supports / num_voters
+    share[num_single:] = 1
     readers = jnp.asarray(agreement.rows, float)
     writers = readers @ acts_covariance(tables.taps)
     return ConsensusResult(
         features=Features(readers, writers, group=group, support=share),
         support=agreement.supports,
-        num_dictionaries=len(dictionaries),
+        num_dictionaries=num_voters,
         explain=agreement.explain,
     )
 
 
-def _agree(
+def _vote(
     dictionaries: Sequence[ArrayLike],
+    *,
     tables: GradientTables,
     support: float | None,
     cosine: float,
+    tell: bool,
 ) -> Agreement:
     """Let dictionaries vote, with a share of them as the support that is wanted."""
-    count = None if support is None else max(1, round(support * len(dictionaries)))
-    return agree_and_refine(dictionaries, tables, support=count, cosine=cosine)
-
-
-def _tell(agreement: Agreement, num_dictionaries: int, num_latents: int) -> None:
-    """Write a line of progress to standard error."""
-    explained = "explain" if agreement.explain else "do not explain"
-    print(
-        f"consensus: {num_dictionaries} dictionaries of up to {num_latents} latents "
-        f"share {len(agreement.rows)} directions, which {explained} the gradients",
-        file=sys.stderr,
-        flush=True,
-    )
+    num = len(dictionaries)
+    count = None if support is None else max(1, round(support * num))
+    agreement = agree_and_refine(dictionaries, tables, support=count, cosine=cosine)
+    if tell:
+        explained = "explain" if agreement.explain else "do not explain"
+        print(
+            f"consensus: {num} dictionaries share {len(agreement.rows)} directions, "
+            f"which {explained} the gradients",
+            file=sys.stderr,
+            flush=True,
+        )
+    return agreement
 
 
 def gradient_tables(

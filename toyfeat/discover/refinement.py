@@ -21,7 +21,7 @@ _MOD_STEPS = 8
 # to explain it.  docs/research.md, section 10, where one percent was too lax.
 _MAX_ERROR = 0.005
 
-# Most directions per row that are tried; a pursuit takes time with the cube of it.
+# Most directions per row that are tried.  Not swept.
 _MAX_CODES = 32
 
 # Rows on which the number of codes and the table are chosen (docs/research.md, section
@@ -193,7 +193,7 @@ def _most_supported(
         for whole in wholes:
             k = min(whole.k, int(chosen.sum()))
             # A first step tells most of them.
-            atoms, error = mod_step(fit.rows, whole.atoms[chosen], k)
+            _, error = mod_step(fit.rows, whole.atoms[chosen], k)
             if error > _HOPELESS_ERRORS * _MAX_ERROR:
                 continue
             atoms, error = _run_mod(fit.rows, directions[chosen], k)

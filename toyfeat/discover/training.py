@@ -28,8 +28,8 @@ _MIN_USES = 3
 # |cos| from which two atoms are copies of one another, as between dictionaries.
 _SAME_COSINE = 0.95
 
-# Uses after which an atom has half forgotten: it is a weighted mean of the rows that
-# used it last.  Fewer uses are noise, more keep what other atoms were at the time.
+# Uses after which an atom, a weighted mean of the rows that used it last, has forgotten
+# all but a third.  Fewer are noise, more keep what other atoms were at the time.
 _MEMORY = 200
 
 # Ridge of the fit of codes, as a share of an atom's square; float32 atoms may become

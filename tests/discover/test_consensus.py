@@ -592,3 +592,16 @@ def test_a_model_without_gradients_is_refused(factor, key):
     short = SHORT._replace(examples=20)
     with pytest.raises(ValueError, match="consensus: gradients must be finite and not"):
         ft.consensus(key, subject, config=short)
+
+
+@pytest.mark.slow_cases
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_any_key_finds_the_readers_of_a_product_space(seed):
+    """Smaller products are found with some keys only (docs/research.md, section 14)."""
+    product = planted.product_space(jax.random.key(0))
+    subject = planted.subject_of(product)
+    config = SHORT._replace(batch_size=512)
+    features = ft.consensus(jax.random.key(seed), subject, config=config).features
+    match = ft.metrics.match_features(features.readers, product.truth.readers)
+    assert match.coverage >= 0.99
+    assert len(features.readers) == len(product.truth.readers)

@@ -400,7 +400,9 @@ def test_support_is_a_share_of_the_dictionaries(share, num, monkeypatch):
     module, seen = sys.modules["toyfeat.discover.consensus"], []
     tables, dictionaries = first_level("product_space")
 
-    def agree(dictionaries, tables, *, support, cosine):
+    def agree(dictionaries, tables, *, of_norm, support, cosine):
+        halves = [True] * 6 + [False] * 6
+        assert of_norm is None if support else of_norm.tolist() == halves
         seen.append((len(dictionaries), support, cosine))
         return agreement.Agreement(np.eye(16)[:1], np.array([5]), True)
 

@@ -22,6 +22,9 @@ _PLANE_SAME_COSINE = np.cos(np.pi / 16)
 _SUPPORT_DIVISOR = 3
 _MIN_SUPPORT = 2
 
+# The same share where directions do not explain the gradients and cannot be pruned.
+_UNEXPLAINED_SHARE = 1 / 2
+
 # Share of all dictionaries that a direction needs, as a divisor.  In a random network
 # nothing is in more than a ninth of 36; readers that only one readout and half of the
 # numbers of codes see are in a fourth (docs/research.md, section 14).
@@ -80,6 +83,7 @@ def agree_and_refine(
     dictionaries: Sequence[ArrayLike],
     tables: GradientTables,
     *,
+    of_norm: ArrayLike | None = None,
     support: int | None = None,
     cosine: float = SAME_COSINE,
 ) -> Agreement:
@@ -92,11 +96,16 @@ def agree_and_refine(
     :func:`toyfeat.discover.refinement.refine_directions`, random directions first; it
     leaves out the directions that its rows can do without, unless their support is
     close to the largest one, and those of small support where the others explain that
-    readout as well.
+    readout as well.  Where no readout is sparse in them, only what dictionaries of both
+    readouts share is kept, with half of the largest support: each readout alone has
+    directions that recur and are no readers, such as what the active readers of one
+    example add up to.
 
     Args:
       dictionaries: unit rows ``[M_i, R]`` each, in white coordinates.
       tables: gradients of both readouts, with their circles.
+      of_norm: ``[num]`` bool, which dictionaries are of the squared norm; ``None``
+        keeps what only one readout has.
       support: as in :func:`shared_directions`.
       cosine: ``|cos|`` from which directions are the same; a direction that would move
         further stays where it is.
@@ -120,6 +129,10 @@ def agree_and_refine(
 
     # Mixtures of circles are shared as well; the circles themselves take their place.
     separate = _outside_planes(refined.directions, tables.planes)
+    # Where nothing is explained, what recurs in one readout alone may be anything.
+    if of_norm is not None and not refined.explain:
+        separate &= _in_both(refined.directions, dictionaries, of_norm, cosine)
+        separate &= supports >= _UNEXPLAINED_SHARE * supports.max(initial=0)
     rows = np.concatenate([refined.directions[separate], tables.planes])
     no_support = np.zeros(len(tables.planes), int)
     return Agreement(
@@ -196,6 +209,25 @@ def shared_directions(
         row_support[changed] = (neighbours[changed] > 0).sum(1) * free[changed]
     empty = np.zeros((0, rows.shape[1]))
     return np.stack(directions) if directions else empty, np.array(supports, int)
+
+
+def _in_both(
+    directions: np.ndarray,
+    dictionaries: Sequence[ArrayLike],
+    of_norm: ArrayLike,
+    cosine: float,
+) -> np.ndarray:
+    """Tell which unit rows enough dictionaries of both readouts have, ``[R]`` bool."""
+    has = [
+        np.any(np.abs(directions @ np.asarray(atoms).T) >= cosine, axis=1)
+        for atoms in dictionaries
+    ]
+    counts = [
+        np.sum([h for h, norm in zip(has, of_norm, strict=True) if norm == which], 0)
+        for which in (True, False)
+    ]
+    least = max(_MIN_SUPPORT, len(dictionaries) // 2 // _SHARE_DIVISOR)
+    return np.minimum(*counts) >= least
 
 
 def _near_rows(rows: np.ndarray, cosine: float) -> list[np.ndarray]:

@@ -169,7 +169,14 @@ def consensus(
         )
     tables_key, *level_keys = jax.random.split(key, 1 + len(config.latents_per_dim))
     tables = gradient_tables(tables_key, subject, config)
-    vote = partial(_vote, tables=tables, support=support, cosine=cosine, tell=progress)
+    vote = partial(
+        _vote,
+        tables=tables,
+        per_readout=len(config.ks) * config.starts,
+        support=support,
+        cosine=cosine,
+        tell=progress,
+    )
 
     # As few latents as explain the gradients, and some to spare.  Where none do, the
     # dictionaries of all sizes vote together.
@@ -206,14 +213,23 @@ def _vote(
     dictionaries: Sequence[ArrayLike],
     *,
     tables: GradientTables,
+    per_readout: int,
     support: float | None,
     cosine: float,
     tell: bool,
 ) -> Agreement:
-    """Let dictionaries vote, with a share of them as the support that is wanted."""
+    """Let dictionaries vote, with a share of them as the support that is wanted.
+
+    Of every level there are ``per_readout`` of the squared norm, then as many others.
+    """
     num = len(dictionaries)
-    count = None if support is None else max(1, round(support * num))
-    agreement = agree_and_refine(dictionaries, tables, support=count, cosine=cosine)
+    agreement = agree_and_refine(
+        dictionaries,
+        tables,
+        of_norm=np.arange(num) // per_readout % 2 == 0 if support is None else None,
+        support=None if support is None else max(1, round(support * num)),
+        cosine=cosine,
+    )
     if tell:
         explained = "explain" if agreement.explain else "do not explain"
         print(

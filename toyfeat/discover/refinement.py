@@ -11,8 +11,16 @@ from toyfeat.discover.sparse_coding import (
     matching_pursuit,
     mod_step,
     needed_atoms,
+    pursuit_errors,
 )
 from toyfeat.types import ArrayLike
+
+# Share of the median direction's sum of squared codes, and of its mean square per row,
+# below which a direction is what others leave.  True ones have .28 and more of the
+# first, reads of single neurons that the network hardly uses up to .1
+# (docs/research.md, section 15).
+_FAINT_SHARE = 0.1
+_FAINT_PER_USE = 0.5
 
 # Steps of the method of optimal directions.  docs/research.md, section 10.
 _MOD_STEPS = 8
@@ -37,12 +45,34 @@ _CERTAIN_SUPPORT = 0.6
 # a tenth of the length.  Smaller codes are noise.
 _USED_SHARE = 1e-2
 
-# Errors above so many times the largest that counts are not fitted further.  Not swept.
-_HOPELESS_ERRORS = 3
-
 # Where a step leaves more than this share of the error of the last one, and the error
 # is still too large, more steps would not explain the table.  Not swept.
 _MIN_GAIN = 0.9
+
+# The same before any step, where directions are near what they should be: within a
+# cosine of .975.
+_HOPELESS_CURVE = 10
+
+# Rows on which codes are counted before any step.
+_CURVE_ROWS = 1000
+
+# Largest remainder that nothing sparse explains, where directions are still said to
+# explain the rest: between what a trained residual layer leaves, 1.3 %, and what the
+# control leaves that computes fewer functions than it has features, 3 %
+# (docs/research.md, section 15).  What others of its size may leave, as a ratio.
+_MAX_REMAINDER = 0.02
+_REMAINDER_RATIO = 1.25
+
+# Fewest directions for which the law of the largest of many holds.
+_MIN_FOR_LIMIT = 3
+
+# Largest share of a row that a code is taken to explain by chance.
+_MAX_CHANCE = 0.95
+
+# Directions have converged where nine in ten move less, in 1 - |cos|, at a step: an
+# angle of a milliradian.  Not swept.
+_MOVING_SHARE = 0.9
+_MIN_MOVE = 1e-6
 
 # How many times as far as in another table the median direction may move in the first
 # one.  docs/research.md, section 11, "Which readout, again"; 3 was worse.
@@ -81,6 +111,7 @@ class _SparseFit(NamedTuple):
       rows: ``[n, D]``, those that were fitted.
       dim: its effective rank.
       most: directions per row that count as few.
+      limit: largest share of its sum of squares that may stay unexplained.
       k: the fewest directions per row that explain it.
       atoms: ``[R, D]``, the directions after the fit.
     """
@@ -89,6 +120,7 @@ class _SparseFit(NamedTuple):
     rows: np.ndarray
     dim: int
     most: int
+    limit: float
     k: int
     atoms: np.ndarray
 
@@ -139,6 +171,9 @@ def refine_directions(
       table and for what is left out, section 14 for the supports.
     """
     fits = [fit for table in tables if (fit := _fit_sparsely(table, directions))]
+    # Those that are explained whole come before those that leave a remainder.
+    least = min((fit.limit for fit in fits), default=0)
+    fits = [fit for fit in fits if fit.limit == least or fit.limit <= _MAX_ERROR]
     if not fits:
         return RefinedDirections(directions, np.ones(len(directions), bool), False)
 
@@ -163,10 +198,12 @@ def refine_directions(
         refined, _ = _run_mod(rows, refined, best.k)
         refined = _limit_moves(refined, directions, cosine)
 
-    # Leave out the directions that its rows do not need.
-    needed = np.ones(len(directions), bool)
+    # Leave out what only the last percent of the rows has, and what they do not need.
+    needed = ~_faint(matching_pursuit(rows, refined, best.k), len(refined))
     if best.k > 1 and _MIN_DIMS_PER_CODE * best.k <= best.dim:
-        needed = needed_atoms(rows, refined, best.k, certain=certain)
+        if certain is not None:
+            certain = certain[needed]
+        needed[needed] = needed_atoms(rows, refined[needed], best.k, certain=certain)
     if not needed.all():
         refined, _ = _run_mod(rows, refined[needed], best.k)
         refined = _limit_moves(refined, directions[needed], cosine)
@@ -188,29 +225,59 @@ def _most_supported(
         k = _next(fit.k)
         atoms, _ = mod_step(fit.rows, fit.atoms, k)
         wholes.append(fit._replace(k=k, atoms=atoms))
+    sample = _spread(fit.rows, _CURVE_ROWS)
+    uses = [_errors_and_codes(whole) for whole in wholes]
     for level in np.unique(supports)[:0:-1]:
         chosen = supports >= level
-        for whole in wholes:
+        for whole, (errors, codes) in zip(wholes, uses, strict=True):
             k = min(whole.k, int(chosen.sum()))
-            # A first step tells most of them.
-            _, error = mod_step(fit.rows, whole.atoms[chosen], k)
-            if error > _HOPELESS_ERRORS * _MAX_ERROR:
+            # A sample tells most of them, before any fit.
+            hopeless = _HOPELESS_CURVE * _MAX_ERROR
+            if pursuit_errors(sample, whole.atoms[chosen], k)[-1] > hopeless:
                 continue
-            atoms, error = _run_mod(fit.rows, directions[chosen], k)
+            atoms, error = _run_mod(fit.rows, whole.atoms[chosen], k)
             part = fit._replace(k=k, atoms=atoms)
-            if error <= _MAX_ERROR and not np.any(_needed(whole, part, chosen)):
+            if error <= fit.limit and not np.any(
+                _needed(fit.rows, codes, errors, part, chosen)
+            ):
                 return part, chosen
     return fit, np.ones(len(directions), bool)
 
 
-def _needed(whole: _SparseFit, part: _SparseFit, chosen: np.ndarray) -> np.ndarray:
-    """Tell which of the directions that are not chosen the rows need, bool."""
-    errors, codes = zip(*map(_errors_and_codes, (whole, part)), strict=True)
-    square = codes[0].matrix(len(whole.atoms)) ** 2
+def _needed(
+    rows: np.ndarray,
+    codes: SparseCodes,
+    errors: np.ndarray,
+    part: _SparseFit,
+    chosen: np.ndarray,
+) -> np.ndarray:
+    """Tell which of the directions that are not chosen the rows need, bool.
+
+    Args:
+      rows: ``[n, D]``.
+      codes: of the rows by all directions.
+      errors: ``[n]``, squared ones that these codes leave.
+      part: the fit of those chosen.
+      chosen: ``[R]`` bool.
+    """
+    square = codes.matrix(len(chosen)) ** 2
     energy = square.sum(0)
-    uses = square[:, ~chosen] > _USED_SHARE * np.sum(whole.rows**2, axis=1)[:, None]
-    lost = uses.T @ (errors[1] - errors[0])
+    uses = square[:, ~chosen] > _USED_SHARE * np.sum(rows**2, axis=1)[:, None]
+    lost = uses.T @ (_errors_and_codes(part)[0] - errors)
     return lost > _MAX_ERROR * np.median(energy[chosen])
+
+
+def _faint(codes: SparseCodes, num: int) -> np.ndarray:
+    """Tell which of ``num`` directions carry little, all in all and per row, bool.
+
+    A rare direction is large where it is used; one that fits what others leave is not.
+    """
+    square = codes.matrix(num) ** 2
+    uses = np.maximum(1, (square > 0).sum(0))
+    energy = square.sum(0)
+    per_use = energy / uses
+    faint = energy < _FAINT_SHARE * np.median(energy)
+    return faint & (per_use < _FAINT_PER_USE * np.median(per_use))
 
 
 def _errors_and_codes(fit: _SparseFit) -> tuple[np.ndarray, SparseCodes]:
@@ -239,22 +306,56 @@ def _fit_sparsely(table: ArrayLike, directions: np.ndarray) -> _SparseFit | None
         return None
     dim = _effective_rank(rows)
     most = min(len(directions), dim, max(1, dim // 2), _MAX_CODES)
-    k = 1
-    while k <= most:
+    counts = _candidates(rows, directions, dim, most)
+    for k in counts:
         atoms, error = _run_mod(rows, directions, k)
         if error <= _MAX_ERROR:
-            return _SparseFit(table, rows, dim, most, k, atoms)
-        k = _next(k)
+            return _SparseFit(table, rows, dim, most, _MAX_ERROR, k, atoms)
+    # The last code that is worth it may leave a remainder that nothing sparse explains.
+    if counts and counts[-1] < most and error <= _MAX_REMAINDER:
+        limit = _REMAINDER_RATIO * error
+        return _SparseFit(table, rows, dim, most, limit, counts[-1], atoms)
     return None
+
+
+def _candidates(
+    rows: np.ndarray, directions: np.ndarray, dim: int, most: int
+) -> list[int]:
+    r"""List the numbers of codes that may explain rows, the fewest first.
+
+    Each code has to explain more than it would by chance, of rows that are made of
+    nothing sparse: of ``M`` directions the best one has
+    :math:`\cos^2 \approx E_M / D` with a normal row of ``D`` dimensions, where
+    :math:`E_M = 2 \ln M - \ln \ln M - \ln \pi + 2 \gamma` is the mean of the largest of
+    ``M`` squared normal numbers.
+
+    References:
+      Embrechts, Klüppelberg and Mikosch (1997), "Modelling extremal events", table
+      3.4.4, for the largest of squared normal numbers, which have a gamma distribution.
+    """
+    errors = pursuit_errors(_spread(rows, _CURVE_ROWS), directions, most)
+    log = np.log(max(_MIN_FOR_LIMIT, len(directions)))
+    largest = 2 * log - np.log(log) - np.log(np.pi) + 2 * np.euler_gamma
+    chance = min(_MAX_CHANCE, largest / dim)
+    by_chance = np.flatnonzero(errors > (1 - chance) * np.append(1, errors[:-1]))
+    last = most if not len(by_chance) else max(1, int(by_chance[0]))
+    counts, k = [], 1
+    while k < last:
+        counts.append(k)
+        k = _next(k)
+    # A fit cannot mend all of the error.
+    return [k for k in [*counts, last] if errors[k - 1] <= _HOPELESS_CURVE * _MAX_ERROR]
 
 
 def _run_mod(rows: np.ndarray, atoms: np.ndarray, k: int) -> tuple[np.ndarray, float]:
     """Run the method of optimal directions; return atoms and unexplained share."""
     error = 1.0
     for _ in range(_MOD_STEPS):
-        last_error = error
+        last, last_error = atoms, error
         atoms, error = mod_step(rows, atoms, k)
-        if error > max(_MAX_ERROR, _MIN_GAIN * last_error):
+        moves = 1 - _abs_cosines(atoms, last)
+        converged = np.quantile(moves, _MOVING_SHARE) < _MIN_MOVE
+        if converged or error > max(_MAX_ERROR, _MIN_GAIN * last_error):
             break
     return atoms, error
 

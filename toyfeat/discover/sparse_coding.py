@@ -12,13 +12,17 @@ from scipy import sparse
 
 from toyfeat.types import ArrayLike
 
-# Entries of the products of rows and atoms that are held at once, 8 MiB.  Memory only;
-# a sixteenth of it took a third longer.
-_MAX_PRODUCTS = 2**20
+# Products of atoms that are held at once, 2 MiB in single precision, which a cache
+# holds.
+_MAX_PRODUCTS = 2**19
 
 # Ridge, as a share of an atom's square: two atoms may become one, and their Gram matrix
 # singular.  Far above float64 rounding and far below what any test can see.
 _RIDGE = 1e-9
+
+# Square of an atom's part that no other chosen atom has; below it the atom is a sum of
+# them, up to single precision.
+_MIN_SQUARE = np.float32(1e-5)
 
 # Energy (sum of squared codes), as a share of the largest, up to which an atom counts
 # as unused and stays as it is.  Below it a fit is rounding.
@@ -81,6 +85,28 @@ def matching_pursuit(rows: ArrayLike, atoms: ArrayLike, k: int) -> SparseCodes:
     References:
       Pati, Rezaiifar and Krishnaprasad (1993), "Orthogonal matching pursuit".
     """
+    rows, atoms = _check_shapes(rows, atoms, k)
+    index = np.zeros((len(rows), k), int)
+    values = np.zeros((len(rows), k))
+    gram = atoms @ atoms.T
+    # Single precision chooses the atoms; their codes are exact.
+    single_gram, single_atoms = gram.astype(np.float32), atoms.astype(np.float32)
+    gram += _RIDGE * np.eye(len(atoms))
+    for batch in _batches(len(rows), len(atoms), k):
+        scores = rows[batch].astype(np.float32) @ single_atoms.T
+        index[batch], _ = _choose_atoms(scores, single_gram, k)
+        chosen = index[batch]
+        # Solve the normal equations of the chosen atoms, row by row.
+        chosen_gram = gram[chosen[:, :, None], chosen[:, None, :]]
+        products = np.matmul(atoms[chosen], rows[batch, :, None])
+        values[batch] = np.linalg.solve(chosen_gram, products)[:, :, 0]
+    return SparseCodes(index, values)
+
+
+def _check_shapes(
+    rows: ArrayLike, atoms: ArrayLike, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return both as float64 if their shapes fit, and ``k`` to them."""
     rows, atoms = np.asarray(rows, np.float64), np.asarray(atoms, np.float64)
     if rows.ndim != 2 or atoms.ndim != 2 or rows.shape[1] != atoms.shape[1]:
         raise ValueError(
@@ -92,47 +118,83 @@ def matching_pursuit(rows: ArrayLike, atoms: ArrayLike, k: int) -> SparseCodes:
             f"matching_pursuit: wanted k in 1 .. {len(atoms)}, the number of atoms, "
             f"got {k}"
         )
-    index = np.zeros((len(rows), k), int)
-    values = np.zeros((len(rows), k))
-    gram = atoms @ atoms.T + _RIDGE * np.eye(len(atoms))
-    batch_size = max(1, _MAX_PRODUCTS // max(len(atoms), k * atoms.shape[1]))
-    for start in range(0, len(rows), batch_size):
-        batch = slice(start, start + batch_size)
-        index[batch], values[batch] = _pursue(rows[batch], atoms, gram, k)
-    return SparseCodes(index, values)
+    return rows, atoms
 
 
-def _pursue(
-    rows: np.ndarray, atoms: np.ndarray, gram: np.ndarray, k: int
-) -> SparseCodes:
-    """Run the pursuit on one batch of rows; ``gram`` is that of the atoms."""
-    index = np.zeros((len(rows), k), int)
-    basis = np.zeros((len(rows), k, rows.shape[1]))
-    residual = rows.copy()
+def _batches(num_rows: int, num_atoms: int, k: int) -> list[slice]:
+    """Cut rows into batches whose products with atoms fit into a cache."""
+    size = max(1, _MAX_PRODUCTS // (num_atoms * k))
+    return [slice(start, start + size) for start in range(0, num_rows, size)]
+
+
+def pursuit_errors(rows: ArrayLike, atoms: ArrayLike, k: int) -> np.ndarray:
+    """Return the share of rows that :func:`matching_pursuit` leaves unexplained.
+
+    Args:
+      rows: ``[N, D]``.
+      atoms: ``[M, D]``, of unit length.
+      k: most atoms per row.
+
+    Returns:
+      ``[k]``: shares of the rows' sum of squares, with one to ``k`` atoms per row, in
+      single precision.
+
+    Raises:
+      ValueError: as :func:`matching_pursuit`.
+
+    Example:
+      >>> import numpy as np
+      >>> pursuit_errors([[3.0, 4.0]], np.eye(2), 2).round(4)
+      array([0.36, 0.  ], dtype=float32)
+    """
+    rows, atoms = _check_shapes(rows, atoms, k)
+    rows, atoms = rows.astype(np.float32), atoms.astype(np.float32)
+    gram = atoms @ atoms.T
+    gains = np.zeros(k, np.float32)
+    for batch in _batches(len(rows), len(atoms), k):
+        gains += _choose_atoms(rows[batch] @ atoms.T, gram, k)[1]
+    return np.maximum(0, 1 - np.cumsum(gains) / (np.sum(rows**2) or 1))
+
+
+def _choose_atoms(
+    scores: np.ndarray, gram: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose ``k`` atoms per row by their scores, the products of rows and atoms.
+
+    Residuals are never formed: with the products of all atoms, scores of residuals
+    follow from those of the rows, whatever the dimension is.
+
+    Returns:
+      Atoms ``[B, k]``, and ``[k]``, the sum of squares that each round explains.
+
+    References:
+      Rubinstein, Zibulevsky and Elad (2008), "Efficient implementation of the K-SVD
+      algorithm using batch orthogonal matching pursuit".
+    """
+    each = np.arange(len(scores))
+    index = np.zeros((len(scores), k), int)
+    gains = np.zeros(k, scores.dtype)
+    parts = np.zeros((len(scores), k, len(gram)), scores.dtype)
     for i in range(k):
         # The atom that is closest to each residual and not chosen yet.
-        size = np.abs(residual @ atoms.T)
+        size = np.abs(scores)
         np.put_along_axis(size, index[:, :i], -1.0, axis=1)
-        index[:, i] = size.argmax(1)
-        # Its part that is orthogonal to the chosen ones (Gram and Schmidt); nothing if
-        # it is one of them.
-        part = atoms[index[:, i]]
-        part = part - _project(part, basis[:, :i])
-        square = np.sum(part**2, axis=1, keepdims=True)
-        part = np.where(square > _RIDGE, part / np.sqrt(np.maximum(square, _RIDGE)), 0)
-        basis[:, i] = part
-        residual = residual - np.sum(residual * part, axis=1, keepdims=True) * part
-
-    # Solve the normal equations of the chosen atoms, row by row.
-    chosen_gram = gram[index[:, :, None], index[:, None, :]]
-    products = np.matmul(atoms[index], rows[:, :, None])
-    return SparseCodes(index, np.linalg.solve(chosen_gram, products)[:, :, 0])
-
-
-def _project(vectors: np.ndarray, bases: np.ndarray) -> np.ndarray:
-    """Project vectors ``[B, D]`` on the spans of orthonormal bases ``[B, i, D]``."""
-    inside = np.matmul(bases, vectors[:, :, None])
-    return np.matmul(inside.transpose(0, 2, 1), bases)[:, 0]
+        index[:, i] = atom = size.argmax(1)
+        # Products of all atoms with its part that is orthogonal to the chosen ones, at
+        # unit length (Gram and Schmidt); zeros if it is one of them.
+        part = gram[atom]
+        if i:
+            inside = parts[each, :i, atom]
+            part -= np.matmul(inside[:, None, :], parts[:, :i])[:, 0]
+        square = part[each, atom, None]
+        length = np.sqrt(np.maximum(square, _MIN_SQUARE))
+        part *= (square > _MIN_SQUARE) / length
+        parts[:, i] = part
+        # Take that part away from the residuals.
+        codes = (square > _MIN_SQUARE) * scores[each, atom, None] / length
+        scores = scores - codes * part
+        gains[i] = np.sum(codes**2)
+    return index, gains
 
 
 def mod_step(rows: ArrayLike, atoms: ArrayLike, k: int) -> tuple[np.ndarray, float]:

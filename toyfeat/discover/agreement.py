@@ -119,19 +119,24 @@ def agree_and_refine(
     # Directions that the dictionaries share.
     shared, supports = shared_directions(dictionaries, support=support, cosine=cosine)
 
-    # Refine them on the readout that is sparse in them.
+    # Refine them on the readout that is sparse in them, where the dictionaries of that
+    # readout say how sure each direction is.
+    own = None
+    if of_norm is not None:
+        own = _count_supports(shared, dictionaries, of_norm, cosine)
     refined = refine_directions(
         shared,
         [tables.direction_grads, tables.norm_grads],
         cosine=cosine,
-        supports=supports,
+        supports=[supports, supports] if own is None else own,
     )
 
     # Mixtures of circles are shared as well; the circles themselves take their place.
     separate = _outside_planes(refined.directions, tables.planes)
     # Where nothing is explained, what recurs in one readout alone may be anything.
-    if of_norm is not None and not refined.explain:
-        separate &= _in_both(refined.directions, dictionaries, of_norm, cosine)
+    if own is not None and not refined.explain:
+        least = max(_MIN_SUPPORT, len(dictionaries) // 2 // _SHARE_DIVISOR)
+        separate &= own.min(0, initial=len(dictionaries)) >= least
         separate &= supports >= _UNEXPLAINED_SHARE * supports.max(initial=0)
     rows = np.concatenate([refined.directions[separate], tables.planes])
     no_support = np.zeros(len(tables.planes), int)
@@ -211,23 +216,22 @@ def shared_directions(
     return np.stack(directions) if directions else empty, np.array(supports, int)
 
 
-def _in_both(
+def _count_supports(
     directions: np.ndarray,
     dictionaries: Sequence[ArrayLike],
     of_norm: ArrayLike,
     cosine: float,
 ) -> np.ndarray:
-    """Tell which unit rows enough dictionaries of both readouts have, ``[R]`` bool."""
-    has = [
-        np.any(np.abs(directions @ np.asarray(atoms).T) >= cosine, axis=1)
-        for atoms in dictionaries
-    ]
-    counts = [
-        np.sum([h for h, norm in zip(has, of_norm, strict=True) if norm == which], 0)
-        for which in (True, False)
-    ]
-    least = max(_MIN_SUPPORT, len(dictionaries) // 2 // _SHARE_DIVISOR)
-    return np.minimum(*counts) >= least
+    """Count the dictionaries of random directions and of the norm that have unit rows.
+
+    Returns:
+      ``[2, R]`` int.
+    """
+    counts = np.zeros((2, len(directions)), int)
+    for atoms, norm in zip(dictionaries, np.asarray(of_norm), strict=True):
+        near = np.abs(directions @ np.asarray(atoms).T) >= cosine
+        counts[int(norm)] += near.any(1)
+    return counts
 
 
 def _near_rows(rows: np.ndarray, cosine: float) -> list[np.ndarray]:

@@ -130,7 +130,7 @@ def refine_directions(
     tables: Sequence[ArrayLike],
     *,
     cosine: float,
-    supports: ArrayLike | None = None,
+    supports: Sequence[ArrayLike] | None = None,
 ) -> RefinedDirections:
     """Fit directions to the table of rows that is sparse in them, and prune them.
 
@@ -152,8 +152,8 @@ def refine_directions(
       directions: ``[R, D]`` unit rows.
       tables: rows ``[N, D]`` each.
       cosine: a direction whose ``|cos|`` with its fit is less stays where it is.
-      supports: ``[R]``, how sure each direction is; ``None`` if all are as sure, and
-        none so sure that it need not be needed.
+      supports: for each table ``[R]``, how sure each direction is there; ``None`` if
+        all are as sure, and none so sure that it need not be needed.
 
     Returns:
       :class:`RefinedDirections`; all directions, unchanged, if no table is sparse in
@@ -170,25 +170,31 @@ def refine_directions(
       ``docs/research.md``, section 10 for the fit, section 11 for the choice of the
       table and for what is left out, section 14 for the supports.
     """
-    fits = [fit for table in tables if (fit := _fit_sparsely(table, directions))]
+    found = [_fit_sparsely(table, directions) for table in tables]
+    fits = {i: fit for i, fit in enumerate(found) if fit}
     # Those that are explained whole come before those that leave a remainder.
-    least = min((fit.limit for fit in fits), default=0)
-    fits = [fit for fit in fits if fit.limit == least or fit.limit <= _MAX_ERROR]
+    least = min((fit.limit for fit in fits.values()), default=0)
+    fits = {i: f for i, f in fits.items() if f.limit in (least, _MAX_ERROR)}
     if not fits:
         return RefinedDirections(directions, np.ones(len(directions), bool), False)
 
     # The table in which directions move least; the first one has an advantage.
-    moves = [1 - np.median(_abs_cosines(fit.atoms, directions)) for fit in fits]
-    moves[0] /= _MOVE_RATIO
-    best = fits[int(np.argmin(moves))]
+    first = next(iter(fits))
+    moves = {
+        i: (1 - np.median(_abs_cosines(fit.atoms, directions)))
+        / (_MOVE_RATIO if i == first else 1)
+        for i, fit in fits.items()
+    }
+    place = min(moves, key=moves.__getitem__)
+    best = fits[place]
 
     # The directions of largest support that explain it as well.
     chosen = np.ones(len(directions), bool)
     certain = None
     if supports is not None:
-        supports = np.asarray(supports)
-        best, chosen = _most_supported(best, directions, supports)
-        certain = (supports >= _CERTAIN_SUPPORT * supports.max())[chosen]
+        support = np.asarray(supports[place])
+        best, chosen = _most_supported(best, directions, support)
+        certain = (support >= _CERTAIN_SUPPORT * support.max())[chosen]
     directions = directions[chosen]
     refined = _limit_moves(best.atoms, directions, cosine)
 

@@ -2,12 +2,9 @@ import numpy as np
 import pytest
 from planted_atoms import planted, turned, unit
 
-from toyfeat.discover.refinement import (
-    _fit_sparsely,
-    _most_supported,
-    refine_directions,
-)
+from toyfeat.discover.refinement import _most_supported, refine_directions
 from toyfeat.discover.sparse_coding import needed_atoms
+from toyfeat.discover.sparse_fit import fit_sparsely
 
 
 def dense(atoms):
@@ -33,13 +30,13 @@ def test_elimination_keeps_directions_of_a_support_close_to_the_largest():
     assert not refine_directions(every, [rows], cosine=0.9).kept[40:].any()
     supports = np.full(50, 5)
     supports[48:] = 7, 10
-    kept = refine_directions(every, [rows], cosine=0.9, supports=supports).kept
+    kept = refine_directions(every, [rows], cosine=0.9, supports=[supports]).kept
     assert kept.tolist() == [True] * 40 + [False] * 8 + [True] * 2
 
 
 def most_supported(directions, rows, supports):
     """The directions that are chosen, and the fit of them."""
-    fit = _fit_sparsely(rows, directions)
+    fit = fit_sparsely(rows, directions)
     part, chosen = _most_supported(fit, directions, np.asarray(supports))
     assert part.atoms.shape == directions[chosen].shape
     assert part.k <= fit.most
@@ -54,7 +51,7 @@ def test_sums_of_low_support_are_left_out(often, rarely):
     chosen, fit = most_supported(every, rows, supports)
     assert chosen.tolist() == [True] * 40 + [False] * 10
     assert fit.k == 2
-    found = refine_directions(every, [rows], cosine=0.9, supports=supports)
+    found = refine_directions(every, [rows], cosine=0.9, supports=[supports])
     assert found.kept.tolist() == chosen.tolist()
     assert np.abs(np.sum(found.directions * atoms, axis=1)).min() > 0.9999
 
@@ -67,7 +64,7 @@ def test_sums_of_low_support_are_left_out_though_they_save_a_code():
     every = np.concatenate([basis, sums])
     chosen, fit = most_supported(every, rows, [10] * 16 + [2] * 8)
     assert chosen.tolist() == [True] * 16 + [False] * 8
-    assert (_fit_sparsely(rows, every).k, fit.k) == (1, 2)
+    assert (fit_sparsely(rows, every).k, fit.k) == (1, 2)
 
 
 @pytest.mark.parametrize(("of_rare", "sums"), [(3, 0), (2, 10)])
@@ -80,7 +77,7 @@ def test_a_rare_direction_of_low_support_is_kept_for_its_rows(of_rare, sums):
     supports = [10] * 40 + [2] * 10 + [of_rare]
     chosen, _ = most_supported(every, rows, supports)
     assert (chosen[:40].all(), chosen[40:50].sum(), chosen[50]) == (True, sums, True)
-    kept = refine_directions(every, [rows], cosine=0.9, supports=supports).kept
+    kept = refine_directions(every, [rows], cosine=0.9, supports=[supports]).kept
     assert kept.tolist() == [True] * 40 + [False] * 10 + [True]
 
 
@@ -158,6 +155,49 @@ def test_nothing_is_left_out_where_one_code_is_enough():
     assert refine_directions(every, [rows], cosine=0.9).kept.all()
 
 
+@pytest.mark.parametrize(("num", "dim"), [(40, 32), (300, 50), (5, 2), (3, 3)])
+def test_normal_rows_explain_nothing(num, dim):
+    """Each code explains what the best of so many directions does by chance."""
+    rng = np.random.default_rng(num)
+    rows, directions = rng.normal(size=(4000, dim)), unit(rng.normal(size=(num, dim)))
+    assert fit_sparsely(rows, directions) is None
+
+
+def test_supports_are_those_of_the_table_that_is_fitted():
+    """Sums recur as often as directions, but not in the table of pairs."""
+    atoms, _, rows = planted()
+    every = with_sums(atoms)
+    often, rarely = [10] * 50, [10] * 40 + [2] * 10
+    for supports, tables in (
+        ([rarely, often], [rows, dense(atoms)]),
+        ([often, rarely], [dense(atoms), rows]),
+    ):
+        kept = refine_directions(every, tables, cosine=0.9, supports=supports).kept
+        assert kept.tolist() == [True] * 40 + [False] * 10
+    kept = refine_directions(every, [rows], cosine=0.9, supports=[often]).kept
+    assert kept[:40].all()
+    assert kept.sum() > 45  # all are certain, but for those that hardly any row uses
+
+
+@pytest.mark.parametrize(("size", "kept"), [(1, True), (0.1, False)])
+def test_what_others_leave_is_left_out(size, kept):
+    """A rare direction is as long as others where it is, and is needed."""
+    atoms, _, rows = planted(dim=80)
+    rare = unit(np.random.default_rng(7).normal(size=(1, 80)))
+    rows[:20] += size * rare
+    every = np.concatenate([atoms, rare])
+    found = refine_directions(every, [rows], cosine=0.9, supports=[np.full(41, 5)])
+    assert found.kept.tolist() == [True] * 40 + [kept]
+
+
+def test_two_near_one_direction_become_one():
+    atoms, _, rows = planted()
+    every = np.concatenate([turned(atoms, 0.1), turned(atoms[:2], 0.1, seed=9)])
+    found = refine_directions(every, [rows], cosine=0.9, supports=[np.full(42, 5)])
+    assert len(found.directions) == found.kept.sum() == 40
+    assert np.abs(found.directions @ atoms.T).max(0).min() > 0.9999
+
+
 def test_directions_stay_where_no_table_is_sparse():
     atoms, _, _ = planted()
     near = turned(atoms, 0.2)
@@ -188,8 +228,10 @@ def test_a_direction_that_would_move_too_far_stays():
     np.testing.assert_allclose(np.abs(moved[1:]), np.eye(4)[1:], atol=1e-6)
 
 
-@pytest.mark.parametrize(("noise", "moves"), [(0.001, True), (0.1, False)])
-def test_a_table_is_sparse_if_half_a_percent_is_left(noise, moves):
+@pytest.mark.parametrize(
+    ("noise", "moves"), [(0.001, True), (0.015, True), (0.03, False), (0.1, False)]
+)
+def test_a_table_is_sparse_if_two_percent_are_left_that_nothing_explains(noise, moves):
     rng = np.random.default_rng(0)
     rows = np.repeat(np.eye(32), 100, axis=0)
     rows += noise**0.5 * unit(rng.normal(size=rows.shape))  # nearly all of it is left

@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 from planted_atoms import planted, turned, unit
 
-from toyfeat.discover.sparse_coding import matching_pursuit, mod_step, needed_atoms
+from toyfeat.discover.sparse_coding import (
+    matching_pursuit,
+    mod_step,
+    needed_atoms,
+    pursuit_errors,
+)
 
 
 def by_loops(row, atoms, k):
@@ -32,6 +37,23 @@ def test_the_pursuit_equals_least_squares_in_loops(num, k):
     close = {"rtol": 1e-5, "atol": 1e-6}
     np.testing.assert_allclose(codes.matrix(num).toarray(), oracle, **close)
     np.testing.assert_allclose(codes.reconstruct(atoms), oracle @ atoms, **close)
+
+
+@pytest.mark.parametrize("num", [3, 6, 15])
+def test_errors_of_a_pursuit_are_those_of_its_codes(num):
+    """Also beyond the dimension, where nothing is left to explain."""
+    rng = np.random.default_rng(num)
+    atoms, rows = unit(rng.normal(size=(num, 4))), rng.normal(size=(900, 4))
+    most = min(num, 6)
+    found = pursuit_errors(rows, atoms, most)
+    for k in range(1, most + 1):
+        left = rows - matching_pursuit(rows, atoms, k).reconstruct(atoms)
+        np.testing.assert_allclose(
+            found[k - 1], np.sum(left**2) / np.sum(rows**2), atol=2e-6
+        )
+    assert pursuit_errors(np.zeros((3, 4)), atoms, 2).tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"k in 1 \.\. "):
+        pursuit_errors(rows, atoms, num + 1)
 
 
 def test_codes_of_orthonormal_atoms_are_the_largest_projections():

@@ -128,7 +128,7 @@ def agree_and_refine(
         shared,
         [tables.direction_grads, tables.norm_grads],
         cosine=cosine,
-        supports=[supports, supports] if own is None else own,
+        supports=[supports, supports] if own is None else list(own),
     )
 
     # Mixtures of circles are shared as well; the circles themselves take their place.

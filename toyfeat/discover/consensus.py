@@ -35,6 +35,7 @@ from toyfeat.discover.gradients import (
     unit_mean_square,
     white_coordinates,
 )
+from toyfeat.discover.strengths import attribution_shares
 from toyfeat.discover.training import train_dictionaries
 from toyfeat.tap import readouts
 from toyfeat.types import Array, ArrayLike, Features, Subject
@@ -82,9 +83,11 @@ class ConsensusResult(NamedTuple):
 
     Attributes:
       features: readers and their writers; the two rows of a circular plane share a
-        ``group``.
-        ``group``, and ``support`` is the share of the dictionaries, 1 for a circular
-        plane, which held-out gradients have confirmed.
+        ``group``.  ``strength`` is the share of the attribution, gradient times
+        activation, of half the squared norm of the output that goes through a
+        mechanism.  ``support`` is the share of the dictionaries that have it, half of
+        which saw other examples than the other half; 1 for a circular plane, which
+        held-out gradients have confirmed.
       support: ``[R]`` int, in how many dictionaries a reader is; 0 for the two rows of
         a circular plane, which have no direction of their own.
       num_dictionaries: how many dictionaries voted.
@@ -123,7 +126,8 @@ def consensus(
        or where the dictionaries have few latents to spare.
     6. Add the circles of the first readout (:func:`toyfeat.discover.circular_planes`),
        which no sparse code describes, and leave out other directions in their span.
-    7. Return the regression patterns :math:`\Sigma r` of the readers as writers.
+    7. Return the regression patterns :math:`\Sigma r` of the readers as writers, and
+       the share of the attribution that goes through each.
 
     Training takes time with the product of dimensions, latents and examples, and memory
     for the gradients, ``examples * num_directions * D`` floats, three times over.  A
@@ -201,8 +205,9 @@ def consensus(
     share[num_single:] = 1
     readers = jnp.asarray(agreement.rows, float)
     writers = readers @ acts_covariance(tables.taps)
+    strength = attribution_shares(tables.taps, readers, group, tables.coordinates)
     return ConsensusResult(
-        features=Features(readers, writers, group=group, support=share),
+        features=Features(readers, writers, group, strength, share),
         support=agreement.supports,
         num_dictionaries=num_voters,
         explain=agreement.explain,

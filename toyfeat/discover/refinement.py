@@ -256,7 +256,7 @@ def _errors_and_codes(fit: SparseFit) -> tuple[np.ndarray, SparseCodes]:
 def _distinct(directions: np.ndarray, cosine: float) -> np.ndarray:
     """Tell which unit rows are not the same as an earlier one, ``[R]`` bool."""
     same = np.triu(np.abs(directions @ directions.T) >= cosine, 1)
-    return ~same.any(0)
+    return ~np.any(same, axis=0)
 
 
 def _limit_moves(

@@ -7,21 +7,21 @@ import numpy as np
 import pytest
 
 import toyfeat as ft
-from toyfeat.discover import ConsensusConfig, agreement
+from toyfeat.discover import ConsensusConfig, agreement, consensus_of_taps
 from toyfeat.discover.agreement import (
-    GradientTables,
     _near_rows,
     _outside_planes,
     agree_and_refine,
     shared_directions,
 )
-from toyfeat.discover.consensus import _train_level, gradient_tables
+from toyfeat.discover.consensus import _train_level
 from toyfeat.discover.gradients import (
     WhiteCoordinates,
     acts_covariance,
     gradient_rows,
     white_coordinates,
 )
+from toyfeat.discover.tables import GradientTables, gradient_tables, tap_readouts
 from toyfeat.discover.training import train_dictionaries
 from toyfeat.models import planted
 
@@ -329,16 +329,19 @@ def test_the_consensus_finds_the_readers(name):
 @functools.cache
 def first_level(name):
     """The tables that :func:`found` has, and the dictionaries of fewest latents."""
-    tables_key, level_key = jax.random.split(jax.random.key(1), 4)[:2]
-    tables = gradient_tables(tables_key, planted.subject_of(task(name)), SHORT)
+    tap_key, train_key = jax.random.split(jax.random.key(1))
+    tables_key, level_key = jax.random.split(train_key, 4)[:2]
+    size = {"examples": SHORT.examples, "num_directions": SHORT.num_directions}
+    taps = tap_readouts(tap_key, planted.subject_of(task(name)), **size)
+    tables = gradient_tables(tables_key, *taps)
     return tables, _train_level(level_key, tables, SHORT, SHORT.latents_per_dim[0])
 
 
 def test_tables_have_white_gradients_of_both_readouts():
     subject = planted.subject_of(task("product_space"))
     tables, _ = first_level("product_space")
-    tables_key = jax.random.split(jax.random.key(1), 4)[0]
-    inputs = subject.sample(jax.random.split(tables_key, 3)[0], SHORT.examples)
+    tap_key = jax.random.split(jax.random.key(1))[0]
+    inputs = subject.sample(jax.random.split(tap_key)[0], SHORT.examples)
     gradients = jax.vmap(jax.grad(lambda a, x: half_of(subject, a, x)), (None, 0))
     oracle = gradients(jnp.zeros(16), inputs)
     taps = tables.taps
@@ -608,3 +611,24 @@ def test_any_key_finds_the_readers_of_a_product_space(seed):
     match = ft.metrics.match_features(features.readers, product.truth.readers)
     assert match.coverage >= 0.99
     assert len(features.readers) == len(product.truth.readers)
+
+
+def test_stored_taps_give_what_the_subject_gives():
+    result = found("product_space")[0]
+    tap_key, train_key = jax.random.split(jax.random.key(1))
+    size = {"examples": SHORT.examples, "num_directions": SHORT.num_directions}
+    taps = tap_readouts(tap_key, planted.subject_of(task("product_space")), **size)
+    again = consensus_of_taps(train_key, *taps, config=SHORT)
+    np.testing.assert_array_equal(again.features.readers, result.features.readers)
+    np.testing.assert_array_equal(again.features.strength, result.features.strength)
+    narrow = taps[1]._replace(grads=taps[1].grads[..., :-1])
+    with pytest.raises(ValueError, match="taps must be of one site, got widths 16 and"):
+        consensus_of_taps(train_key, taps[0], narrow, config=SHORT)
+
+
+def test_strengths_are_those_of_mechanisms():
+    """Of every mechanism once, they sum to 1."""
+    features = found("product_space")[0].features
+    first = np.unique(features.group, return_index=True)[1]
+    assert np.sum(features.strength[first]) == pytest.approx(1)
+    assert np.min(features.strength) > 0

@@ -1,6 +1,17 @@
 """Methods that find the features of a model: from a subject to readers and writers."""
 
 from toyfeat.discover.circles import circular_planes
-from toyfeat.discover.consensus import ConsensusConfig, ConsensusResult, consensus
+from toyfeat.discover.consensus import (
+    ConsensusConfig,
+    ConsensusResult,
+    consensus,
+    consensus_of_taps,
+)
 
-__all__ = ["ConsensusConfig", "ConsensusResult", "circular_planes", "consensus"]
+__all__ = [
+    "ConsensusConfig",
+    "ConsensusResult",
+    "circular_planes",
+    "consensus",
+    "consensus_of_taps",
+]

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from toyfeat.discover.gradients import WhiteCoordinates
 from toyfeat.discover.refinement import refine_directions
-from toyfeat.types import Array, ArrayLike, Taps
+from toyfeat.discover.tables import GradientTables
+from toyfeat.types import ArrayLike
 
 # |cos| from which two directions are the same.  docs/research.md, section 3.
 SAME_COSINE = 0.95
@@ -40,27 +40,6 @@ _MIXTURE_LENGTH = 0.99
 # Smallest singular value that counts in the rank of unit rows, times the root of how
 # many there are.  A hundredth: trained rows of a plane leave it by noise.  Not swept.
 _RANK_TOLERANCE = 1e-2
-
-
-class GradientTables(NamedTuple):
-    """Gradients of two readouts, and the circles found in them.
-
-    All rows are in the ``R`` white coordinates of the gradients along random directions
-    of the output; their entries have a root mean square of 1.
-
-    Attributes:
-      norm_grads: ``[N, R]``, gradients of half the squared norm of the output.
-      direction_grads: ``[N', R]``, those along random directions of the output.
-      planes: ``[2 P, R]``, circular planes of ``norm_grads``.
-      coordinates: maps from the site to the white coordinates, and back.
-      taps: activations, and gradients of half the squared norm of the output.
-    """
-
-    norm_grads: Array
-    direction_grads: Array
-    planes: np.ndarray
-    coordinates: WhiteCoordinates
-    taps: Taps
 
 
 class Agreement(NamedTuple):

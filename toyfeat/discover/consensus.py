@@ -20,30 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.discover.agreement import (
-    SAME_COSINE,
-    Agreement,
-    GradientTables,
-    agree_and_refine,
-)
-from toyfeat.discover.circles import circular_planes
-from toyfeat.discover.gradients import (
-    WhiteCoordinates,
-    acts_covariance,
-    gradient_rows,
-    tap_subject,
-    unit_mean_square,
-    white_coordinates,
-)
+from toyfeat.discover.agreement import SAME_COSINE, Agreement, agree_and_refine
+from toyfeat.discover.gradients import acts_covariance
 from toyfeat.discover.strengths import attribution_shares
+from toyfeat.discover.tables import GradientTables, gradient_tables, tap_readouts
 from toyfeat.discover.training import train_dictionaries
-from toyfeat.tap import readouts
-from toyfeat.types import Array, ArrayLike, Features, Subject
-
-# Smallest eigenvalue of the gradients' second moment that counts, as a share of the
-# largest.  Float32 rounds the strongest direction at 6e-8 of its size; a direction with
-# a standard deviation of 3e-5 of it has .2 % of rounding in it.
-_MIN_EIGENVALUE = 1e-9
+from toyfeat.types import Array, ArrayLike, Features, Subject, Taps
 
 # Largest share of a dictionary's latents that may be needed: a dictionary that has none
 # to spare may lack some.  docs/research.md, section 14.
@@ -166,13 +148,73 @@ def consensus(
       Meinshausen and Bühlmann (2010), "Stability selection"; Haufe et al. (2014),
       equation 6, for the writers; ``docs/research.md`` for the experiments.
     """
-    if not (support is None or 0 < support <= 1) or not 0 < cosine < 1:
-        raise ValueError(
-            "consensus: wanted support in (0, 1], a share of the dictionaries, and "
-            f"cosine in (0, 1), got {support} and {cosine}"
-        )
+    _check_options(support, cosine)
+    tap_key, train_key = jax.random.split(key)
+    norm_taps, direction_taps = tap_readouts(
+        tap_key,
+        subject,
+        examples=config.examples,
+        num_directions=config.num_directions,
+    )
+    return consensus_of_taps(
+        train_key,
+        norm_taps,
+        direction_taps,
+        config=config,
+        support=support,
+        cosine=cosine,
+        progress=progress,
+    )
+
+
+def consensus_of_taps(
+    key: Array,
+    norm_taps: Taps,
+    direction_taps: Taps,
+    *,
+    config: ConsensusConfig = DEFAULT_CONFIG,
+    support: float | None = None,
+    cosine: float = SAME_COSINE,
+    progress: bool = False,
+) -> ConsensusResult:
+    """Find readers by the agreement of dictionaries of gradients that are there.
+
+    The steps of :func:`consensus` after the taps, for models that are no subject, and
+    for gradients that were stored.
+
+    Args:
+      key: random key.
+      norm_taps: activations ``[N, D]`` and gradients ``[N, 1, D]`` of a readout that
+        weighs every reader by its effect, such as half the squared norm of the output.
+      direction_taps: gradients ``[N', K, D]`` of readouts that differ from example to
+        example and have no preferred sign, such as random directions of the output, or
+        log-probabilities of sampled labels.
+      config: how dictionaries are trained; how many are tapped does not matter here.
+      support: as in :func:`consensus`.
+      cosine: as in :func:`consensus`.
+      progress: as in :func:`consensus`.
+
+    Returns:
+      :class:`toyfeat.discover.ConsensusResult`.
+
+    Raises:
+      ValueError: as :func:`consensus`, or if the taps are of different widths.
+
+    Example:
+      >>> import jax
+      >>> from toyfeat.models import planted
+      >>> from toyfeat.discover.tables import tap_readouts
+      >>> task = planted.product_space(jax.random.key(0), colours=2, shapes=2, dim=6)
+      >>> subject, size = planted.subject_of(task), dict(examples=500, num_directions=2)
+      >>> taps = tap_readouts(jax.random.key(1), subject, **size)
+      >>> short = ConsensusConfig(steps=20, latents_per_dim=(2,))
+      >>> result = consensus_of_taps(jax.random.key(2), *taps, config=short)
+      >>> result.features.readers.shape[1]
+      6
+    """
+    _check_options(support, cosine)
     tables_key, *level_keys = jax.random.split(key, 1 + len(config.latents_per_dim))
-    tables = gradient_tables(tables_key, subject, config)
+    tables = gradient_tables(tables_key, norm_taps, direction_taps)
     vote = partial(
         _vote,
         tables=tables,
@@ -214,6 +256,14 @@ def consensus(
     )
 
 
+def _check_options(support: float | None, cosine: float) -> None:
+    if not (support is None or 0 < support <= 1) or not 0 < cosine < 1:
+        raise ValueError(
+            "consensus: wanted support in (0, 1], a share of the dictionaries, and "
+            f"cosine in (0, 1), got {support} and {cosine}"
+        )
+
+
 def _vote(
     dictionaries: Sequence[ArrayLike],
     *,
@@ -246,41 +296,6 @@ def _vote(
     return agreement
 
 
-def gradient_tables(
-    key: Array, subject: Subject, config: ConsensusConfig
-) -> GradientTables:
-    """Tap the gradients of both readouts, whiten them, and look for circles.
-
-    Args:
-      key: random key.
-      subject: the model, its inputs and the site.
-      config: how many examples and directions.
-
-    Returns:
-      Rows in white coordinates.
-
-    Raises:
-      ValueError: if all gradients are 0, or one is not finite.
-    """
-    inputs_key, directions_key, circles_key = jax.random.split(key, 3)
-    inputs = subject.sample(inputs_key, config.examples)
-    directions = readouts.random_directions(
-        directions_key, config.num_directions, "gaussian"
-    )
-    taps = tap_subject(subject, inputs, readouts.half_squared_norm())
-    coordinates, norm_grads, direction_grads = _whiten(
-        gradient_rows(taps), gradient_rows(tap_subject(subject, inputs, directions))
-    )
-    planes = np.asarray(circular_planes(circles_key, norm_grads), np.float64)
-    return GradientTables(
-        norm_grads=norm_grads,
-        direction_grads=direction_grads,
-        planes=planes,
-        coordinates=coordinates,
-        taps=taps,
-    )
-
-
 def _train_level(
     key: Array, tables: GradientTables, config: ConsensusConfig, latents_per_dim: int
 ) -> list[np.ndarray]:
@@ -299,19 +314,3 @@ def _train_level(
     # random directions have none (docs/research.md, section 5).
     of_norm = train(norm_key, tables.norm_grads, signed=False)
     return of_norm + train(random_key, tables.direction_grads, signed=True)
-
-
-def _whiten(
-    norm_grads: Array, direction_grads: Array
-) -> tuple[WhiteCoordinates, Array, Array]:
-    """Map both tables to the coordinates in which the second one is white.
-
-    Readers are covariant: in other coordinates of the site they are other rows.  In
-    white coordinates the rows are the same for all of them, up to a rotation.
-    """
-    coordinates = white_coordinates(direction_grads, min_eigenvalue=_MIN_EIGENVALUE)
-    norm_grads, direction_grads = (
-        unit_mean_square(np.asarray(rows) @ coordinates.whiten)
-        for rows in (norm_grads, direction_grads)
-    )
-    return coordinates, norm_grads, direction_grads

@@ -1,0 +1,113 @@
+"""Gradients of two readouts as tables of white rows, and the circles in them."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from toyfeat.discover.circles import circular_planes
+from toyfeat.discover.gradients import (
+    WhiteCoordinates,
+    gradient_rows,
+    tap_subject,
+    unit_mean_square,
+    white_coordinates,
+)
+from toyfeat.tap import readouts
+from toyfeat.types import Array, Subject, Taps
+
+# Smallest eigenvalue of the gradients' second moment that counts, as a share of the
+# largest.  Float32 rounds the strongest direction at 6e-8 of its size; a direction with
+# a standard deviation of 3e-5 of it has .2 % of rounding in it.
+_MIN_EIGENVALUE = 1e-9
+
+
+class GradientTables(NamedTuple):
+    """Gradients of two readouts, and the circles found in them.
+
+    All rows are in the ``R`` white coordinates of the gradients along random directions
+    of the output; their entries have a root mean square of 1.
+
+    Attributes:
+      norm_grads: ``[N, R]``, gradients of half the squared norm of the output.
+      direction_grads: ``[N', R]``, those along random directions of the output.
+      planes: ``[2 P, R]``, circular planes of ``norm_grads``.
+      coordinates: maps from the site to the white coordinates, and back.
+      taps: activations, and gradients of half the squared norm of the output.
+    """
+
+    norm_grads: Array
+    direction_grads: Array
+    planes: np.ndarray
+    coordinates: WhiteCoordinates
+    taps: Taps
+
+
+def tap_readouts(
+    key: Array, subject: Subject, *, examples: int, num_directions: int
+) -> tuple[Taps, Taps]:
+    """Tap the gradients of both readouts.
+
+    Args:
+      key: random key.
+      subject: the model, its inputs and the site.
+      examples: inputs that are tapped.
+      num_directions: random directions of the output per example.
+
+    Returns:
+      Taps of half the squared norm of the output, and along random directions of it.
+    """
+    inputs_key, directions_key = jax.random.split(key)
+    inputs = subject.sample(inputs_key, examples)
+    directions = readouts.random_directions(directions_key, num_directions, "gaussian")
+    norm = readouts.half_squared_norm()
+    return tap_subject(subject, inputs, norm), tap_subject(subject, inputs, directions)
+
+
+def gradient_tables(
+    key: Array, norm_taps: Taps, direction_taps: Taps
+) -> GradientTables:
+    """Whiten the gradients of both readouts, and look for circles.
+
+    Args:
+      key: random key.
+      norm_taps: gradients ``[N, 1, D]`` of half the squared norm of the output.
+      direction_taps: gradients ``[N', K, D]`` along random directions of the output.
+
+    Returns:
+      Rows in white coordinates.
+
+    Raises:
+      ValueError: if widths differ, all gradients are 0, or one is not finite.
+    """
+    norm_rows, direction_rows = map(gradient_rows, (norm_taps, direction_taps))
+    if norm_rows.shape[1] != direction_rows.shape[1]:
+        raise ValueError(
+            "consensus: both taps must be of one site, got widths "
+            f"{norm_rows.shape[1]} and {direction_rows.shape[1]}"
+        )
+    coordinates, norm_grads, direction_grads = _whiten(norm_rows, direction_rows)
+    planes = np.asarray(circular_planes(key, norm_grads), np.float64)
+    return GradientTables(
+        norm_grads=norm_grads,
+        direction_grads=direction_grads,
+        planes=planes,
+        coordinates=coordinates,
+        taps=norm_taps,
+    )
+
+
+def _whiten(
+    norm_grads: Array, direction_grads: Array
+) -> tuple[WhiteCoordinates, Array, Array]:
+    """Map both tables to the coordinates in which the second one is white.
+
+    Readers are covariant: in other coordinates of the site they are other rows.  In
+    white coordinates the rows are the same for all of them, up to a rotation.
+    """
+    coordinates = white_coordinates(direction_grads, min_eigenvalue=_MIN_EIGENVALUE)
+    norm_grads, direction_grads = (
+        unit_mean_square(np.asarray(rows) @ coordinates.whiten)
+        for rows in (norm_grads, direction_grads)
+    )
+    return coordinates, norm_grads, direction_grads

@@ -2,7 +2,7 @@
 
     python benchmarks/leaderboard.py [--quick | --shapes | --conditioned | --scale |
         --tiny]
-        [--seeds N] [--jobs N] [--tasks A,B] [--methods A,B]
+        [--seeds N] [--others N] [--jobs N] [--tasks A,B] [--methods A,B]
 
 Prints coverage of each task's side (median over seeds) and the bars, and writes
 ``out/leaderboard/leaderboard.html`` with all scores, the same as JSON, and a picture.
@@ -31,8 +31,9 @@ from harness import parse_command
 from methods import METHODS
 from rich.console import Console
 from runner import Failure, measure_missing
+from sizes import SIZES
 from stored_rows import resume_rows
-from tasks import ALL, SIZES
+from tasks import ALL
 
 from toyfeat.files.atomic import output_folder
 from toyfeat.report import leaderboard
@@ -42,6 +43,8 @@ MAX_FALSE = 1
 # Coverage from which a draw is a success, and the share of the draws that have to be.
 SUCCESS = 0.95
 MIN_SUCCESSES = 0.95
+# Draws for methods other than the consensus: medians need fewer than shares.
+MAX_OTHERS = 3
 # A hard task is one whose features activations alone do not tell: coverage at most.
 EASY = 0.8
 CONSENSUS = "consensus"
@@ -73,7 +76,9 @@ class Config:
     tiny: bool = False
     """Only to see that it runs."""
     seeds: int | None = None
-    """5, or 1 of quick, shapes, scale and tiny."""
+    """Draws for the consensus: 20, or 1 of quick, shapes, scale and tiny."""
+    others: int | None = None
+    """Draws for the other methods, the first ones of these; 3 at most by default."""
     jobs: int | None = None
     """Processes, 1 or, quick and without accelerator, 2."""
     root: int = 0
@@ -92,22 +97,20 @@ class Options(NamedTuple):
     """The command line, checked.
 
     Attributes:
-      size: key of ``tasks.SIZES``.
-      seeds: draws of every task.
+      size: key of ``sizes.SIZES``.
+      draws: method to how many draws of every task it is measured on.
       jobs: processes.
       root: root of all task keys.
       tasks: names.
-      methods: names.
       out: folder.
       json: file for the rows, or ``None``.
     """
 
     size: str
-    seeds: int
+    draws: dict[str, int]
     jobs: int
     root: int
     tasks: list[str]
-    methods: list[str]
     out: Path
     json: Path | None
 
@@ -124,9 +127,8 @@ def main() -> None:
         path,
         size=options.size,
         root=options.root,
-        seeds=options.seeds,
+        draws=options.draws,
         tasks=options.tasks,
-        methods=options.methods,
         processes=options.jobs,
     )
     failures = measured.failures
@@ -149,9 +151,9 @@ def select_rows(
         for row in rows
         if row["case"] in options.tasks
         and row["method"] in methods
-        and row["seed"] < options.seeds
+        and row["seed"] < options.draws[row["method"]]
     ]
-    task_place, method_place = options.tasks.index, options.methods.index
+    task_place, method_place = options.tasks.index, list(options.draws).index
     selected.sort(
         key=lambda r: (r["seed"], task_place(r["case"]), method_place(r["method"]))
     )
@@ -172,7 +174,8 @@ def write_page(
         argument=ARGUMENT,
         header={
             "size": options.size,
-            "seeds": options.seeds,
+            "draws": max(options.draws.values()),
+            "draws of other methods": min(options.draws.values()),
             "root": options.root,
             "jobs": options.jobs,
             "failed": failures,
@@ -302,21 +305,24 @@ def parse_options() -> Options:
     jobs = config.jobs
     if jobs is None:
         jobs = min(2, os.cpu_count() or 1) if size == "quick" and on_cpu else 1
-    for name, count in (("seeds", seeds), ("jobs", jobs)):
+    others = min(seeds, MAX_OTHERS) if config.others is None else config.others
+    for name, count in (("seeds", seeds), ("others", others), ("jobs", jobs)):
         if count < 1:
             _refuse(f"--{name} must be at least 1, got {count}")
     if jobs > 1 and not on_cpu:
         _refuse("--jobs: an accelerator runs one process; JAX_PLATFORMS=cpu")
+    if others > seeds:
+        _refuse(f"--others must be at most --seeds, {seeds}, got {others}")
+    methods = _names("methods", config.methods, [*METHODS, leaderboard.ORACLE])
     folder = "leaderboard" if size == "full" else f"leaderboard-{size}"
     return Options(
         size=size,
-        seeds=seeds,
+        draws={name: seeds if name == CONSENSUS else others for name in methods},
         jobs=jobs,
         root=config.root,
         tasks=_names(
             "tasks", config.tasks, list(SIZES[size].tasks), f" at size {size}"
         ),
-        methods=_names("methods", config.methods, [*METHODS, leaderboard.ORACLE]),
         out=config.out or Path("out", folder),
         json=config.json,
     )

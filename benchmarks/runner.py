@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -19,7 +19,8 @@ import jax
 from harness import row
 from method_tools import Budget
 from methods import METHODS, oracle
-from tasks import SIZES, make_task, task_key
+from sizes import SIZES
+from tasks import make_task, task_key
 
 import toyfeat as ft
 from toyfeat.models import planted
@@ -43,7 +44,7 @@ class Job(NamedTuple):
 
     Attributes:
       path: file that rows are appended to.
-      size: of the leaderboard, see ``tasks.SIZES``.
+      size: of the leaderboard, see ``sizes.SIZES``.
       root: root of all task keys.
       seed: number of the draw.
       task: name.
@@ -98,9 +99,8 @@ def measure_missing(
     *,
     size: str,
     root: int,
-    seeds: int,
+    draws: Mapping[str, int],
     tasks: Sequence[str],
-    methods: Sequence[str],
     processes: int,
 ) -> Measured:
     """Measure the methods on the tasks, but for the rows that are there.
@@ -110,9 +110,8 @@ def measure_missing(
       path: file that new rows are appended to.
       size: of the leaderboard.
       root: root of all task keys.
-      seeds: draws of every task.
+      draws: method to how many draws of every task it is measured on.
       tasks: names.
-      methods: names.
       processes: how many tasks are measured side by side.
 
     Returns:
@@ -122,9 +121,10 @@ def measure_missing(
     # The longest tasks are last; side by side they begin first, and none runs alone.
     order = tasks[::-1] if processes > 1 else tasks
     jobs = []
-    for seed in range(seeds):
+    for seed in range(max(draws.values())):
+        wanted = [method for method, num in draws.items() if seed < num]
         for name in order:
-            missing = [m for m in methods if (name, m, seed) not in done]
+            missing = [m for m in wanted if (name, m, seed) not in done]
             if missing or seed == 0:  # the first draw has the picture of the task
                 jobs.append(Job(path, size, root, seed, name, missing))
     all_rows, pages, failures = list(rows), {}, []
@@ -141,7 +141,7 @@ def measure_missing(
     return Measured(
         rows=all_rows,
         pages=pages,
-        methods=[method for method in methods if method not in absent],
+        methods=[method for method in draws if method not in absent],
         failures=failures,
     )
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks import ALL, SIZES
+from sizes import SIZES
+from tasks import ALL
 
 from toyfeat.files.atomic import write_whole
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from method_tools import Budget
 
 from toyfeat.models import planted
 from toyfeat.models.planted import Task
@@ -47,20 +46,6 @@ class PlantedTask(NamedTuple):
     key: int | None = None
     condition: float | None = None
     version: int = 1
-
-
-class Size(NamedTuple):
-    """A size of the leaderboard.
-
-    Attributes:
-      tasks: name to task, with the knobs of this size.
-      budget: of every method.
-      seeds: how many draws of every task, by default.
-    """
-
-    tasks: dict[str, PlantedTask]
-    budget: Budget
-    seeds: int
 
 
 def _by_name(rows: Iterable[PlantedTask]) -> dict[str, PlantedTask]:
@@ -302,44 +287,9 @@ SCALE = {
 }
 """Sites with many rare readers; the first one is in the full size, too."""
 
-_FULL = TASKS | MECHANISMS | {"160 readers in 64": SCALE["160 readers in 64"]}
-ALL = _FULL | SHAPES | SCALE
+FULL = TASKS | MECHANISMS | {"160 readers in 64": SCALE["160 readers in 64"]}
+ALL = FULL | SHAPES | SCALE
 """Every task by its name."""
-
-
-def _resized(changes: str) -> dict[str, PlantedTask]:
-    """Tasks with the knobs of the column ``changes``, without those that have none."""
-    return {
-        name: task._replace(knobs={**task.knobs, **getattr(task, changes)})
-        for name, task in TASKS.items()
-        if getattr(task, changes) is not None
-    }
-
-
-# Badly conditioned, though squares of singular values, 1e4 apart, are well above 1e-7.
-CONDITION = 100.0
-
-SIZES = {
-    "full": Size(tasks=_FULL, budget=Budget(), seeds=5),
-    "conditioned": Size(
-        tasks={n: t._replace(condition=CONDITION) for n, t in _FULL.items()},
-        budget=Budget(),
-        seeds=5,
-    ),
-    "shapes": Size(tasks=SHAPES, budget=Budget(), seeds=1),
-    "scale": Size(tasks=SCALE, budget=Budget(), seeds=1),
-    "quick": Size(
-        tasks=_resized("quick"),
-        budget=Budget(examples=6000, steps=500, batch=256),
-        seeds=1,
-    ),
-    "tiny": Size(
-        tasks=_resized("tiny"),
-        budget=Budget(examples=400, steps=20, batch=64),
-        seeds=1,
-    ),
-}
-"""The sizes by name; ``conditioned`` has the draws of ``full`` in other coordinates."""
 
 
 def task_key(task: PlantedTask, *, root: int = 0, seed: int = 0) -> Array:

@@ -202,12 +202,13 @@ def test_a_task_is_made_with_its_key_and_its_knobs(bench):
     key, knobs = tasks.make_task(task, root=1, seed=2)
     assert key_words(key) == key_words(jax.random.fold_in(jax.random.key(1), 2004))
     assert knobs == {"dim": 3}
-    quick = tasks.SIZES["quick"].tasks
+    sizes = bench("sizes").SIZES
+    quick = sizes["quick"].tasks
     assert quick["circuits 20/60"].knobs == {"features": 20, "steps": 1500}
     assert "circuits 60/60" not in quick
-    assert list(tasks.SIZES["tiny"].tasks) == ["product space"]
-    conditioned = tasks.SIZES["conditioned"].tasks
-    assert list(conditioned) == list(tasks.SIZES["full"].tasks)
+    assert list(sizes["tiny"].tasks) == ["product space"]
+    conditioned = sizes["conditioned"].tasks
+    assert list(conditioned) == list(sizes["full"].tasks)
     row = conditioned["product space"]._replace(knobs=SMALL)
     plain = tasks.make_task(row._replace(condition=None), seed=3)
     draw = tasks.make_task(row, seed=3)  # the same draw in other coordinates
@@ -220,7 +221,7 @@ def test_every_task_is_in_the_list_of_tasks(bench):
     text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
     listed = {name.strip() for row in rows[1:] for name in row.split(",")}
-    assert listed == set(bench("tasks").SIZES["full"].tasks)
+    assert listed == set(bench("sizes").SIZES["full"].tasks)
 
 
 def test_controls_count_what_is_false(bench):
@@ -306,9 +307,12 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(
 
 def test_the_command_line_is_checked(bench, capsys):
     board = bench("leaderboard", "--tiny", "--methods", "TopK,random,TopK")
-    assert board.parse_options().methods == ["TopK", "random"]
+    assert board.parse_options().draws == {"TopK": 1, "random": 1}
+    board = bench("leaderboard", "--methods", "TopK,consensus")
+    assert board.parse_options().draws == {"TopK": 3, "consensus": 20}
     for bad, match in (
         (("--seeds", "0"), "--seeds must be at least 1, got 0"),
+        (("--others", "2"), "--others must be at most --seeds, 1, got 2"),
         (("--jobs", "0"), "--jobs must be at least 1, got 0"),
         (("--tasks", "x²"), "--tasks: there is no 'x²' at size tiny; there are pro"),
         (("--methods", ""), "--methods: there is no ''; there are random"),
@@ -320,7 +324,7 @@ def test_the_command_line_is_checked(bench, capsys):
         assert match in capsys.readouterr().err
     bench("leaderboard", "--shapes", "--methods", "consensus")
     other = board.parse_options()
-    assert (other.size, other.seeds) == ("shapes", 1)
+    assert (other.size, other.draws) == ("shapes", {"consensus": 1})
     assert other.out == Path("out/leaderboard-shapes")
     assert not set(other.tasks) & set(board.SIZES["full"].tasks)
     assert "," not in "".join([*board.ALL, *board.METHODS])
@@ -576,12 +580,11 @@ def test_results_of_processes_are_put_together(bench, tmp_path, monkeypatch, cap
         [ROW | {"case": "product space", "seed": 2, "method": "TopK"}],
         tmp_path / "rows.jsonl",
         **TINY,
-        seeds=3,
+        draws=dict.fromkeys(methods, 3) | {"ICA": 2},
         tasks=["product space"],
-        methods=methods,
         processes=2,
     )
-    assert called == [(0, methods, 2), (1, methods, 2), (2, methods[:2], 2)]
+    assert called == [(0, methods, 2), (1, methods, 2), (2, ["random"], 2)]
     assert measured.methods == ["random", "TopK"]
     assert measured.failures == [("product space", "TopK, seed 0", "(E: e)")]
     assert [row["seed"] for row in measured.rows] == [2, 1, 0]

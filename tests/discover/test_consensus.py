@@ -632,3 +632,20 @@ def test_strengths_are_those_of_mechanisms():
     first = np.unique(features.group, return_index=True)[1]
     assert np.sum(features.strength[first]) == pytest.approx(1)
     assert np.sum(np.asarray(features.strength) > 0.05) >= 10
+
+
+@pytest.mark.slow
+def test_planes_of_gated_units_are_mechanisms():
+    """And their supports, strengths and writers are those of planes."""
+    units = planted.gated_units(jax.random.key(0))
+    result = ft.consensus(jax.random.key(1), planted.subject_of(units))
+    truth, features = units.truth, result.features
+    match = ft.metrics.match_mechanisms(
+        features.readers, truth.readers, group=features.group, truth_group=truth.group
+    )
+    assert match.coverage > 0.99
+    sizes = np.unique(np.asarray(features.group), return_counts=True)[1]
+    assert sizes.tolist() == [2] * len(np.unique(np.asarray(truth.group)))
+    for values in (features.strength, features.support):
+        pairs = np.asarray(values).reshape(-1, 2)
+        np.testing.assert_array_equal(pairs[:, 0], pairs[:, 1])

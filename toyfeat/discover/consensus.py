@@ -8,7 +8,8 @@ trained on the gradients of two readouts, and the directions that they share are
 and refined on the gradients.
 
 ``training`` trains the dictionaries, ``agreement`` compares them, ``refinement`` makes
-directions exact, ``circles`` finds the planes that no sparse code describes.
+directions exact, ``circles`` finds the planes that no sparse code describes, and
+``subspaces`` merges directions that are parts of one mechanism.
 """
 
 import sys
@@ -23,6 +24,7 @@ import numpy as np
 from toyfeat.discover.agreement import SAME_COSINE, Agreement, agree_and_refine
 from toyfeat.discover.gradients import acts_covariance
 from toyfeat.discover.strengths import attribution_shares
+from toyfeat.discover.subspaces import find_subspaces, subspace_supports
 from toyfeat.discover.tables import GradientTables, gradient_tables, tap_readouts
 from toyfeat.discover.training import train_dictionaries
 from toyfeat.types import Array, ArrayLike, Features, Subject, Taps
@@ -64,14 +66,14 @@ class ConsensusResult(NamedTuple):
     """Features found by :func:`toyfeat.discover.consensus`.
 
     Attributes:
-      features: readers and their writers; the two rows of a circular plane share a
-        ``group``.  ``strength`` is the share of the attribution, gradient times
-        activation, of half the squared norm of the output that goes through a
-        mechanism.  ``support`` is the share of the dictionaries that have it, half of
-        which saw other examples than the other half; 1 for a circular plane, which
-        held-out gradients have confirmed.
-      support: ``[R]`` int, in how many dictionaries a reader is; 0 for the two rows of
-        a circular plane, which have no direction of their own.
+      features: readers and their writers; rows of a plane or a subspace, as of a gated
+        unit, an attention head or a circle, share a ``group``.  ``strength`` is the
+        share of the attribution, gradient times activation, of half the squared norm of
+        the output that goes through a mechanism.  ``support`` is the share of the
+        dictionaries that have it, half of which saw other examples than the other half;
+        1 for a circular plane, which held-out gradients have confirmed.
+      support: ``[R]`` int, in how many dictionaries a reader is, or atoms that span its
+        subspace; 0 for the two rows of a circular plane.
       num_dictionaries: how many dictionaries voted.
       explain: whether the gradients of a readout are sparse in the directions.  If not,
         what recurs is returned, and more of it may be sums of readers.
@@ -108,6 +110,8 @@ def consensus(
        or where the dictionaries have few latents to spare.
     6. Add the circles of the first readout (:func:`toyfeat.discover.circular_planes`),
        which no sparse code describes, and leave out other directions in their span.
+       Merge directions that are parts of one mechanism, such as of a gated unit
+       (:func:`toyfeat.discover.subspaces.find_subspaces`).
     7. Return the regression patterns :math:`\Sigma r` of the readers as writers, and
        the share of the attribution that goes through each.
 
@@ -128,8 +132,8 @@ def consensus(
       progress: whether to write a line to standard error for every stage.
 
     Returns:
-      :class:`toyfeat.discover.ConsensusResult`; the readers with the largest support
-      first, circular planes last.
+      :class:`toyfeat.discover.ConsensusResult`; single readers with the largest support
+      first, then subspaces, circular planes last.
 
     Raises:
       ValueError: if the support or the cosine is out of range, or all gradients are 0.
@@ -230,28 +234,24 @@ def consensus_of_taps(
     for level_key, size in zip(level_keys, config.latents_per_dim, strict=True):
         level = _train_level(level_key, tables, config, size)
         dictionaries += level
-        agreement, num_voters = vote(level), len(level)
+        agreement, voters = vote(level), level
         most = _MAX_NEEDED * max(map(len, level))
         if agreement.explain and len(agreement.rows) <= most:
             break
     else:
         if len(config.latents_per_dim) > 1:
-            agreement, num_voters = vote(dictionaries), len(dictionaries)
+            agreement, voters = vote(dictionaries), dictionaries
 
-    # The two rows of a circular plane, which come last, are one mechanism.
-    num_single = len(agreement.rows) - len(tables.planes)
-    group = np.append(
-        np.arange(num_single), num_single + np.arange(len(tables.planes)) // 2
-    )
-    share = agreement.supports / num_voters
-    share[num_single:] = 1
+    agreement, group = _group_rows(agreement, tables, voters)
+    share = agreement.supports / len(voters)
+    share[len(share) - len(tables.planes) :] = 1
     readers = jnp.asarray(agreement.rows, float)
     writers = readers @ acts_covariance(tables.taps)
     strength = attribution_shares(tables.taps, readers, group, tables.coordinates)
     return ConsensusResult(
         features=Features(readers, writers, group, strength, share),
         support=agreement.supports,
-        num_dictionaries=num_voters,
+        num_dictionaries=len(voters),
         explain=agreement.explain,
     )
 
@@ -262,6 +262,31 @@ def _check_options(support: float | None, cosine: float) -> None:
             "consensus: wanted support in (0, 1], a share of the dictionaries, and "
             f"cosine in (0, 1), got {support} and {cosine}"
         )
+
+
+def _group_rows(
+    agreement: Agreement, tables: GradientTables, dictionaries: Sequence[ArrayLike]
+) -> tuple[Agreement, np.ndarray]:
+    """Put subspaces in the place of directions inside; return the mechanism of rows."""
+    num_single = len(agreement.rows) - len(tables.planes)
+    white = agreement.rows[:num_single] @ tables.coordinates.whiten
+    white = white / np.linalg.norm(white, axis=1, keepdims=True)
+    spaces = find_subspaces(white, tables.stacks)
+    left = np.append(~spaces.inside, np.zeros(len(tables.planes), bool))
+    circles = np.arange(num_single, len(agreement.rows))
+    rows = tables.coordinates.directions(spaces.rows)
+    supports = subspace_supports(dictionaries, spaces.rows, spaces.group)
+
+    # Directions, then subspaces, then the two rows of every circle.
+    groups = [np.arange(left.sum()), spaces.group, np.arange(len(circles)) // 2]
+    starts = np.cumsum([0] + [group.max(initial=-1) + 1 for group in groups[:-1]])
+    return Agreement(
+        rows=np.concatenate([agreement.rows[left], rows, agreement.rows[circles]]),
+        supports=np.concatenate(
+            [agreement.supports[left], supports, agreement.supports[circles]]
+        ),
+        explain=agreement.explain,
+    ), np.concatenate([g + start for g, start in zip(groups, starts, strict=True)])
 
 
 def _vote(

@@ -21,6 +21,11 @@ from toyfeat.types import Array, Subject, Taps
 # a standard deviation of 3e-5 of it has .2 % of rounding in it.
 _MIN_EIGENVALUE = 1e-9
 
+# Examples in which planes and subspaces are looked for, not swept; and the shortest
+# gradients of an example that count, as a share of the root mean square, as of rows.
+_STACK_EXAMPLES = 4000
+_MIN_LENGTH = 1e-6
+
 
 class GradientTables(NamedTuple):
     """Gradients of two readouts, and the circles found in them.
@@ -34,6 +39,7 @@ class GradientTables(NamedTuple):
       planes: ``[2 P, R]``, circular planes of ``norm_grads``.
       coordinates: maps from the site to the white coordinates, and back.
       taps: activations, and gradients of half the squared norm of the output.
+      stacks: ``[n, K, R]`` of both, of examples whose ``K`` readouts stay together.
     """
 
     norm_grads: Array
@@ -41,6 +47,7 @@ class GradientTables(NamedTuple):
     planes: np.ndarray
     coordinates: WhiteCoordinates
     taps: Taps
+    stacks: tuple[np.ndarray, ...] = ()
 
 
 def tap_readouts(
@@ -94,7 +101,18 @@ def gradient_tables(
         planes=planes,
         coordinates=coordinates,
         taps=norm_taps,
+        stacks=tuple(_stack(part, coordinates) for part in (norm_taps, direction_taps)),
     )
+
+
+def _stack(taps: Taps, coordinates: WhiteCoordinates) -> np.ndarray:
+    """Return white gradients ``[n, K, R]`` of evenly spaced examples with any."""
+    grads = np.asarray(taps.grads)
+    grads = grads / np.abs(grads).max()
+    lengths = np.linalg.norm(grads, axis=(1, 2))
+    nonzero = np.flatnonzero(lengths > _MIN_LENGTH * np.sqrt(np.mean(lengths**2)))
+    place = np.linspace(0, len(nonzero) - 1, min(len(nonzero), _STACK_EXAMPLES))
+    return grads[nonzero[place.astype(int)]] @ coordinates.whiten
 
 
 def _whiten(

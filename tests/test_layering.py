@@ -25,6 +25,7 @@ LEVELS = {
     "models": 5,
     "train": 6,
     "interop": 6,
+    "lens": 6,
     "metrics": 7,
     "discover": 8,
     "lm": 9,

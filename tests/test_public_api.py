@@ -34,6 +34,7 @@ NAMESPACES = {
     "output_preserved ablation_curve edge_ablation edges_needed splice ce_recovered "
     "attribution_l0 attribution_faithfulness score_task mean_active_features "
     "outlier_dims Match Classification Faithfulness TaskScores OutlierDims",
+    "lenses": "LensModel from_decoder from_probed check_model",
     "linalg": "randomized_svd stream_svd LinearMap SVD SVDInfo",
     "data": "array_batches store_batches open_store store_writer verify_store "
     "store_size Batches",
@@ -43,9 +44,9 @@ NAMESPACES = {
 }
 
 
-def test_the_face_has_44_names_of_which_ten_are_namespaces():
+def test_the_face_has_45_names_of_which_11_are_namespaces():
     assert sorted(ft.__all__) == sorted([*CONTRACTS, *FUNCTIONS, *NAMESPACES])
-    assert len(ft.__all__) == 44
+    assert len(ft.__all__) == 45
     for name in ft.__all__:
         is_module = isinstance(getattr(ft, name), types.ModuleType)
         assert is_module == (name in NAMESPACES), name

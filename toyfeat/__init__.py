@@ -1,6 +1,6 @@
 """Features of a model, from its activations and their gradients, in JAX.
 
-The public face has 44 names: ten contracts, 24 functions, ten namespaces.  Everything
+The public face has 45 names: ten contracts, 24 functions, 11 namespaces.  Everything
 else is imported from its module (``toyfeat.decompose``, ``toyfeat.discover``,
 ``toyfeat.worlds``, ``toyfeat.lm``, ``toyfeat.jobs``, ``toyfeat.report``).
 
@@ -10,6 +10,7 @@ import ...`` still reaches the modules of the same name.
 
 from toyfeat import data, interop, linalg, metrics
 from toyfeat import dictionary as dictionaries
+from toyfeat import lens as lenses
 from toyfeat.checkpoint import load_tree, save_tree
 from toyfeat.decompose import (
     decode,
@@ -85,6 +86,7 @@ __all__ = [
     "gradient_pca",
     "interop",
     "joint_pca",
+    "lenses",
     "linalg",
     "load_tree",
     "local_interaction_basis",

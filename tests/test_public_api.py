@@ -34,7 +34,8 @@ NAMESPACES = {
     "output_preserved ablation_curve edge_ablation edges_needed splice ce_recovered "
     "attribution_l0 attribution_faithfulness score_task mean_active_features "
     "outlier_dims Match Classification Faithfulness TaskScores OutlierDims",
-    "lenses": "LensModel from_decoder from_probed check_model",
+    "lenses": "LensModel Estimate from_decoder from_probed check_model mean_jacobian "
+    "second_moment cluster_centres",
     "linalg": "randomized_svd stream_svd LinearMap SVD SVDInfo",
     "data": "array_batches store_batches open_store store_writer verify_store "
     "store_size Batches",

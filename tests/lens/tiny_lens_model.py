@@ -1,4 +1,4 @@
-"""A decoder of two blocks for tests of lenses, and the same in float64 by hand."""
+"""Models for tests of lenses: a decoder, and blocks in float64 written by hand."""
 
 import functools
 
@@ -10,7 +10,7 @@ import toyfeat as ft
 from toyfeat import lens as lenses
 from toyfeat.models.decoder import Decoder, llama
 
-CONFIG = llama(vocab=17, layers=3, dim=8, heads=2, kv_heads=1, hidden=12)
+CONFIG = llama(vocab=17, layers=2, dim=8, heads=2, kv_heads=1, hidden=12)
 SKIP = {"skip_first": 2, "skip_last": 1}
 
 
@@ -35,7 +35,7 @@ def norm(x):
 
 
 def hand_written(params, tokens, tap):
-    """Two causal blocks in the dtype of the parameters."""
+    """Causal blocks in the dtype of the parameters."""
     resid = params["embed"][tokens]
     time = tokens.shape[1]
     allowed = jnp.tri(time, dtype=bool)[None]

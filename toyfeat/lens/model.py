@@ -185,12 +185,15 @@ def check_model(model: Any, params: Params, inputs: Inputs) -> None:
         width, layers are in train mode (dropout), or a position depends on later ones.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from toyfeat.models.decoder import Decoder, llama
-      >>> config = llama(vocab=5, layers=2, dim=4, heads=1, hidden=6)
-      >>> tokens = jnp.zeros((1, 3), int)
-      >>> params = Decoder(config).init(jax.random.key(0), tokens)
-      >>> check_model(from_decoder(config), params, tokens)  # passes
+      >>> import jax.numpy as jnp, toyfeat as ft
+      >>> def reversing(params, x, tap):
+      ...     return tap("b", tap("a", x)[:, ::-1])
+      >>> model = from_probed(
+      ...     ft.from_function(reversing), sites=["a", "b"], unembed=lambda p, h: h
+      ... )
+      >>> check_model(model, {}, jnp.ones((1, 3, 2)))
+      Traceback (most recent call last):
+      ValueError: lenses: the model must be causal, got a position that depends on ...
     """
     who = "lenses"
     residual_shape(model, params, inputs, who)

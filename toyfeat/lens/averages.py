@@ -1,0 +1,153 @@
+"""Means of matrices over prompts, with the error that is left in them.
+
+A prompt gives some rows of a matrix: all of them, or those along a few directions of an
+orthonormal basis, in turn.  Every row has a mean of its own, so that prompts that give
+different rows can be averaged, and a scatter, which says how far the mean may be off.
+Prompts are dealt out to two halves on the way: how much their means differ is how much
+a second fit would differ.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from toyfeat.types import Array
+
+HALVES = 2
+
+
+class RowMeans(NamedTuple):
+    """Running means of the rows of ``E`` matrices ``[D, D]``, in two halves.
+
+    Rows come in ``G`` groups of ``M``, ``G M = D``; a prompt gives one group.
+
+    Attributes:
+      weight: ``[2, E, G]``, sum of the weights of a group's prompts.
+      squares: ``[2, E, G]``, sum of the squares of these weights.
+      mean: ``[2, E, G, M, D]``.
+      scatter: ``[2, E, G]``, ``sum_p w_p |rows_p - mean|^2`` of the group's rows.
+    """
+
+    weight: Array
+    squares: Array
+    mean: Array
+    scatter: Array
+
+
+class Estimate(NamedTuple):
+    """Mean matrices by site, and how sure they are.
+
+    Attributes:
+      matrices: by site, ``[D, D]``, or ``[E, D, D]`` of clusters; out times in.
+      standard_error: by site, ``[]`` or ``[E]``, of the matrix as a whole: the root of
+        the expected ``|estimate - truth|_F^2``, by the jackknife over prompts; NaN
+        where a row has fewer than two prompts.
+      relative_error: by site, ``standard_error`` over the norm of the matrix.
+      refit_cosine: by site, cosine of the matrices of two halves of the prompts.  Two
+        fits of *all* prompts each agree better, about ``2 c / (1 + c)``.
+      prompts: ``[]``, number of prompts.
+    """
+
+    matrices: dict[str, Array]
+    standard_error: dict[str, Array]
+    relative_error: dict[str, Array]
+    refit_cosine: dict[str, Array]
+    prompts: Array
+
+
+def empty_means(experts: int, groups: int, dim: int) -> RowMeans:
+    """Make the means of no prompt at all."""
+    zeros = jnp.zeros((HALVES, experts, groups))
+    mean = jnp.zeros((HALVES, experts, groups, dim // groups, dim))
+    return RowMeans(weight=zeros, squares=zeros, mean=mean, scatter=zeros)
+
+
+def add_prompts(
+    means: RowMeans, rows: Array, weights: Array, half: Array, group: Array
+) -> RowMeans:
+    """Add prompts to the means, one after the other.
+
+    Args:
+      means: so far.
+      rows: ``[B, E, M, D]``.
+      weights: ``[B, E]``; 0 leaves a prompt out.
+      half: ``[B]`` int, 0 or 1.
+      group: ``[B]`` int, the group of rows that a prompt gives.
+
+    Returns:
+      The means with them.
+    """
+
+    def add(means: RowMeans, prompt: tuple[Array, ...]) -> tuple[RowMeans, None]:
+        row, weight, half, group = prompt
+        at = (half, slice(None), group)
+        # A prompt is a set of one: no scatter of its own, and a weight.
+        single = RowMeans(weight, weight**2, row, jnp.zeros_like(weight))
+        merged = merge_means(jax.tree.map(lambda x: x[at], means), single)
+        return jax.tree.map(lambda x, new: x.at[at].set(new), means, merged), None
+
+    dtype = means.mean.dtype
+    prompts = (rows.astype(dtype), weights.astype(dtype), half, group)
+    return jax.lax.scan(add, means, prompts)[0]
+
+
+def merge_means(left: RowMeans, right: RowMeans) -> RowMeans:
+    """Merge the means of two sets of prompts (Chan, Golub and LeVeque, 1983)."""
+    weight = left.weight + right.weight
+    share = right.weight / jnp.where(weight > 0, weight, 1)
+    # The distance of the means is scatter too.
+    delta = right.mean - left.mean
+    between = left.weight * share * jnp.sum(delta**2, axis=(-2, -1))
+    return RowMeans(
+        weight=weight,
+        squares=left.squares + right.squares,
+        mean=left.mean + share[..., None, None] * delta,
+        scatter=left.scatter + right.scatter + between,
+    )
+
+
+def finish_means(
+    means: RowMeans, basis: Array | None, centre: float
+) -> tuple[Array, Array, Array]:
+    """Make matrices of the mean rows.
+
+    Args:
+      means: of a site.
+      basis: ``[D, D]``, orthonormal rows: row ``k`` of a prompt was ``basis[k] @ J``;
+        ``None`` for the standard basis.
+      centre: ``c`` of ``c I``, which stands for rows that no prompt has given.
+
+    Returns:
+      ``(matrices [E, D, D], standard error [E], cosine of two halves [E])``.
+    """
+    halves = [jax.tree.map(lambda x, i=i: x[i], means) for i in range(HALVES)]
+    matrices = [_matrices(half, basis, centre) for half in halves]
+    # Cosine of the halves as vectors.
+    dots = jnp.sum(matrices[0] * matrices[1], axis=(1, 2))
+    sizes = [jnp.sqrt(jnp.sum(m**2, axis=(1, 2))) for m in matrices]
+    cosine = dots / (sizes[0] * sizes[1])
+    # Squared error of the mean of n rows, s^2 / n, which is the jackknife's.  Unequal
+    # weights count as (sum w)^2 / sum w^2 rows.
+    both = merge_means(*halves)
+    effective = both.weight**2 / jnp.where(both.squares > 0, both.squares, 1)
+    variance = both.scatter / both.weight / (effective - 1)
+    error = jnp.sqrt(jnp.sum(jnp.where(effective > 1, variance, jnp.nan), axis=-1))
+    return _matrices(both, basis, centre), error, cosine
+
+
+def _matrices(means: RowMeans, basis: Array | None, centre: float) -> Array:
+    """Matrices ``[E, D, D]`` of one set of prompts."""
+    experts, _, num, dim = means.mean.shape
+    rows = means.mean.reshape(experts, dim, dim)
+    if basis is None:
+        return rows
+    # J = c I + sum_k q_k (r_k - c q_k)^T over the directions that were seen.  If some
+    # were not, those seen stand for all: unbiased over the draw of the basis.
+    seen = jnp.repeat(means.weight > 0, num, axis=1).astype(rows.dtype)
+    share = jnp.sum(seen, axis=1, keepdims=True) / dim
+    scale = seen / jnp.where(share > 0, share, 1)
+    change = (rows - centre * basis[None]) * scale[:, :, None]
+    eye = centre * jnp.eye(dim, dtype=rows.dtype)
+    highest = jax.lax.Precision.HIGHEST
+    return eye[None] + jnp.einsum("kd,eki->edi", basis, change, precision=highest)

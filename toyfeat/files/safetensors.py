@@ -121,3 +121,27 @@ def _read_bytes(path: Path, name: str) -> np.ndarray:
         start, end = json.loads(file.read(length))[name]["data_offsets"]
         file.seek(8 + length + start)
         return np.frombuffer(bytearray(file.read(end - start)), np.uint8)
+
+
+def metadata_of(path: Path, who: str, *, extra: str = "sae") -> dict[str, str]:
+    """Read the metadata of a file, texts by name.
+
+    Returns:
+      The metadata, empty if there are none.
+
+    Raises:
+      ValueError: if the file is damaged or not a safetensors file.
+      OSError: if the file cannot be read.
+      ImportError: if safetensors is not installed.
+    """
+    safe_open = library(who, extra=extra).safe_open
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except OSError:
+        raise
+    except Exception as error:  # SafetensorError is an Exception and nothing more
+        raise ValueError(
+            f"{who}: {path} is not a whole safetensors file "
+            f"({str(error)[:_MAX_TEXT]}); fetch or save it again"
+        ) from error

@@ -2,16 +2,34 @@
 
 from toyfeat.lens.averages import Estimate
 from toyfeat.lens.clusters import cluster_centres
+from toyfeat.lens.family import (
+    clustered_lens,
+    contrast_lens,
+    jacobian_lens,
+    load,
+    logit_lens,
+    second_moment_lens,
+)
 from toyfeat.lens.jacobians import mean_jacobian, second_moment
+from toyfeat.lens.maps import LensMap
 from toyfeat.lens.model import LensModel, check_model, from_decoder, from_probed
+from toyfeat.lens.reading import Lens
 
 __all__ = [
     "Estimate",
+    "Lens",
+    "LensMap",
     "LensModel",
     "check_model",
     "cluster_centres",
+    "clustered_lens",
+    "contrast_lens",
     "from_decoder",
     "from_probed",
+    "jacobian_lens",
+    "load",
+    "logit_lens",
     "mean_jacobian",
     "second_moment",
+    "second_moment_lens",
 ]

@@ -10,13 +10,16 @@ from toyfeat.lens.family import (
     logit_lens,
     second_moment_lens,
 )
+from toyfeat.lens.fitting import FitProgress, fit
 from toyfeat.lens.jacobians import mean_jacobian, second_moment
 from toyfeat.lens.maps import LensMap
 from toyfeat.lens.model import LensModel, check_model, from_decoder, from_probed
 from toyfeat.lens.reading import Lens
+from toyfeat.lens.sketches import sketched_jacobian
 
 __all__ = [
     "Estimate",
+    "FitProgress",
     "Lens",
     "LensMap",
     "LensModel",
@@ -24,6 +27,7 @@ __all__ = [
     "cluster_centres",
     "clustered_lens",
     "contrast_lens",
+    "fit",
     "from_decoder",
     "from_probed",
     "jacobian_lens",
@@ -32,4 +36,5 @@ __all__ = [
     "mean_jacobian",
     "second_moment",
     "second_moment_lens",
+    "sketched_jacobian",
 ]

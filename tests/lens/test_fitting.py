@@ -67,15 +67,11 @@ def test_a_fit_that_was_stopped_goes_on_and_ends_alike(tmp_path):
 def test_prompts_that_are_too_short_are_refused():
     inputs, mask = BATCHES[0][0], np.ones((2, 4))
     mask[0, 2:] = 0
-    with pytest.raises(
-        ValueError, match=r"lenses.fit: every prompt .* got 1 of 2"
-    ):
+    with pytest.raises(ValueError, match=r"lenses.fit: every prompt .* got 1 of 2"):
         lenses.fit(MODEL, ACC, PARAMS, [(inputs, mask)])
     mask[0] = 0  # a row of padding alone is no prompt
     assert int(lenses.fit(MODEL, ACC, PARAMS, [(inputs, mask)]).prompts) == 1
-    with pytest.raises(
-        ValueError, match=r"lenses.fit: batches must .* got none"
-    ):
+    with pytest.raises(ValueError, match=r"lenses.fit: batches must .* got none"):
         lenses.fit(MODEL, ACC, PARAMS, [])
     with pytest.raises(TypeError, match=r"accumulator must be a Accumulator"):
         lenses.fit(MODEL, None, PARAMS, BATCHES)

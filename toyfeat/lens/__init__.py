@@ -11,6 +11,7 @@ from toyfeat.lens.family import (
     second_moment_lens,
 )
 from toyfeat.lens.fitting import FitProgress, fit
+from toyfeat.lens.interventions import ablate, random_control, steer, swap
 from toyfeat.lens.jacobians import mean_jacobian, second_moment
 from toyfeat.lens.maps import LensMap
 from toyfeat.lens.model import LensModel, check_model, from_decoder, from_probed
@@ -23,6 +24,7 @@ __all__ = [
     "Lens",
     "LensMap",
     "LensModel",
+    "ablate",
     "check_model",
     "cluster_centres",
     "clustered_lens",
@@ -34,7 +36,10 @@ __all__ = [
     "load",
     "logit_lens",
     "mean_jacobian",
+    "random_control",
     "second_moment",
     "second_moment_lens",
     "sketched_jacobian",
+    "steer",
+    "swap",
 ]

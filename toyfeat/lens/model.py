@@ -197,7 +197,18 @@ def check_model(model: Any, params: Params, inputs: Inputs) -> None:
     """
     who = "lenses"
     residual_shape(model, params, inputs, who)
-    # Layers in train mode change the Jacobian from call to call.
+    check_evaluation(who, model, params, inputs)
+    _check_causal(who, model, params, inputs)
+
+
+def check_evaluation(
+    who: str, model: LensModel, params: Params, inputs: Inputs
+) -> None:
+    """Raise if layers are in train mode, which change the Jacobian from call to call.
+
+    Raises:
+      ValueError: if there are such layers; it names them.
+    """
     train_mode = getattr(model.probed, "train_mode", None)
     notes = train_mode(params, inputs) if callable(train_mode) else ()
     if notes:
@@ -205,7 +216,6 @@ def check_model(model: Any, params: Params, inputs: Inputs) -> None:
             f"{who}: the model must be in evaluation mode, got layers in train mode: "
             f"{', '.join(notes)}; switch dropout off (train=False, model.eval())"
         )
-    _check_causal(who, model, params, inputs)
 
 
 def residual_shape(

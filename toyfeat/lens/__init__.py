@@ -17,6 +17,7 @@ from toyfeat.lens.maps import LensMap
 from toyfeat.lens.model import LensModel, check_model, from_decoder, from_probed
 from toyfeat.lens.reading import Lens
 from toyfeat.lens.sketches import sketched_jacobian
+from toyfeat.lens.tuned import tuned_lens
 
 __all__ = [
     "Estimate",
@@ -42,4 +43,5 @@ __all__ = [
     "sketched_jacobian",
     "steer",
     "swap",
+    "tuned_lens",
 ]

@@ -189,7 +189,7 @@ def _load_published(
     """Read the published dict: ``(kind, tensors, about)``."""
     contents = saved_dict(path, who)
     tensors = contents.tensors
-    layers = {key[1]: x for key, x in tensors.items() if key[0] == "J" and key[1:]}
+    layers = {k[1]: x for k, x in tensors.items() if k[:-1] == ("J",)}
     known = range(len(sites) - 1)
     if not layers or len(layers) < len(tensors) or set(layers) - set(known):
         raise ValueError(
@@ -197,12 +197,9 @@ def _load_published(
             f"{len(sites) - 2}, got {sorted(map(str, tensors))!s:.200}; "
             "it is the lens of another model, or of another kind"
         )
-    by_name = {f"{sites[layer]}/matrices": x[None] for layer, x in layers.items()}
-    about = {
-        key[1]: x
-        for key, x in contents.values.items()
-        if key[0] == "metadata" and len(key) == 2
-    }
+    by_name = {f"{sites[int(i)]}/matrices": x[None] for i, x in layers.items()}
+    values = contents.values.items()
+    about = {str(k[-1]): x for k, x in values if k[:-1] == ("metadata",)}
     about.setdefault("prompts", contents.values.get(("n_prompts",)))
     return "jacobian", by_name, about
 

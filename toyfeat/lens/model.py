@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.checks import check_function, check_type
+from toyfeat.checks import check_flag, check_function, check_type
+from toyfeat.lens.frozen import freeze_backward
 from toyfeat.models.decoder import Decoder, DecoderConfig
 from toyfeat.tap import from_linen
 from toyfeat.tap.probes import check_params, check_sites
@@ -114,7 +115,9 @@ def from_probed(
     )
 
 
-def from_decoder(config: DecoderConfig, *, dtype: Any = jnp.float32) -> LensModel:
+def from_decoder(
+    config: DecoderConfig, *, dtype: Any = jnp.float32, frozen: bool = False
+) -> LensModel:
     """Make a lens model of a decoder of this library.
 
     Its sites are the outputs of the blocks, ``"blocks_<i>/resid_post"``, which the
@@ -124,6 +127,8 @@ def from_decoder(config: DecoderConfig, *, dtype: Any = jnp.float32) -> LensMode
     Args:
       config: of the decoder, of two blocks or more; its parameters are not scanned.
       dtype: of the matrix products.
+      frozen: whether derivatives hold attention patterns and norms fixed, as
+        relevance propagation does (:mod:`toyfeat.lens.frozen`); values stay the same.
 
     Returns:
       :class:`LensModel`; ``run`` traces only the blocks that are run.
@@ -139,7 +144,12 @@ def from_decoder(config: DecoderConfig, *, dtype: Any = jnp.float32) -> LensMode
     """
     who = "lenses.from_decoder"
     check_type(who, "config", config, DecoderConfig, hint="as ft's decoders have it")
+    check_flag(who, "frozen", frozen)
     sites = tuple(f"blocks_{i}/resid_post" for i in range(config.layers))
+
+    def tapped(decoder: Decoder, blocks: range) -> Probed:
+        probed = from_linen(decoder)
+        return freeze_backward(probed, config, blocks) if frozen else probed
 
     # A decoder that starts behind the first site and ends with the second one.
     def run(
@@ -150,7 +160,7 @@ def from_decoder(config: DecoderConfig, *, dtype: Any = jnp.float32) -> LensMode
             return resid
         part = Decoder(replace(config, layers=last), start=first, dtype=dtype)
         mask = inputs[1] if isinstance(inputs, tuple) else None
-        return from_linen(part)(params, (resid, mask), {})[1][stop]
+        return tapped(part, range(first, last))(params, (resid, mask), {})[1][stop]
 
     # The last norm and the logits, of any number of positions.
     def unembed(params: Params, resid: Array) -> Array:
@@ -163,7 +173,7 @@ def from_decoder(config: DecoderConfig, *, dtype: Any = jnp.float32) -> LensMode
         return tensors["embed"]["embedding"].T if config.tied else tensors["head"]
 
     return from_probed(
-        from_linen(Decoder(config, dtype=dtype)),
+        tapped(Decoder(config, dtype=dtype), range(config.layers)),
         sites=sites,
         unembed=unembed,
         head=head,
@@ -209,8 +219,8 @@ def check_evaluation(
     Raises:
       ValueError: if there are such layers; it names them.
     """
-    train_mode = getattr(model.probed, "train_mode", None)
-    notes = train_mode(params, inputs) if callable(train_mode) else ()
+    train_mode: Any = getattr(model.probed, "train_mode", None)
+    notes = () if train_mode is None else train_mode(params, inputs)
     if notes:
         raise ValueError(
             f"{who}: the model must be in evaluation mode, got layers in train mode: "

@@ -1,0 +1,104 @@
+"""The tuned lens: an affine map per site, trained to say what the model will say."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from toyfeat.checks import check_function, check_int, check_number
+from toyfeat.lens.maps import LensMap
+from toyfeat.lens.model import LensModel, check_model, residual_shape
+from toyfeat.lens.reading import Lens, make_lens
+from toyfeat.types import Array, Inputs, Params
+
+
+def tuned_lens(
+    model: LensModel,
+    params: Params,
+    batches: Sequence[tuple[Inputs, Any]],
+    *,
+    steps: int,
+    learning_rate: float = 1e-3,
+    about: Mapping[str, Any] | None = None,
+    report: Callable[[int, dict[str, Array]], Any] = lambda step, losses: None,
+) -> Lens:
+    r"""Train an affine map per site by the divergence from the model's own output.
+
+    :math:`KL(p_L \| p_l)` of the next token, :math:`p_l` the softmax of
+    ``unembed(norm(A h + b))``, over all tokens of a batch.  Maps start from the
+    identity, the logit lens, and are trained by Adam.
+
+    Args:
+      model: from :func:`from_decoder` or :func:`from_probed`.
+      params: its parameters.
+      batches: ``(inputs, mask)`` of one shape, gone through in turn, again and again.
+      steps: batches in all.
+      learning_rate: of Adam.
+      about: JSON values for the file.
+      report: called with the step and the losses by site, arrays of the device.
+
+    Returns:
+      :class:`Lens` of the kind ``"tuned"``.
+
+    Raises:
+      ValueError: if there are no batches, a number is out of range, or the model
+        cannot have a lens.
+      TypeError: if an argument has the wrong type.
+
+    References:
+      Belrose et al. (2023), "Eliciting latent predictions from transformers with the
+      tuned lens", arXiv 2303.08112.
+    """
+    who = "tuned_lens"
+    steps = check_int(who, "steps", steps)
+    check_number(who, "learning_rate", learning_rate, above=0)
+    check_function(who, "report", report, "of a step and losses")
+    if not len(batches):
+        raise ValueError(
+            f"{who}: batches must be one (inputs, mask) or more, got none; give prompts"
+        )
+    check_model(model, params, batches[0][0])
+    dim = residual_shape(model, params, batches[0][0], who)[-1]
+    eye, zero = jnp.eye(dim)[None], jnp.zeros(dim)
+    maps: Any = {s: LensMap(matrices=eye, bias=zero) for s in model.sites[:-1]}
+    adam = optax.adam(learning_rate)
+    state = adam.init(maps)
+
+    @jax.jit
+    def step(maps: Any, state: Any, params: Params, inputs: Inputs, mask: Any) -> Any:
+        acts = model.probed(params, inputs, {})[1]
+        gradient = jax.grad(_total_divergence, has_aux=True)
+        slopes, losses = gradient(maps, model, params, acts, mask)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
+            updates, state = adam.update(slopes, state)
+            return optax.apply_updates(maps, updates), state, losses
+
+    for number in range(steps):
+        inputs, mask = batches[number % len(batches)]
+        maps, state, losses = step(maps, state, params, inputs, mask)
+        report(number + 1, losses)
+    known = {"estimator": f"KL, {steps} steps", **(about or {})}
+    return make_lens(model, params, "tuned", maps, known)
+
+
+def _total_divergence(
+    maps: dict[str, LensMap],
+    model: LensModel,
+    params: Params,
+    acts: dict[str, Array],
+    mask: Any,
+) -> tuple[Array, dict[str, Array]]:
+    """Sum of the mean divergences of all sites, and each of them."""
+    final = jax.nn.log_softmax(model.unembed(params, acts[model.sites[-1]]))
+    weights = jnp.ones(final.shape[:2]) if mask is None else jnp.asarray(mask) != 0
+    weights = weights.astype(final.dtype)
+    losses = {}
+    # One lens for all of them, as it is read later.
+    lens = make_lens(model, params, "tuned", maps)
+    for site in maps:
+        said = jax.nn.log_softmax(lens.read(site, acts[site]))
+        divergence = jnp.sum(jnp.exp(final) * (final - said), axis=-1)
+        losses[site] = jnp.sum(weights * divergence) / jnp.sum(weights)
+    return sum(losses.values(), jnp.zeros(())), losses

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/extending.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/extending.md", "docs/lens.md"])
 def test_the_python_blocks_of_a_page_run_in_order(page, capsys, tmp_path, monkeypatch):
     blocks = (ROOT / page).read_text(encoding="utf-8").split("```python\n")[1:]
     assert blocks, f"{page} has no python example"

@@ -40,6 +40,20 @@ def jacobian_lens(
     Raises:
       ValueError: if the estimate is of clusters, of no prompt, or of another model.
       TypeError: if an argument has the wrong type.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, toyfeat as ft
+      >>> def chain(params, x, tap):
+      ...     return tap("b", tap("a", x) @ params.T)
+      >>> model = ft.lenses.from_probed(
+      ...     ft.from_function(chain), sites=["a", "b"], unembed=lambda p, h: h
+      ... )
+      >>> turn = jnp.array([[0.0, -1.0], [1.0, 0.0]])
+      >>> acc = ft.lenses.mean_jacobian(model, 2, skip_first=0, skip_last=0)
+      >>> state = jax.jit(acc.update)(acc.init(), turn, jnp.ones((3, 1, 2)))
+      >>> lens = jacobian_lens(model, turn, acc.finish(state))
+      >>> lens.read("a", jnp.array([1.0, 0.0])).tolist(), lens.about["prompts"]
+      ([0.0, 1.0], 3)
     """
     return make_lens(
         model,

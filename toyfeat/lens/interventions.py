@@ -137,6 +137,19 @@ def swap(
       ValueError: for an unknown site, another width, an order that is no permutation,
         or a model in train mode.
       TypeError: if an argument has the wrong type.
+
+    Example:
+      >>> import jax.numpy as jnp, toyfeat as ft
+      >>> model = ft.lenses.from_probed(
+      ...     ft.from_function(lambda p, x, tap: tap("b", tap("a", x))),
+      ...     sites=["a", "b"], unembed=lambda p, h: h,
+      ... )
+      >>> x, axes = jnp.array([[[3.0, 4.0, 5.0]]]), jnp.eye(3)[:2]
+      >>> swap(model, {}, x, {"a": axes, "b": axes}, [1, 0]).tolist()
+      [[[4.0, 3.0, 5.0]]]
+
+    References:
+      Gurnee et al. (2026), transformer-circuits.pub/2026/workspace, for the swap.
     """
     who = "swap"
     check_number(who, "strength", strength)

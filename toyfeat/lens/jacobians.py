@@ -88,7 +88,7 @@ def mean_jacobian(
         ``cotangents`` are given.
 
     Example:
-      >>> import jax.numpy as jnp, toyfeat as ft
+      >>> import jax, jax.numpy as jnp, toyfeat as ft
       >>> def chain(params, x, tap):
       ...     for name, matrix in params.items():
       ...         x = tap(name, x @ matrix)
@@ -98,7 +98,7 @@ def mean_jacobian(
       ... )
       >>> params = {"a": jnp.eye(2), "b": jnp.array([[1.0, 2.0], [0.0, 3.0]])}
       >>> acc = mean_jacobian(model, 2, skip_first=0, skip_last=0)
-      >>> state = acc.update(acc.init(), params, jnp.ones((3, 1, 2)))
+      >>> state = jax.jit(acc.update)(acc.init(), params, jnp.ones((3, 1, 2)))
       >>> acc.finish(state).matrices["a"].tolist()  # the transpose: out times in
       [[1.0, 0.0], [2.0, 3.0]]
 
@@ -113,51 +113,12 @@ def mean_jacobian(
     if centres is not None:
         centres = _check_centres(who, centres, options)
     experts = 1 if centres is None else len(next(iter(centres.values())))
-
-    def init() -> JacobianState:
-        return init_state(options, experts)
-
-    def update(
-        state: JacobianState, params: Params, inputs: Inputs, mask: Any = None
-    ) -> JacobianState:
-        valid = count_positions(who, options, params, inputs, mask)
-        total = jnp.sum(valid, axis=1)
-        shares = valid / jnp.maximum(total, 1)[:, None]
-
-        def position_weights(site: str, acts: Array) -> Array:
-            """Weights ``[B, T, E]`` of positions, 1 in all for a prompt."""
-            if centres is None:
-                return shares[:, :, None]
-            return shares[:, :, None] * nearest(acts, centres[site])
-
-        # Gradients averaged over the positions of each cluster, times its share.
-        def reduce(site: str, acts: Array, grads: Array) -> Array:
-            weights = position_weights(site, acts)
-            grads = grads.astype(weights.dtype)
-            return jnp.einsum("bte,kbtd->kbed", weights, grads, precision=_HIGHEST)
-
-        turn = take_turn(state, options, total > 0)
-        pulled = pull_back(
-            options.model,
-            params,
-            inputs,
-            valid,
-            turn.directions,
-            reduce,
-            summed=False,
-            chunk=options.chunk,
-            chain=options.chain,
-        )
-        rows, weights = {}, {}
-        for site, grads in pulled.grads.items():
-            share = jnp.sum(position_weights(site, pulled.acts[site]), axis=1)
-            divisor = jnp.where(share > 0, share, 1)[None, :, :, None]
-            rows[site] = jnp.moveaxis(grads / divisor, 0, 2)
-            weights[site] = share
-        return add_batch(state, turn, rows, weights)
-
-    finish = partial(finish_state, squeeze=centres is None)
-    return Accumulator(init=init, update=update, merge=merge_states, finish=finish)
+    return Accumulator(
+        init=partial(init_state, options, experts),
+        update=partial(_update_mean, options, centres),
+        merge=merge_states,
+        finish=partial(finish_state, squeeze=centres is None),
+    )
 
 
 def second_moment(
@@ -214,43 +175,101 @@ def second_moment(
         who, model, dim, skip_first, skip_last, cotangents, key, chunk, chain
     )
 
-    def init() -> JacobianState:
-        return init_state(options, 1, groups=1)  # every prompt gives a whole matrix
+    return Accumulator(
+        init=partial(init_state, options, 1, groups=1),  # prompts give whole matrices
+        update=partial(_update_second, options),
+        merge=merge_states,
+        finish=_finish_second,
+    )
 
-    def update(
-        state: JacobianState, params: Params, inputs: Inputs, mask: Any = None
-    ) -> JacobianState:
-        valid = count_positions(who, options, params, inputs, mask)
-        total = jnp.sum(valid, axis=1)
-        scale = options.dim / options.num
-        shares = scale * valid / jnp.maximum(total, 1)[:, None]
 
-        def reduce(site: str, acts: Array, grads: Array) -> Array:
-            grads = grads.astype(shares.dtype)
-            weighted = grads * shares[None, :, :, None]
-            return jnp.einsum("kbtd,kbte->bde", weighted, grads, precision=_HIGHEST)
+def _update_mean(
+    options: FitOptions,
+    centres: Mapping[str, Array] | None,
+    state: JacobianState,
+    params: Params,
+    inputs: Inputs,
+    mask: Any = None,
+) -> JacobianState:
+    """Add the rows of a batch's Jacobians, averaged over positions."""
+    valid = count_positions("mean_jacobian", options, params, inputs, mask)
+    total = jnp.sum(valid, axis=1)
+    shares = valid / jnp.maximum(total, 1)[:, None]
 
-        turn = take_turn(state, options, total > 0)
-        pulled = pull_back(
-            options.model,
-            params,
-            inputs,
-            valid,
-            turn.directions,
-            reduce,
-            summed=True,
-            chunk=options.chunk,
-            chain=options.chain,
-        )
-        rows = {site: grads[:, None] for site, grads in pulled.grads.items()}
-        weights = dict.fromkeys(rows, (total > 0).astype(shares.dtype)[:, None])
-        whole = turn._replace(group=jnp.zeros_like(turn.group))
-        return add_batch(state, whole, rows, weights)
+    def position_weights(site: str, acts: Array) -> Array:
+        """Weights ``[B, T, E]`` of positions, 1 in all for a prompt."""
+        if centres is None:
+            return shares[:, :, None]
+        return shares[:, :, None] * nearest(acts, centres[site])
 
-    def finish(state: JacobianState) -> Estimate:
-        return finish_state(state._replace(basis=None), squeeze=True)
+    # Gradients averaged over the positions of each cluster, times its share.
+    def reduce(site: str, acts: Array, grads: Array) -> Array:
+        weights = position_weights(site, acts)
+        grads = grads.astype(weights.dtype)
+        return jnp.einsum("bte,kbtd->kbed", weights, grads, precision=_HIGHEST)
 
-    return Accumulator(init=init, update=update, merge=merge_states, finish=finish)
+    turn = take_turn(state, options, total > 0)
+    pulled = pull_back(
+        options.model,
+        params,
+        inputs,
+        valid,
+        turn.directions,
+        reduce,
+        summed=False,
+        chunk=options.chunk,
+        chain=options.chain,
+    )
+    # The mean of a cluster weighs as much as its share of the prompt.
+    rows, weights = {}, {}
+    for site, grads in pulled.grads.items():
+        share = jnp.sum(position_weights(site, pulled.acts[site]), axis=1)
+        divisor = jnp.where(share > 0, share, 1)[None, :, :, None]
+        rows[site] = jnp.moveaxis(grads / divisor, 0, 2)
+        weights[site] = share
+    return add_batch(state, turn, rows, weights)
+
+
+def _update_second(
+    options: FitOptions,
+    state: JacobianState,
+    params: Params,
+    inputs: Inputs,
+    mask: Any = None,
+) -> JacobianState:
+    """Add the second moments of a batch's Jacobians, averaged over positions."""
+    valid = count_positions("second_moment", options, params, inputs, mask)
+    total = jnp.sum(valid, axis=1)
+    # M directions stand for all D.
+    scale = options.dim / options.num
+    shares = scale * valid / jnp.maximum(total, 1)[:, None]
+
+    def reduce(site: str, acts: Array, grads: Array) -> Array:
+        grads = grads.astype(shares.dtype)
+        weighted = grads * shares[None, :, :, None]
+        return jnp.einsum("kbtd,kbte->bde", weighted, grads, precision=_HIGHEST)
+
+    turn = take_turn(state, options, total > 0)
+    pulled = pull_back(
+        options.model,
+        params,
+        inputs,
+        valid,
+        turn.directions,
+        reduce,
+        summed=True,
+        chunk=options.chunk,
+        chain=options.chain,
+    )
+    rows = {site: grads[:, None] for site, grads in pulled.grads.items()}
+    weights = dict.fromkeys(rows, (total > 0).astype(shares.dtype)[:, None])
+    whole = turn._replace(group=jnp.zeros_like(turn.group))
+    return add_batch(state, whole, rows, weights)
+
+
+def _finish_second(state: JacobianState) -> Estimate:
+    """Finish; the basis was that of the cotangents, not of the matrices."""
+    return finish_state(state._replace(basis=None), squeeze=True)
 
 
 def _check_centres(

@@ -65,13 +65,7 @@ def sketched_jacobian(
     rank = check_int(who, "rank", rank, most=dim)
     check_number(who, "centre", centre)
     mask = jnp.ones((batch, time)) if mask is None else jnp.asarray(mask)
-    valid = valid_positions(mask, skip_first, skip_last)
-    if not bool(jnp.all(jnp.sum(valid, axis=1) > 0)):
-        raise ValueError(
-            f"{who}: every prompt must be longer than the {skip_first + skip_last} "
-            f"positions that are skipped, got prompts of up to {time} tokens; leave "
-            "short ones out"
-        )
+    valid = _all_valid(who, mask, skip_first, skip_last)
     sites = model.sites[:-1] if sites is None else tuple(sites)
     matrices, errors = {}, {}
     for site, site_key in zip(sites, jax.random.split(key, len(sites)), strict=True):
@@ -88,6 +82,20 @@ def sketched_jacobian(
         refit_cosine=unknown,
         prompts=jnp.asarray(batch),
     )
+
+
+def _all_valid(who: str, mask: Array, skip_first: int, skip_last: int) -> Array:
+    """Mark the positions that count, ``[B, T]``, of which every prompt needs one."""
+    skip_first = check_int(who, "skip_first", skip_first, least=0)
+    skip_last = check_int(who, "skip_last", skip_last, least=0)
+    valid = valid_positions(mask, skip_first, skip_last)
+    if not bool(jnp.all(jnp.sum(valid, axis=1) > 0)):
+        raise ValueError(
+            f"{who}: every prompt must be longer than the {skip_first + skip_last} "
+            f"positions that are skipped, got prompts of up to {mask.shape[1]} tokens; "
+            "leave short ones out"
+        )
+    return valid
 
 
 def _decompose(

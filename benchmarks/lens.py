@@ -113,7 +113,7 @@ def open_setup(config: LensConfig, folder: Path | None) -> Setup:
         loaded = load_decoder(folder, tokenizer=False)
         decoder, params = loaded.config, loaded.params
     else:
-        size = TINY if config.tiny else SIZE
+        size: dict[str, Any] = TINY if config.tiny else SIZE
         decoder = llama(**size, context=2048, tied=True)
         params = Decoder(decoder).init(jax.random.key(0), jnp.zeros((1, 2), int))
     if config.tokens is not None:

@@ -177,6 +177,48 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class FitLens:
+    """Settings of the fit of a lens.
+
+    Attributes:
+      kind: ``"jacobian"`` or ``"second moment"``.
+      prompts: windows of the training text.
+      batch: windows at a time.
+      skip_first: tokens left out at the start of a window.
+      skip_last: tokens left out at its end.
+      cotangents: directions per window, or 0 for all of them.
+      chunk: directions at a time.
+      chain: whether to pull back block by block.
+      frozen: whether attention patterns and norms are held fixed.
+      seed: of the directions.
+    """
+
+    kind: Literal["jacobian", "second moment"] = "jacobian"
+    prompts: Count = 100
+    batch: Count = 1
+    skip_first: CountOrZero = 16
+    skip_last: CountOrZero = 1
+    cotangents: CountOrZero = 0
+    chunk: Count = 16
+    chain: bool = False
+    frozen: bool = False
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class ReadLens:
+    """Text that a lens reads for the page.
+
+    Attributes:
+      text: of one prompt; the first held-out window if it is empty.
+      top: tokens to show of each position.
+    """
+
+    text: str = ""
+    top: Count = 5
+
+
+@dataclass(frozen=True)
 class Job:
     """A model, a text, and what is done with them.
 
@@ -194,6 +236,8 @@ class Job:
       decompose: which bases.
       train: which dictionaries.
       evaluate: how they are scored.
+      lens: how a lens is fitted.
+      read: what it reads.
     """
 
     model: str = "smollm2"
@@ -205,6 +249,8 @@ class Job:
     decompose: Decompose = field(default_factory=Decompose)
     train: Train = field(default_factory=Train)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    lens: FitLens = field(default_factory=FitLens)
+    read: ReadLens = field(default_factory=ReadLens)
 
     @property
     def site(self) -> str:

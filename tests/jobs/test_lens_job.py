@@ -1,0 +1,84 @@
+"""The command that fits a lens, reads a text and writes a page."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from toyfeat import lens as lenses
+from toyfeat.jobs import open_job, read_job
+from toyfeat.jobs.lens import FILE, LensReading, run_lens
+from toyfeat.report.lens import heat_map, write_lens
+
+
+def job_of(folder, out, *lines):
+    path = out / "job.toml"
+    path.write_text(
+        f"model = '{folder}'\ntext = '{folder}/texts'\nout = '{out}/out'\n"
+        "[collect]\nsites = ['blocks_1/resid_post']\ntokens = 48\nheld_out = 8\n"
+        "length = 8\nevery = 3\n"
+        "[lens]\nprompts = 5\nbatch = 2\nskip_first = 2\nchunk = 16\n"
+        + "\n".join(lines)
+    )
+    return open_job(read_job(path))
+
+
+def test_a_lens_is_fitted_saved_and_shown(folder, tmp_path):
+    work = job_of(folder, tmp_path, "[read]\ntext = 'w1 w2 w40'\ntop = 3")
+    steps = []
+    run = run_lens(work, steps.append)
+    assert (steps[-1].step, steps[-1].prompts) == (3, 5)
+    assert run.tokens == ["w1", "w2", "w40"]
+    assert [x.name for x in run.readings] == ["jacobian", "logit"]
+    # The final stream is the model's own output, by both lenses.
+    model = lenses.from_decoder(work.model.config)
+    logits = model.probed(work.model.params, np.array([[1, 2, 40]]), {})[0][0]
+    for reading in run.readings:
+        assert reading.tops.shape == reading.shares.shape == (3, 3, 3)
+        wanted = np.sort(jax.nn.softmax(logits))[:, ::-1][:, :3]
+        np.testing.assert_allclose(reading.shares[-1], wanted, rtol=1e-4)
+        assert reading.tops[-1, 0, 0] == f"w{int(logits[0].argmax())}"
+    # The file is the lens of the first five windows.
+    saved = lenses.load(tmp_path / "out" / FILE, model, work.model.params)
+    assert saved.about["prompts"] == 5
+    assert saved.about["revision"] == work.weights
+    acc = lenses.mean_jacobian(model, 16, skip_first=2, chunk=16)
+    state = jax.jit(acc.update)(acc.init(), work.model.params, work.tokens[:5])
+    wanted = acc.finish(state).matrices["blocks_0/resid_post"]
+    matrix = saved.maps["blocks_0/resid_post"].matrices[0]
+    np.testing.assert_allclose(matrix, wanted, atol=1e-5)
+    # The page has both, and the folder refuses a lens of other settings.
+    text = Path(write_lens(tmp_path / "out", run)).read_text()
+    assert text.count('<table class="lens">') == 2
+    assert "blocks_2/resid_post" in text
+    other = job_of(folder, tmp_path, "chain = true")
+    with pytest.raises(ValueError, match=r"has work with lens.chain = False"):
+        run_lens(other)
+
+
+def test_too_few_windows_or_too_long_a_text_are_refused(folder, tmp_path):
+    work = job_of(folder, tmp_path)
+    path = tmp_path / "job.toml"
+    path.write_text(path.read_text().replace("prompts = 5", "prompts = 9"))
+    with pytest.raises(ValueError, match=r"lens.prompts must be windows.*are 6, got 9"):
+        run_lens(work._replace(job=read_job(path)))
+    long = job_of(folder, tmp_path, f"[read]\ntext = '{'w1 ' * 600}'")
+    with pytest.raises(ValueError, match=r"1 \.\. 512 tokens, got 600"):
+        run_lens(long)
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_of_the_model_are_escaped():
+    reading = LensReading(
+        name="jacobian",
+        sites=("a", "b"),
+        tops=np.array([[["<b>", '"']], [["\n", "&"]]], object),
+        shares=np.array([[[0.5, 0.1]], [[np.nan, 0.1]]]),
+    )
+    text = heat_map(["<i>"], reading)
+    assert "<b>" not in text
+    assert "<i>" not in text
+    assert "&lt;b&gt;" in text
+    assert "nan," not in text
+    assert text.index(">b<") < text.index(">a<")  # the final layer is on top

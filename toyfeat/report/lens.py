@@ -1,0 +1,97 @@
+"""Page of a lens: what it reads at every layer and position of a prompt."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toyfeat.jobs.lens import LensReading, LensRun
+from toyfeat.report import page
+
+_STYLE = """<style>
+table.lens { width: auto; border-collapse: separate; border-spacing: 1px; }
+table.lens td, table.lens th { text-align: left; padding: .15rem .35rem; border: 0;
+  white-space: pre; font: 12px/1.4 ui-monospace, monospace; }
+table.lens th { color: #555; font-weight: 400; }
+table.lens th[scope=row] { position: sticky; left: 0; background: #fff; }
+</style>"""
+_ABOUT = (
+    "A row is a layer, the final one on top; a column is a position of the prompt, "
+    "under its token. A cell has the token that is likeliest there, the darker the "
+    "likelier; point at it for the next ones."
+)
+_DARKEST = 0.65  # opacity at which black text is still read
+
+
+def write_lens(folder: Path, run: LensRun) -> Path:
+    """Write the page of a lens, which needs no other file.
+
+    Args:
+      folder: of the page.
+      run: from :func:`toyfeat.jobs.lens.run_lens`.
+
+    Returns:
+      The path, ``lens.html``.
+    """
+    path = folder / "lens.html"
+    sections = [_STYLE, page.paragraph(_ABOUT)]
+    for reading in run.readings:
+        heat = page.table(heat_map(run.tokens, reading))
+        sections.append(page.section(f"{reading.name} lens".capitalize(), [heat]))
+    errors = page.table(_error_table(run))
+    about = "Error by the jackknife over prompts, and cosine of two halves of them."
+    sections.append(
+        page.section("How sure the fit is", [page.paragraph(about), errors])
+    )
+    footer = ", ".join(f"{name}: {value}" for name, value in run.lens.about.items())
+    page.write_page(path, "What the layers say", sections, footer)
+    return path
+
+
+def heat_map(tokens: Sequence[str], reading: LensReading) -> str:
+    """Render the top tokens of a reading as a table, the final layer on top.
+
+    Args:
+      tokens: ``T`` texts of the prompt.
+      reading: of ``S`` sites.
+
+    Returns:
+      HTML; texts of the model are escaped.
+    """
+    head = "".join(f'<th scope="col">{_shown(token)}</th>' for token in tokens)
+    lines = [f"<tr><th></th>{head}</tr>"]
+    rows = zip(reading.sites, reading.tops, reading.shares, strict=True)
+    for site, tops, shares in reversed(list(rows)):
+        cells = "".join(map(_cell, tops, shares))
+        lines.append(f'<tr><th scope="row">{html.escape(site)}</th>{cells}</tr>')
+    return f'<table class="lens">{"".join(lines)}</table>'
+
+
+def _cell(tops: Sequence[str], shares: np.ndarray) -> str:
+    """Cell of one layer and position."""
+    parts = zip(tops, shares, strict=True)
+    title = "&#10;".join(f"{share:.3f} {_shown(token)}" for token, share in parts)
+    # NaN, of a stream that overflowed, stays white.
+    opacity = float(np.nan_to_num(_DARKEST * shares[0]))
+    colour = f"rgba(0, 114, 178, {opacity:.3f})"
+    return f'<td style="background: {colour}" title="{title}">{_shown(tops[0])}</td>'
+
+
+def _shown(token: Any) -> str:
+    """Escape a token; breaks and tabs are shown as such."""
+    text = str(token).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    return html.escape(text, quote=True)
+
+
+def _error_table(run: LensRun) -> str:
+    """Table of the errors of a fit by site."""
+    lines = ["<tr><th>site</th><th>relative error</th><th>cosine of halves</th></tr>"]
+    for site, error in run.estimate.relative_error.items():
+        cosine = float(run.estimate.refit_cosine[site])
+        name = html.escape(site)
+        lines.append(
+            f"<tr><td>{name}</td><td>{float(error):.3f}</td><td>{cosine:.4f}</td></tr>"
+        )
+    return f"<table>{''.join(lines)}</table>"

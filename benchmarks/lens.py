@@ -83,10 +83,12 @@ class Fit(NamedTuple):
     Attributes:
       prompts: how many it takes.
       options: of ``mean_jacobian``.
+      shrink: whether the estimate is shrunken by its halves.
     """
 
     prompts: int
     options: dict[str, Any]
+    shrink: bool = False
 
 
 def fits(config: LensConfig, dim: int) -> dict[str, Fit]:
@@ -96,6 +98,8 @@ def fits(config: LensConfig, dim: int) -> dict[str, Fit]:
         "plain": Fit(config.prompts, plain),
         "chain": Fit(config.prompts, {**plain, "chain": True}),
         "fewer prompts": Fit(config.prompts // SHARE, plain),
+        "fewer prompts, shrunken": Fit(max(2, config.prompts // SHARE), plain, True),
+        "plain, shrunken": Fit(config.prompts, plain, True),
     }
     # Fewer cotangents each, for more prompts, at the same cost.
     for divisor in (4, 9, 18, 36):
@@ -149,7 +153,8 @@ def compile_fit(setup: Setup, form: Fit) -> Compiled:
     update = jax.jit(acc.update)
     tokens = jnp.asarray(setup.tokens[:1])
     compiled = update.lower(acc.init(), setup.params, tokens).compile()
-    return Compiled(form.prompts, acc.init, compiled, jax.jit(acc.finish))
+    finish = ft.lenses.shrunken if form.shrink else jax.jit(acc.finish)
+    return Compiled(form.prompts, acc.init, compiled, finish)
 
 
 def run_fit(setup: Setup, fit: Compiled, tokens: np.ndarray) -> dict[str, np.ndarray]:

@@ -35,7 +35,7 @@ NAMESPACES = {
     "attribution_l0 attribution_faithfulness score_task mean_active_features "
     "outlier_dims Match Classification Faithfulness TaskScores OutlierDims",
     "lenses": "from_decoder from_probed check_model mean_jacobian second_moment "
-    "sketched_jacobian cluster_centres fit jacobian_lens second_moment_lens "
+    "sketched_jacobian shrunken cluster_centres fit jacobian_lens second_moment_lens "
     "clustered_lens contrast_lens tuned_lens logit_lens load steer ablate swap "
     "random_control LensModel Lens LensMap Estimate FitProgress",
     "linalg": "randomized_svd stream_svd LinearMap SVD SVDInfo",

@@ -16,7 +16,7 @@ def test_the_benchmark_has_a_row_for_every_fit(monkeypatch):
     rows, missed = bench.measure(config, None, None)
     assert not missed
     by_name = {row["method"]: row for row in rows}
-    assert len(by_name) == 7
+    assert len(by_name) == 9
     # The chain is the plain fit by another way.
     assert abs(by_name["chain"]["error"] - by_name["plain"]["error"]) < 1e-4
     assert all(row["error"] < 1.5 and row["peer_s"] is None for row in rows)

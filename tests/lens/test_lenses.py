@@ -227,6 +227,26 @@ def test_truncated_files_are_refused(suffix, share, tmp_path):
         lenses.load(path, hand_written_model(), params())
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_damaged_files_are_read_or_refused_and_nothing_else(suffix, tmp_path):
+    path = tmp_path / f"lens.{suffix}"
+    lens().save(path)
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for position in rng.integers(0, len(content), rng.integers(1, 4)):
+            damaged[position] = rng.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            again = lenses.load(path, hand_written_model(), params())
+        except ValueError as error:
+            refused += len(str(error)) < 2000
+        else:
+            assert set(again.maps) <= set(SITES)
+    assert 30 < refused < 300
+
+
 def test_nothing_half_written_is_left(tmp_path):
     path = tmp_path / "lens.pt"
     lens().save(path)

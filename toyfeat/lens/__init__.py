@@ -16,6 +16,7 @@ from toyfeat.lens.jacobians import mean_jacobian, second_moment
 from toyfeat.lens.maps import LensMap
 from toyfeat.lens.model import LensModel, check_model, from_decoder, from_probed
 from toyfeat.lens.reading import Lens
+from toyfeat.lens.shrinkage import shrunken
 from toyfeat.lens.sketches import sketched_jacobian
 from toyfeat.lens.tuned import tuned_lens
 
@@ -40,6 +41,7 @@ __all__ = [
     "random_control",
     "second_moment",
     "second_moment_lens",
+    "shrunken",
     "sketched_jacobian",
     "steer",
     "swap",

@@ -16,6 +16,12 @@ from toyfeat.types import Array
 
 HALVES = 2
 
+CENTRE = 1.0
+"""Jacobian, as a multiple of the identity, of directions that were not seen.
+
+A residual stream passes on what was written to it, so that Jacobians lie around it.
+"""
+
 
 class RowMeans(NamedTuple):
     """Running means of the rows of ``E`` matrices ``[D, D]``, in two halves.
@@ -107,22 +113,19 @@ def merge_means(left: RowMeans, right: RowMeans) -> RowMeans:
     )
 
 
-def finish_means(
-    means: RowMeans, basis: Array | None, centre: float
-) -> tuple[Array, Array, Array]:
+def finish_means(means: RowMeans, basis: Array | None) -> tuple[Array, Array, Array]:
     """Make matrices of the mean rows.
 
     Args:
       means: of a site.
       basis: ``[D, D]``, orthonormal rows: row ``k`` of a prompt was ``basis[k] @ J``;
         ``None`` for the standard basis.
-      centre: ``c`` of ``c I``, which stands for rows that no prompt has given.
 
     Returns:
       ``(matrices [E, D, D], standard error [E], cosine of two halves [E])``.
     """
     halves = [jax.tree.map(lambda x, i=i: x[i], means) for i in range(HALVES)]
-    matrices = [_matrices(half, basis, centre) for half in halves]
+    matrices = [matrices_from_means(half, basis) for half in halves]
     # Cosine of the halves as vectors.
     dots = jnp.sum(matrices[0] * matrices[1], axis=(1, 2))
     sizes = [jnp.sqrt(jnp.sum(m**2, axis=(1, 2))) for m in matrices]
@@ -133,11 +136,15 @@ def finish_means(
     effective = both.weight**2 / jnp.where(both.squares > 0, both.squares, 1)
     variance = both.scatter / both.weight / (effective - 1)
     error = jnp.sqrt(jnp.sum(jnp.where(effective > 1, variance, jnp.nan), axis=-1))
-    return _matrices(both, basis, centre), error, cosine
+    return matrices_from_means(both, basis), error, cosine
 
 
-def _matrices(means: RowMeans, basis: Array | None, centre: float) -> Array:
-    """Matrices ``[E, D, D]`` of one set of prompts."""
+def matrices_from_means(means: RowMeans, basis: Array | None) -> Array:
+    """Make matrices ``[E, D, D]`` of the mean rows of one half, or of both together.
+
+    Rows along the standard basis are the matrix.  Those along another basis are added
+    up; directions that no prompt has given are :data:`CENTRE` times the identity.
+    """
     experts, _, num, dim = means.mean.shape
     rows = means.mean.reshape(experts, dim, dim)
     if basis is None:
@@ -147,7 +154,7 @@ def _matrices(means: RowMeans, basis: Array | None, centre: float) -> Array:
     seen = jnp.repeat(means.weight > 0, num, axis=1).astype(rows.dtype)
     share = jnp.sum(seen, axis=1, keepdims=True) / dim
     scale = seen / jnp.where(share > 0, share, 1)
-    change = (rows - centre * basis[None]) * scale[:, :, None]
-    eye = centre * jnp.eye(dim, dtype=rows.dtype)
+    change = (rows - CENTRE * basis[None]) * scale[:, :, None]
+    eye = CENTRE * jnp.eye(dim, dtype=rows.dtype)
     highest = jax.lax.Precision.HIGHEST
     return eye[None] + jnp.einsum("kd,eki->edi", basis, change, precision=highest)

@@ -18,12 +18,6 @@ from toyfeat.lens.model import LensModel, residual_shape
 from toyfeat.lens.pullbacks import valid_positions
 from toyfeat.types import Array, Inputs, Params
 
-_CENTRE = 1.0
-"""Jacobian, as a multiple of the identity, of directions that were not seen.
-
-A residual stream passes on what was written to it, so that Jacobians lie around it.
-"""
-
 
 class JacobianState(NamedTuple):
     """Running sums of a fit; turn them into :class:`Estimate` with ``finish``.
@@ -200,8 +194,7 @@ def merge_states(left: JacobianState, right: JacobianState) -> JacobianState:
 def finish_state(state: JacobianState, *, squeeze: bool) -> Estimate:
     """Turn a state into an estimate, without the axis of clusters if there is one."""
     found = {
-        site: finish_means(means, state.basis, _CENTRE)
-        for site, means in state.means.items()
+        site: finish_means(means, state.basis) for site, means in state.means.items()
     }
     if squeeze:
         found = jax.tree.map(lambda x: x[0], found)

@@ -141,6 +141,11 @@ def test_a_lens_is_saved_and_loaded(suffix, tmp_path):
             again.maps[site].matrices[0], np.asarray(fitted().matrices[site], half)
         )
     assert list(path.parent.iterdir()) == [path]
+    expected = {"model": "hand-written"}
+    lenses.load(path, hand_written_model(), params(), expected=expected)
+    match = r"with model 'gpt2', got 'hand-written'; it is the lens of another model"
+    with pytest.raises(ValueError, match=match):
+        lenses.load(path, hand_written_model(), params(), expected={"model": "gpt2"})
 
 
 def test_experts_with_centres_are_saved_and_loaded(tmp_path):
@@ -277,6 +282,11 @@ def test_lenses_of_other_models_are_refused(tmp_path):
         lenses.jacobian_lens(model, params(), estimate({"block_0": draw(DIM, 4)}))
     with pytest.raises(ValueError, match="of one prompt or more, got none"):
         lenses.jacobian_lens(model, params(), estimate({}, prompts=0))
+    broken = np.full((DIM, DIM), np.nan, np.float32)
+    with pytest.raises(
+        ValueError, match=r"must be finite, got NaN or inf at 'block_0'"
+    ):
+        lenses.jacobian_lens(model, params(), estimate({"block_0": broken}))
     with pytest.raises(TypeError, match="estimate must be a Estimate, got dict"):
         lenses.jacobian_lens(model, params(), {"block_0": np.eye(DIM)})
     with pytest.raises(ValueError, match=r"one matrix per site.*clustered_lens"):

@@ -198,7 +198,9 @@ def logit_lens(model: LensModel, params: Params) -> Lens:
     return make_lens(model, params, "logit", maps, {"estimator": "none"})
 
 
-def load(path: str | Path, model: LensModel, params: Params) -> Lens:
+def load(
+    path: str | Path, model: LensModel, params: Params, *, expected: About = None
+) -> Lens:
     """Load a lens that ``lens.save`` wrote, or a published one.
 
     Args:
@@ -207,13 +209,15 @@ def load(path: str | Path, model: LensModel, params: Params) -> Lens:
         without torch; nothing of the file is run.
       model: the model that it is of; layer ``i`` of a ``.pt`` is ``model.sites[i]``.
       params: its parameters.
+      expected: what the file has to say of the lens, such as ``{"model": ...}``; two
+        models of one shape cannot be told apart otherwise.
 
     Returns:
       :class:`Lens`, float32; ``lens.about`` has what the file says of it.
 
     Raises:
-      ValueError: if the file is damaged, or the lens of a model with other sites or
-        another width.
+      ValueError: if the file is damaged, does not say what is expected, or is the lens
+        of a model with other sites or another width.
       FileNotFoundError: if there is no such file.
       TypeError: if it is no lens model.
     """
@@ -222,6 +226,13 @@ def load(path: str | Path, model: LensModel, params: Params) -> Lens:
     )
     dim = None if model.head is None else model.head(params).shape[0]
     kind, maps, about = load_maps(path, model.sites, dim)
+    for name, value in (expected or {}).items():
+        if about.get(name) != value:
+            raise ValueError(
+                f"lenses.load: {path} must be a lens with {name} {value!r}, got "
+                f"{about.get(name)!r:.80}; it is the lens of another model, or another "
+                "fit"
+            )
     return make_lens(model, params, kind, maps, about)
 
 

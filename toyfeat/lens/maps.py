@@ -36,7 +36,7 @@ def estimated_maps(estimate: Estimate) -> dict[str, LensMap]:
 
     Raises:
       TypeError: if it is no :class:`Estimate`.
-      ValueError: if the fit has clusters, or has seen no prompt.
+      ValueError: if the fit has clusters, has seen no prompt, or is not finite.
     """
     check_type("lenses", "estimate", estimate, Estimate, hint="finish(state) of a fit")
     if not int(estimate.prompts):
@@ -49,6 +49,14 @@ def estimated_maps(estimate: Estimate) -> dict[str, LensMap]:
         raise ValueError(
             f"lenses: the estimate must have one matrix per site, got clusters at "
             f"{wrong[0]!r}; make a lens of them with ft.lenses.clustered_lens"
+        )
+    broken = [
+        s for s, x in estimate.matrices.items() if not bool(jnp.isfinite(x).all())
+    ]
+    if broken:
+        raise ValueError(
+            f"lenses: the estimate must be finite, got NaN or inf at {broken[0]!r}; a "
+            "prompt overflowed, or dtype is too small for the model"
         )
     return {site: LensMap(x[None]) for site, x in estimate.matrices.items()}
 

@@ -184,6 +184,18 @@ def logit_lens(model: LensModel, params: Params) -> Lens:
       TypeError: if it is no lens model.
       ValueError: if it has no unembedding matrix, which says its width.
 
+    Example:
+      >>> import jax.numpy as jnp, toyfeat as ft
+      >>> model = ft.lenses.from_probed(
+      ...     ft.from_function(lambda p, x, tap: tap("b", -tap("a", x))),
+      ...     sites=["a", "b"], unembed=lambda p, h: h @ p, head=lambda p: p,
+      ... )
+      >>> lens = logit_lens(model, 2 * jnp.eye(2))
+      >>> lens.read("a", jnp.array([1.0, 0.0])).tolist()
+      [2.0, 0.0]
+      >>> lens.vectors([1], centred=False)["a"].tolist()
+      [[0.0, 2.0]]
+
     References:
       nostalgebraist (2020), "Interpreting GPT: the logit lens".
     """
@@ -220,6 +232,20 @@ def load(
         of a model with other sites or another width.
       FileNotFoundError: if there is no such file.
       TypeError: if it is no lens model.
+
+    Example:
+      >>> import numpy as np, tempfile, toyfeat as ft
+      >>> from toyfeat.files.torch_writing import save_dict
+      >>> model = ft.lenses.from_probed(
+      ...     ft.from_function(lambda p, x, tap: tap("b", -tap("a", x))),
+      ...     sites=["a", "b"], unembed=lambda p, h: h,
+      ... )
+      >>> published = {"J": {0: -np.eye(2, dtype=np.float16)}, "n_prompts": 100}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_dict(Path(folder) / "lens.pt", published, "example")
+      ...     lens = load(folder + "/lens.pt", model, {})
+      >>> lens.read("a", np.float32([1, 2])).tolist(), lens.about
+      ([-1.0, -2.0], {'prompts': 100})
     """
     check_type(
         "lenses.load", "model", model, LensModel, hint="of ft.lenses.from_probed"

@@ -49,6 +49,16 @@ def steer(
     Raises:
       ValueError: for an unknown site, another width, or a model in train mode.
       TypeError: if an argument has the wrong type.
+
+    Example:
+      >>> import jax.numpy as jnp, toyfeat as ft
+      >>> model = ft.lenses.from_probed(
+      ...     ft.from_function(lambda p, x, tap: tap("b", 2 * tap("a", x))),
+      ...     sites=["a", "b"], unembed=lambda p, h: h,
+      ... )
+      >>> x, last = jnp.zeros((1, 2, 1)), jnp.array([[0, 1]])
+      >>> steer(model, {}, x, {"a": jnp.ones(1)}, strength=3.0, positions=last).tolist()
+      [[[0.0], [6.0]]]
     """
     who = "steer"
     check_number(who, "strength", strength)
@@ -85,6 +95,16 @@ def ablate(
     Raises:
       ValueError: for an unknown site, another width, or a model in train mode.
       TypeError: if an argument has the wrong type.
+
+    Example:
+      >>> import jax.numpy as jnp, toyfeat as ft
+      >>> model = ft.lenses.from_probed(
+      ...     ft.from_function(lambda p, x, tap: tap("b", tap("a", x))),
+      ...     sites=["a", "b"], unembed=lambda p, h: h,
+      ... )
+      >>> x, means = jnp.array([[[3.0, 4.0]]]), {"a": jnp.array([1.0, 0.0])}
+      >>> ablate(model, {}, x, {"a": jnp.array([[2.0, 0.0]])}, means=means).tolist()
+      [[[1.0, 4.0]]]
     """
     who = "ablate"
     places = _prepare(who, model, params, inputs, directions, 2, positions)

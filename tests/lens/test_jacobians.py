@@ -180,6 +180,16 @@ def test_padding_changes_nothing():
         )
 
 
+def test_a_prompt_that_is_left_out_may_hold_anything():
+    means = lenses.averages.empty_means(1, 1, 2)
+    rows = np.stack([np.full((1, 2, 2), np.nan), np.ones((1, 2, 2))])
+    zeros = np.zeros(2, int)
+    weights = np.array([[0.0], [1.0]])
+    means = lenses.averages.add_prompts(means, rows, weights, zeros, zeros)
+    np.testing.assert_array_equal(means.mean[0, 0, 0], np.ones((2, 2)))
+    assert means.scatter[0] == 0
+
+
 @pytest.mark.parametrize("make", [lenses.mean_jacobian, lenses.second_moment])
 def test_random_cotangents_are_unbiased_over_keys(make):
     """The mean over keys comes to the exact one as fast as its own scatter says."""

@@ -88,6 +88,8 @@ def add_prompts(
     def add(means: RowMeans, prompt: tuple[Array, ...]) -> tuple[RowMeans, None]:
         row, weight, half, group = prompt
         at = (half, slice(None), group)
+        # A prompt that is left out may hold anything, NaN too.
+        row = jnp.where(weight[:, None, None] > 0, row, 0)
         # A prompt is a set of one: no scatter of its own, and a weight.
         single = RowMeans(weight, weight**2, row, jnp.zeros_like(weight))
         merged = merge_means(jax.tree.map(lambda x: x[at], means), single)

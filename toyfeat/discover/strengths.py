@@ -1,4 +1,4 @@
-"""How much of a model goes through each mechanism that was found."""
+"""Strengths of mechanisms: the share of the attribution that goes through each."""
 
 import numpy as np
 

@@ -37,7 +37,7 @@ def test_elimination_keeps_directions_of_a_support_close_to_the_largest():
 def most_supported(directions, rows, supports):
     """The directions that are chosen, and the fit of them."""
     fit = fit_sparsely(rows, directions)
-    part, chosen = _most_supported(fit, directions, np.asarray(supports))
+    part, chosen = _most_supported(fit, directions, np.asarray(supports), 0.9)
     assert part.atoms.shape == directions[chosen].shape
     assert part.k <= fit.most
     return chosen, part
@@ -186,8 +186,20 @@ def test_what_others_leave_is_left_out(size, kept):
     rare = unit(np.random.default_rng(7).normal(size=(1, 80)))
     rows[:20] += size * rare
     every = np.concatenate([atoms, rare])
-    found = refine_directions(every, [rows], cosine=0.9, supports=[np.full(41, 5)])
+    support = np.full(41, 5)
+    found = refine_directions(every, [rows], cosine=0.9, supports=[support])
     assert found.kept.tolist() == [True] * 40 + [kept]
+    tables, both = [rows, dense(atoms)], [support, support]
+    assert refine_directions(every, tables, cosine=0.9, supports=both).kept.all()
+
+
+def test_a_direction_of_small_support_is_kept_if_another_would_take_its_place():
+    """It would move to the reader that is missing, further than may be."""
+    atoms, _, rows = planted(num=20, active=1)
+    every = np.concatenate([atoms, turned(atoms[19:], 0.4)])
+    support = [6] * 19 + [5, 6]
+    found = refine_directions(every, [rows], cosine=0.95, supports=[support])
+    assert np.abs(found.directions @ atoms.T).max(0).min() > 0.999
 
 
 def test_two_near_one_direction_become_one():

@@ -36,6 +36,9 @@ _FAINT_PER_USE = 0.5
 # Rows per direction of the last fit: each reader needs some that use it.
 _ROWS_PER_DIRECTION = 30
 
+# Support in the other tables from which a direction is not faint, whatever it carries.
+_MIN_ELSEWHERE = 2
+
 # Share of the largest support from which elimination may not remove a direction.
 # docs/research.md, section 11, "A code to spare is dangerous".
 _CERTAIN_SUPPORT = 0.6
@@ -122,10 +125,14 @@ def refine_directions(
 
     # The directions of largest support that explain it as well.
     chosen = np.ones(len(directions), bool)
+    elsewhere = np.zeros(len(directions), bool)
     certain = None
     if supports is not None:
+        others = [part for i, part in enumerate(supports) if i != place]
+        if others:  # what they have as well is not what one table leaves
+            elsewhere = np.min(others, axis=0) >= _MIN_ELSEWHERE
         support = np.asarray(supports[place])
-        best, chosen = _most_supported(best, directions, support)
+        best, chosen = _most_supported(best, directions, support, cosine)
         certain = (support >= _CERTAIN_SUPPORT * support.max())[chosen]
     directions = directions[chosen]
     refined = _limit_moves(best.atoms, directions, cosine)
@@ -142,7 +149,7 @@ def refine_directions(
     # percent of the rows has, and what the rows do not need.
     needed = _distinct(refined, cosine if best.dim > 2 else _PLANE_COSINE)
     faint = _faint(matching_pursuit(rows, refined[needed], best.k), needed.sum())
-    needed[needed] = ~faint
+    needed[needed] = ~faint | elsewhere[chosen][needed]
     if best.k > 1 and _MIN_DIMS_PER_CODE * best.k <= best.dim:
         if certain is not None:
             certain = certain[needed]
@@ -179,7 +186,7 @@ def _choose_table(
 
 
 def _most_supported(
-    fit: SparseFit, directions: np.ndarray, supports: np.ndarray
+    fit: SparseFit, directions: np.ndarray, supports: np.ndarray, cosine: float
 ) -> tuple[SparseFit, np.ndarray]:
     """Fit the directions of largest support that explain a table as well as all do.
 
@@ -203,6 +210,9 @@ def _most_supported(
             if pursuit_errors(sample, whole.atoms[chosen], k)[-1] > hopeless:
                 continue
             atoms, error = run_mod(fit.rows, whole.atoms[chosen], k)
+            near = _limit_moves(atoms, directions[chosen], cosine)
+            if np.any(near != atoms):  # one has left for the place of another
+                error = pursuit_errors(fit.rows, near, k)[-1]
             part = fit._replace(k=k, atoms=atoms)
             if error <= fit.limit and not np.any(
                 _needed(fit.rows, codes, errors, part, chosen)

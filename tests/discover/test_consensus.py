@@ -621,6 +621,17 @@ def test_stored_taps_give_what_the_subject_gives():
     again = consensus_of_taps(train_key, *taps, config=SHORT)
     np.testing.assert_array_equal(again.features.readers, result.features.readers)
     np.testing.assert_array_equal(again.features.strength, result.features.strength)
+    # Examples of weight 0 may hold anything.
+    filled = [
+        x._replace(
+            acts=jnp.concatenate([x.acts, jnp.full_like(x.acts[:3], jnp.nan)]),
+            grads=jnp.concatenate([x.grads, jnp.full_like(x.grads[:3], 1e9)]),
+            weights=jnp.concatenate([x.weights, jnp.zeros(3)]),
+        )
+        for x in taps
+    ]
+    again = consensus_of_taps(train_key, *filled, config=SHORT)
+    np.testing.assert_array_equal(again.features.readers, result.features.readers)
     narrow = taps[1]._replace(grads=taps[1].grads[..., :-1])
     with pytest.raises(ValueError, match="taps must be of one site, got widths 16 and"):
         consensus_of_taps(train_key, taps[0], narrow, config=SHORT)

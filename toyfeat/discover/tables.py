@@ -76,6 +76,9 @@ def gradient_tables(
 ) -> GradientTables:
     """Whiten the gradients of both readouts, and look for circles.
 
+    Examples of weight 0, such as padding and massive activations, are left out; of
+    other weights only the writers know.
+
     Args:
       key: random key.
       norm_taps: gradients ``[N, 1, D]`` of half the squared norm of the output.
@@ -87,6 +90,7 @@ def gradient_tables(
     Raises:
       ValueError: if widths differ, all gradients are 0, or one is not finite.
     """
+    norm_taps, direction_taps = map(_counted, (norm_taps, direction_taps))
     norm_rows, direction_rows = map(gradient_rows, (norm_taps, direction_taps))
     if norm_rows.shape[1] != direction_rows.shape[1]:
         raise ValueError(
@@ -102,6 +106,18 @@ def gradient_tables(
         coordinates=coordinates,
         taps=norm_taps,
         stacks=tuple(_stack(part, coordinates) for part in (norm_taps, direction_taps)),
+    )
+
+
+def _counted(taps: Taps) -> Taps:
+    """Leave out the examples of weight 0."""
+    counts = np.asarray(taps.weights) > 0
+    if counts.all() or not counts.any():
+        return taps
+    return taps._replace(
+        acts=taps.acts[counts],
+        grads=None if taps.grads is None else taps.grads[counts],
+        weights=taps.weights[counts],
     )
 
 

@@ -453,6 +453,23 @@ def test_brittleness_is_swept_once_and_drawn(tmp_path):
     assert (tmp_path / "out" / "brittleness.html").stat().st_size > 20_000
 
 
+@pytest.mark.slow
+def test_what_recurs_at_a_site_is_measured_at_the_tiny_setting(tmp_path):
+    path = tmp_path / "rows.json"
+    options = "--tiny", "--support", ".2", "--json", path
+    done = run_python("benchmarks/real_site.py", *options)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found, *dictionaries = (row for row in rows if "recurs" in row)
+    assert len(dictionaries) == 2
+    assert np.all(np.array(found["recurs"]) <= found["directions"])
+    moves = {row["method"]: row for row in rows if "divergence" in row}
+    assert "move along random" in moves
+    for row in moves.values():
+        low, high = row["interval"]
+        assert 0 < low <= row["divergence"] <= high
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -197,10 +197,6 @@ def verdicts(
 
     Tasks with failures have no bars: the best of them would be of fewer methods.
 
-    Args:
-      rows: of the tasks of the table.
-      failures: methods that raised.
-
     Returns:
       A heading line, and a line per bar.
     """
@@ -232,16 +228,19 @@ def verdicts(
 def success_lines(
     rows: list[dict[str, Any]], tasks: Sequence[str]
 ) -> list[tuple[str, ...]]:
-    """Lines on the share of the draws that the consensus covers, one per task."""
+    """Lines on the draws that the consensus covers, or on what controls return."""
     label, bar = f"{CONSENSUS} covers {SUCCESS}", f">= {MIN_SUCCESSES}"
     lines = []
     for task in tasks:
-        covered = [
-            leaderboard.coverage(row) >= SUCCESS
-            for row in rows
-            if row["case"] == task and row["method"] == CONSENSUS
-        ]
-        if covered:
+        draws = [r for r in rows if r["case"] == task and r["method"] == CONSENSUS]
+        covered = [leaderboard.coverage(row) >= SUCCESS for row in draws]
+        if covered and (limit := ALL[task].limit):
+            most, name = (
+                max(row["num_mechanisms"] for row in draws),
+                f"{CONSENSUS} finds",
+            )
+            lines.append(_line(name, task, most, f"<= {limit}", most <= limit))
+        elif covered:
             share = sum(covered) / len(covered)
             name = f"{task}, {sum(covered)} of {len(covered)} draws"
             lines.append(_line(label, name, share, bar, share >= MIN_SUCCESSES))
@@ -271,8 +270,10 @@ def consensus_bound(
       task: name.
 
     Returns:
-      ``None`` where the oracle, which sets the bar, was not measured.
+      ``None`` for a control, and without the oracle, which sets the bar.
     """
+    if ALL[task].limit is not None:
+        return None
     if ALL[task].beats_published:
         published = (m.name for m in METHODS.values() if not m.ours)
         best = max(coverage.get((task, name), 0.0) for name in published)

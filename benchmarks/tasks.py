@@ -31,6 +31,8 @@ class PlantedTask(NamedTuple):
         instead of reaching the ceiling that the oracle sets.
       key: number of the task's random key, written down for the tasks whose rows were
         measured before keys came from names; a new task has none.
+      limit: most mechanisms that may be returned, for a control that has fewer than it
+        seems to have; how much of the truth is covered is no bar there.
       condition: of random coordinates in which the site is seen, see
         :func:`toyfeat.models.planted.recondition`; ``None`` leaves it as it is.
       version: of the task, raised where its model or its truth changes.
@@ -44,6 +46,7 @@ class PlantedTask(NamedTuple):
     hard: bool = False
     beats_published: bool = False
     key: int | None = None
+    limit: int | None = None
     condition: float | None = None
     version: int = 1
 
@@ -265,6 +268,8 @@ MECHANISMS = {
     }.items()
     for name, knobs in rows.items()
 }
+_COMPRESSED = "compressed computation"
+MECHANISMS[_COMPRESSED] = MECHANISMS[_COMPRESSED]._replace(limit=50)
 """Tasks of planes and subspaces, and controls in which there is nothing to find."""
 
 SCALE = {

@@ -254,6 +254,13 @@ def test_the_share_of_the_draws_that_are_covered_is_told(bench):
     assert (label, task, "0.667", bar, "MISSED") in board.verdicts(rows)
     task = "product space, 2 of 2 draws"
     assert (label, task, "1.000", bar, "ok") in board.verdicts(rows[:2])
+    name = "compressed computation"  # what is covered does not count there
+    control = rows[0] | {"case": name, "num_mechanisms": 7}
+    more = control | {"seed": 1, "num_mechanisms": 51}
+    for draws, figure, verdict in (([control], "7", "ok"), ([control, more], "51", "")):
+        (line,) = [x for x in board.verdicts(draws) if name in x[1]]
+        wanted = (f"{figure}.000", "<= 50", verdict or "MISSED")
+        assert line[2:] == wanted
 
 
 @pytest.mark.slow

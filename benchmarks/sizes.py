@@ -40,7 +40,8 @@ SIZES = {
         seeds=20,
     ),
     "shapes": Size(tasks=SHAPES, budget=Budget(), seeds=1),
-    "scale": Size(tasks=SCALE, budget=Budget(), seeds=1),
+    # A reader of 2000 is active in one of a thousand examples, and wants twenty.
+    "scale": Size(tasks=SCALE, budget=Budget(examples=60_000), seeds=1),
     "quick": Size(
         tasks=_resized("quick"),
         budget=Budget(examples=6000, steps=500, batch=256),

@@ -21,7 +21,12 @@ from toyfeat.discover.gradients import (
     gradient_rows,
     white_coordinates,
 )
-from toyfeat.discover.tables import GradientTables, gradient_tables, tap_readouts
+from toyfeat.discover.tables import (
+    GradientTables,
+    default_examples,
+    gradient_tables,
+    tap_readouts,
+)
 from toyfeat.discover.training import train_dictionaries
 from toyfeat.models import planted
 
@@ -660,3 +665,9 @@ def test_planes_of_gated_units_are_mechanisms():
     for values in (features.strength, features.support):
         pairs = np.asarray(values).reshape(-1, 2)
         np.testing.assert_array_equal(pairs[:, 0], pairs[:, 1])
+
+
+@pytest.mark.parametrize(("dim", "num"), [(16, 20_000), (576, 57_600)])
+def test_wide_sites_are_tapped_at_more_examples(dim, num, key):
+    subject = planted.subject_of(planted.overcomplete(key, dim=dim, features=dim))
+    assert default_examples(key, subject) == num

@@ -38,7 +38,8 @@ class ConsensusConfig(NamedTuple):
     """Settings of :func:`toyfeat.discover.consensus`; the defaults serve all models.
 
     Attributes:
-      examples: inputs that are tapped.
+      examples: inputs that are tapped; ``None`` for 20,000, or a hundred per dimension
+        of the site where that is more.
       num_directions: random directions of the output per example.
       ks: codes per gradient; a dictionary is trained with each.
       starts: random starts of each dictionary, every one on gradients of its own.
@@ -49,7 +50,7 @@ class ConsensusConfig(NamedTuple):
       batch_size: gradients per step.
     """
 
-    examples: int = 20_000
+    examples: int | None = None
     num_directions: int = 4
     ks: tuple[int, ...] = (1, 2, 4)
     starts: int = 2
@@ -117,7 +118,7 @@ def consensus(
 
     Training takes time with the product of dimensions, latents and examples, and memory
     for the gradients, ``examples * num_directions * D`` floats, three times over.  A
-    reader has to be active in some twenty examples (``docs/research.md``, section 14).
+    reader has to be active in some forty examples (``docs/research.md``, section 15).
 
     Args:
       key: random key.

@@ -13,7 +13,7 @@ from toyfeat.discover.gradients import (
     unit_mean_square,
     white_coordinates,
 )
-from toyfeat.tap import readouts
+from toyfeat.tap import readouts, site_shapes
 from toyfeat.types import Array, Subject, Taps
 
 # Smallest eigenvalue of the gradients' second moment that counts, as a share of the
@@ -25,6 +25,12 @@ _MIN_EIGENVALUE = 1e-9
 # gradients of an example that count, as a share of the root mean square, as of rows.
 _STACK_EXAMPLES = 4000
 _MIN_LENGTH = 1e-6
+
+# Inputs that are tapped, at least, and per dimension of the site.  Of 2000 readers in
+# 576 dimensions, the rarest in one of a thousand examples, 983 are found with 20,000
+# examples and 1994 with 60,000 (docs/research.md, section 15).
+_MIN_EXAMPLES = 20_000
+_EXAMPLES_PER_DIM = 100
 
 
 class GradientTables(NamedTuple):
@@ -51,24 +57,33 @@ class GradientTables(NamedTuple):
 
 
 def tap_readouts(
-    key: Array, subject: Subject, *, examples: int, num_directions: int
+    key: Array, subject: Subject, *, examples: int | None, num_directions: int
 ) -> tuple[Taps, Taps]:
     """Tap the gradients of both readouts.
 
     Args:
       key: random key.
       subject: the model, its inputs and the site.
-      examples: inputs that are tapped.
+      examples: inputs that are tapped; ``None`` for 20,000, or a hundred per dimension
+        of the site where that is more.
       num_directions: random directions of the output per example.
 
     Returns:
       Taps of half the squared norm of the output, and along random directions of it.
     """
     inputs_key, directions_key = jax.random.split(key)
-    inputs = subject.sample(inputs_key, examples)
+    num = examples if examples is not None else default_examples(key, subject)
+    inputs = subject.sample(inputs_key, num)
     directions = readouts.random_directions(directions_key, num_directions, "gaussian")
     norm = readouts.half_squared_norm()
     return tap_subject(subject, inputs, norm), tap_subject(subject, inputs, directions)
+
+
+def default_examples(key: Array, subject: Subject) -> int:
+    """Return how many inputs are tapped at a site, by its width."""
+    inputs = subject.sample(key, 1)
+    shapes = site_shapes(subject.probed, subject.params, inputs)
+    return max(_MIN_EXAMPLES, _EXAMPLES_PER_DIM * shapes[subject.site].shape[-1])
 
 
 def gradient_tables(

@@ -117,7 +117,7 @@ def consensus(
        the share of the attribution that goes through each.
 
     Training takes time with the product of dimensions, latents and examples, and memory
-    for the gradients, ``examples * num_directions * D`` floats, three times over.  A
+    for the gradients, ``examples * num_directions * D`` floats, nine times over.  A
     reader has to be active in some forty examples (``docs/research.md``, section 15).
 
     Args:

@@ -262,7 +262,7 @@ def unit(rows: Any) -> np.ndarray:
 
 
 def recurring(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Which rows are among others, ``[R]`` bool."""
+    """Tell which rows are among others, ``[R]`` bool."""
     if not len(rows) or not len(others):
         return np.zeros(len(rows), bool)
     return np.abs(unit(rows) @ unit(others).T).max(1) >= RECURS

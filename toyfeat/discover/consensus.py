@@ -13,7 +13,7 @@ directions exact, ``circles`` finds the planes that no sparse code describes, an
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -213,8 +213,8 @@ def consensus_of_taps(
       >>> subject, size = planted.subject_of(task), dict(examples=500, num_directions=2)
       >>> taps = tap_readouts(jax.random.key(1), subject, **size)
       >>> short = ConsensusConfig(steps=20, latents_per_dim=(2,))
-      >>> result = consensus_of_taps(jax.random.key(2), *taps, config=short)
-      >>> result.features.readers.shape[1]
+      >>> found = consensus_of_taps(jax.random.key(2), *taps, config=short).features
+      >>> found.readers.shape[1]
       6
     """
     _check_options(support, cosine)
@@ -228,21 +228,7 @@ def consensus_of_taps(
         cosine=cosine,
         tell=progress,
     )
-
-    # As few latents as explain the gradients, and some to spare.  Where none do, the
-    # dictionaries of all sizes vote together.
-    dictionaries: list[np.ndarray] = []
-    for level_key, size in zip(level_keys, config.latents_per_dim, strict=True):
-        level = _train_level(level_key, tables, config, size)
-        dictionaries += level
-        agreement, voters = vote(level), level
-        most = _MAX_NEEDED * max(map(len, level))
-        if agreement.explain and len(agreement.rows) <= most:
-            break
-    else:
-        if len(config.latents_per_dim) > 1:
-            agreement, voters = vote(dictionaries), dictionaries
-
+    agreement, voters = _train_and_vote(level_keys, tables, config, vote)
     agreement, group = _group_rows(agreement, tables, voters)
     share = agreement.supports / len(voters)
     share[len(share) - len(tables.planes) :] = 1
@@ -255,6 +241,26 @@ def consensus_of_taps(
         num_dictionaries=len(voters),
         explain=agreement.explain,
     )
+
+
+def _train_and_vote(
+    keys: Sequence[Array],
+    tables: GradientTables,
+    config: ConsensusConfig,
+    vote: Callable[[Sequence[ArrayLike]], Agreement],
+) -> tuple[Agreement, Sequence[ArrayLike]]:
+    """Train with few latents that explain the gradients, else let all sizes vote."""
+    dictionaries: list[np.ndarray] = []
+    for key, size in zip(keys, config.latents_per_dim, strict=True):
+        level = _train_level(key, tables, config, size)
+        dictionaries += level
+        agreement = vote(level)
+        most = _MAX_NEEDED * max(map(len, level))
+        if agreement.explain and len(agreement.rows) <= most:
+            return agreement, level
+    if len(config.latents_per_dim) > 1:
+        agreement = vote(dictionaries)
+    return agreement, dictionaries
 
 
 def _check_options(support: float | None, cosine: float) -> None:

@@ -145,20 +145,34 @@ def refine_directions(
         refined, _ = run_mod(rows, refined, best.k)
         refined = _limit_moves(refined, directions, cosine)
 
-    # Leave out all but one of those that have become the same, what only the last
-    # percent of the rows has, and what the rows do not need.
-    needed = _distinct(refined, cosine if best.dim > 2 else _PLANE_COSINE)
-    faint = _faint(matching_pursuit(rows, refined[needed], best.k), needed.sum())
-    needed[needed] = ~faint | elsewhere[chosen][needed]
-    if best.k > 1 and _MIN_DIMS_PER_CODE * best.k <= best.dim:
-        if certain is not None:
-            certain = certain[needed]
-        needed[needed] = needed_atoms(rows, refined[needed], best.k, certain=certain)
+    needed = _find_needed(best, rows, refined, cosine, elsewhere[chosen], certain)
     if not needed.all():
         refined, _ = run_mod(rows, refined[needed], best.k)
         refined = _limit_moves(refined, directions[needed], cosine)
         chosen[chosen] = needed
     return RefinedDirections(refined, chosen, explain=True)
+
+
+def _find_needed(
+    fit: SparseFit,
+    rows: np.ndarray,
+    directions: np.ndarray,
+    cosine: float,
+    elsewhere: np.ndarray,
+    certain: np.ndarray | None,
+) -> np.ndarray:
+    """Tell which directions are needed, ``[R]`` bool.
+
+    Left out are all but one of those that have become the same, what only the last
+    percent of the rows has and no other table, and what the rows can do without.
+    """
+    needed = _distinct(directions, cosine if fit.dim > 2 else _PLANE_COSINE)
+    faint = _faint(matching_pursuit(rows, directions[needed], fit.k), needed.sum())
+    needed[needed] = ~faint | elsewhere[needed]
+    if fit.k > 1 and _MIN_DIMS_PER_CODE * fit.k <= fit.dim:
+        sure = None if certain is None else certain[needed]
+        needed[needed] = needed_atoms(rows, directions[needed], fit.k, certain=sure)
+    return needed
 
 
 def _choose_table(

@@ -4,13 +4,13 @@ import numpy as np
 
 from toyfeat.discover.gradients import WhiteCoordinates
 from toyfeat.discover.sparse_coding import matching_pursuit, pursuit_errors
+from toyfeat.discover.sparse_fit import MAX_ERROR, spread_rows
 from toyfeat.types import ArrayLike, Taps
 
 # Examples that are coded; a mean of squares needs no more.
 _MAX_EXAMPLES = 4000
 
-# Share of the gradients' sum of squares that codes may leave, and most codes of one.
-_MAX_ERROR = 0.005
+# Most codes of a gradient.
 _MAX_CODES = 32
 
 
@@ -52,17 +52,17 @@ def attribution_shares(
     readers = np.asarray(readers, np.float64)
     if not len(readers):
         return np.zeros(0)
-    acts = np.asarray(taps.acts, np.float64)
-    index = np.linspace(0, len(acts) - 1, min(len(acts), _MAX_EXAMPLES)).astype(int)
-    moved = acts[index] - acts.mean(0)
-    rows = np.asarray(taps.grads, np.float64)[index, 0] @ coordinates.whiten
+    mean = np.asarray(taps.acts, np.float64).mean(0)
+    moved = spread_rows(taps.acts, _MAX_EXAMPLES) - mean
+    grads = np.asarray(taps.grads)[:, 0]
+    rows = spread_rows(grads, _MAX_EXAMPLES) @ coordinates.whiten
 
     # Codes of unit directions in white coordinates, as few as explain the gradients.
     directions = readers @ coordinates.whiten
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     most = min(len(readers), max(1, rows.shape[1] // 2), _MAX_CODES)
     errors = pursuit_errors(rows, directions, most)
-    k = int(np.argmax(errors <= _MAX_ERROR)) + 1 if errors[-1] <= _MAX_ERROR else most
+    k = int(np.argmax(errors <= MAX_ERROR)) + 1 if errors[-1] <= MAX_ERROR else most
     codes = matching_pursuit(rows, directions, k).matrix(len(readers)).toarray()
 
     # Attributions of readers, then of mechanisms.

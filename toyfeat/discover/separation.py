@@ -31,6 +31,7 @@ _MIN_COUPLING = 0.2
 _MAX_ON_LINES_LINEAR = 0.15
 _MIN_FLATNESS_LINEAR = 0.9
 _MIN_USES_LINEAR = 300
+_RANGE_DEVIATIONS = 4.0
 
 # Angles of a quarter turn at which couplings are compared, sweeps over pairs of axes,
 # starts at random axes where there are more than two, and examples whose directions are
@@ -89,13 +90,23 @@ def is_whole(tables: Sequence[np.ndarray], pieces: np.ndarray | None = None) -> 
         chance = 1 / num_readouts
         if (least - chance) / (1 - chance) < _MIN_COUPLING:
             is_linear = True
-            if flatness < _MIN_FLATNESS_LINEAR or num < _MIN_USES_LINEAR:
+            if num < _MIN_USES_LINEAR or flatness < _least_by_chance(num, num_readouts):
                 return False
         if flatness < _MIN_FLATNESS:
             return False
         is_coupled = True
     most = _MAX_ON_LINES_LINEAR if is_linear else _MAX_ON_LINES
     return is_coupled and max(on_lines) < most
+
+
+def _least_by_chance(num: int, num_readouts: int) -> float:
+    """Ratio of couplings that those of a linear block have in ``num`` examples.
+
+    The squared cosine of two random directions in ``K`` dimensions has mean ``1 / K``
+    and variance ``2 (K - 1) / (K^2 (K + 2))``.
+    """
+    relative = np.sqrt(2 * (num_readouts - 1) / (num_readouts + 2) / num)
+    return min(_MIN_FLATNESS_LINEAR, 1 - _RANGE_DEVIATIONS * relative)
 
 
 def _share_on_lines(parts: np.ndarray) -> float:

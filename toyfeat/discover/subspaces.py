@@ -22,26 +22,20 @@ from toyfeat.discover.block_coding import (
     code_blocks,
     spectrum,
 )
+from toyfeat.discover.merging import (
+    INSIDE,
+    MIN_USES,
+    are_mixtures,
+    co_use,
+    propose_merges,
+    without_mixtures,
+)
 from toyfeat.discover.separation import is_whole
 from toyfeat.types import ArrayLike
-
-# Share of the uses of the rarer of two blocks in which both are used, from which they
-# are tried as one.  Planes had .4 and more, readers .34 and less.
-_MIN_CO_USE = 0.2
-
-# The same where one of them is a subspace already: blocks that are parts of a larger
-# subspace come together nearly always.  Not swept.
-_MIN_GROWTH_CO_USE = 0.5
 
 # Error of a table from which blocks do not explain it, and it says nothing.  Tables
 # that tell of planes had .08 and less, a readout that blurs readers .29.
 _MAX_TABLE_ERROR = 0.1
-
-# Fewest examples, of half of them, to judge a block on.  Not swept.
-_MIN_USES = 20
-
-# Length in a block from which a direction is inside: |cos| of equal directions.
-_INSIDE = 0.95
 
 # Eigenvalue below which parts of a block are noise, as a share of the largest.
 _NOISE_EIGENVALUE = 1e-2
@@ -63,7 +57,8 @@ class Subspaces(NamedTuple):
       rows: ``[S, R]``, orthonormal rows of every subspace.
       group: ``[S]`` int, the subspace of each row, 0, 1, ..., the most used first.
       uses: ``[S]``, the share of the examples that use the subspace of each row.
-      inside: ``[M]`` bool, the directions that lie inside of a subspace.
+      inside: ``[M]`` bool, the directions that lie inside of a subspace, or in the span
+        of two.
     """
 
     rows: np.ndarray
@@ -125,7 +120,8 @@ def find_subspaces(
     for _ in range(_MAX_ROUNDS):
         if all(code.stacks.shape[1] < 2 for code in codes):  # nothing could be told
             break
-        rest, proposals = _propose(blocks, _co_use(codes), attempts)
+        tried = {key for key, num in attempts.items() if num >= _MAX_ATTEMPTS}
+        rest, proposals = propose_merges(blocks, co_use(codes), tried)
         if not proposals:
             break
         kept, failed = _try(stacks, blocks, rest, proposals)
@@ -137,7 +133,7 @@ def find_subspaces(
             continue
         # Take the others apart again; they get another chance, among other blocks.
         parts = [part for part in blocks if any(part.members <= key for key in failed)]
-        blocks = rest + kept + parts
+        blocks = without_mixtures(rest + kept + parts)
         codes = _code_tables(stacks, blocks)
     judged = _judge_again(blocks, singles, codes)
     if len(judged) > len(blocks):
@@ -169,10 +165,10 @@ def subspace_supports(
         basis = rows[group == member]
         for atoms in dictionaries:
             parts = np.asarray(atoms, np.float64) @ basis.T
-            parts = parts[np.linalg.norm(parts, axis=1) >= _INSIDE]
+            parts = parts[np.linalg.norm(parts, axis=1) >= INSIDE]
             # Two atoms of the same direction have less as their smallest.
             sizes = np.linalg.svd(parts, compute_uv=False)
-            spans = len(parts) >= len(basis) and sizes[-1] > (1 - _INSIDE) ** 0.5
+            spans = len(parts) >= len(basis) and sizes[-1] > (1 - INSIDE) ** 0.5
             supports[group == member] += spans
     return supports
 
@@ -200,15 +196,15 @@ def _collect(
     order = [b for b in order if len(blocks[b].basis) > 1]
     bases = [blocks[b].basis for b in order]
     sizes = [len(basis) for basis in bases]
+    singles = [Block(row[None], frozenset([i])) for i, row in enumerate(directions)]
+    inside = are_mixtures([*singles, *(blocks[b] for b in order)])[: len(directions)]
+    for basis in bases:
+        inside |= np.linalg.norm(directions @ basis.T, axis=1) >= INSIDE
     return Subspaces(
         rows=np.concatenate([np.zeros((0, directions.shape[1])), *bases]),
         group=np.repeat(np.arange(len(order)), sizes),
         uses=np.repeat(uses[order], sizes),
-        inside=np.any(
-            [np.linalg.norm(directions @ basis.T, axis=1) >= _INSIDE for basis in bases]
-            or [np.zeros(len(directions), bool)],
-            axis=0,
-        ),
+        inside=inside,
     )
 
 
@@ -233,14 +229,19 @@ def _try(
     proposals: list[Block],
 ) -> tuple[list[Block], set[frozenset[int]]]:
     """Fit all proposals at once; return those that are whole, and others' members."""
-    trial = rest + proposals
+    # Mixtures would take their uses from what they are mixtures of.
+    trial = without_mixtures([*rest, *proposals])
+    proposed = {block.members for block in proposals}
+    failed = proposed - {block.members for block in trial}
     codes = _code_tables(stacks, trial)
-    kept, failed = [], set()
-    for b in range(len(rest), len(trial)):
-        fit = _fit(trial[b], b, codes)
+    kept = []
+    for b, block in enumerate(trial):
+        if block.members not in proposed:
+            continue
+        fit = _fit(block, b, codes)
         pieces = [part.basis for part in blocks if part.members <= fit.members]
         pieces = np.concatenate(sorted(pieces, key=len, reverse=True))
-        parts = _held_out(trial[b], b, fit.basis, codes)
+        parts = _held_out(block, b, fit.basis, codes)
         if len(fit.basis) > 1 and is_whole(parts, pieces @ fit.basis.T):
             kept.append(fit)
         else:
@@ -259,7 +260,7 @@ def _polish(
     for _ in range(_FITS):
         for b in spaces:
             parts = block_parts(blocks[b], b, code)
-            if len(parts) >= _MIN_USES:
+            if len(parts) >= MIN_USES:
                 basis = spectrum(parts)[1][: len(blocks[b].basis)]
                 blocks[b] = blocks[b]._replace(basis=basis)
         code = code_blocks(code.stacks, blocks)
@@ -275,51 +276,6 @@ def _code_tables(
     return sorted(explained, key=lambda code: code.error)
 
 
-def _co_use(codes: Sequence[BlockCodes]) -> np.ndarray:
-    """Share of the uses of the rarer of two blocks in which both are used, ``[B, B]``.
-
-    The least of all tables in which both are used often enough.
-    """
-    least = np.full((codes[0].uses.shape[1],) * 2, np.inf)
-    for code in codes:
-        uses = code.uses.astype(np.float32)
-        both, rarer = uses.T @ uses, np.minimum.outer(uses.sum(0), uses.sum(0))
-        share = np.where(rarer >= 2 * _MIN_USES, both / np.maximum(rarer, 1), np.inf)
-        least = np.minimum(least, share)
-    return np.where(np.isfinite(least), least, 0)
-
-
-def _propose(
-    blocks: Sequence[Block], co_use: np.ndarray, attempts: Counter[frozenset[int]]
-) -> tuple[list[Block], list[Block]]:
-    """Merge blocks that come together, the surest first; return rest and merged."""
-    first, second = np.triu_indices(len(blocks), 1)
-    often = np.flatnonzero(co_use[first, second] >= _MIN_CO_USE)
-    order = often[np.argsort(-co_use[first[often], second[often]], kind="stable")]
-    free = np.ones(len(blocks), bool)
-    rows = np.concatenate([block.basis for block in blocks])
-    starts = np.cumsum([0] + [len(block.basis) for block in blocks[:-1]])
-    merged = []
-    for a, b in zip(first[order].tolist(), second[order].tolist(), strict=True):
-        size = len(blocks[a].basis) + len(blocks[b].basis)
-        seldom = size > 2 and co_use[a, b] < _MIN_GROWTH_CO_USE
-        # More than half of the dimensions are hardly a subspace.
-        if seldom or 2 * size > rows.shape[1] or not (free[a] and free[b]):
-            continue
-        # The span of both, with all other blocks that lie in it.
-        both = np.concatenate([blocks[a].basis, blocks[b].basis])
-        basis = np.linalg.svd(both, full_matrices=False)[2]
-        lengths = np.linalg.norm(rows @ basis.T, axis=1)
-        inside = np.minimum.reduceat(lengths, starts) >= _INSIDE
-        inside[[a, b]] = True
-        inside = np.flatnonzero(inside & free).tolist()
-        members = frozenset().union(*(blocks[c].members for c in inside))
-        if attempts[members] < _MAX_ATTEMPTS:
-            free[inside] = False
-            merged.append(Block(basis, members))
-    return [blocks[c] for c in np.flatnonzero(free).tolist()], merged
-
-
 def _fit(block: Block, b: int, codes: Sequence[BlockCodes]) -> Block:
     """Fit a block to what the others leave, and choose its dimension by the spectrum.
 
@@ -328,7 +284,7 @@ def _fit(block: Block, b: int, codes: Sequence[BlockCodes]) -> Block:
     """
     code = max(codes, key=lambda code: code.stacks.shape[1], default=None)
     parts = block_parts(block, b, code)[::2] if code else np.zeros(0)
-    if len(parts) < _MIN_USES:
+    if len(parts) < MIN_USES:
         return block
     eigenvalues, vectors = spectrum(parts)
     # The largest gap of eigenvalues, down to noise.
@@ -343,4 +299,4 @@ def _held_out(
 ) -> list[np.ndarray]:
     """Return parts in a basis, of the other half of the examples of every table."""
     parts = [block_parts(block, b, code)[1::2] @ basis.T for code in codes]
-    return [part for part in parts if len(part) >= _MIN_USES]
+    return [part for part in parts if len(part) >= MIN_USES]

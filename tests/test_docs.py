@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 from toyfeat.discover import ConsensusConfig
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "docs/concepts.md", "docs/extending.md", "docs/lens.md"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/extending.md", "docs/lens.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_the_python_blocks_of_a_page_run_in_order(page, capsys, tmp_path, monkeypatch):
     blocks = (ROOT / page).read_text(encoding="utf-8").split("```python\n")[1:]
     assert blocks, f"{page} has no python example"
@@ -34,3 +36,25 @@ def test_links_between_pages_lead_somewhere():
             target = part.split(")")[0].split("#")[0]
             if target and "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="the site wants the docs extra")
+    quiet = {"NO_MKDOCS_2_WARNING": "1"}
+    done = run_python("-m", "mkdocs", "build", "--site-dir", tmp_path, env=quiet)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    pages = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.html")}
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        name = page.relative_to(ROOT / "docs").with_suffix(".html").as_posix()
+        assert name.replace("README", "index") in pages
+    moments = (tmp_path / "api" / "decompose.html").read_text(encoding="utf-8")
+    assert "<math" in moments
+    for left in ":math:", ":func:", ":class:", ".. math", "<autoref":
+        assert left not in moments
+
+
+def test_every_page_is_in_the_navigation():
+    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        assert page.relative_to(ROOT / "docs").as_posix() in listed

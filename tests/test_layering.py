@@ -99,7 +99,8 @@ def test_importing_the_package_touches_no_device_and_no_extra():
         "import sys, toyfeat\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a backend was started'\n"
-        "heavy = {'matplotlib', 'tyro', 'tensorboardX', 'safetensors', 'sklearn'}\n"
+        "heavy = {'matplotlib', 'tyro', 'tensorboardX', 'safetensors', 'sklearn',\n"
+        "    'equinox', 'haiku'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     done = run_python("-c", code)

@@ -1,6 +1,6 @@
 """Features of a model, from its activations and their gradients, in JAX.
 
-The public face has 45 names: ten contracts, 24 functions, 11 namespaces.  Everything
+The public face has 47 names: ten contracts, 26 functions, 11 namespaces.  Everything
 else is imported from its module (``toyfeat.decompose``, ``toyfeat.discover``,
 ``toyfeat.worlds``, ``toyfeat.lm``, ``toyfeat.jobs``, ``toyfeat.report``).
 
@@ -28,7 +28,9 @@ from toyfeat.moments import moments, moments_of
 from toyfeat.tap import (
     check_no_mixing,
     check_taps,
+    from_equinox,
     from_function,
+    from_haiku,
     from_linen,
     from_nnx,
     from_split,
@@ -79,7 +81,9 @@ __all__ = [
     "dictionaries",
     "encode",
     "fit",
+    "from_equinox",
     "from_function",
+    "from_haiku",
     "from_linen",
     "from_nnx",
     "from_split",

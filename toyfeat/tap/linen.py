@@ -31,7 +31,7 @@ from toyfeat.tap.probes import (
     split_inputs,
     warn_batch_statistics,
 )
-from toyfeat.tap.slots import Slot, check_probes
+from toyfeat.tap.slots import Slot, check_probes, sort_slots
 from toyfeat.types import Acts, Inputs, Outputs, Params, Probe, Probed
 
 
@@ -180,7 +180,8 @@ def _collect_acts(
 ) -> Acts:
     """Split recorded values into the activations of sites."""
     acts: Acts = {}
-    for place, slot in read(recorded):
+    slots = list(read(recorded))
+    for place, slot in sort_slots(slots, [s.site for _, s in slots], recorder.visited):
         recorder.check_visited(slot)
         check_applied(recorded, place, slot, recorder.probes)
         for site, act in slot.split_acts(lookup(recorded, place)).items():

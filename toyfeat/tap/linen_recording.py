@@ -98,7 +98,7 @@ class Recorder:
       probes: array and function probes, by site.
       functions: the function probes among them.
       fresh: whether the body of an ``nn.jit`` must be traced anew.
-      visited: sites whose method ran in Python, not from a cached trace.
+      visited: sites whose method ran in Python, not from a cached trace, by order.
       notes: what layers in train mode do, by their names.
       in_branches: whether a value was recorded in a branch of ``nn.cond``.
       skip_branches: whether to record none there.
@@ -108,7 +108,7 @@ class Recorder:
         self.probes = probes
         self.functions = {site: p for site, p in probes.items() if callable(p)}
         self.fresh = fresh or bool(self.functions)
-        self.visited: set[str] = set()
+        self.visited: dict[str, int] = {}
         self.notes: dict[str, str] = {}
         self.in_branches = self.skip_branches = False
 
@@ -154,7 +154,7 @@ class Recorder:
         # cannot, and are the same for all layers.
         def record_leaf(site: str, act: Array) -> Array:
             leaf = f"{marker}{_VALUE}{site.removeprefix(name)}"
-            self.visited.add(site)
+            self.visited.setdefault(site, len(self.visited))
             function = self.functions.get(site)
             probe = scope.get_variable(PROBES, leaf, function)
             if probe is not None:

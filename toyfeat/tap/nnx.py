@@ -27,7 +27,7 @@ from toyfeat.tap.probes import (
     split_inputs,
     warn_batch_statistics,
 )
-from toyfeat.tap.slots import check_probes
+from toyfeat.tap.slots import check_probes, sort_slots
 from toyfeat.types import Acts, Inputs, Outputs, Params, Probe, Probed
 
 
@@ -97,13 +97,14 @@ def from_nnx(
     method = "__call__" if method is None else method
     unbound = method if callable(method) else getattr(type(model), method)
     called = _Model(graph, method, unbound, call_kwargs)
+    order: dict[str, int] = {}
 
     def probed(
         params: Params, inputs: Inputs, probes: Mapping[str, Probe]
     ) -> tuple[Outputs, Acts]:
         batch = infer_batch_size(inputs)
         # Array probes are variables, so the shapes of their sites are needed first.
-        run = new_run(probes)
+        run = new_run(probes, order)
         if probes:
             recorded, skipped = _record_shapes(called, params, inputs, new_run({}))
             deltas = _make_deltas(recorded, batch, probes)
@@ -111,7 +112,7 @@ def from_nnx(
         else:
             outputs, recorded, _ = _record(called, params, inputs, run)
         warn_batch_statistics("from_nnx", run.notes)
-        return outputs, _collect_acts(recorded, batch)
+        return outputs, _collect_acts(recorded, batch, run)
 
     def train_mode(params: Params, inputs: Inputs) -> tuple[str, ...]:
         """Name what makes the result of an example depend on the others."""
@@ -132,10 +133,12 @@ def _make_deltas(
     return pack_deltas(slots, probes)
 
 
-def _collect_acts(recorded: Recording, batch: int) -> Acts:
+def _collect_acts(recorded: Recording, batch: int, run: Run) -> Acts:
     """Split recorded values into the activations of sites."""
     acts: Acts = {}
-    for _, slot, value in read_slots(recorded, batch):
+    slots = [(slot, value) for _, slot, value in read_slots(recorded, batch)]
+    sites = [slot.site for slot, _ in slots]
+    for slot, value in sort_slots(slots, sites, run.order):
         for site, act in slot.split_acts(value).items():
             check_new_site(site, acts, "from_nnx")
             acts[site] = act

@@ -57,6 +57,7 @@ class Run(NamedTuple):
       trace: the JAX trace that the model was called in.
       notes: what layers in train mode do, by their names; filled by the run.
       nested: paths of the modules that were called in another trace; filled as well.
+      order: ordinals of the sites, as they were computed; filled as well.
     """
 
     functions: Mapping[str, Probe]
@@ -64,15 +65,25 @@ class Run(NamedTuple):
     trace: Any
     notes: dict[str, str]
     nested: set[str]
+    order: dict[str, int]
 
 
 RUN: ContextVar[Run] = ContextVar("toyfeat_run")
 
 
-def new_run(probes: Mapping[str, Probe], *, fresh: bool = False) -> Run:
-    """Start a run with the functions among the probes."""
+def new_run(
+    probes: Mapping[str, Probe],
+    order: dict[str, int] | None = None,
+    *,
+    fresh: bool = False,
+) -> Run:
+    """Start a run with the functions among the probes.
+
+    The order of sites is kept from run to run: a cached trace does not show it.
+    """
     functions = {site: p for site, p in probes.items() if callable(p)}
-    return Run(functions, fresh or bool(functions), trace_state(), {}, set())
+    order = {} if order is None else order
+    return Run(functions, fresh or bool(functions), trace_state(), {}, set(), order)
 
 
 def prepare(
@@ -172,6 +183,7 @@ def _store(module: Any, method: str, base: str, value: Any, run: Run) -> Any:
     def record_leaf(site: str, act: Array) -> Array:
         act = act + deltas[site] if site in deltas else act
         acts[site] = apply_probe(site, act, run.functions.get(site))
+        run.order.setdefault(site, len(run.order))
         return acts[site]
 
     probed_value = visit(call_name(base, len(calls)), value, record_leaf)

@@ -241,7 +241,7 @@ def site_shapes(
       inputs: a pytree whose leaves have leading axis ``B``.
 
     Returns:
-      Site name to ``ShapeDtypeStruct``.
+      Site name to ``ShapeDtypeStruct``, in order of computation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -251,4 +251,12 @@ def site_shapes(
       (5, 3)
     """
     check_params(params, "site_shapes")
-    return jax.eval_shape(lambda p, x: probed(p, x, {})[1], params, inputs)
+    order: list[str] = []  # which a dict that leaves a trace does not keep
+
+    def record(params: Params, inputs: Inputs) -> Any:
+        acts = probed(params, inputs, {})[1]
+        order[:] = acts
+        return acts
+
+    shapes = jax.eval_shape(record, params, inputs)
+    return {site: shapes[site] for site in order}

@@ -2,12 +2,14 @@
 
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 
 from toyfeat.tap.probes import apply_probe, check_sites
 from toyfeat.types import Acts, Array, Probe
+
+_T = TypeVar("_T")
 
 
 class Slot(NamedTuple):
@@ -83,6 +85,19 @@ def infer_slot(
             layers = ()
     shape = tuple(value.shape[len(layers) :])
     return Slot(site=site, layers=layers, shape=shape, dtype=value.dtype)
+
+
+def sort_slots(
+    values: list[_T], sites: list[str], order: Mapping[str, int]
+) -> list[_T]:
+    """Sort recorded values in the order in which their sites were computed.
+
+    A module that ran from a cached trace was not seen, and then all stay as they are.
+    """
+    if not all(site in order for site in sites):
+        return values
+    ranks = [order[site] for site in sites]
+    return [values[i] for i in sorted(range(len(values)), key=ranks.__getitem__)]
 
 
 def check_probes(slots: Iterable[Slot], probes: Mapping[str, Probe], who: str) -> None:

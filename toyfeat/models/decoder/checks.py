@@ -66,6 +66,33 @@ def check_rotary_divisors(divisors: Any, pairs: int) -> None:
         )
 
 
+def check_factors(factors: Mapping[str, Any]) -> None:
+    """Check factors and caps, which are positive or, if they can be left out, None."""
+    optional = {name: x for name, x in factors.items() if x is not None}
+    if not all(is_positive(x) for x in optional.values()):
+        raise ValueError(
+            f"decoder: factors must be positive, got {show_values(optional)}; give "
+            "finite numbers, or leave them out"
+        )
+
+
+def check_window(window: Any, local_layers: Any, layers: int) -> None:
+    """Check the window of local layers, and which ones these are."""
+    if window is not None and not is_size(window):
+        raise ValueError(
+            f"decoder: window must be a number of positions, got {show_value(window)}; "
+            "give None for no window"
+        )
+    is_fitting = isinstance(local_layers, tuple) and len(local_layers) == layers
+    if local_layers is not None and not (
+        is_fitting and all(isinstance(is_local, bool) for is_local in local_layers)
+    ):
+        raise ValueError(
+            f"decoder: local_layers must be {layers} bools in a tuple, got "
+            f"{show_value(local_layers)}; say of each layer whether it has a window"
+        )
+
+
 def shorten(error: BaseException) -> str:
     """Show the message of a library, which may repeat a whole file."""
     text = str(error)

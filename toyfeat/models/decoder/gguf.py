@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from toyfeat.models.decoder.checks import shorten, show_value
-from toyfeat.models.decoder.config import DecoderConfig, llama
+from toyfeat.models.decoder.config import DecoderConfig
 from toyfeat.models.decoder.gguf_header import check_header
 from toyfeat.models.decoder.pieces import gguf_pieces, param_shapes
+from toyfeat.models.decoder.shapes import llama
 from toyfeat.models.decoder.weights import (
     Source,
     assemble_params,

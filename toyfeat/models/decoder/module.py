@@ -5,23 +5,29 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from toyfeat.models.decoder.attention import (
-    Angles,
     Attention,
     KeyValues,
-    rotary_angles,
+    LayerAngles,
+    layer_angles,
+    soft_cap,
 )
 from toyfeat.models.decoder.config import DecoderConfig
 from toyfeat.models.decoder.inputs import check_inputs, embedding_ids, token_positions
+from toyfeat.models.decoder.parts import Norm, Site
 from toyfeat.tap.linen import ACTS, PROBES
 from toyfeat.types import Array
 
 SITES = ("resid_pre", "attn_out", "mlp_hidden", "mlp_out", "resid_post")
 """Sites of a block: the residual stream before it, what attention adds to it, the
 units of the MLP, what the MLP adds, and the residual stream after the block."""
+
+HEAD_SITES = ("q", "k", "v", "pattern", "z")
+"""Sites of the heads, ``"blocks_3/attn/q"``, in a decoder with ``heads``: queries, keys
+and values ``[B, T, heads, head_dim]`` before they are normalized and rotated, the
+weights of attention ``[B, heads, T, S]``, and the mixed values of every head."""
 
 _ACTIVATIONS = {
     "gelu": partial(nn.gelu, approximate=False),
@@ -37,7 +43,8 @@ class Decoder(nn.Module):
     :func:`toyfeat.from_linen` makes a probed model of it.  The sites are
     ``"blocks_3/resid_pre"`` and so on (:data:`SITES`); with ``scan``,
     ``"blocks/resid_pre@3"``.  Everything else that the module calls is a site too,
-    such as ``"blocks_3/attn/query"`` and ``"final_norm"``.
+    such as ``"blocks_3/resid_mid"``, ``"blocks_3/attn/query"`` and ``"final_norm"``;
+    with ``heads`` also what each head does (:data:`HEAD_SITES`).
 
     With a ``start`` it runs on a residual stream instead of tokens, the value of
     ``"blocks_<start>/resid_pre"`` in the full model.  Parameters and sites keep their
@@ -69,6 +76,7 @@ class Decoder(nn.Module):
       dtype: of the residual stream and the products; norms, rotations, softmax
         and logits are float32 in any case.
       remat: whether the backward pass recomputes the blocks to save memory.
+      heads: whether queries, keys, values, weights and outputs of heads are sites.
 
     Example:
       >>> import jax, jax.numpy as jnp, toyfeat as ft
@@ -96,6 +104,7 @@ class Decoder(nn.Module):
     scan: bool = False
     dtype: Any = jnp.float32
     remat: bool = False
+    heads: bool = False
 
     @nn.compact
     def __call__(
@@ -133,11 +142,14 @@ class Decoder(nn.Module):
         # Blocks, which share the rotations of the positions.
         angles = None
         if config.positions == "rotary":
-            angles = rotary_angles(config, num_past + inputs.shape[1], positions)
+            angles = layer_angles(config, num_past + inputs.shape[1], positions)
         resid = self._run_blocks(resid, past, angles, mask)
         # Norm and logits.
         normed = Norm(config, name="final_norm")(resid).astype(self.dtype)
-        return _matmul_float32(normed, self._head(embed).astype(self.dtype))
+        logits = _matmul_float32(normed, self._head(embed).astype(self.dtype))
+        return (
+            logits if config.logit_cap is None else soft_cap(logits, config.logit_cap)
+        )
 
     def _embed(
         self, embed: nn.Embed, tokens: Array, num_past: int, positions: Array | None
@@ -145,6 +157,8 @@ class Decoder(nn.Module):
         """Embed tokens and, if they are learned, their positions."""
         config = self.config
         resid = jnp.asarray(embed(tokens), self.dtype)
+        if config.embed_scale != 1:
+            resid = resid * jnp.asarray(config.embed_scale, resid.dtype)
         if config.positions == "learned":
             table = nn.Embed(
                 config.context, config.dim, dtype=self.dtype, name="positions"
@@ -160,30 +174,34 @@ class Decoder(nn.Module):
         self,
         resid: Array,
         past: Mapping[str, Array],
-        angles: Angles | None,
+        angles: LayerAngles | None,
         mask: Array | None,
     ) -> Array:
         """Run the blocks from the start on, in a loop or a scan."""
         # A loop has a module per block; a scan has one, with stacked parameters.
         config, start = self.config, self.start or 0
         block = nn.remat(Block) if self.remat else Block
+        local = which_are_local(config)
         if not self.scan:
             for i in range(start, config.layers):
                 name = f"blocks_{i}"
                 earlier = _key_values(past, name) if past else None
-                run = block(config, self.dtype, name=name)
+                run = block(config, self.dtype, self.heads, local[i], name=name)
                 resid, _ = run(resid, earlier, angles, mask)
         elif start < config.layers:
-            broadcast: Any = nn.broadcast  # every block has the same
+            # Every block has the same inputs, but not the same window.
+            broadcast: Any = nn.broadcast
+            is_mixed = len(set(local)) > 1
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0, ACTS: 0, PROBES: 0},
                 split_rngs={"params": True},
-                in_axes=broadcast,
+                in_axes=(broadcast,) * 3 + (0 if is_mixed else broadcast,),
                 length=config.layers,
             )
-            blocks = scanned(config, self.dtype, name="blocks")
-            resid, _ = blocks(resid, None, angles, mask)
+            blocks = scanned(config, self.dtype, self.heads, local[0], name="blocks")
+            is_local = jnp.asarray(local) if is_mixed else None
+            resid, _ = blocks(resid, None, angles, mask, is_local)
         return resid
 
     def _head(self, embed: nn.Embed) -> Array:
@@ -194,40 +212,37 @@ class Decoder(nn.Module):
         return self.param("head", nn.initializers.lecun_normal(), shape)
 
 
-class Site(nn.Module):
-    """Identity that gives a value a name."""
-
-    def __call__(self, value: Array) -> Array:
-        """Return the value."""
-        return value
-
-
 class Block(nn.Module):
     """Attention and an MLP, each added to the residual stream."""
 
     config: DecoderConfig
     dtype: Any
+    heads: bool = False
+    local: bool = False
 
     @nn.compact
     def __call__(
         self,
         resid: Array,
         past: KeyValues | None,
-        angles: Angles | None,
+        angles: LayerAngles | None,
         mask: Array | None,
+        is_local: Array | None = None,
     ) -> tuple[Array, None]:
         """Run the block on the residual stream; a scan wants the ``None``."""
         config = self.config
+        local = self.local if is_local is None else is_local
         # Attention.
         resid = Site(name="resid_pre")(resid)
-        normed = Norm(config, name="attn_norm")(resid).astype(self.dtype)
-        attention = Attention(config, self.dtype, name="attn")
-        attn_out = attention(normed, past, angles, mask)
+        normed = self._before("attn_norm", resid)
+        attention = Attention(config, self.dtype, self.heads, name="attn")
+        attn_out = attention(normed, past, angles, mask, local)
+        attn_out = self._after("attn_post_norm", attn_out)
         attn_out = Site(name="attn_out")(attn_out)
-        resid_mid = resid + attn_out
+        resid_mid = Site(name="resid_mid")(resid + attn_out)
         # MLP, of the stream before or after attention.
         source = resid if config.parallel else resid_mid
-        normed = Norm(config, name="mlp_norm")(source).astype(self.dtype)
+        normed = self._before("mlp_norm", source)
         dense = partial(nn.Dense, use_bias=config.mlp_bias, dtype=self.dtype)
         hidden = _ACTIVATIONS[config.activation](
             dense(config.hidden, name="gate" if config.gated else "up")(normed)
@@ -235,42 +250,33 @@ class Block(nn.Module):
         if config.gated:
             hidden = hidden * dense(config.hidden, name="up")(normed)
         hidden = Site(name="mlp_hidden")(hidden)
-        mlp_out = Site(name="mlp_out")(dense(config.dim, name="down")(hidden))
+        mlp_out = dense(config.dim, name="down")(hidden)
+        mlp_out = Site(name="mlp_out")(self._after("mlp_post_norm", mlp_out))
         return Site(name="resid_post")(resid_mid + mlp_out), None
 
+    def _before(self, name: str, resid: Array) -> Array:
+        """Normalize what a part of the block reads, where the model does."""
+        if self.config.norms == "post":
+            return resid.astype(self.dtype)
+        return Norm(self.config, name=name)(resid).astype(self.dtype)
 
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm in float32, whatever the dtype of the stream.
-
-    Products of rows are written as such: the sums of rows in the gradients of flax's
-    modules are slow on a CPU (``docs/decisions/language.md``).
-    """
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Normalize every position of the stream ``[B, T, D]``."""
-        config = self.config
-        shape, is_centred = (x.shape[-1],), config.norm == "layer"
-        scale = self.param("scale", nn.initializers.ones_init(), shape, jnp.float32)
-        x = x.astype(jnp.float32)
-        if is_centred:
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-        # Divide by the root mean square.
-        einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        mean_square = einsum("btd,btd->bt", x, x) / x.shape[-1]
-        inverse = jax.lax.rsqrt(mean_square + float(config.eps))
-        x = einsum("btd,bt->btd", x, inverse) * scale[None, None].astype(jnp.float32)
-        if is_centred:
-            bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
-            x = x + bias[None, None].astype(jnp.float32)
-        return x
+    def _after(self, name: str, out: Array) -> Array:
+        """Normalize what a part of the block adds, where the model does."""
+        if self.config.norms == "pre":
+            return out
+        return Norm(self.config, name=name)(out).astype(self.dtype)
 
 
 def _matmul_float32(x: Array, matrix: Array) -> Array:
     """Multiply with a sum in float32, whatever the dtype of the factors."""
     return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
+
+
+def which_are_local(config: DecoderConfig) -> tuple[bool, ...]:
+    """Say of every layer whether its queries see the positions in a window only."""
+    if config.window is None or config.local_layers is None:
+        return (config.window is not None,) * config.layers
+    return config.local_layers
 
 
 def _key_values(past: Mapping[str, Array], block: str) -> KeyValues:

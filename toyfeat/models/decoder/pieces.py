@@ -28,13 +28,13 @@ def huggingface_pieces(kind: str, config: DecoderConfig) -> Iterator[Piece]:
     """Pieces of a checkpoint of ``transformers``.
 
     Args:
-      kind: ``"gpt2"``, ``"gpt_neox"`` or ``"llama"``.
+      kind: its ``model_type``.
       config: of the decoder.
 
     Returns:
       Pieces whose tensors are named as in the model without a head, without a prefix.
     """
-    return _TABLES[kind](config)
+    return _TABLES.get(kind, _llama_pieces)(config)
 
 
 def gguf_pieces(config: DecoderConfig) -> Iterator[Piece]:
@@ -143,8 +143,9 @@ def _llama_pieces(config: DecoderConfig) -> Iterator[Piece]:
     narrow = config.kv_heads * config.head_dim
     for i in range(config.layers):
         ours, theirs = f"blocks_{i}", f"layers.{i}"
-        for name, other in _NORMS.items():
-            yield from _norm_pieces(f"{ours}/{name}", f"{theirs}.{other}", config)
+        for name, other, width in _llama_norms(config):
+            param, tensor = f"{ours}/{name}/scale", f"{theirs}.{other}.weight"
+            yield from plain_piece(param, tensor, (width,))
         for name, other, shape, bias in (
             ("attn/query", "self_attn.q_proj", (wide, dim), config.qkv_bias),
             ("attn/key", "self_attn.k_proj", (narrow, dim), config.qkv_bias),
@@ -157,7 +158,54 @@ def _llama_pieces(config: DecoderConfig) -> Iterator[Piece]:
             yield from linear_pieces(f"{ours}/{name}", f"{theirs}.{other}", shape, bias)
 
 
-_TABLES = {"gpt2": _gpt2_pieces, "gpt_neox": _neox_pieces, "llama": _llama_pieces}
+def _phi3_pieces(config: DecoderConfig) -> Iterator[Piece]:
+    """Pieces of Phi-3, whose matrices that read the stream are stored as one."""
+    parts = {
+        "self_attn.qkv_proj": {
+            "attn/query": config.heads * config.head_dim,
+            "attn/key": config.kv_heads * config.head_dim,
+            "attn/value": config.kv_heads * config.head_dim,
+        },
+        "mlp.gate_up_proj": {"gate": config.hidden, "up": config.hidden},
+    }
+    for i in range(config.layers):
+        for tensor, widths in parts.items():
+            start, total = 0, sum(widths.values())
+            for param, width in widths.items():
+                yield Piece(
+                    f"blocks_{i}/{param}/kernel",
+                    f"layers.{i}.{tensor}.weight",
+                    (total, config.dim),
+                    partial(_extract_rows, start, start + width),
+                )
+                start += width
+    # All other tensors are those of Llama.
+    stored_apart = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    for piece in _llama_pieces(config):
+        if piece.tensor.split(".")[-2] not in stored_apart:
+            yield piece
+
+
+# Other kinds have the names of Llama's tensors.
+_TABLES = {"gpt2": _gpt2_pieces, "gpt_neox": _neox_pieces, "phi3": _phi3_pieces}
+
+
+def _llama_norms(config: DecoderConfig) -> Iterator[tuple[str, str, int]]:
+    """List the norms of a block after Llama: parameter, tensor, width."""
+    reads, adds = config.norms != "post", config.norms != "pre"
+    if reads:
+        yield "attn_norm", "input_layernorm", config.dim
+        mlp_norm = "pre_feedforward_layernorm" if adds else "post_attention_layernorm"
+        yield "mlp_norm", mlp_norm, config.dim
+    if adds:
+        yield "attn_post_norm", "post_attention_layernorm", config.dim
+        yield "mlp_post_norm", "post_feedforward_layernorm", config.dim
+    if config.qk_norm != "none":
+        each = config.qk_norm == "head"
+        widths = config.heads, config.kv_heads
+        query, key = (config.head_dim * (1 if each else heads) for heads in widths)
+        yield "attn/q_norm", "self_attn.q_norm", query
+        yield "attn/k_norm", "self_attn.k_norm", key
 
 
 def _norm_pieces(param: str, tensor: str, config: DecoderConfig) -> Iterator[Piece]:
@@ -169,6 +217,11 @@ def _norm_pieces(param: str, tensor: str, config: DecoderConfig) -> Iterator[Pie
 def _extract_third(part: int, tensor: np.ndarray) -> np.ndarray:
     """Extract queries, keys or values, which follow each other."""
     return np.split(tensor, 3, axis=-1)[part]
+
+
+def _extract_rows(start: int, stop: int, tensor: np.ndarray) -> np.ndarray:
+    """Extract the matrix in some rows of one that is stored as ``[out, in]``."""
+    return tensor[start:stop].T
 
 
 def _extract_from_heads(

@@ -2,8 +2,8 @@
 
     python benchmarks/decoder_families.py --peer benchmarks/peers/.venv/bin/python
 
-A second python with torch and transformers writes folders of random weights (``--peer``,
-or ``TOYFEAT_PEER_PYTHON``).  They are loaded here, and logits, the residual stream at
+A second python with torch and transformers writes folders of random weights (it is
+``--peer``, or ``TOYFEAT_PEER_PYTHON``).  They are loaded here, and logits, the stream at
 every site, its gradients and the patterns of attention compared at 16, 256 and 1024
 tokens in float32.  Largest error, relative to the largest entry; below 1e-5 or exit
 status 1.  bfloat16: ours and theirs against theirs in float32, logits.  Takes three

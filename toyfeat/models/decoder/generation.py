@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from toyfeat.checks import check_int, check_key, check_number
 from toyfeat.models.decoder.config import DecoderConfig
@@ -84,10 +86,15 @@ def generate(
         check_key("generate", key)
     tokens = jnp.asarray(tokens, jnp.int32)
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+    if not isinstance(mask, Tracer) and not np.asarray(mask)[:, -1].all():
+        raise ValueError(
+            "generate: padding must be on the left, got rows that end in it; move the "
+            "tokens to the end"
+        )
     length = tokens.shape[1] + num
     if config.rotary_growth is not None and length > config.context:
         raise ValueError(
-            f"generate: dynamic rotations turn all positions anew beyond the context of "
+            "generate: dynamic rotations turn all positions anew beyond the context of "
             f"{config.context}, got {length} positions; generate fewer tokens"
         )
     probes = {} if probes is None else dict(probes)

@@ -44,7 +44,8 @@ NAMESPACES = {
     "store_size Batches",
     "planted": "subject_of Task Truth product_space circuits superposition",
     "sweeps": "grid table final_metrics pareto_front Row",
-    "interop": "load_saelens save_saelens load_sparsify load_dictionary_learning",
+    "interop": "load_saelens save_saelens load_sparsify load_dictionary_learning "
+    "load_dictionary hook_name site_name",
 }
 
 

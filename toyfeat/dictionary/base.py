@@ -263,7 +263,7 @@ def _forward(
     return Output(
         codes=_all_codes(config, params, codes),
         hidden_pre=pre if codes.hidden_pre is None else codes.hidden_pre,
-        recon=_recon(architecture, params, codes),
+        recon=_with_skip(params, _recon(architecture, params, codes), acts),
         values=codes.values,
         index=codes.index,
         grad_recon=codes.grad_recon,
@@ -300,6 +300,18 @@ def _recon(architecture: Architecture, params: Params, codes: Codes) -> Array:
     return decode_dense(codes.values, rows) + bias[None, :]
 
 
+def _with_skip(params: Params, recon: Array, acts: Array | None) -> Array:
+    """Add the linear path beside the codes, ``acts @ W_skip``, if there is one."""
+    if "W_skip" not in params:
+        return recon
+    if acts is None:
+        raise ValueError(
+            "decode: wanted acts, got none: the parameters hold W_skip, a linear path "
+            "beside the codes; pass acts=, or call forward"
+        )
+    return recon + acts @ params["W_skip"]
+
+
 def _all_codes(config: Config, params: Params, codes: Codes) -> Array:
     """Codes ``[N, M]`` in the units of the configuration."""
     # Values are in units of the rows of W_dec; a few of each example are spread out.
@@ -310,7 +322,12 @@ def _all_codes(config: Config, params: Params, codes: Codes) -> Array:
 
 
 def _decode(
-    architecture: Architecture, config: Config, params: Params, codes: Array
+    architecture: Architecture,
+    config: Config,
+    params: Params,
+    codes: Array,
+    *,
+    acts: Array | None = None,
 ) -> Array:
     """Decode codes in the units of the configuration."""
     if codes.ndim != 2 or codes.shape[1] != config.d_sae:
@@ -323,4 +340,5 @@ def _decode(
         values = codes / code_units(config, params)[None, :]
     if architecture.write is not None:
         return architecture.write(params, values)
-    return values @ params["W_dec"] + params["b_dec"][None, :]
+    recon = values @ params["W_dec"] + params["b_dec"][None, :]
+    return _with_skip(params, recon, acts)

@@ -273,7 +273,9 @@ class Dictionary(NamedTuple):
         [N, M]``; ``grads [N, K, D]`` for architectures that read gradients,
         ``train`` for the rule of training where it differs, ``k`` to keep fewer
         codes.
-      decode: ``(params, codes [N, M]) -> [N, D]``.
+      decode: ``(params, codes [N, M], *, acts=None) -> [N, D]``; parameters of a
+        published transcoder may hold ``W_skip [D_in, D]``, a linear path beside the
+        codes, which takes ``acts``.
       forward: ``(params, acts, *, grads=None, k=None, weights=None) -> Output``,
         codes and reconstruction together, as in training; where codes are chosen
         over a batch, an example of weight 0 is left out of the choice.

@@ -152,6 +152,8 @@ def check_tensors(dictionary: Dictionary, tensors: dict[str, Any], who: str) -> 
     scale = shapes.get("grad_scale", ())
     if dictionary.architecture.reads_gradients and len(scale) == 1:
         wanted["grad_scale"] = scale
+    if "W_skip" in shapes and dictionary.config.d_out is not None:
+        wanted["W_skip"] = (dictionary.config.d_in, dictionary.config.d_out)
     if shapes != wanted:
         raise ValueError(
             f"{who}: {dictionary.architecture.name} wants tensors {wanted}, got "

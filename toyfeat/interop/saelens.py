@@ -16,6 +16,8 @@ from toyfeat.files.atomic import replace_files
 from toyfeat.files.json import check_keys, field, read_json
 from toyfeat.files.safetensors import library, tensors_of
 from toyfeat.interop import extra_tensors, files, gemma_scope
+from toyfeat.interop.hooks import in_their_words
+from toyfeat.interop.legacy_saelens import is_legacy, upgrade
 from toyfeat.types import Params
 
 _VERSION = "6.54.12"  # whose format this is
@@ -66,7 +68,9 @@ def save_saelens(
       params: after training from :func:`toyfeat.denormalized`, in the units of the
         activations.
       metadata: JSON values such as ``model_name`` and ``hook_name``; the version, the
-        training's architecture and its details are set here.
+        training's architecture and its details are set here, and a ``hook_name`` that
+        is a site of a decoder is written as TransformerLens names it
+        (:func:`hook_name`).
         :func:`saelens_metadata` reads them again.
 
     Raises:
@@ -85,6 +89,11 @@ def save_saelens(
     saved_as = _saved_as(architecture, config)
     # Check the tensors.
     tensors = {name: np.asarray(x, np.float32) for name, x in params.items()}
+    if "W_skip" in tensors:
+        raise ValueError(
+            "save_saelens: wanted codes alone, got a linear path beside them (W_skip); "
+            "keep the published files, or write the tensors with toyfeat.save_tree"
+        )
     files.check_tensors(dictionary, tensors, "save_saelens")
     if bad := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
         raise ValueError(
@@ -101,6 +110,8 @@ def save_saelens(
     # Write all files, then put them in place.
     _check_metadata(metadata or {}, "metadata")
     metadata = {**(metadata or {}), **about}
+    if isinstance(metadata.get("hook_name"), str):
+        metadata["hook_name"] = in_their_words(metadata["hook_name"])
     settings = _settings(architecture, saved_as, config, metadata)
     text = json.dumps(settings, indent=1) + "\n"
     writers = {
@@ -119,7 +130,9 @@ def save_saelens(
 def load_saelens(
     path: str | Path, *, architectures: Sequence[Architecture] = ()
 ) -> tuple[Dictionary, Params]:
-    """Read a dictionary of SAELens 6, of :func:`save_saelens` or of Gemma Scope.
+    """Read a dictionary of SAELens, of :func:`save_saelens` or of Gemma Scope.
+
+    :func:`load_dictionary` reads other formats too, and returns the metadata.
 
     Dictionaries of :func:`save_saelens` are restored as they were, but for
     :func:`toyfeat.dictionaries.batch_topk` and :func:`toyfeat.dictionaries.matryoshka`,
@@ -155,8 +168,17 @@ def load_saelens(
     if not (Path(path) / _CONFIG).exists() and (Path(path) / gemma_scope.FILE).exists():
         return gemma_scope.load_params(Path(path) / gemma_scope.FILE, _LOAD)
     folder = files.open_folder(_LOAD, path, _CONFIG, "sae_weights.safetensors")
-    metadata = _metadata(folder.settings, folder.source)
+    settings = _current(folder.settings, folder.source)
+    folder = folder._replace(settings=settings)
+    metadata = _metadata(settings, folder.source)
     tensors = tensors_of(folder.weights, _LOAD)
+    # Versions before 6 stored a factor of 1.
+    factor = tensors.get("scaling_factor")
+    if factor is not None and np.all(np.asarray(factor) == 1):
+        tensors = {k: x for k, x in tensors.items() if k != "scaling_factor"}
+    # A linear path beside the codes is stored as torch has it.
+    if "W_skip" in tensors:
+        tensors = {**tensors, "W_skip": np.asarray(tensors["W_skip"]).T}
     # What SAELens reads, then what only this library knows.
     known = ARCHITECTURES | {each.name: each for each in architectures}
     config = _config(folder.settings, known, folder.source)
@@ -182,7 +204,12 @@ def saelens_metadata(path: str | Path) -> dict[str, Any]:
       ValueError: if it is broken, or its format is older than 6.
     """
     source = Path(path) / _CONFIG
-    return _metadata(read_json(source, "saelens_metadata"), source)
+    return _metadata(_current(read_json(source, "saelens_metadata"), source), source)
+
+
+def _current(settings: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Translate settings of versions before 6."""
+    return upgrade(settings, source) if is_legacy(settings) else settings
 
 
 def _metadata(settings: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -238,7 +265,7 @@ def _config(
     for key in ("dtype", "device"):  # which change nothing here
         field(settings, key, str, source, _LOAD, default=None)
     full = field(settings, "architecture", str, source, _LOAD)
-    name = full.removesuffix("_transcoder") if full != "transcoder" else "standard"
+    name = re.sub(r"_?(skip_)?transcoder$", "", full) or "standard"
     for key in ("normalize_activations", "reshape_activations"):
         if settings.get(key, "none") not in ("none", None):
             raise ValueError(

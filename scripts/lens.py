@@ -6,23 +6,14 @@ Writes ``lens.safetensors`` and the page ``lens.html`` to the folder of the job.
 goes on where it was stopped.
 """
 
-from pathlib import Path
-
-from toyfeat.jobs import Job, open_job
+from toyfeat.cli import steps
+from toyfeat.jobs import Job
 from toyfeat.jobs.command import run_job_script
-from toyfeat.jobs.lens import run_lens
-from toyfeat.lens import FitProgress
-from toyfeat.report.lens import write_lens
 
 
 def main(job: Job) -> None:
     """Open the job, fit its lens and write the page."""
-
-    def report(progress: FitProgress) -> None:
-        print(f"batch {progress.step} of {progress.steps}: {progress.prompts} prompts")
-
-    run = run_lens(open_job(job), report)
-    print(f"the page is {write_lens(Path(job.out), run)}")
+    steps.lens(job)
 
 
 if __name__ == "__main__":

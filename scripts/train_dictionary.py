@@ -8,13 +8,14 @@ by side (``train.population``); each has a folder with ``metrics.jsonl``, checkp
 and SAELens' files.  The same command goes on where it was cut off.
 """
 
-from toyfeat.jobs import Job, steps
+from toyfeat.cli import steps
+from toyfeat.jobs import Job
 from toyfeat.jobs.command import run_job_script
 
 
 def main(job: Job) -> None:
     """Train the dictionaries that are not finished."""
-    steps.train_job(job)
+    steps.train(job)
 
 
 if __name__ == "__main__":

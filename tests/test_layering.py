@@ -31,6 +31,7 @@ LEVELS = {
     "lm": 9,
     "jobs": 10,
     "report": 11,
+    "cli": 12,
 }
 
 

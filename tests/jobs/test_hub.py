@@ -215,6 +215,7 @@ def test_what_was_fetched_is_there_without_a_network(hub, home):
         ("hub:a/b", ("a/b", None, None)),
         ("hub:a-1/b.c_2@main", ("a-1/b.c_2", None, "main")),
         ("hub:a/b/c.gguf", ("a/b", "c.gguf", None)),
+        ("hub:a/b/layer_3/width_16k@0f", ("a/b", "layer_3/width_16k", "0f")),
         ("hub:a/b/d/c-Q4_1.gguf@0f", ("a/b", "d/c-Q4_1.gguf", "0f")),
         ("hub:a/b@refs/pr/1", ("a/b", None, "refs/pr/1")),
     ],
@@ -224,7 +225,7 @@ def test_names_are_taken_apart(name, parts):
 
 
 @pytest.mark.parametrize(
-    "name", ["hub:", "hub:a", "hub:a/b/c", "hub:a/b/c.bin", "hub:a/b@", "hub:/b", "a/b"]
+    "name", ["hub:", "hub:a", "hub:a/b/c.bin", "hub:a/b@", "hub:/b", "a/b"]
 )
 def test_other_names_are_refused(name):
     with pytest.raises(ValueError, match=r"hub: wanted hub:owner/name or .*, got '"):

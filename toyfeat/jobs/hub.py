@@ -1,4 +1,4 @@
-"""Download models of the Hugging Face hub into the cache of its library."""
+"""Download models and dictionaries of the Hugging Face hub into its library's cache."""
 
 import importlib
 import re
@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _NAME = re.compile(
-    r"hub:(?P<repo>[\w.-]+/[\w.-]+?)(/(?P<file>[\w./-]+\.gguf))?(@(?P<revision>[\w./-]+))?"
+    r"hub:(?P<repo>[\w.-]+/[\w.-]+?)(/(?P<file>[\w./-]+(?<!\.bin)))?"
+    r"(@(?P<revision>[\w./-]+))?"
 )
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+_DICTIONARY_FILES = ["*.json", "*.yaml", "*.safetensors", "*.npz"]
 _CARD = "README.md"
 
 
@@ -17,7 +19,8 @@ class HubName(NamedTuple):
 
     Attributes:
       repo: ``owner/name``.
-      file: a GGUF file of it, or ``None`` for safetensors.
+      file: a GGUF file of it, or a folder, such as one of a dictionary; ``None`` for
+        the safetensors of a model.
       revision: a branch, a tag or a commit; ``None`` for the newest.
     """
 
@@ -35,8 +38,8 @@ def hub_name(name: str) -> HubName:
     """Parse the name of a model of the hub.
 
     Args:
-      name: ``hub:owner/name``, ``hub:owner/name/file.gguf``, either with
-        ``@revision``.
+      name: ``hub:owner/name``, ``hub:owner/name/file.gguf`` or
+        ``hub:owner/name/folder``, each with ``@revision`` if it is wanted.
 
     Returns:
       :class:`HubName`.
@@ -51,16 +54,17 @@ def hub_name(name: str) -> HubName:
     match = _NAME.fullmatch(name)
     if not match:
         raise ValueError(
-            "hub: wanted hub:owner/name or hub:owner/name/file.gguf, with @revision "
-            f"for another than the newest, got {name!r}"
+            "hub: wanted hub:owner/name or hub:owner/name/ a file.gguf or a folder, "
+            f"with @revision for another than the newest, got {name!r}"
         )
     return HubName(match["repo"], match["file"], match["revision"])
 
 
 def hub_path(name: str, *, download: bool) -> Path:
-    """Find or download a folder of ``transformers``, or a GGUF file, of the hub.
+    """Find or download a model, or the folder of a dictionary, of the hub.
 
-    Weights are taken from safetensors only, which hold no code.
+    Weights are taken from safetensors and GGUF files, or arrays of NumPy, which hold no
+    code.
 
     Args:
       name: see :func:`hub_name`.
@@ -81,8 +85,11 @@ def hub_path(name: str, *, download: bool) -> Path:
     options: dict[str, Any] = {"revision": revision, "local_files_only": not download}
     if file is None:
         options |= {"allow_patterns": [*_FILES, _CARD], "ignore_patterns": "*/*"}
-    else:
+    elif file.endswith(".gguf"):
         options |= {"allow_patterns": [file, _CARD]}
+    else:
+        patterns = [f"{file}/{pattern}" for pattern in _DICTIONARY_FILES]
+        options |= {"allow_patterns": [*patterns, _CARD]}
     try:
         folder = Path(hub.snapshot_download(repo, **options))
     except Exception as error:  # of the library, of the network, of the disk

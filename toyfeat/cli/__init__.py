@@ -1,0 +1,1 @@
+"""Command line: ``toyfeat fetch | collect | decompose | train | ... | doctor``."""

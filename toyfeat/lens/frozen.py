@@ -31,7 +31,16 @@ def freeze_backward(probed: Probed, config: DecoderConfig, blocks: range) -> Pro
     References:
       Ali et al. (2022), "XAI for transformers: better explanations through
       conservative propagation", arXiv 2202.07304.
+
+    Raises:
+      ValueError: for a decoder that normalizes what its parts add, which is not held
+        fixed here.
     """
+    if config.norms != "pre" or config.norm_offset:
+        raise ValueError(
+            "from_decoder: frozen wants norms before the parts of a block alone, got "
+            f"norms {config.norms!r} with offset {config.norm_offset}; use frozen=False"
+        )
 
     def frozen(
         params: Params, inputs: Inputs, probes: Mapping[str, Probe]

@@ -179,7 +179,9 @@ def find_contexts(
     measured = _measure(view, chunks, tokens.size, num)
     names = [model.tokenizer.decode([i]) for i in range(model.config.vocab)]
     chosen = measured.chosen
-    promoted = _promoted(model.params, view.writers[chosen]) if residual else None
+    offset = model.config.norm_offset
+    writers = view.writers[chosen]
+    promoted = _promoted(model.params, writers, offset) if residual else None
     neighbours = _neighbours(np.asarray(view.readers, np.float64), chosen)
     # Describe each by its largest contexts and the tokens that its writer promotes.
     latents = []
@@ -257,11 +259,11 @@ def _sums(codes: Array, attributions: Array) -> Array:
     return jnp.stack([active, jnp.sum(jnp.abs(attributions), axis=0)])
 
 
-def _promoted(params: Params, writers: Array) -> np.ndarray:
+def _promoted(params: Params, writers: Array, offset: float = 0.0) -> np.ndarray:
     """Change of the logits per unit of a writer, ``[L, V]``."""
     # The final norm without its division by the length, which is the same for all.
     tree = params["params"]
-    scale = tree["final_norm"]["scale"]
+    scale = tree["final_norm"]["scale"] + offset
     if "bias" in tree["final_norm"]:  # LayerNorm subtracts the mean first
         writers = writers - jnp.mean(writers, axis=1, keepdims=True)
     logits = tree["embed"]["embedding"].T if "head" not in tree else tree["head"]

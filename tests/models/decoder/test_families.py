@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import toyfeat as ft
+from toyfeat.lm.contexts import _promoted
 from toyfeat.models.decoder import (
     Decoder,
     generate,
@@ -76,6 +77,31 @@ def test_logits_sites_gradients_and_patterns_are_those_of_transformers(name):
     groups = np.repeat(acts[f"{block}/v"], config.heads // config.kv_heads, axis=2)
     mixed = np.einsum("bhts,bshd->bthd", acts[f"{block}/pattern"], groups)
     close(acts[f"{block}/z"], mixed)
+
+
+def test_a_part_of_a_decoder_keeps_the_windows_of_its_layers():
+    """A decoder that starts in the middle, and one that ends there, as lenses run."""
+    model, theirs = loaded("gemma3_text")
+    first = dataclasses.replace(model.config, layers=2)
+    tokens = jnp.asarray(theirs["tokens"], jnp.int32)
+    site = "blocks_1/resid_post"
+    _, acts = jax.jit(ft.from_linen(Decoder(first)))(model.params, tokens, {})
+    rest = jax.jit(Decoder(model.config, start=2).apply)(model.params, acts[site])
+    close(acts[site], theirs["2.resid_pre.acts"])
+    close(rest, theirs["logits"])
+
+
+def test_what_reads_norms_knows_their_offset():
+    """The frozen lens refuses Gemma; what a latent promotes is scaled by 1 + scale."""
+    model, _ = loaded("gemma2")
+    with pytest.raises(ValueError, match="from_decoder: frozen wants norms before"):
+        ft.lenses.from_decoder(model.config, frozen=True)
+    writer = np.random.default_rng(0).normal(size=(1, 16)).astype(np.float32)
+    params = model.params["params"]
+    scale = 1 + np.asarray(params["final_norm"]["scale"])
+    want = (writer * scale) @ np.asarray(params["embed"]["embedding"]).T
+    got = _promoted(model.params, jnp.asarray(writer), model.config.norm_offset)
+    close(got, want)
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "mistral"])
@@ -185,7 +211,7 @@ def test_what_the_families_are():
     ("name", "changes", "match"),
     [
         ("gemma2", {"layer_types": ["linear"]}, "layer_types must be a list of sl"),
-        ("gemma2", {"layer_types": []}, "local_layers must be 3 bools"),
+        ("gemma2", {"layer_types": []}, "one for each layer, got"),
         ("gemma2", {"use_bidirectional_attention": True}, "is not covered"),
         ("gemma2", {"attn_logit_softcapping": -1.0}, "factors must be positive"),
         ("mistral", {"sliding_window": 0}, "window must be a number of positions"),
@@ -211,3 +237,5 @@ def test_kinds_of_norms_are_checked():
     config = llama(vocab=5, layers=1, dim=4, heads=1, hidden=4)
     with pytest.raises(ValueError, match="decoder: norms must be one of pre, post"):
         dataclasses.replace(config, norms="sandwich")
+    with pytest.raises(ValueError, match="decoder: local_layers must be 1 or more"):
+        dataclasses.replace(config, window=2, local_layers=())

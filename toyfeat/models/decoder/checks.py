@@ -83,12 +83,12 @@ def check_window(window: Any, local_layers: Any, layers: int) -> None:
             f"decoder: window must be a number of positions, got {show_value(window)}; "
             "give None for no window"
         )
-    is_fitting = isinstance(local_layers, tuple) and len(local_layers) == layers
+    is_fitting = isinstance(local_layers, tuple) and len(local_layers) >= layers
     if local_layers is not None and not (
         is_fitting and all(isinstance(is_local, bool) for is_local in local_layers)
     ):
         raise ValueError(
-            f"decoder: local_layers must be {layers} bools in a tuple, got "
+            f"decoder: local_layers must be {layers} or more bools in a tuple, got "
             f"{show_value(local_layers)}; say of each layer whether it has a window"
         )
 

@@ -61,8 +61,8 @@ class DecoderConfig:
         number of positions (dynamic NTK); ``None`` for a fixed base.
       window: number of positions that a query of a local layer attends to, its own
         one included; ``None`` for all.
-      local_layers: whether each layer is local; ``None`` for all, if there is a
-        window.
+      local_layers: whether each layer is local, of these and of those that were cut
+        off; ``None`` for all, if there is a window.
       local_base: ``rotary_base`` of local layers, which are not scaled; ``None`` for
         the same rotations.
       norms: ``"pre"`` normalizes what a part reads, ``"post"`` what it adds to the

@@ -135,10 +135,12 @@ def _localized(
     is_local = default
     if kinds is not None:
         known = {"sliding_attention": True, "full_attention": False}
-        if not isinstance(kinds, list) or any(k not in tuple(known) for k in kinds):
+        is_list = isinstance(kinds, list) and len(kinds) == config.layers
+        if not is_list or any(kind not in tuple(known) for kind in kinds):
             raise ValueError(
-                f"{_WHO}: layer_types must be a list of {', '.join(known)}, got "
-                f"{show_value(kinds)}; wrap the model with from_function"
+                f"{_WHO}: layer_types must be a list of {', '.join(known)}, one for "
+                f"each layer, got {show_value(kinds)}; wrap the model with "
+                "from_function"
             )
         is_local = tuple(known[kind] for kind in kinds)
     return replace(config, window=window, local_layers=is_local)

@@ -276,7 +276,7 @@ def which_are_local(config: DecoderConfig) -> tuple[bool, ...]:
     """Say of every layer whether its queries see the positions in a window only."""
     if config.window is None or config.local_layers is None:
         return (config.window is not None,) * config.layers
-    return config.local_layers
+    return config.local_layers[: config.layers]
 
 
 def _key_values(past: Mapping[str, Array], block: str) -> KeyValues:

@@ -388,13 +388,13 @@ def test_flags_that_are_none(name, value):
 @pytest.mark.parametrize(
     "entries",
     [
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 50.0}},
+        {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "proportional", "rope_theta": 50.0}},
     ],
 )
 @pytest.mark.parametrize("name", ["neox", "llama"])
 def test_rotations_of_other_types(name, entries):
-    with pytest.raises(ValueError, match=r"'(dynamic|yarn)' are not covered, only"):
+    with pytest.raises(ValueError, match=r"'(longrope|proportional)' are not covered"):
         parse_config(OLD[name] | entries)
 
 

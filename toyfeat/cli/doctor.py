@@ -11,7 +11,8 @@ from pathlib import Path
 from toyfeat.jobs import cache_folder
 
 _CORE = ("toyfeat", "jax", "jaxlib", "flax", "optax", "numpy", "scipy")
-_LEFT_OUT = ("test", "bench")  # extras of people who work on the library itself
+# Extras of people who work on the library itself, and what the devices say already.
+_LEFT_OUT = ("test", "bench", "cuda")
 _GIB = 2**30
 
 

@@ -14,15 +14,17 @@ from toyfeat.jobs import cache_folder, read_job
 
 # What a user can mend, so that a line says enough; a traceback is for anything else.
 _ERRORS = (ValueError, OSError, ImportError, FloatingPointError, RuntimeError)
-_TIMES = "on two cores with the example job, SmolLM2-135M"
+# Measured once on two cores beside other work (docs/smollm2.md).
+_TIMES = "with examples/smollm2.toml on two cores"
 _JOBS = {
-    "collect": f"store activations and gradients of a model on a text; 10 minutes "
+    "collect": f"store activations and gradients of a model on a text; three minutes "
     f"{_TIMES}",
-    "decompose": f"bases of activations and gradients, and what each direction is "
-    f"worth; 10 minutes {_TIMES}",
-    "train": f"train dictionaries of activations and gradients; an hour {_TIMES}",
+    "decompose": "bases of activations and gradients, and what each direction is "
+    f"worth; seven minutes {_TIMES}",
+    "train": f"train dictionaries of activations and gradients; a minute for each "
+    f"{_TIMES}",
     "evaluate": f"score the dictionaries on held-out text; half an hour {_TIMES}",
-    "report": f"write the page and records of latents; minutes {_TIMES}",
+    "report": f"write the page and records of latents; a minute {_TIMES}",
     "lens": "fit a Jacobian lens and write what it reads in a text",
 }
 

@@ -156,16 +156,16 @@ def causal_attention(
     batch, time, _, width = query.shape
     positions = key.shape[1]
     low_precision = jnp.finfo(query.dtype).bits < 32
-    scale = width**-0.5 if scale is None else scale
+    factor: float = width**-0.5 if scale is None else scale
     # Scores of every query with every key, in float32.
     groups = query.reshape(batch, time, key.shape[2], -1, width)
     if not low_precision:
-        groups = groups * jnp.asarray(scale, groups.dtype)
+        groups = groups * jnp.asarray(factor, groups.dtype)
     scores = jnp.einsum(
         "bqkgd,bskd->bkgqs", groups, key, preferred_element_type=jnp.float32
     )
     if low_precision:
-        scores = scores * scale
+        scores = scores * factor
     if cap is not None:
         scores = soft_cap(scores, cap)
     # No query attends to later positions or to padding.  Padding attends to itself:

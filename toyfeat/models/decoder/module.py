@@ -192,11 +192,12 @@ class Decoder(nn.Module):
             # Every block has the same inputs, but not the same window.
             broadcast: Any = nn.broadcast
             is_mixed = len(set(local)) > 1
+            in_axes: Any = (broadcast,) * 3 + (0 if is_mixed else broadcast,)
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0, ACTS: 0, PROBES: 0},
                 split_rngs={"params": True},
-                in_axes=(broadcast,) * 3 + (0 if is_mixed else broadcast,),
+                in_axes=in_axes,
                 length=config.layers,
             )
             blocks = scanned(config, self.dtype, self.heads, local[0], name="blocks")

@@ -158,8 +158,11 @@ def _check_probes(probes: Mapping[str, Probe]) -> None:
     """Raise for an array that has values for more than one position."""
     for site, probe in probes.items():
         shape = jnp.shape(probe) if not callable(probe) else ()
-        if len(shape) > 1 and shape[1 if len(shape) > 2 else 0] != 1:
+        # Positions stand before the width, or before the heads and their width.
+        axis = 3 if site.rpartition("/")[2] in ("q", "k", "v", "z") else 2
+        if len(shape) >= axis and shape[-axis] != 1:
             raise ValueError(
                 f"generate: a probe must be the same at every position, got shape "
-                f"{shape} at {site!r}; give [D] or [B, 1, D]"
+                f"{shape} at {site!r}; give [D] or [B, 1, D], "
+                "of heads [heads, head_dim]"
             )

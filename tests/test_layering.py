@@ -29,6 +29,7 @@ LEVELS = {
     "metrics": 7,
     "discover": 8,
     "lm": 9,
+    "partition": 9,
     "jobs": 10,
     "report": 11,
     "cli": 12,

@@ -42,6 +42,8 @@ NAMESPACES = {
     "linalg": "randomized_svd stream_svd LinearMap SVD SVDInfo",
     "data": "array_batches store_batches open_store store_writer verify_store "
     "store_size Batches",
+    "partition": "decompose_weights trainer importances cosine sparse_batches spd_2025 "
+    "vpd_2026 persistent_pgd lower_leaky upper_leaky Decomposition Site Preset",
     "planted": "subject_of Task Truth product_space circuits superposition",
     "sweeps": "grid table final_metrics pareto_front Row",
     "interop": "load_saelens save_saelens load_sparsify load_dictionary_learning "
@@ -49,9 +51,9 @@ NAMESPACES = {
 }
 
 
-def test_the_face_has_47_names_of_which_11_are_namespaces():
+def test_the_face_has_48_names_of_which_12_are_namespaces():
     assert sorted(ft.__all__) == sorted([*CONTRACTS, *FUNCTIONS, *NAMESPACES])
-    assert len(ft.__all__) == 47
+    assert len(ft.__all__) == 48
     for name in ft.__all__:
         is_module = isinstance(getattr(ft, name), types.ModuleType)
         assert is_module == (name in NAMESPACES), name

@@ -1,6 +1,6 @@
 """Features of a model, from its activations and their gradients, in JAX.
 
-The public face has 47 names: ten contracts, 26 functions, 11 namespaces.  Everything
+The public face has 48 names: ten contracts, 26 functions, 12 namespaces.  Everything
 else is imported from its module (``toyfeat.decompose``, ``toyfeat.discover``,
 ``toyfeat.worlds``, ``toyfeat.lm``, ``toyfeat.jobs``, ``toyfeat.report``).
 
@@ -8,7 +8,7 @@ else is imported from its module (``toyfeat.decompose``, ``toyfeat.discover``,
 import ...`` still reaches the modules of the same name.
 """
 
-from toyfeat import data, interop, linalg, metrics
+from toyfeat import data, interop, linalg, metrics, partition
 from toyfeat import dictionary as dictionaries
 from toyfeat import lens as lenses
 from toyfeat.checkpoint import load_tree, save_tree
@@ -98,6 +98,7 @@ __all__ = [
     "metrics",
     "moments",
     "moments_of",
+    "partition",
     "pca",
     "planted",
     "population",

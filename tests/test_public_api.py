@@ -34,7 +34,9 @@ NAMESPACES = {
     "latent_classification principal_angles r_squared variance_explained "
     "output_preserved ablation_curve edge_ablation edges_needed splice ce_recovered "
     "attribution_l0 attribution_faithfulness score_task mean_active_features "
-    "outlier_dims Match Classification Faithfulness TaskScores OutlierDims",
+    "outlier_dims Match Classification Faithfulness TaskScores OutlierDims "
+    "mean_max_cosine identity_ci_error dense_ci_error component_l0 alive_components "
+    "adversarial_error PartCosines",
     "lenses": "from_decoder from_probed check_model mean_jacobian second_moment "
     "sketched_jacobian shrunken cluster_centres fit jacobian_lens second_moment_lens "
     "clustered_lens contrast_lens tuned_lens logit_lens load steer ablate swap "
@@ -43,7 +45,7 @@ NAMESPACES = {
     "data": "array_batches store_batches open_store store_writer verify_store "
     "store_size Batches",
     "partition": "decompose_weights trainer importances cosine sparse_batches spd_2025 "
-    "vpd_2026 persistent_pgd lower_leaky upper_leaky Decomposition Site Preset",
+    "vpd_2026 persistent_pgd reconstructions lower_leaky upper_leaky Decomposition Site Preset",
     "planted": "subject_of Task Truth product_space circuits superposition",
     "sweeps": "grid table final_metrics pareto_front Row",
     "interop": "load_saelens save_saelens load_sparsify load_dictionary_learning "

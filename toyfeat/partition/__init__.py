@@ -4,6 +4,7 @@ from toyfeat.partition import importance, losses
 from toyfeat.partition.adversary import persistent_pgd
 from toyfeat.partition.batches import sparse_batches
 from toyfeat.partition.decomposition import Decomposition, Site
+from toyfeat.partition.evaluation import reconstructions
 from toyfeat.partition.importance import importances
 from toyfeat.partition.presets import Preset, spd_2025, vpd_2026
 from toyfeat.partition.sites import decompose_weights
@@ -21,6 +22,7 @@ __all__ = [
     "losses",
     "lower_leaky",
     "persistent_pgd",
+    "reconstructions",
     "sparse_batches",
     "spd_2025",
     "trainer",

@@ -5,11 +5,12 @@ the raw source as its mask.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from toyfeat.metrics.partition import ascend
 from toyfeat.partition.decomposition import Components, Decomposition
 from toyfeat.types import Array, Inputs, Outputs, Params
 
@@ -113,16 +114,13 @@ def ascend_sources(
     fixed = jax.lax.stop_gradient(inputs._replace(decomposition=None, distance=None))
     fixed = fixed._replace(decomposition=inputs.decomposition, distance=inputs.distance)
     sources = draw_sources(key, fixed.lower, shared=shared)
-    slope = jax.grad(lambda s: reconstruction_error(fixed, s, routes))
-
-    def step(_: Any, sources: Sources) -> Sources:
-        return jax.tree.map(
-            lambda r, g: jnp.clip(r + step_size * jnp.sign(g), 0, 1),
-            sources,
-            slope(sources),
-        )
-
-    return jax.lax.stop_gradient(jax.lax.fori_loop(0, steps, step, sources))
+    chosen = ascend(
+        lambda s: reconstruction_error(fixed, s, routes),
+        sources,
+        steps=steps,
+        step_size=step_size,
+    )
+    return jax.lax.stop_gradient(chosen)
 
 
 def draw_routes(key: Array, batch: int, sites: list[str]) -> dict[str, Array]:

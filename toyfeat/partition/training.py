@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from toyfeat.checks import check_int, check_number, check_type
 from toyfeat.dictionary.controllers import Controller
+from toyfeat.metrics.partition import ALIVE
 from toyfeat.models.planted.training import train
 from toyfeat.partition.decomposition import Components, Decomposition
 from toyfeat.partition.importance import Importance, importances
@@ -18,9 +19,6 @@ from toyfeat.partition.losses import Term, weight_error
 from toyfeat.partition.sources import Distance, LossInputs, mean_squared_error
 from toyfeat.train import Trainer, TrainState
 from toyfeat.types import Array, Params, Taps
-
-ALIVE = 0.1
-"""Importance from which a component counts as active, as published."""
 
 _WARM_UP_RATE, _WARM_UP_DECAY = 0.01, 0.1
 """AdamW of the faithfulness warm-up, as published for the toys."""
@@ -91,7 +89,7 @@ def trainer(
     Returns:
       :class:`toyfeat.Trainer`.  ``state.params`` has ``"components"`` and
       ``"importance"``; metrics are ``loss``, every term, ``l0`` (importances over
-      :data:`ALIVE` per example, summed over sites), ``alive`` (components that have
+      .1 per example, summed over sites), ``alive`` (components that have
       one in the batch), ``remainder`` (share of the weights' squares) and
       ``grad_norm``.
 

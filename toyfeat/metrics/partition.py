@@ -47,7 +47,7 @@ class PartCosines(NamedTuple):
 
 
 def mean_max_cosine(v: ArrayLike, u: ArrayLike, weight: ArrayLike) -> PartCosines:
-    """Compare what parts write for each feature with what the weight writes (MMCS, ML2R).
+    """Compare what parts write for a feature with what the weight writes (MMCS, ML2R).
 
     Args:
       v: ``[F, C]``, what parts read.

@@ -84,10 +84,12 @@ def _take(
     active = jax.random.bernoulli(active_key, probability, (rows, features))
     if join_zeros and probability < 1:
         # The first active input is geometric, cut off behind the last: the inverse of
-        # its distribution function.  Those behind it are independent of it.
+        # its distribution function, at one random point of each of equal shares, so
+        # that every batch has nearly as many examples of each input.
         log_rest = _log_rest(probability)
-        share = jax.random.uniform(first_key, (rows,))
+        share = (jnp.arange(rows) + jax.random.uniform(first_key, (rows,))) / rows
         share = share * -math.expm1(features * log_rest)
+        # The inputs behind the first are independent of it.
         first = jnp.floor(jnp.log1p(-share) / log_rest).astype(jnp.int32)
         first = jnp.clip(first, 0, features - 1)[:, None]
         place = jnp.arange(features)[None, :]

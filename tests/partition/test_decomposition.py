@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 
 import toyfeat as ft
+from toyfeat.models.planted import residual
+from toyfeat.models.planted.residual import RESIDUAL_STREAM
 from toyfeat.partition.factors import _axis_groups
 from toyfeat.partition.sites import decompose_weights
 
@@ -212,3 +214,18 @@ def test_masks_are_checked():
     ):
         with pytest.raises(ValueError, match=message):
             split.masked({"w": W}, parts, X, masks, deltas)
+
+
+def test_two_layers_of_a_residual_network_are_decomposed_in_their_stream():
+    shapes = {"embed": (6, 8), "in": [(8, 3)] * 2, "out": [(3, 8)] * 2}
+    params = jax.tree.map(
+        lambda shape: draw(*shape), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    x = draw(B, 6)
+    paths = ["in/0", "out/0", "in/1", "out/1"]
+    split = decompose_weights(RESIDUAL_STREAM, params, paths, C, x)
+    assert [site.name for site in split.sites] == paths
+    expected = residual._NEURONS(params, x, {})[0]
+    np.testing.assert_allclose(split.target(params, x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="'out/0': the operation 'concatenate'"):
+        decompose_weights(residual._NEURONS, params, paths, C, x)

@@ -87,7 +87,8 @@ def _take(
         # its distribution function, at one random point of each of equal shares, so
         # that every batch has nearly as many examples of each input.
         log_rest = _log_rest(probability)
-        share = (jnp.arange(rows) + jax.random.uniform(first_key, (rows,))) / rows
+        place = jnp.arange(rows, dtype=jnp.float32)
+        share = (place + jax.random.uniform(first_key, (rows,))) / rows
         share = share * -math.expm1(features * log_rest)
         # The inputs behind the first are independent of it.
         first = jnp.floor(jnp.log1p(-share) / log_rest).astype(jnp.int32)

@@ -239,7 +239,7 @@ def _update(
     for term in kept:
         scale = jnp.maximum(coefficients[term.name], _LEAST)
         own = jax.tree.map(lambda g, s=scale: g / s, source_grads[term.name])
-        progress = state.step / recipe.steps
+        progress = state.step.astype(jnp.float32) / recipe.steps
         running[term.name] = term.persistent.finish(own, running[term.name], progress)
     params, opt_state = _step(recipe, state, grads)
     metrics = {"loss": total, **losses, **measured, "grad_norm": optax.tree.norm(grads)}
@@ -266,13 +266,13 @@ def _step(
     recipe: PartitionRecipe, state: TrainState, grads: Params
 ) -> tuple[Params, Any]:
     """Do the step of the optimizer."""
+    rate = state.hyper["learning_rate"]
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
         changes, opt_state = recipe.optimizer.update(
             grads, state.opt_state, state.params
         )
-    rate = state.hyper["learning_rate"]
-    if recipe.schedule is not None:
-        rate = rate * jnp.asarray(recipe.schedule(state.step), rate.dtype)
+        if recipe.schedule is not None:
+            rate = rate * jnp.asarray(recipe.schedule(state.step), rate.dtype)
     changes = jax.tree.map(lambda x: -rate * x, changes)
     return optax.apply_updates(state.params, changes), opt_state
 

@@ -252,6 +252,18 @@ def _by_mlp_in(params: Params, x: Array, tap: Callable[[str, Array], Array]) -> 
     return _read_off(params, x, jax.nn.relu(dot(acts, params["in"][0])))
 
 
+def _by_stream(params: Params, x: Array, tap: Callable[[str, Array], Array]) -> Array:
+    embed, stream = params["embed"], dot(x, params["embed"])
+    for layer, weights in enumerate(zip(params["in"], params["out"], strict=True)):
+        stream = tap(f"stream_{layer}", stream)
+        stream = stream + dot(jax.nn.relu(dot(stream, weights[0])), weights[1])
+    return dot(stream, embed.T)
+
+
+RESIDUAL_STREAM = from_function(_by_stream)
+"""The same network with its stream written down, whose weights meet inputs one by one,
+as :func:`toyfeat.partition.decompose_weights` needs them for two layers and more."""
+
 _NEURONS = from_function(_by_neurons)
 _MLP_IN = from_function(_by_mlp_in)
 

@@ -1,0 +1,313 @@
+"""Decompose the weights of toys with known mechanisms, over seeds, and score that.
+
+Targets and decompositions of all seeds are trained as one population, with the
+published settings but for what flags change; rows hold both.  A run goes on where it
+was stopped.
+
+    python benchmarks/partition.py --toys 5-2 --seeds 10 --out out/partition
+    python benchmarks/partition.py --map --out out/partition      # brittleness
+    python benchmarks/partition.py --speed --out out/partition    # population
+
+``--batch`` is the number of examples of a step that inputs of zeros, joined into one,
+count for (``partition.sparse_batches``).
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from harness import BenchmarkConfig, finish, medians, parse_command, row
+from partition_toys import (
+    PROBE,
+    TOYS,
+    Targets,
+    batches_of,
+    decomposition_of,
+    train_targets,
+)
+
+import toyfeat as ft
+from toyfeat import metrics, partition
+from toyfeat.files.atomic import write_whole
+
+BARS = {"mmcs": 0.999, "ml2r": 0.03}
+"""Least MMCS, and how far ML2R may be from 1."""
+JUDGED = 4096
+"""Fresh examples behind reconstructions and counts."""
+MAP_COEFFICIENTS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+MAP_RATES = (3e-4, 1e-3, 3e-3)
+TARGET_L0 = 0.5
+"""Components per example that a controller aims at: .25 inputs at each of two sites."""
+
+
+@dataclass(frozen=True)
+class PartitionConfig(BenchmarkConfig):
+    """Options of this benchmark."""
+
+    toys: tuple[str, ...] = ("5-2",)
+    """Which toys."""
+    seeds: int = 10
+    """Targets and decompositions."""
+    batch: int = 0
+    """Examples per step; 0 for those of the preset."""
+    steps: int = 0
+    """Steps; 0 for those of the preset."""
+    out: Path = Path("out/partition")
+    """Folder of checkpoints and rows."""
+    map: bool = False
+    """Map coefficients and learning rates, published settings against a controller."""
+    speed: bool = False
+    """Time populations of 1 and 16 seeds."""
+
+
+def measure_toy(name: str, config: PartitionConfig) -> list[dict[str, Any]]:
+    """Train all seeds of a toy, and score each."""
+    toy, folder = TOYS[name], config.out / name.replace(" ", "-")
+    seeds = list(range(config.seeds))
+    changes = {"steps": 20, "batch": 64} if config.tiny else {}
+    targets = _stored_targets(name, seeds, folder, changes)
+    split = decomposition_of(name, targets, 4 if config.tiny else None)
+    steps = config.steps or toy.preset.steps
+    batch = config.batch or toy.preset.batch
+    trainer = ft.population(
+        toy.preset.trainer(split, targets.params, networks=True, steps=steps)
+    )
+    state, seconds = _train(
+        trainer, targets, seeds, batches_of(name, _key("data"), batch), steps, folder
+    )
+    return [
+        row(
+            name,
+            {"steps": steps, "batch": batch, "seed": seed},
+            "spd_2025",
+            **score(name, targets, split, state, seed),
+            target_correct=bool(targets.correct[seed]),
+            target_fit=float(targets.fits[seed]),
+            seconds_of_all=seconds,
+        )
+        for seed in seeds
+    ]
+
+
+def _stored_targets(
+    name: str, seeds: list[int], folder: Path, changes: dict[str, Any]
+) -> Targets:
+    """Train targets, or read those that an earlier call has trained."""
+    path = folder / "targets.npz"
+    if not path.exists():
+        targets = train_targets(name, seeds, **changes)
+        folder.mkdir(parents=True, exist_ok=True)
+        leaves = {str(i): x for i, x in enumerate(jax.tree.leaves(targets.params))}
+        with path.open("wb") as file:
+            np.savez(file, correct=targets.correct, fits=targets.fits, **leaves)
+        return targets
+    with np.load(path) as held:
+        arrays = dict(held)
+    if len(arrays["fits"]) != len(seeds):
+        raise SystemExit(
+            f"partition: {path} holds {len(arrays['fits'])} targets, wanted "
+            f"{len(seeds)}; give another --out"
+        )
+    # An untrained network has the form of the parameters.
+    form = train_targets(name, [0], **(changes | {"steps": 1}))
+    tree = jax.tree.structure(form.params)
+    leaves = [jnp.asarray(arrays[str(i)]) for i in range(tree.num_leaves)]
+    params = jax.tree.unflatten(tree, leaves)
+    return form._replace(params=params, correct=arrays["correct"], fits=arrays["fits"])
+
+
+def _key(name: str) -> jax.Array:
+    """Random key of a name."""
+    return jax.random.key(int.from_bytes(name.encode()[:4], "little"))
+
+
+def _train(
+    trainer: ft.Trainer,
+    targets: Targets,
+    seeds: list[int],
+    batches: ft.data.Batches,
+    steps: int,
+    folder: Path,
+    **hyper: Any,
+) -> tuple[ft.TrainState, float]:
+    """Train a population; seconds of all calls that it took."""
+    keys = jnp.stack([jax.random.key(1000 + seed) for seed in seeds])
+    network = jnp.asarray(seeds) % len(targets.fits)
+    state = trainer.init(keys, network=network, **hyper)
+    clock = folder / "seconds.json"
+    before = json.loads(clock.read_text()) if clock.exists() else 0.0
+    began = time.perf_counter()
+
+    def note(step: int, means: Any) -> None:
+        del step, means
+        write_whole(clock, json.dumps(before + time.perf_counter() - began))
+
+    state = ft.fit(
+        trainer,
+        state,
+        batches,
+        steps=steps,
+        chunk=50,
+        checkpoint_every=10,
+        directory=folder,
+        progress=False,
+        on_chunk=note,
+    )
+    return state, before + time.perf_counter() - began
+
+
+def score(
+    name: str,
+    targets: Targets,
+    split: partition.Decomposition,
+    state: ft.TrainState,
+    member: int,
+    family: partition.importance.Importance | None = None,
+) -> dict[str, Any]:
+    """Score one member of a population."""
+    toy = TOYS[name]
+    family = toy.preset.importance_of(split) if family is None else family
+    params, target = jax.tree.map(
+        lambda x: x[member], (state.params, state.running["target"])
+    )
+    # Importances of each feature alone.
+    x = PROBE * jnp.eye(toy.features)
+    _, lower, _ = partition.importances(split, family, target, params, x)
+    lower = {site: np.asarray(g) for site, g in lower.items()}
+    figures: dict[str, Any] = {}
+    if not name.startswith("residual"):
+        parts = params["components"]["weight"]
+        cosines = metrics.mean_max_cosine(parts["V"], parts["U"], target["weight"])
+        figures |= {"mmcs": cosines.mmcs, "ml2r": cosines.ml2r}
+    for tolerance in (0.1, 0.2):
+        for site in toy.identity:
+            error = metrics.identity_ci_error(lower[site], tolerance=tolerance)
+            figures[f"identity_error {site} {tolerance}"] = error
+        for site, k in toy.dense.items():
+            k = min(k, lower[site].shape[1])
+            error = metrics.dense_ci_error(lower[site], k, tolerance=tolerance)
+            figures[f"dense_error {site} {tolerance}"] = error
+    # Fresh examples.
+    taps = batches_of(name, _key("test"), JUDGED)(0)
+    errors = partition.reconstructions(
+        _key("sources"), split, family, target, params, taps.acts, taps.weights
+    )
+    _, fresh, _ = partition.importances(split, family, target, params, taps.acts)
+    figures |= {f"error {kind}": float(error) for kind, error in errors.items()}
+    figures["l0"] = sum(
+        metrics.component_l0(g, weights=taps.weights) for g in fresh.values()
+    )
+    figures["alive"] = {site: metrics.alive_components(g) for site, g in fresh.items()}
+    return figures
+
+
+def correct(name: str, figures: dict[str, Any]) -> bool:
+    """Tell whether importances are those of the known mechanisms, at tolerance .1."""
+    sites = TOYS[name].identity
+    return all(figures[f"identity_error {site} 0.1"] == 0 for site in sites)
+
+
+def measure_map(config: PartitionConfig) -> list[dict[str, Any]]:
+    """Train 5-2 for coefficients, rates and seeds, with and without a controller."""
+    toy, steps = TOYS["5-2"], config.steps or 3000
+    seeds = list(range(config.seeds))
+    changes = {"steps": 20, "batch": 64} if config.tiny else {}
+    targets = _stored_targets("5-2", seeds, config.out / "5-2", changes)
+    split = decomposition_of("5-2", targets, 4 if config.tiny else None)
+    cells = list(product(MAP_COEFFICIENTS, MAP_RATES, seeds))
+    coefficients, rates, members = zip(*cells, strict=True)
+    rows = []
+    control = ft.controllers.target_l0(TARGET_L0, term="importance")
+    for method, controller in (("published", None), ("controller", control)):
+        trainer = toy.preset.trainer(
+            split, targets.params, networks=True, steps=steps, controller=controller
+        )
+        batches = batches_of("5-2", _key("data"), config.batch or 256)
+        state, seconds = _train(
+            ft.population(trainer),
+            targets,
+            list(members),
+            batches,
+            steps,
+            config.out / f"map-{method}",
+            importance=jnp.array(coefficients),
+            learning_rate=jnp.array(rates),
+        )
+        for member, (coefficient, rate, seed) in enumerate(cells):
+            figures = score("5-2", targets, split, state, member)
+            size = {"steps": steps, "batch": config.batch or 256, "seed": seed}
+            settings = {"coefficient": coefficient, "learning_rate": rate}
+            figures |= {"correct": correct("5-2", figures), "seconds_of_all": seconds}
+            rows.append(row("5-2 map", size, method, **settings, **figures))
+    return rows
+
+
+def measure_speed(config: PartitionConfig) -> list[dict[str, Any]]:
+    """Time a step of 1 and of 16 seeds together, in turns."""
+    targets = train_targets("5-2", [0], steps=20, batch=64)
+    toy, split = TOYS["5-2"], decomposition_of("5-2", targets)
+    batch = config.batch or toy.preset.batch
+    batches = batches_of("5-2", _key("data"), batch)
+    trainer = toy.preset.trainer(split, targets.params, networks=True)
+    many = ft.population(trainer)
+    runs: dict[str, Callable[[], Any]] = {}
+    for seeds in (1, 16):
+        keys = jnp.stack([jax.random.key(s) for s in range(seeds)])
+        state = many.init(keys, network=jnp.zeros(seeds))
+        update = jax.jit(many.update).lower(state, batches(0)).compile()
+        taps = batches(0)
+        runs[str(seeds)] = partial(_wait, update, state, taps)
+    times = medians(runs, rounds=3 if config.tiny else 7)
+    return [
+        row(
+            "5-2 speed",
+            {"batch": batch, "seeds": int(seeds)},
+            "spd_2025",
+            step_ms=1e3 * seconds,
+            seeds_per_second=int(seeds) / seconds,
+        )
+        for seeds, seconds in times.items()
+    ]
+
+
+def _wait(fn: Callable[..., Any], *args: Any) -> Any:
+    return jax.block_until_ready(fn(*args))
+
+
+def missed_bars(rows: list[dict[str, Any]]) -> list[str]:
+    """Compare rows with the bars."""
+    missed = []
+    for name in sorted({r["case"] for r in rows if r["case"] in TOYS}):
+        own = [r for r in rows if r["case"] == name]
+        share = sum(correct(name, r) for r in own) / len(own)
+        if share < 0.9:
+            missed.append(f"{name}: importances are right on {share:.0%} of the seeds")
+        for r in own:
+            if "mmcs" in r and r["mmcs"] < BARS["mmcs"]:
+                missed.append(f"{name} seed {r['size']['seed']}: MMCS {r['mmcs']:.4f}")
+            if "ml2r" in r and abs(r["ml2r"] - 1) > BARS["ml2r"]:
+                missed.append(f"{name} seed {r['size']['seed']}: ML2R {r['ml2r']:.3f}")
+    return missed
+
+
+def measure(config: PartitionConfig) -> tuple[list[dict[str, Any]], list[str]]:
+    """Measure what the flags ask for."""
+    if config.speed:
+        return measure_speed(config), []
+    if config.map:
+        return measure_map(config), []
+    rows = [r for name in config.toys for r in measure_toy(name, config)]
+    return rows, missed_bars(rows)
+
+
+if __name__ == "__main__":
+    options = parse_command(PartitionConfig, __doc__)
+    finish(*measure(options), options.json)

@@ -45,8 +45,8 @@ NAMESPACES = {
     "data": "array_batches store_batches open_store store_writer verify_store "
     "store_size Batches",
     "partition": "decompose_weights trainer importances cosine sparse_batches spd_2025 "
-    "vpd_2026 persistent_pgd reconstructions lower_leaky upper_leaky Decomposition "
-    "Site Preset",
+    "vpd_2026 persistent_pgd reconstructions attributions gradient_batch lower_leaky "
+    "upper_leaky Decomposition Site Preset",
     "planted": "subject_of Task Truth product_space circuits superposition",
     "sweeps": "grid table final_metrics pareto_front Row",
     "interop": "load_saelens save_saelens load_sparsify load_dictionary_learning "

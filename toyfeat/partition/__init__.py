@@ -5,6 +5,7 @@ from toyfeat.partition.adversary import persistent_pgd
 from toyfeat.partition.batches import sparse_batches
 from toyfeat.partition.decomposition import Decomposition, Site
 from toyfeat.partition.evaluation import reconstructions
+from toyfeat.partition.gradients import attributions, gradient_batch
 from toyfeat.partition.importance import importances
 from toyfeat.partition.presets import Preset, spd_2025, vpd_2026
 from toyfeat.partition.sites import decompose_weights
@@ -15,8 +16,10 @@ __all__ = [
     "Decomposition",
     "Preset",
     "Site",
+    "attributions",
     "cosine",
     "decompose_weights",
+    "gradient_batch",
     "importance",
     "importances",
     "losses",

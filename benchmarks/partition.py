@@ -30,6 +30,7 @@ from partition_toys import (
     TOYS,
     Targets,
     batches_of,
+    cpu_seconds,
     decomposition_of,
     train_targets,
 )
@@ -44,6 +45,7 @@ JUDGED = 4096
 """Fresh examples behind reconstructions and counts."""
 MAP_COEFFICIENTS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 MAP_RATES = (3e-4, 1e-3, 3e-3)
+DATA_SEED = 7
 TARGET_L0 = 0.5
 """Components per example that a controller aims at: .25 inputs at each of two sites."""
 
@@ -81,7 +83,12 @@ def measure_toy(name: str, config: PartitionConfig) -> list[dict[str, Any]]:
         toy.preset.trainer(split, targets.params, networks=True, steps=steps)
     )
     state, seconds = _train(
-        trainer, targets, seeds, batches_of(name, _key("data"), batch), steps, folder
+        trainer,
+        targets,
+        seeds,
+        batches_of(name, jax.random.key(DATA_SEED), batch),
+        steps,
+        folder,
     )
     return [
         row(
@@ -230,7 +237,7 @@ def measure_map(config: PartitionConfig) -> list[dict[str, Any]]:
         trainer = toy.preset.trainer(
             split, targets.params, networks=True, steps=steps, controller=controller
         )
-        batches = batches_of("5-2", _key("data"), config.batch or 256)
+        batches = batches_of("5-2", jax.random.key(DATA_SEED), config.batch or 256)
         state, seconds = _train(
             ft.population(trainer),
             targets,
@@ -255,7 +262,7 @@ def measure_speed(config: PartitionConfig) -> list[dict[str, Any]]:
     targets = train_targets("5-2", [0], steps=20, batch=64)
     toy, split = TOYS["5-2"], decomposition_of("5-2", targets)
     batch = config.batch or toy.preset.batch
-    batches = batches_of("5-2", _key("data"), batch)
+    batches = batches_of("5-2", jax.random.key(DATA_SEED), batch)
     trainer = toy.preset.trainer(split, targets.params, networks=True)
     many = ft.population(trainer)
     runs: dict[str, Callable[[], Any]] = {}
@@ -266,6 +273,7 @@ def measure_speed(config: PartitionConfig) -> list[dict[str, Any]]:
         taps = batches(0)
         runs[str(seeds)] = partial(_wait, update, state, taps)
     times = medians(runs, rounds=3 if config.tiny else 7)
+    cpu = {seeds: cpu_seconds(run) for seeds, run in runs.items()}
     return [
         row(
             "5-2 speed",
@@ -273,6 +281,8 @@ def measure_speed(config: PartitionConfig) -> list[dict[str, Any]]:
             "spd_2025",
             step_ms=1e3 * seconds,
             seeds_per_second=int(seeds) / seconds,
+            cpu_ms=1e3 * cpu[seeds],
+            seeds_per_cpu_second=int(seeds) / cpu[seeds],
         )
         for seeds, seconds in times.items()
     ]

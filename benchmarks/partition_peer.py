@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
 from harness import BenchmarkConfig, finish, medians, parse_command, row
-from partition_toys import TOYS, decomposition_of, train_targets
+from partition_toys import TOYS, cpu_seconds, decomposition_of, train_targets
 
 import toyfeat as ft
 
@@ -36,6 +37,51 @@ class PeerConfig(BenchmarkConfig):
     """Turns."""
 
 
+class _LowerLeaky(torch.autograd.Function):
+    """The squashing of importances for masks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,), grad = ctx.saved_tensors, grads[0]
+        zero = torch.zeros_like(grad)
+        inside = torch.where(x > 1, zero, grad)
+        return torch.where(x > 0, inside, torch.where(grad < 0, LEAK * grad, zero))
+
+
+def _parameter(*shape: int, scale: float) -> Any:
+    return torch.nn.Parameter(scale * torch.randn(*shape))
+
+
+def _mlp(components: int) -> list[Any]:
+    """Draw an MLP of one input and one output per component."""
+    first = _parameter(components, HIDDEN, scale=math.sqrt(2))
+    last = _parameter(components, HIDDEN, scale=HIDDEN**-0.5)
+    zeros = _parameter(components, HIDDEN, scale=0), _parameter(components, scale=0)
+    return [first, zeros[0], last, zeros[1]]
+
+
+def _importance(inner: Any, mlp: list[Any]) -> Any:
+    hidden = torch.nn.functional.gelu(inner[..., None] * mlp[0] + mlp[1])
+    return (hidden * mlp[2]).sum(-1) + mlp[3]
+
+
+def _site(x: Any, matrix: Any, v: Any, u: Any, source: Any) -> Any:
+    """Multiply by a weight, masked where there is a source."""
+    if source is None:
+        return x @ matrix
+    mask, delta = source
+    return ((x @ v) * mask) @ u + delta[:, None] * (x @ (matrix - v @ u))
+
+
+def _draw(lower: Any) -> tuple[Any, Any]:
+    return lower + (1 - lower) * torch.rand_like(lower), torch.rand(len(lower))
+
+
 def torch_step(
     weight: np.ndarray, bias: np.ndarray, x: np.ndarray, components: int
 ) -> Callable[[], Any]:
@@ -50,73 +96,29 @@ def torch_step(
     Returns:
       A function that does one step.
     """
-    import torch
-
     torch.manual_seed(0)
-
-    class LowerLeaky(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Any) -> Any:
-            ctx.save_for_backward(x)
-            return x.clamp(0, 1)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            (x,) = ctx.saved_tensors
-            grad = grads[0]
-            leak = torch.where(grad < 0, LEAK * grad, torch.zeros_like(grad))
-            return torch.where(
-                x > 0, torch.where(x > 1, torch.zeros_like(grad), grad), leak
-            )
-
-    def parameter(*shape: int, scale: float) -> Any:
-        return torch.nn.Parameter(scale * torch.randn(*shape))
-
     w, b, data = (torch.tensor(np.array(a)) for a in (weight, bias, x))
-    features, width = w.shape
-    v = parameter(features, components, scale=features**-0.5)
-    u = parameter(components, width, scale=components**-0.5)
-    mlps = [
-        (
-            parameter(components, HIDDEN, scale=math.sqrt(2)),
-            torch.nn.Parameter(torch.zeros(components, HIDDEN)),
-            parameter(components, HIDDEN, scale=HIDDEN**-0.5),
-            torch.nn.Parameter(torch.zeros(components)),
-        )
-        for _ in range(2)
-    ]
-    optimizer = torch.optim.Adam([v, u, *(p for mlp in mlps for p in mlp)], lr=1e-3)
-
-    def importance(inner: Any, mlp: Any) -> Any:
-        hidden = torch.nn.functional.gelu(inner[..., None] * mlp[0] + mlp[1])
-        return (hidden * mlp[2]).sum(-1) + mlp[3]
-
-    def site(x: Any, matrix: Any, v: Any, u: Any, mask: Any, delta: Any) -> Any:
-        return ((x @ v) * mask) @ u + delta[:, None] * (x @ (matrix - v @ u))
-
-    def masked(masks: list[Any]) -> Any:
-        hidden = data @ w if masks[0] is None else site(data, w, v, u, *masks[0])
-        if masks[1] is None:
-            return torch.relu(hidden @ w.T + b)
-        return torch.relu(site(hidden, w.T, u.T, v.T, *masks[1]) + b)
-
-    def draw(lower: Any) -> tuple[Any, Any]:
-        return lower + (1 - lower) * torch.rand_like(lower), torch.rand(len(lower))
-
+    v = _parameter(w.shape[0], components, scale=w.shape[0] ** -0.5)
+    u = _parameter(components, w.shape[1], scale=components**-0.5)
+    mlps = [_mlp(components), _mlp(components)]
+    optimizer = torch.optim.Adam([v, u, *mlps[0], *mlps[1]], lr=1e-3)
     hidden = data @ w
     target = torch.relu(hidden @ w.T + b)
 
+    def error(first: Any, second: Any) -> Any:
+        inner = _site(data, w, v, u, first)
+        output = torch.relu(_site(inner, w.T, u.T, v.T, second) + b)
+        return ((output - target) ** 2).mean()
+
     def step() -> None:
         optimizer.zero_grad()
-        raw = [importance(data @ v, mlps[0]), importance(hidden @ u.T, mlps[1])]
-        lower = [LowerLeaky.apply(r) for r in raw]
+        raw = _importance(data @ v, mlps[0]), _importance(hidden @ u.T, mlps[1])
+        lower = [_LowerLeaky.apply(r) for r in raw]
         upper = [torch.where(r > 1, 1 + LEAK * (r - 1), r.clamp(0, 1)) for r in raw]
-        all_masked = masked([draw(g) for g in lower])
-        first, second = masked([draw(lower[0]), None]), masked([None, draw(lower[1])])
-        errors = [((y - target) ** 2).mean() for y in (all_masked, first, second)]
+        together = error(_draw(lower[0]), _draw(lower[1]))
+        alone = error(_draw(lower[0]), None) + error(None, _draw(lower[1]))
         penalty = sum(g.mean(0).sum() for g in upper)
-        loss = errors[0] + (errors[1] + errors[2]) / 2 + COEFFICIENT * penalty
-        loss.backward()
+        (together + alone / 2 + COEFFICIENT * penalty).backward()
         optimizer.step()
 
     return step
@@ -141,7 +143,10 @@ def measure(config: PeerConfig) -> list[dict[str, Any]]:
     }
     times = medians(runs, rounds=config.rounds)
     size = {"rows": config.rows, "components": toy.preset.components}
-    return [row("5-2 step", size, n, step_ms=1e3 * s) for n, s in times.items()]
+    return [
+        row("5-2 step", size, n, step_ms=1e3 * s, cpu_ms=1e3 * cpu_seconds(runs[n]))
+        for n, s in times.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """An adversary that remembers: sources that are kept from step to step."""
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,17 @@ from toyfeat.types import Array
 
 _EPS = 1e-8
 """Of Adam, as published."""
+
+
+class _Ascent(NamedTuple):
+    """Arguments of :func:`persistent_pgd`, by the same names."""
+
+    batch: int
+    positions: tuple[int, ...]
+    ascents: int
+    learning_rate: float
+    ramp: float
+    decay: tuple[float, float]
 
 
 def persistent_pgd(
@@ -51,52 +63,60 @@ def persistent_pgd(
     check_number("persistent_pgd", "learning_rate", learning_rate, above=0)
     check_number("persistent_pgd", "ramp", ramp, least=0, most=1)
 
-    def init(key: Array, decomposition: Decomposition) -> dict[str, Any]:
-        sources = {
-            site.name: jax.random.uniform(
-                jax.random.fold_in(key, i), (batch, *positions, site.components + 1)
-            )
-            for i, site in enumerate(decomposition.sites)
-        }
-        zeros = jax.tree.map(jnp.zeros_like, sources)
-        moments = {"first": zeros, "second": zeros, "count": jnp.zeros(())}
-        return {"sources": sources, **moments}
-
-    def finish(
-        grads: Sources, state: dict[str, Any], progress: Array
-    ) -> dict[str, Any]:
-        # Adam, upwards, and back into [0, 1].
-        count = state["count"] + 1
-        rate = learning_rate * (jnp.minimum(progress / ramp, 1) if ramp else 1)
-        means = []
-        for name, power, beta in (("first", 1, decay[0]), ("second", 2, decay[1])):
-            means.append(
-                jax.tree.map(
-                    lambda m, g, b=beta, k=power: b * m + (1 - b) * g**k,
-                    state[name],
-                    grads,
-                )
-            )
-        scales = [1 - beta**count for beta in decay]
-        sources = jax.tree.map(
-            lambda r, m, v: jnp.clip(
-                r + rate * (m / scales[0]) / (jnp.sqrt(v / scales[1]) + _EPS), 0, 1
-            ),
-            state["sources"],
-            *means,
-        )
-        moments = {"first": means[0], "second": means[1], "count": count}
-        return {"sources": sources, **moments}
-
-    def ascend(inputs: LossInputs, state: dict[str, Any]) -> dict[str, Any]:
-        slope = jax.grad(lambda sources: reconstruction_error(inputs, sources))
-        for _ in range(ascents):
-            state = finish(slope(state["sources"]), state, inputs.progress)
-        return state
-
-    def loss(inputs: LossInputs) -> Array:
-        return reconstruction_error(inputs, inputs.sources["persistent_pgd"])
-
     check_number("persistent_pgd", "coefficient", coefficient, least=0)
-    persistent = Persistent(init, ascend, finish)
-    return Term("persistent_pgd", loss, coefficient, persistent)
+    ascent = _Ascent(batch, tuple(positions), ascents, learning_rate, ramp, decay)
+    persistent = Persistent(
+        init=partial(_init, ascent),
+        ascend=partial(_ascend, ascent),
+        finish=partial(_finish, ascent),
+    )
+    return Term("persistent_pgd", _loss, coefficient, persistent)
+
+
+def _init(ascent: _Ascent, key: Array, decomposition: Decomposition) -> dict[str, Any]:
+    """Draw uniform sources, and start Adam."""
+    sources = {
+        site.name: jax.random.uniform(
+            jax.random.fold_in(key, i),
+            (ascent.batch, *ascent.positions, site.components + 1),
+        )
+        for i, site in enumerate(decomposition.sites)
+    }
+    zeros = jax.tree.map(jnp.zeros_like, sources)
+    moments = {"first": zeros, "second": zeros, "count": jnp.zeros(())}
+    return {"sources": sources, **moments}
+
+
+def _finish(
+    ascent: _Ascent, grads: Sources, state: dict[str, Any], progress: Array
+) -> dict[str, Any]:
+    """Do one step of Adam, upwards, and back into [0, 1]."""
+    count = state["count"] + 1
+    ramp = jnp.minimum(progress / ascent.ramp, 1) if ascent.ramp else 1
+    slow, slower = ascent.decay
+    first = jax.tree.map(lambda m, g: slow * m + (1 - slow) * g, state["first"], grads)
+    second = jax.tree.map(
+        lambda m, g: slower * m + (1 - slower) * g**2, state["second"], grads
+    )
+
+    def move(source: Array, mean: Array, square: Array) -> Array:
+        size = jnp.sqrt(square / (1 - slower**count)) + _EPS
+        change = mean / (1 - slow**count) / size
+        return jnp.clip(source + ascent.learning_rate * ramp * change, 0, 1)
+
+    sources = jax.tree.map(move, state["sources"], first, second)
+    return {"sources": sources, "first": first, "second": second, "count": count}
+
+
+def _ascend(
+    ascent: _Ascent, inputs: LossInputs, state: dict[str, Any]
+) -> dict[str, Any]:
+    """Ascend before a step, against parameters that are held."""
+    slope = jax.grad(lambda sources: reconstruction_error(inputs, sources))
+    for _ in range(ascent.ascents):
+        state = _finish(ascent, slope(state["sources"]), state, inputs.progress)
+    return state
+
+
+def _loss(inputs: LossInputs) -> Array:
+    return reconstruction_error(inputs, inputs.sources["persistent_pgd"])

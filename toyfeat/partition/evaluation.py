@@ -51,12 +51,45 @@ def reconstructions(
       ``"adversarial"`` (sources shared by all examples).  Only ``"stochastic"`` and
       ``"adversarial"`` have remainders.
     """
-    outputs, lower, upper = importances(
-        decomposition, importance, target, params, inputs
-    )
-    batch = len(jax.tree.leaves(inputs)[0])
-    weights = jnp.ones(batch) if weights is None else weights
-    batch_inputs = LossInputs(
+    family = decomposition, importance, target, params
+    first, second = jax.random.split(key)
+    batch = _as_batch(family, inputs, weights, distance, first)
+    lower = batch.lower
+
+    def masked(masks: dict[str, Array]) -> Array:
+        own: Any = decomposition.masked(target, params["components"], inputs, masks)
+        return batch.weights @ distance(own, batch.outputs)
+
+    def error(sources: dict[str, Array]) -> Array:
+        return reconstruction_error(batch, sources)
+
+    return {
+        "unmasked": masked({n: jnp.ones_like(g) for n, g in lower.items()}),
+        "stochastic": error(draw_sources(first, lower)),
+        "ci_masked": masked(lower),
+        "rounded": masked({n: (g > ALIVE).astype(g.dtype) for n, g in lower.items()}),
+        "adversarial": adversarial_error(
+            error,
+            draw_sources(second, lower, shared=True),
+            steps=steps,
+            step_size=step_size,
+        ),
+    }
+
+
+def _as_batch(
+    family: tuple[Decomposition, Importance, Params, Params],
+    inputs: Inputs,
+    weights: Array | None,
+    distance: Distance,
+    key: Array,
+) -> LossInputs:
+    """Compute what a loss sees of a batch at the end of the training."""
+    decomposition, _, target, params = family
+    outputs, lower, upper = importances(*family, inputs)
+    if weights is None:
+        weights = jnp.ones(len(jax.tree.leaves(inputs)[0]))
+    return LossInputs(
         decomposition=decomposition,
         params=target,
         components=params["components"],
@@ -71,24 +104,3 @@ def reconstructions(
         distance=distance,
         sources={},
     )
-
-    def masked(masks: dict[str, Array]) -> Array:
-        own: Any = decomposition.masked(target, params["components"], inputs, masks)
-        return batch_inputs.weights @ distance(own, outputs)
-
-    def error(sources: dict[str, Array]) -> Array:
-        return reconstruction_error(batch_inputs, sources)
-
-    first, second = jax.random.split(key)
-    return {
-        "unmasked": masked({n: jnp.ones_like(g) for n, g in lower.items()}),
-        "stochastic": error(draw_sources(first, lower)),
-        "ci_masked": masked(lower),
-        "rounded": masked({n: (g > ALIVE).astype(g.dtype) for n, g in lower.items()}),
-        "adversarial": adversarial_error(
-            error,
-            draw_sources(second, lower, shared=True),
-            steps=steps,
-            step_size=step_size,
-        ),
-    }

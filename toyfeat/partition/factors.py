@@ -253,9 +253,9 @@ def use_dot(
     restore = lambda y: y  # noqa: E731 - the other form stands below
     if first:  # the weight's axes come first: move them behind those of the inputs
         kept = weight.value.ndim - len(axes)
-        order = np.roll(np.arange(output.ndim), -kept)
+        order = np.roll(np.arange(output.ndim), -kept).tolist()
         output = jnp.transpose(output, order)
-        restore = lambda y: jnp.transpose(y, np.argsort(order))  # noqa: E731
+        restore = lambda y: jnp.transpose(y, np.argsort(order).tolist())  # noqa: E731
     write = jnp.moveaxis(weight.side(not side), -1, 0)
     return Use(
         name=name,

@@ -121,7 +121,8 @@ def as_model(model: Any) -> Model:
         in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
     if len(required) == 3:  # a probed model, without probes
-        return lambda params, inputs: model(params, inputs, {})[0]
+        probed: Any = model
+        return lambda params, inputs: probed(params, inputs, {})[0]
     return model
 
 

@@ -101,17 +101,7 @@ def trainer(
     check_type("trainer", "decomposition", decomposition, Decomposition, hint=hint)
     check_int("trainer", "steps", steps)
     check_int("trainer", "warm_up", warm_up, least=0)
-    names = [term.name for term in objective]
-    if len(set(names)) < len(names) or not names:
-        raise ValueError(
-            f"trainer: terms must be one or more of different names, got {names}; "
-            "rename one by _replace(name=...)"
-        )
-    if controller is not None and controller.term not in names:
-        raise ValueError(
-            f"trainer: the controller steers {controller.term!r}, the objective has "
-            f"{names}; make it with term= one of them"
-        )
+    _check_terms(objective, controller)
     recipe = PartitionRecipe(
         decomposition=decomposition,
         params=params,
@@ -127,11 +117,31 @@ def trainer(
         networks=networks,
         inputs_from=inputs_from,
     )
-    hyper = {term.name: term.coefficient for term in objective}
-    hyper |= {"learning_rate": learning_rate}
-    hyper |= {} if controller is None else {"target": controller.target}
-    hyper |= {"network": 0} if networks else {}
+    hyper = _default_hyper(recipe, learning_rate)
     return Trainer(partial(_init, recipe, hyper), partial(_update, recipe))
+
+
+def _default_hyper(recipe: PartitionRecipe, learning_rate: float) -> dict[str, float]:
+    """Collect the settings that ``init`` can override, with their defaults."""
+    hyper = {term.name: term.coefficient for term in recipe.objective}
+    hyper |= {"learning_rate": learning_rate}
+    hyper |= {} if recipe.controller is None else {"target": recipe.controller.target}
+    return hyper | ({"network": 0} if recipe.networks else {})
+
+
+def _check_terms(objective: tuple[Term, ...], controller: Controller | None) -> None:
+    """Check that terms have names of their own, and the controller one of them."""
+    names = [term.name for term in objective]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(
+            f"trainer: terms must be one or more of different names, got {names}; "
+            "rename one by _replace(name=...)"
+        )
+    if controller is not None and controller.term not in names:
+        raise ValueError(
+            f"trainer: the controller steers {controller.term!r}, the objective has "
+            f"{names}; make it with term= one of them"
+        )
 
 
 def cosine(steps: int, end: float = 0.0) -> Callable[[Array], Array]:
@@ -144,7 +154,8 @@ def cosine(steps: int, end: float = 0.0) -> Callable[[Array], Array]:
     Returns:
       Step to factor, for :func:`trainer`.
     """
-    return optax.cosine_decay_schedule(1.0, steps, end)
+    schedule = optax.cosine_decay_schedule(1.0, steps, end)
+    return lambda step: jnp.asarray(schedule(step))
 
 
 def _init(
@@ -210,17 +221,15 @@ def _update(
     recipe: PartitionRecipe, state: TrainState, taps: Taps
 ) -> tuple[TrainState, dict[str, Array]]:
     """Do one update, ``(state, taps) -> (state, metrics)``."""
-    running = dict(state.running)
+    running: dict[str, Any] = dict(state.running)
     prepare = partial(_loss_inputs, recipe, state, taps)
     # Terms that keep an adversary let it ascend first, against fixed parameters.
-    kept = [term for term in recipe.objective if term.persistent is not None]
+    kept = {t.name: t.persistent for t in recipe.objective if t.persistent is not None}
     if kept:
-        fixed = jax.lax.stop_gradient(state.params)
-        for term in kept:
-            running[term.name] = term.persistent.ascend(
-                prepare(fixed), running[term.name]
-            )
-    sources = {term.name: running[term.name]["sources"] for term in kept}
+        fixed = prepare(jax.lax.stop_gradient(state.params))
+        for name, persistent in kept.items():
+            running[name] = persistent.ascend(fixed, running[name])
+    sources = {name: running[name]["sources"] for name in kept}
     # Loss, and gradients of parameters and sources from one graph.
     coefficients = {term.name: state.hyper[term.name] for term in recipe.objective}
     if recipe.controller is not None:
@@ -236,30 +245,40 @@ def _update(
     (total, (losses, measured)), (grads, source_grads) = value_and_grad(
         state.params, sources
     )
-    for term in kept:
-        scale = jnp.maximum(coefficients[term.name], _LEAST)
-        own = jax.tree.map(lambda g, s=scale: g / s, source_grads[term.name])
+    # The last ascent is by the gradient of the error itself.
+    for name, persistent in kept.items():
+        scale = jnp.maximum(coefficients[name], _LEAST)
+        own = jax.tree.map(lambda g, s=scale: g / s, source_grads[name])
         progress = state.step.astype(jnp.float32) / recipe.steps
-        running[term.name] = term.persistent.finish(own, running[term.name], progress)
+        running[name] = persistent.finish(own, running[name], progress)
     params, opt_state = _step(recipe, state, grads)
     metrics = {"loss": total, **losses, **measured, "grad_norm": optax.tree.norm(grads)}
-    # The controller sets the factor of the next step.
-    control = state.controller
-    if recipe.controller is not None:
-        control, factor, saturated = recipe.controller.update(
-            control, metrics[recipe.controller.measures], state.hyper["target"]
-        )
-        running["factor"] = factor
-        metrics |= {"factor": factor, "saturated": saturated.astype(factor.dtype)}
-    after = TrainState(
+    control, metrics = _control(recipe, state, running, metrics)
+    after = state._replace(
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
         controller=control,
         running=running,
-        hyper=state.hyper,
     )
     return after, metrics
+
+
+def _control(
+    recipe: PartitionRecipe,
+    state: TrainState,
+    running: dict[str, Any],
+    metrics: dict[str, Array],
+) -> tuple[Any, dict[str, Array]]:
+    """Set the factor of the next step in ``running``; the controller's state."""
+    if recipe.controller is None:
+        return state.controller, metrics
+    control, factor, saturated = recipe.controller.update(
+        state.controller, metrics[recipe.controller.measures], state.hyper["target"]
+    )
+    running["factor"] = factor
+    metrics |= {"factor": factor, "saturated": saturated.astype(factor.dtype)}
+    return control, metrics
 
 
 def _step(

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from harness import BenchmarkConfig, finish, medians, parse_command, row
+from partition_picture import draw_importances
 from partition_toys import (
     PROBE,
     TOYS,
@@ -45,7 +46,9 @@ JUDGED = 4096
 """Fresh examples behind reconstructions and counts."""
 MAP_COEFFICIENTS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 MAP_RATES = (3e-4, 1e-3, 3e-3)
-DATA_SEED = 7
+DATA_SEED, TEST_SEED = 7, 8
+PICTURED = 3
+"""Seeds in a picture."""
 TARGET_L0 = 0.5
 """Components per example that a controller aims at: .25 inputs at each of two sites."""
 
@@ -62,6 +65,10 @@ class PartitionConfig(BenchmarkConfig):
     """Examples per step; 0 for those of the preset."""
     steps: int = 0
     """Steps; 0 for those of the preset."""
+    stop: int = 0
+    """Stop after so many of the steps, and score what there is; 0 for all."""
+    picture: Path | None = None
+    """Draw the importances of the seeds of the last toy there."""
     out: Path = Path("out/partition")
     """Folder of checkpoints and rows."""
     map: bool = False
@@ -77,31 +84,32 @@ def measure_toy(name: str, config: PartitionConfig) -> list[dict[str, Any]]:
     changes = {"steps": 20, "batch": 64} if config.tiny else {}
     targets = _stored_targets(name, seeds, folder, changes)
     split = decomposition_of(name, targets, 4 if config.tiny else None)
+    judge = make_judge(name, split)
     steps = config.steps or toy.preset.steps
     batch = config.batch or toy.preset.batch
     trainer = ft.population(
         toy.preset.trainer(split, targets.params, networks=True, steps=steps)
     )
-    state, seconds = _train(
-        trainer,
-        targets,
-        seeds,
-        batches_of(name, jax.random.key(DATA_SEED), batch),
-        steps,
-        folder,
-    )
-    return [
+    batches = batches_of(name, jax.random.key(DATA_SEED), batch)
+    done = config.stop or steps
+    state, seconds = _train(trainer, targets, seeds, batches, done, folder)
+    size = {"steps": steps, "done": done, "batch": batch}
+    rows = [
         row(
             name,
-            {"steps": steps, "batch": batch, "seed": seed},
+            size | {"seed": seed},
             "spd_2025",
-            **score(name, targets, split, state, seed),
+            **score(name, judge, state, seed),
             target_correct=bool(targets.correct[seed]),
             target_fit=float(targets.fits[seed]),
             seconds_of_all=seconds,
         )
         for seed in seeds
     ]
+    if config.picture is not None:
+        alone = [judge(*member_of(state, seed)).alone for seed in seeds[:PICTURED]]
+        draw_importances(config.picture, name, alone)
+    return rows
 
 
 def _stored_targets(
@@ -129,11 +137,6 @@ def _stored_targets(
     leaves = [jnp.asarray(arrays[str(i)]) for i in range(tree.num_leaves)]
     params = jax.tree.unflatten(tree, leaves)
     return form._replace(params=params, correct=arrays["correct"], fits=arrays["fits"])
-
-
-def _key(name: str) -> jax.Array:
-    """Random key of a name."""
-    return jax.random.key(int.from_bytes(name.encode()[:4], "little"))
 
 
 def _train(
@@ -171,24 +174,50 @@ def _train(
     return state, before + time.perf_counter() - began
 
 
+class Judged(NamedTuple):
+    """A member of a population on the inputs that it is judged by.
+
+    Attributes:
+      alone: site to ``[F, C]``, importances of each feature alone.
+      fresh: site to ``[B, C]``, importances of fresh examples.
+      errors: kind to the error of the masked model.
+    """
+
+    alone: dict[str, jax.Array]
+    fresh: dict[str, jax.Array]
+    errors: dict[str, jax.Array]
+
+
+def make_judge(name: str, split: partition.Decomposition) -> Callable[..., Judged]:
+    """Compile what scores need of a member: ``(target, params) -> Judged``."""
+    toy = TOYS[name]
+    family = toy.preset.importance_of(split)
+    taps = batches_of(name, jax.random.key(TEST_SEED), JUDGED)(0)
+
+    def judge(target: Any, params: Any) -> Judged:
+        member = split, family, target, params
+        alone = partition.importances(*member, PROBE * jnp.eye(toy.features))[1]
+        fresh = partition.importances(*member, taps.acts)[1]
+        key = jax.random.key(TEST_SEED)
+        errors = partition.reconstructions(key, *member, taps.acts, taps.weights)
+        return Judged(alone, fresh, errors)
+
+    return jax.jit(judge)
+
+
+def member_of(state: ft.TrainState, member: int) -> tuple[Any, Any]:
+    """Return the target and the parameters of a member."""
+    both = state.running["target"], state.params
+    return jax.tree.map(lambda x: np.asarray(x)[member], both)
+
+
 def score(
-    name: str,
-    targets: Targets,
-    split: partition.Decomposition,
-    state: ft.TrainState,
-    member: int,
-    family: partition.importance.Importance | None = None,
+    name: str, judge: Callable[..., Judged], state: ft.TrainState, member: int
 ) -> dict[str, Any]:
     """Score one member of a population."""
     toy = TOYS[name]
-    family = toy.preset.importance_of(split) if family is None else family
-    params, target = jax.tree.map(
-        lambda x: x[member], (state.params, state.running["target"])
-    )
-    # Importances of each feature alone.
-    x = PROBE * jnp.eye(toy.features)
-    _, lower, _ = partition.importances(split, family, target, params, x)
-    lower = {site: np.asarray(g) for site, g in lower.items()}
+    target, params = member_of(state, member)
+    judged: Judged = jax.device_get(judge(target, params))
     figures: dict[str, Any] = {}
     if not name.startswith("residual"):
         parts = params["components"]["weight"]
@@ -196,24 +225,20 @@ def score(
         figures |= {"mmcs": cosines.mmcs, "ml2r": cosines.ml2r}
     for tolerance in (0.1, 0.2):
         for site in toy.identity:
-            error = metrics.identity_ci_error(lower[site], tolerance=tolerance)
+            error = metrics.identity_ci_error(judged.alone[site], tolerance=tolerance)
             figures[f"identity_error {site} {tolerance}"] = error
         for site, k in toy.dense.items():
-            k = min(k, lower[site].shape[1])
-            error = metrics.dense_ci_error(lower[site], k, tolerance=tolerance)
+            values = judged.alone[site]
+            error = metrics.dense_ci_error(
+                values, min(k, values.shape[1]), tolerance=tolerance
+            )
             figures[f"dense_error {site} {tolerance}"] = error
-    # Fresh examples.
-    taps = batches_of(name, _key("test"), JUDGED)(0)
-    errors = partition.reconstructions(
-        _key("sources"), split, family, target, params, taps.acts, taps.weights
-    )
-    _, fresh, _ = partition.importances(split, family, target, params, taps.acts)
-    figures |= {f"error {kind}": float(error) for kind, error in errors.items()}
-    figures["l0"] = sum(
-        metrics.component_l0(g, weights=taps.weights) for g in fresh.values()
-    )
-    figures["alive"] = {site: metrics.alive_components(g) for site, g in fresh.items()}
-    return figures
+    figures |= {f"error {kind}": float(e) for kind, e in judged.errors.items()}
+    # The last row stands for the inputs of zeros.
+    weights = batches_of(name, jax.random.key(TEST_SEED), JUDGED)(0).weights
+    counts = [metrics.component_l0(g, weights=weights) for g in judged.fresh.values()]
+    alive = {site: metrics.alive_components(g) for site, g in judged.fresh.items()}
+    return figures | {"l0": sum(counts), "alive": alive}
 
 
 def correct(name: str, figures: dict[str, Any]) -> bool:
@@ -229,6 +254,7 @@ def measure_map(config: PartitionConfig) -> list[dict[str, Any]]:
     changes = {"steps": 20, "batch": 64} if config.tiny else {}
     targets = _stored_targets("5-2", seeds, config.out / "5-2", changes)
     split = decomposition_of("5-2", targets, 4 if config.tiny else None)
+    judge = make_judge("5-2", split)
     cells = list(product(MAP_COEFFICIENTS, MAP_RATES, seeds))
     coefficients, rates, members = zip(*cells, strict=True)
     rows = []
@@ -249,7 +275,7 @@ def measure_map(config: PartitionConfig) -> list[dict[str, Any]]:
             learning_rate=jnp.array(rates),
         )
         for member, (coefficient, rate, seed) in enumerate(cells):
-            figures = score("5-2", targets, split, state, member)
+            figures = score("5-2", judge, state, member)
             size = {"steps": steps, "batch": config.batch or 256, "seed": seed}
             settings = {"coefficient": coefficient, "learning_rate": rate}
             figures |= {"correct": correct("5-2", figures), "seconds_of_all": seconds}

@@ -9,6 +9,7 @@ References:
   VPD: Goodfire (2026), "Interpreting language model parameters".
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -190,12 +191,12 @@ def importance(
     check_number("importance", "beta", beta, least=0)
 
     def loss(inputs: LossInputs) -> Array:
-        means = _power_means(inputs, p, p_end)
-        if not beta:
-            return sum((jnp.sum(f) for f in means), jnp.zeros(()))
-        logs = [jnp.log2(1 + inputs.count * f) for f in means]
-        pairs = zip(means, logs, strict=True)
-        return sum((jnp.sum(f + beta * f * log) for f, log in pairs), jnp.zeros(()))
+        total = jnp.zeros(())
+        for f, count in _power_means(inputs, p, p_end):
+            total = total + jnp.sum(f)
+            if beta:
+                total = total + beta * jnp.sum(f * jnp.log2(1 + count * f))
+        return total
 
     return _term("importance", loss, coefficient)
 
@@ -221,7 +222,7 @@ def frequency(
 
     def loss(inputs: LossInputs) -> Array:
         means = _power_means(inputs, p, p_end)
-        terms = (jnp.sum(f * jnp.log2(1 + inputs.count * f)) for f in means)
+        terms = (jnp.sum(f * jnp.log2(1 + count * f)) for f, count in means)
         return sum(terms, jnp.zeros(()))
 
     return _term("frequency", loss, coefficient)
@@ -312,9 +313,21 @@ def _mean(inputs: LossInputs, values: Array) -> Array:
     return inputs.weights @ values
 
 
-def _power_means(inputs: LossInputs, p: float, p_end: float | None) -> list[Array]:
+def _power_means(
+    inputs: LossInputs, p: float, p_end: float | None
+) -> list[tuple[Array, Array]]:
+    """Return for each site the means of powers, ``[C]``, and what they are means of.
+
+    That is a number of examples times positions.
+    """
     power = p if p_end is None else p + inputs.progress * (p_end - p)
-    return [_mean(inputs, (upper + _EPS) ** power) for upper in inputs.upper.values()]
+    return [
+        (
+            _mean(inputs, (upper + _EPS) ** power),
+            inputs.count * math.prod(upper.shape[1:-1]),
+        )
+        for upper in inputs.upper.values()
+    ]
 
 
 def _term(name: str, loss: Callable[[LossInputs], Array], coefficient: float) -> Term:

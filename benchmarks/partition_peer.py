@@ -96,6 +96,7 @@ def torch_step(
     Returns:
       A function that does one step.
     """
+    torch.set_num_threads(1)  # threads that wait on a busy machine spin
     torch.manual_seed(0)
     w, b, data = (torch.tensor(np.array(a)) for a in (weight, bias, x))
     v = _parameter(w.shape[0], components, scale=w.shape[0] ** -0.5)

@@ -28,7 +28,7 @@ def draw_importances(path: Path, name: str, seeds: list[dict[str, Any]]) -> None
     figure, axes = plt.subplots(
         len(sites), len(seeds), squeeze=False, figsize=size, layout="constrained"
     )
-    image = None
+    image: Any = None
     for line, site in zip(axes, sites, strict=True):
         for axis, alone, seed in zip(line, seeds, range(len(seeds)), strict=True):
             values = np.asarray(alone[site])

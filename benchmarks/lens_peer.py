@@ -40,16 +40,28 @@ def make(folder: str, **size: int) -> None:
 
 
 def load(folder: str) -> None:
-    """Load weights in float32, in evaluation mode."""
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+    """Load weights in float32, in evaluation mode, of a folder or a ``.gguf`` file."""
+    path, options = Path(folder), {}
+    if path.suffix == ".gguf":
+        path, options = path.parent, {"gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     STATE["model"] = model
 
 
-def jacobians(tokens: list[int], batch: int, skip_first: int, skip_last: int) -> Any:
-    """Mean Jacobian ``[layers - 1, D, D]`` of one prompt, out times in."""
+def jacobians(
+    tokens: list[int],
+    batch: int,
+    skip_first: int,
+    skip_last: int,
+    rows: int | None = None,
+) -> Any:
+    """Mean Jacobian ``[layers - 1, D, D]`` of one prompt, out times in.
+
+    Only its first ``rows`` rows, if they are given.
+    """
     model = STATE["model"]
     streams: list[Any] = []
 
@@ -65,9 +77,10 @@ def jacobians(tokens: list[int], batch: int, skip_first: int, skip_last: int) ->
     *sources, final = streams
     valid = slice(skip_first, len(tokens) - skip_last)
     dim = final.shape[-1]
-    result = torch.zeros(len(sources), dim, dim)
-    for start in range(0, dim, batch):
-        num = min(batch, dim - start)
+    rows = dim if rows is None else rows
+    result = torch.zeros(len(sources), rows, dim)
+    for start in range(0, rows, batch):
+        num = min(batch, rows - start)
         # Copy j has cotangent e_(start + j) at all valid positions at once.
         cotangent = torch.zeros_like(final)
         index = torch.arange(num)

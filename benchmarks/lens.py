@@ -24,18 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from contest import HERE, PEERS, Worker
 from harness import BenchmarkConfig, finish, medians, parse_command, row
+from tap_decoder import SIZE
 
 import toyfeat as ft
 from toyfeat.models.decoder import Decoder, DecoderConfig, llama, load_decoder
 
-SIZE = {
-    "layers": 30,
-    "dim": 576,
-    "heads": 9,
-    "kv_heads": 3,
-    "hidden": 1536,
-    "vocab": 49152,
-}
 TINY = {**SIZE, "layers": 3, "dim": 36, "hidden": 64, "vocab": 128}
 SHARE = 5
 """A fast fit may take a fifth of the time of the plain one."""

@@ -145,24 +145,20 @@ def fit_prompts(config: PromptsConfig, text: Text, centres: dict[str, Any]) -> N
 
 def read_state(folder: Path, sites: Sequence[str], numbers: Sequence[int]) -> Any:
     """Make the state of a fit of the prompts of a folder, without clusters."""
-    state = None
-    for index, number in enumerate(numbers):
+    matrices = []
+    for number in numbers:
         with np.load(folder / f"prompt_{number:04d}.npz") as file:
-            rows = np.einsum("le,leij->lij", file["weights"], file["rows"])
-        if state is None:
-            dim = rows.shape[-1]
-            means = {site: empty_means(1, 1, dim) for site in sites}
-            state = JacobianState(jnp.zeros((), jnp.int32), None, means)
-        for site, matrix in zip(sites, rows, strict=True):
-            state.means[site] = add_prompts(
-                state.means[site],
-                jnp.asarray(matrix)[None, None],
-                jnp.ones((1, 1)),
-                jnp.asarray([index % 2]),
-                jnp.zeros(1, int),
-            )
-        state = state._replace(prompts=state.prompts + 1)
-    return state
+            matrices.append(np.einsum("le,leij->lij", file["weights"], file["rows"]))
+    # One program for all sites.
+    add = jax.jit(add_prompts)
+    half, group = np.arange(len(numbers)) % 2, np.zeros(len(numbers), int)
+    weights = np.ones((len(numbers), 1), np.float32)
+    means = {}
+    for layer, site in enumerate(sites):
+        rows = np.stack([x[layer] for x in matrices])[:, None]
+        empty = empty_means(1, 1, rows.shape[-1])
+        means[site] = add(empty, rows, weights, half, group)
+    return JacobianState(jnp.asarray(len(numbers)), None, means)
 
 
 def list_prompts(folder: Path) -> list[int]:

@@ -1,22 +1,17 @@
-"""Whether lenses find intermediate answers in a language model, and swaps act.
+"""Whether lenses find intermediate answers in a language model.
 
 Six sets of prompts (``benchmarks/data/lens``), each with the one token of an
-intermediate answer and a position where it should show.
-
-- *Recall*: the share of items whose intermediate answer is among the ``k`` likeliest
-  tokens of a lens, at every layer, and at the best layer of each item.  Intervals are
-  by the bootstrap over items, of a lens and of its difference from the logit lens.
-  Controls: a Jacobian lens whose ``J - I`` is turned at random, of the same spectrum,
-  and the intermediate answers of other items.
-- *Swaps*: of the items that the model answers, the share whose answer follows when the
-  coordinates of two intermediate answers are swapped at a band of layers.  Controls:
-  the same with directions turned at random.
+intermediate answer and a position where it should show.  Recall is the share of items
+whose intermediate answer is among the ``k`` likeliest tokens of a lens, at every layer,
+and at the best layer of each item.  Intervals are by the bootstrap over items, of a
+lens and of its difference from the logit lens.  Controls: a Jacobian lens whose
+``J - I`` is turned at random, of the same spectrum, and the intermediate answers of
+other items.
 
     python benchmarks/lens_prompts.py --out out/lens/whole --length 40 --skip-first 8
     python benchmarks/lens_recall.py --folder out/lens/whole --json rows.jsonl
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from harness import BenchmarkConfig, finish, parse_command, row
 from lens_prompts import list_prompts, read_state
+from lens_sets import KINDS, LENGTH, Items, interval, others, read_items
 
 import toyfeat as ft
 from toyfeat.jobs.config import read_job
@@ -34,24 +30,12 @@ from toyfeat.jobs.workspace import Workspace, open_job
 from toyfeat.lens.maps import LensMap
 from toyfeat.lens.reading import Lens, make_lens
 
-DATA = Path(__file__).parent / "data" / "lens"
-KINDS = (
-    "two_hop",
-    "order_of_operations",
-    "association",
-    "typo",
-    "rhyme",
-    "other_languages",
-)
-LENGTH = 40
-"""Tokens that prompts are filled up to behind their end, which no position sees."""
 KS = (1, 10)
-BOOTSTRAPS = 2000
 
 
 @dataclass(frozen=True)
-class RecallConfig(BenchmarkConfig):
-    """Options of this benchmark."""
+class OpenConfig(BenchmarkConfig):
+    """What is opened."""
 
     folder: Path = Path("out/lens/whole")
     """Jacobians of single prompts, of ``lens_prompts.py``."""
@@ -59,61 +43,16 @@ class RecallConfig(BenchmarkConfig):
     """Lens file of second moments, read too."""
     job: Path = Path("examples/smollm2_lens.toml")
     """Model and text."""
-    band: str = "8,20"
-    """First layer of the swaps, and the one behind their last."""
-    strength: float = 1.0
-    """Of the swaps."""
     batch: int = 16
     """Items at a time."""
-    swaps: bool = True
-    """Whether to swap."""
 
 
-class Items(NamedTuple):
-    """Test set.
+@dataclass(frozen=True)
+class RecallConfig(OpenConfig):
+    """Options of this benchmark."""
 
-    Attributes:
-      texts: of the items: ``prompt``, ``intermediate``, ``answer`` and ``group``.
-      tokens: ``[num, T]``, filled up.
-      at: ``[num]``, position where the intermediate answer should show.
-      last: ``[num]``, last position of the prompt.
-      intermediate: ``[num]`` tokens.
-      answer: ``[num]``, first tokens of the answers, -1 without one.
-    """
-
-    texts: list[dict[str, str]]
-    tokens: np.ndarray
-    at: np.ndarray
-    last: np.ndarray
-    intermediate: np.ndarray
-    answer: np.ndarray
-
-
-def read_items(kind: str, tokenizer: Any, start: int) -> Items:
-    """Read a test set, and check that intermediate answers are single tokens."""
-    lines = (DATA / f"{kind}.jsonl").read_text("utf-8").splitlines()
-    texts = [json.loads(line) for line in lines]
-    rows, ats, lasts, intermediate, answers = [], [], [], [], []
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    for text in texts:
-        prompt, before = (
-            [start, *encode(x)]
-            for x in (text["prompt"], text.get("at", text["prompt"]))
-        )
-        token = encode(text["intermediate"])
-        if len(token) != 1 or prompt[: len(before)] != before or len(prompt) > LENGTH:
-            raise SystemExit(
-                f"lens_recall: {kind} has an item that does not fit: {text}"
-            )
-        rows.append(prompt + [start] * (LENGTH - len(prompt)))
-        ats.append(len(before) - 1)
-        lasts.append(len(prompt) - 1)
-        intermediate.append(token[0])
-        answers.append(encode(text["answer"])[0] if text["answer"] else -1)
-    return Items(texts, *map(np.array, (rows, ats, lasts, intermediate, answers)))
+    every: int = 2
+    """One of so many layers is read, from the first one on."""
 
 
 class Setup(NamedTuple):
@@ -173,24 +112,28 @@ def turned(key: Any, estimate: ft.lenses.Estimate) -> ft.lenses.Estimate:
     return estimate._replace(matrices=matrices)
 
 
-def open_lenses(config: RecallConfig, work: Workspace, model: Any) -> dict[str, Lens]:
-    """Make all lenses."""
+def open_lenses(
+    config: OpenConfig, work: Workspace, model: Any, *, every_lens: bool
+) -> dict[str, Lens]:
+    """Make the logit and the Jacobian lens, or every lens."""
     params, sites = work.model.params, model.sites[:-1]
     state = read_state(config.folder, sites, list_prompts(config.folder))
-    estimate = ft.lenses.mean_jacobian(model, work.model.config.dim).finish(state)
-    shrunken = ft.lenses.shrunken(state)
-    del state
+    acc = ft.lenses.mean_jacobian(model, work.model.config.dim)
+    estimate = jax.jit(acc.finish)(state)
     lenses = {
         "logit": ft.lenses.logit_lens(model, params),
         "jacobian": ft.lenses.jacobian_lens(model, params, estimate),
-        "jacobian, shrunken": ft.lenses.jacobian_lens(model, params, shrunken),
-        "jacobian, turned": ft.lenses.jacobian_lens(
-            model, params, turned(jax.random.key(0), estimate)
-        ),
-        "least squares": least_squares_lens(model, params, work.tokens, 8),
-        **clustered_lenses(config.folder, model, params),
     }
-    if config.second is not None:
+    if every_lens:
+        shrunken = ft.lenses.shrunken(state)
+        random = turned(jax.random.key(0), estimate)
+        lenses |= {
+            "jacobian, shrunken": ft.lenses.jacobian_lens(model, params, shrunken),
+            "jacobian, turned": ft.lenses.jacobian_lens(model, params, random),
+            "least squares": least_squares_lens(model, params, work.tokens, 8),
+            **clustered_lenses(config.folder, model, params),
+        }
+    if every_lens and config.second is not None:
         lenses["second moment"] = ft.lenses.load(config.second, model, params)
     return lenses
 
@@ -240,6 +183,7 @@ def measure_ranks(
         chosen = jnp.take_along_axis(logits, tokens, axis=1)  # [B, n]
         return jnp.sum(logits[:, None] > chosen[:, :, None], axis=2)
 
+    sites = [*model.sites[:-1][:: config.every], model.sites[-1]]
     num = len(items.at)
     other = np.stack([others(items.intermediate, shift) for shift in range(3)], 1)
     wanted = np.concatenate([items.intermediate[:, None], other], axis=1)
@@ -250,26 +194,10 @@ def measure_ranks(
         for name, lens in setup.lenses.items():
             parts = [
                 np.asarray(ranks(lens.transport(site, acts[site]), wanted[index]))
-                for site in model.sites
+                for site in sites
             ]
             found[name].append(np.stack(parts, axis=1))  # [B, L, n]
     return {name: np.concatenate(parts)[:num] for name, parts in found.items()}
-
-
-def others(tokens: np.ndarray, shift: int) -> np.ndarray:
-    """Intermediate answers of other items, different from one's own."""
-    result = []
-    for index, token in enumerate(tokens):
-        rolled = np.roll(tokens, -(index + 1 + 7 * shift))
-        result.append(rolled[rolled != token][0])
-    return np.array(result)
-
-
-def interval(values: np.ndarray) -> list[float]:
-    """Bootstrap interval, 95 %, of the mean over items."""
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, len(values), (BOOTSTRAPS, len(values)))
-    return [float(x) for x in np.quantile(values[draws].mean(axis=1), [0.025, 0.975])]
 
 
 def recall_rows(
@@ -301,136 +229,30 @@ def recall_rows(
     return rows
 
 
-def partners(items: Items, known: np.ndarray) -> list[tuple[int, int]]:
-    """Pair every known item with the next one of its group with other answers."""
-    pairs = []
-    for i in np.flatnonzero(known):
-        for j in np.roll(np.arange(len(items.at)), -(i + 1)):
-            same = items.texts[i]["group"] == items.texts[j]["group"]
-            different = (
-                items.intermediate[i] != items.intermediate[j]
-                and items.answer[i] != items.answer[j]
-            )
-            if same and different:
-                pairs.append((int(i), int(j)))
-                break
-    return pairs
-
-
-def swap_rows(setup: Setup, config: RecallConfig, kind: str) -> list[dict]:
-    """Swap intermediate answers of the items that the model answers."""
-    model, params, items = setup.model, setup.work.model.params, setup.sets[kind]
-    first, stop = map(int, config.band.split(","))
-    band = model.sites[first:stop]
-    last = jnp.asarray(items.last)
-    final = model.sites[-1]
-
-    @jax.jit
-    def clean(tokens: Any, at: Any) -> Any:
-        acts = model.probed(params, tokens, {})[1][final]
-        return jnp.argmax(model.unembed(params, acts[jnp.arange(len(at)), at]), axis=-1)
-
-    @jax.jit
-    def swapped(tokens: Any, at: Any, vectors: Any, places: Any) -> Any:
-        narrow = model._replace(unembed=lambda p, x: model.unembed(p, x[:, at]))
-        return ft.lenses.swap(
-            narrow,
-            params,
-            tokens,
-            vectors,
-            [1, 0],
-            strength=config.strength,
-            positions=places,
-        )[0]
-
-    parts = []
-    for start in range(0, len(last), config.batch):
-        index = np.minimum(np.arange(start, start + config.batch), len(last) - 1)
-        parts.append(np.asarray(clean(items.tokens[index], items.last[index])))
-    known = np.concatenate(parts)[: len(last)] == items.answer
-    pairs = partners(items, known)
-    rows = []
-    size = {
-        "items": len(known),
-        "known": int(known.sum()),
-        "first": first,
-        "stop": stop,
-    }
-    for name in ("logit", "jacobian", "jacobian, shrunken", "least squares"):
-        for control in (False, True):
-            outcomes = []
-            for number, (i, j) in enumerate(pairs):
-                ids = [int(items.intermediate[i]), int(items.intermediate[j])]
-                vectors = setup.lenses[name].vectors(ids)
-                vectors = {site: vectors[site] for site in band}
-                if control:
-                    vectors = ft.lenses.random_control(jax.random.key(number), vectors)
-                # Where the intermediate answer should show, and behind it.
-                place = (np.arange(LENGTH) >= items.at[i]) & (
-                    np.arange(LENGTH) <= items.last[i]
-                )
-                logits = np.asarray(
-                    swapped(
-                        items.tokens[i : i + 1],
-                        int(items.last[i]),
-                        vectors,
-                        place[None].astype(np.float32),
-                    )
-                )
-                own, new = logits[items.answer[i]], logits[items.answer[j]]
-                rank = int((logits > new).sum())
-                outcomes.append(
-                    [new > own, rank < 1, rank < 5, logits.argmax() != items.answer[i]]
-                )
-            values = np.array(outcomes, float).reshape(-1, 4)
-            if not len(values):
-                continue
-            rows.append(
-                row(
-                    f"swap {kind}",
-                    size,
-                    f"{name}, turned" if control else name,
-                    pairs=len(values),
-                    prefers_new=float(values[:, 0].mean()),
-                    prefers_new_interval=interval(values[:, 0]),
-                    top1=float(values[:, 1].mean()),
-                    top5=float(values[:, 2].mean()),
-                    answer_changed=float(values[:, 3].mean()),
-                )
-            )
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
-
-
-def main() -> None:
-    """Run the benchmark."""
-    config = parse_command(RecallConfig, __doc__)
+def open_setup(config: OpenConfig, *, every_lens: bool) -> Setup:
+    """Open the model, the lenses and the test sets."""
     job = read_job(config.job)
-    collect = replace(job.collect, tokens=200 * LENGTH, length=LENGTH)
+    collect = replace(job.collect, tokens=128 * LENGTH, length=LENGTH)
     work = open_job(replace(job, collect=collect))
     model = ft.lenses.from_decoder(work.model.config)
     kinds = KINDS[:1] if config.tiny else KINDS
     sets = {k: read_items(k, work.model.tokenizer, job.collect.start) for k in kinds}
-    setup = Setup(work, model, open_lenses(config, work, model), sets)
+    lenses = open_lenses(config, work, model, every_lens=every_lens)
+    return Setup(work, model, lenses, sets)
+
+
+def main() -> None:
+    """Read all sets by all lenses."""
+    config = parse_command(RecallConfig, __doc__)
+    setup = open_setup(config, every_lens=True)
     rows = []
-    for kind, items in sets.items():
+    for kind, items in setup.sets.items():
         ranks = measure_ranks(setup, config, items)
         size = {"items": len(items.at), "prompts": len(list_prompts(config.folder))}
-        rows += recall_rows(kind, ranks, size)
+        rows += recall_rows(kind, ranks, {**size, "every": config.every})
         for line in rows[-len(ranks) * len(KS) :]:
-            print(
-                line["case"],
-                line["method"],
-                line["k"],
-                line["recall"],
-                line["interval"],
-                line["other_answers"],
-                flush=True,
-            )
-    if config.swaps:
-        for kind, items in sets.items():
-            if (items.answer >= 0).any():
-                rows += swap_rows(setup, config, kind)
+            names = "case", "method", "k", "recall", "interval", "other_answers"
+            print(*(line[name] for name in names), flush=True)
     finish(rows, [], config.json)
 
 

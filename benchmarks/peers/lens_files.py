@@ -1,6 +1,6 @@
 """Files of lenses against torch itself: what either writes, the other reads.
 
-    PYTHONPATH=. benchmarks/peers/.venv/bin/python benchmarks/peers/lens_files.py
+PYTHONPATH=. benchmarks/peers/.venv/bin/python benchmarks/peers/lens_files.py
 """
 
 import tempfile
@@ -56,7 +56,8 @@ def main() -> None:
         read = torch.load(folder / "ours.pt", weights_only=True)
         for i in range(LAYERS):
             np.testing.assert_array_equal(read["J"][i].numpy(), matrices[i])
-        assert read["d_model"] == DIM and list(read["source_layers"]) == [0, 1, 2]
+        assert read["d_model"] == DIM
+        assert list(read["source_layers"]) == [0, 1, 2]
         kinds = {key: type(value).__name__ for key, value in read.items()}
         print(f"toyfeat wrote, torch.load(weights_only=True) read: {kinds}")
 

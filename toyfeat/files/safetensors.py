@@ -3,7 +3,8 @@
 import importlib
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,18 +70,11 @@ def open_tensors(path: Path, who: str, *, extra: str = "sae") -> TensorFile:
       ImportError: if safetensors is not installed.
     """
     safe_open = library(who, extra=extra).safe_open
-    try:
+    with _damage_named(path, who):
         file = safe_open(path, framework="numpy")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
         dtypes = {name: str(x.get_dtype()) for name, x in slices.items()}
-    except OSError:
-        raise
-    except Exception as error:  # SafetensorError is an Exception and nothing more
-        raise ValueError(
-            f"{who}: {path} is not a whole safetensors file "
-            f"({str(error)[:_MAX_TEXT]}); fetch or save it again"
-        ) from error
 
     def read(name: str) -> np.ndarray:
         dtype = dtypes[name]
@@ -135,9 +129,15 @@ def metadata_of(path: Path, who: str, *, extra: str = "sae") -> dict[str, str]:
       ImportError: if safetensors is not installed.
     """
     safe_open = library(who, extra=extra).safe_open
+    with _damage_named(path, who), safe_open(path, framework="numpy") as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _damage_named(path: Path, who: str) -> Iterator[None]:
+    """Turn what the library raises of a damaged file into an error that names it."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            return dict(file.metadata() or {})
+        yield
     except OSError:
         raise
     except Exception as error:  # SafetensorError is an Exception and nothing more

@@ -89,7 +89,8 @@ def run_lens(
     folder = claim_folder(work.job, "collect", "lens")
     acc = _accumulator(work.job, model, work.model.config.dim)
     batches = _batches(tokens, settings.batch)
-    state = fit(model, acc, params, batches, folder=folder / "lens", report=report)
+    saved = {"folder": folder / "lens", "every": settings.every}
+    state = fit(model, acc, params, batches, report=report, **saved)
     # Save the lens, and read the prompt with it and with the logit lens.
     estimate = acc.finish(state)
     about = {"model": work.model.name, "revision": work.weights}

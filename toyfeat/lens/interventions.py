@@ -12,9 +12,9 @@ the change.  Four defects of other implementations have no place in it:
   change the basis that a lens was fitted in.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +60,14 @@ def steer(
       >>> steer(model, {}, x, {"a": jnp.ones(1)}, strength=3.0, positions=last).tolist()
       [[[0.0], [6.0]]]
     """
-    who = "steer"
+    who, subject = "steer", _Subject(model, params, inputs)
     check_number(who, "strength", strength)
-    places = _prepare(who, model, params, inputs, vectors, 1, positions)
+    places = _prepare(who, subject, vectors, 1, positions)
     probes: dict[str, Probe] = {
         site: strength * places * vector[None, None]
         for site, vector in _arrays(vectors).items()
     }
-    return _logits(model, params, inputs, probes)
+    return _logits(subject, probes)
 
 
 def ablate(
@@ -106,10 +106,10 @@ def ablate(
       >>> ablate(model, {}, x, {"a": jnp.array([[2.0, 0.0]])}, means=means).tolist()
       [[[1.0, 4.0]]]
     """
-    who = "ablate"
-    places = _prepare(who, model, params, inputs, directions, 2, positions)
+    who, subject = "ablate", _Subject(model, params, inputs)
+    places = _prepare(who, subject, directions, 2, positions)
     if means is not None:
-        _prepare(who, model, params, inputs, means, 1, positions)
+        _prepare(who, subject, means, 1, positions)
     means = _arrays(means or {})
 
     def probe(act: Array, *, rows: Array, mean: Array) -> Array:
@@ -120,7 +120,7 @@ def ablate(
         site: partial(probe, rows=rows, mean=means.get(site, jnp.zeros(rows.shape[1])))
         for site, rows in _arrays(directions).items()
     }
-    return _logits(model, params, inputs, probes)
+    return _logits(subject, probes)
 
 
 def swap(
@@ -171,9 +171,9 @@ def swap(
     References:
       Gurnee et al. (2026), transformer-circuits.pub/2026/workspace, for the swap.
     """
-    who = "swap"
+    who, subject = "swap", _Subject(model, params, inputs)
     check_number(who, "strength", strength)
-    places = _prepare(who, model, params, inputs, vectors, 2, positions)
+    places = _prepare(who, subject, vectors, 2, positions)
     numbers = list(map(int, order))
     for site, rows in vectors.items():
         if sorted(numbers) != list(range(len(rows))):
@@ -192,7 +192,7 @@ def swap(
         change = coordinates[..., jnp.asarray(numbers)] - coordinates
         target = coordinates + strength * change
         probes[site] = partial(probe, rows=rows, target=target)
-    return _logits(model, params, inputs, probes)
+    return _logits(subject, probes)
 
 
 def random_control(key: Array, vectors: Mapping[str, Array]) -> dict[str, Array]:
@@ -229,6 +229,20 @@ def random_control(key: Array, vectors: Mapping[str, Array]) -> dict[str, Array]
     return drawn
 
 
+class _Subject(NamedTuple):
+    """The model that is changed, and what it is run on.
+
+    Attributes:
+      model: lens model.
+      params: its parameters.
+      inputs: a batch.
+    """
+
+    model: LensModel
+    params: Params
+    inputs: Inputs
+
+
 def _arrays(vectors: Mapping[str, Array]) -> dict[str, Array]:
     return {site: jnp.asarray(rows) for site, rows in vectors.items()}
 
@@ -243,15 +257,14 @@ def _coordinates(rows: Array, act: Array) -> Array:
 
 def _prepare(
     who: str,
-    model: LensModel,
-    params: Params,
-    inputs: Inputs,
+    subject: _Subject,
     vectors: Mapping[str, Any],
     ndim: int,
     positions: Any,
 ) -> Array:
     """Check the arguments; return the places ``[B, T, 1]`` to intervene at."""
-    batch, time, dim = residual_shape(model, params, inputs, who)
+    batch, time, dim = residual_shape(*subject, who)
+    model, params, inputs = subject
     check_evaluation(who, model, params, inputs)
     if not isinstance(vectors, Mapping) or not all(map(is_array, vectors.values())):
         raise TypeError(
@@ -279,12 +292,8 @@ def _prepare(
     return (places != 0).astype(jnp.result_type(float))[:, :, None]
 
 
-def _logits(
-    model: LensModel,
-    params: Params,
-    inputs: Inputs,
-    probes: Mapping[str, Probe | Callable[[Array], Array]],
-) -> Array:
+def _logits(subject: _Subject, probes: Mapping[str, Probe]) -> Array:
     """Run the model with probes and read its final stream."""
+    model, params, inputs = subject
     acts = model.probed(params, inputs, probes)[1]
     return model.unembed(params, acts[model.sites[-1]])

@@ -1,6 +1,6 @@
 """Mean Jacobians of the final residual stream, and their second moments."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from toyfeat.lens.fits import (
     take_turn,
 )
 from toyfeat.lens.model import LensModel
-from toyfeat.lens.pullbacks import pull_back
+from toyfeat.lens.pullbacks import Pulled, Reduce, pull_back
 from toyfeat.types import Accumulator, Array, Inputs, Params
 
 _CHUNK = 16
@@ -192,7 +192,7 @@ def _update_mean(
     mask: Any = None,
 ) -> JacobianState:
     """Add the rows of a batch's Jacobians, averaged over positions."""
-    valid = count_positions("mean_jacobian", options, params, inputs, mask)
+    valid, pull = _prepare("mean_jacobian", options, params, inputs, mask)
     total = jnp.sum(valid, axis=1)
     shares = valid / jnp.maximum(total, 1)[:, None]
 
@@ -209,17 +209,7 @@ def _update_mean(
         return jnp.einsum("bte,kbtd->kbed", weights, grads, precision=_HIGHEST)
 
     turn = take_turn(state, options, total > 0)
-    pulled = pull_back(
-        options.model,
-        params,
-        inputs,
-        valid,
-        turn.directions,
-        reduce,
-        summed=False,
-        chunk=options.chunk,
-        chain=options.chain,
-    )
+    pulled = pull(turn.directions, reduce, summed=False)
     # The mean of a cluster weighs as much as its share of the prompt.
     rows, weights = {}, {}
     for site, grads in pulled.grads.items():
@@ -238,7 +228,7 @@ def _update_second(
     mask: Any = None,
 ) -> JacobianState:
     """Add the second moments of a batch's Jacobians, averaged over positions."""
-    valid = count_positions("second_moment", options, params, inputs, mask)
+    valid, pull = _prepare("second_moment", options, params, inputs, mask)
     total = jnp.sum(valid, axis=1)
     # M directions stand for all D.
     scale = options.dim / options.num
@@ -250,21 +240,33 @@ def _update_second(
         return jnp.einsum("kbtd,kbte->bde", weighted, grads, precision=_HIGHEST)
 
     turn = take_turn(state, options, total > 0)
-    pulled = pull_back(
-        options.model,
-        params,
-        inputs,
-        valid,
-        turn.directions,
-        reduce,
-        summed=True,
-        chunk=options.chunk,
-        chain=options.chain,
-    )
+    pulled = pull(turn.directions, reduce, summed=True)
     rows = {site: grads[:, None] for site, grads in pulled.grads.items()}
     weights = dict.fromkeys(rows, (total > 0).astype(shares.dtype)[:, None])
     whole = turn._replace(group=jnp.zeros_like(turn.group))
     return add_batch(state, whole, rows, weights)
+
+
+def _prepare(
+    who: str, options: FitOptions, params: Params, inputs: Inputs, mask: Any
+) -> tuple[Array, Callable[..., Pulled]]:
+    """Mark the positions of a batch that count, and make its pull-back."""
+    valid = count_positions(who, options, params, inputs, mask)
+
+    def pull(directions: Array, reduce: Reduce, *, summed: bool) -> Pulled:
+        return pull_back(
+            options.model,
+            params,
+            inputs,
+            valid,
+            directions,
+            reduce,
+            summed=summed,
+            chunk=options.chunk,
+            chain=options.chain,
+        )
+
+    return valid, pull
 
 
 def _finish_second(state: JacobianState) -> Estimate:

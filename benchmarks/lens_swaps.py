@@ -1,0 +1,149 @@
+"""Whether swapping two intermediate answers in a language model moves its answer.
+
+Of the items that the model answers, the share whose answer follows when the coordinates
+of two intermediate answers are swapped at a band of layers, from where the intermediate
+answer should show to the end of the prompt.  Controls: the same with directions turned
+at random.
+
+    python benchmarks/lens_prompts.py --out out/lens/whole --length 40 --skip-first 8
+    python benchmarks/lens_swaps.py --folder out/lens/whole --json rows.jsonl
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from harness import finish, parse_command, row
+from lens_recall import OpenConfig, Setup, open_setup
+from lens_sets import LENGTH, Items, interval
+
+import toyfeat as ft
+
+
+@dataclass(frozen=True)
+class SwapsConfig(OpenConfig):
+    """Options of this benchmark."""
+
+    band: str = "8,20"
+    """First layer of the swaps, and the one behind their last."""
+    strength: float = 1.0
+    """Of the swaps."""
+
+
+def partners(items: Items, known: np.ndarray) -> list[tuple[int, int]]:
+    """Pair every known item with the next one of its group with other answers."""
+    pairs = []
+    for i in np.flatnonzero(known):
+        for j in np.roll(np.arange(len(items.at)), -(i + 1)):
+            same = items.texts[i]["group"] == items.texts[j]["group"]
+            different = (
+                items.intermediate[i] != items.intermediate[j]
+                and items.answer[i] != items.answer[j]
+            )
+            if same and different:
+                pairs.append((int(i), int(j)))
+                break
+    return pairs
+
+
+def swap_rows(setup: Setup, config: SwapsConfig, kind: str) -> list[dict]:
+    """Swap intermediate answers of the items that the model answers."""
+    model, params, items = setup.model, setup.work.model.params, setup.sets[kind]
+    first, stop = map(int, config.band.split(","))
+    band = model.sites[first:stop]
+    last = jnp.asarray(items.last)
+    final = model.sites[-1]
+
+    @jax.jit
+    def clean(tokens: Any, at: Any) -> Any:
+        acts = model.probed(params, tokens, {})[1][final]
+        return jnp.argmax(model.unembed(params, acts[jnp.arange(len(at)), at]), axis=-1)
+
+    @jax.jit
+    def swapped(tokens: Any, at: Any, vectors: Any, places: Any) -> Any:
+        narrow = model._replace(unembed=lambda p, x: model.unembed(p, x[:, at]))
+        return ft.lenses.swap(
+            narrow,
+            params,
+            tokens,
+            vectors,
+            [1, 0],
+            strength=config.strength,
+            positions=places,
+        )[0]
+
+    parts = []
+    for start in range(0, len(last), config.batch):
+        index = np.minimum(np.arange(start, start + config.batch), len(last) - 1)
+        parts.append(np.asarray(clean(items.tokens[index], items.last[index])))
+    known = np.concatenate(parts)[: len(last)] == items.answer
+    pairs = partners(items, known)
+    rows = []
+    size = {
+        "items": len(known),
+        "known": int(known.sum()),
+        "first": first,
+        "stop": stop,
+    }
+    for name in setup.lenses:
+        for control in (False, True):
+            outcomes = []
+            for number, (i, j) in enumerate(pairs):
+                ids = [int(items.intermediate[i]), int(items.intermediate[j])]
+                vectors = setup.lenses[name].vectors(ids)
+                vectors = {site: vectors[site] for site in band}
+                if control:
+                    vectors = ft.lenses.random_control(jax.random.key(number), vectors)
+                # Where the intermediate answer should show, and behind it.
+                place = (np.arange(LENGTH) >= items.at[i]) & (
+                    np.arange(LENGTH) <= items.last[i]
+                )
+                logits = np.asarray(
+                    swapped(
+                        items.tokens[i : i + 1],
+                        int(items.last[i]),
+                        vectors,
+                        place[None].astype(np.float32),
+                    )
+                )
+                own, new = logits[items.answer[i]], logits[items.answer[j]]
+                rank = int((logits > new).sum())
+                outcomes.append(
+                    [new > own, rank < 1, rank < 5, logits.argmax() != items.answer[i]]
+                )
+            values = np.array(outcomes, float).reshape(-1, 4)
+            if not len(values):
+                continue
+            rows.append(
+                row(
+                    f"swap {kind}",
+                    size,
+                    f"{name}, turned" if control else name,
+                    pairs=len(values),
+                    prefers_new=float(values[:, 0].mean()),
+                    prefers_new_interval=interval(values[:, 0]),
+                    top1=float(values[:, 1].mean()),
+                    top5=float(values[:, 2].mean()),
+                    answer_changed=float(values[:, 3].mean()),
+                )
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Swap in all sets that have answers."""
+    config = parse_command(SwapsConfig, __doc__)
+    setup = open_setup(config, every_lens=False)
+    rows = []
+    for kind, items in setup.sets.items():
+        if (items.answer >= 0).any():
+            rows += swap_rows(setup, config, kind)
+    finish(rows, [], config.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,14 @@
-"""Seconds of a prompt of a lens fit: plain, block by block, and by torch.
+r"""Seconds of a prompt of a lens fit: plain, block by block, and by torch.
 
 A few cotangents of a prompt are timed, in turns; the time of all is in proportion, but
 for one forward pass.  Before that, torch's Jacobian is compared with that of
 ``lens_prompts.py``, on the same weights.
 
-    python benchmarks/lens_times.py --weights SmolLM2.gguf --whole out/lens/whole
+    python benchmarks/lens_times.py --weights SmolLM2.gguf --whole out/lens/whole \
+      --length 40 --skip-first 8
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +33,7 @@ class TimesConfig(BenchmarkConfig):
     weights: Path | None = None
     """The ``.gguf`` file of the job's model, for torch; torch is left out without."""
     whole: Path | None = None
-    """Folder of prompts with all rows, to compare torch with."""
+    """Folder of prompts with all rows, of this length and skip, to compare torch with."""
     peer: Path = PEERS
     """Python that has torch."""
     job: Path = Path("examples/smollm2_lens.toml")
@@ -44,6 +46,8 @@ class TimesConfig(BenchmarkConfig):
     """Cotangents, a divisor of the width."""
     chunk: int = 16
     """Cotangents at a time, and copies of a prompt for torch."""
+    chain: bool = True
+    """Whether to time the fit block by block too."""
     rounds: int = 5
     """Turns."""
 
@@ -64,19 +68,16 @@ def ours(config: TimesConfig, text: Text, chain: bool) -> Callable[[], Any]:
     return lambda: jax.block_until_ready(update(state, text.work.model.params, tokens))
 
 
-def compare(config: TimesConfig, worker: Worker, out: Path) -> float:
+def compare(config: TimesConfig, worker: Worker, tokens: list[int]) -> float:
     """Compare the first rows of prompt 0 with torch's; the largest relative error."""
-    settings = PromptsConfig(out=out, job=config.job, num=1, length=40, skip_first=8)
-    tokens = open_text(settings).tokens[0].tolist()
-    sizes = {"skip_first": 8, "skip_last": SKIP_LAST, "rows": config.chunk}
-    worker.ask(what="run", tokens=tokens, batch=config.chunk, **sizes)
-    path = out / "torch.npy"
-    worker.ask(what="save", path=str(path))
-    theirs = np.load(path)
-    path.unlink()
-    with np.load(out / "prompt_0000.npz") as file:
-        found = np.einsum("le,leij->lij", file["weights"], file["rows"])
-    found = found[:, : config.chunk]
+    sizes = {"skip_first": config.skip_first, "skip_last": SKIP_LAST}
+    rows = config.chunk
+    worker.ask(what="run", tokens=tokens, batch=rows, rows=rows, **sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        worker.ask(what="save", path=f"{folder}/torch.npy")
+        theirs = np.load(f"{folder}/torch.npy")
+    with np.load(config.whole / "prompt_0000.npz") as file:
+        found = np.einsum("le,leij->lij", file["weights"], file["rows"][:, :, :rows])
     distances = np.linalg.norm(found - theirs, axis=(1, 2))
     return float(np.max(distances / np.linalg.norm(theirs, axis=(1, 2))))
 
@@ -88,17 +89,19 @@ def main() -> None:
         out=Path(), job=config.job, num=1, population=1, length=config.length
     )
     text = open_text(settings)
-    runs = {"plain": ours(config, text, False), "chain": ours(config, text, True)}
+    tokens = text.tokens[0].tolist()
+    runs = {"plain": ours(config, text, False)}
+    if config.chain:
+        runs["chain"] = ours(config, text, True)
     figures: dict[str, Any] = {}
     worker = None
     if config.weights is not None:
         worker = Worker(config.peer, HERE / "lens_peer.py", None)
         worker.ask(what="load", folder=str(config.weights))
         if config.whole is not None:
-            figures["torch_differs"] = compare(config, worker, config.whole)
+            figures["torch_differs"] = compare(config, worker, tokens)
         order = {"batch": config.chunk, "rows": config.rows}
         order |= {"skip_first": config.skip_first, "skip_last": SKIP_LAST}
-        tokens = text.tokens[0].tolist()
         runs["torch"] = partial(worker.ask, what="run", tokens=tokens, **order)
     seconds = medians(runs, rounds=config.rounds)
     if worker is not None:

@@ -33,7 +33,7 @@ class TimesConfig(BenchmarkConfig):
     weights: Path | None = None
     """The ``.gguf`` file of the job's model, for torch; torch is left out without."""
     whole: Path | None = None
-    """Folder of prompts with all rows, of this length and skip, to compare torch with."""
+    """Folder of whole prompts, of this length and skip, to compare torch with."""
     peer: Path = PEERS
     """Python that has torch."""
     job: Path = Path("examples/smollm2_lens.toml")

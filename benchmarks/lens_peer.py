@@ -77,10 +77,10 @@ def jacobians(
     *sources, final = streams
     valid = slice(skip_first, len(tokens) - skip_last)
     dim = final.shape[-1]
-    rows = dim if rows is None else rows
-    result = torch.zeros(len(sources), rows, dim)
-    for start in range(0, rows, batch):
-        num = min(batch, rows - start)
+    most = dim if rows is None else rows
+    result = torch.zeros(len(sources), most, dim)
+    for start in range(0, most, batch):
+        num = min(batch, most - start)
         # Copy j has cotangent e_(start + j) at all valid positions at once.
         cotangent = torch.zeros_like(final)
         index = torch.arange(num)

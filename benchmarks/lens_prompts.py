@@ -84,7 +84,7 @@ def measure_clusters(
     """Make centres ``{site: [E, D]}``, and shares of the prompts ``[num, L, E]``."""
     sites = text.model.sites[:-1]
     valid = np.asarray(
-        valid_positions(np.ones((1, config.length)), config.skip_first, 1)
+        valid_positions(jnp.ones((1, config.length)), config.skip_first, 1)
     )
     start, stop = np.flatnonzero(valid[0])[[0, -1]]
 
@@ -104,7 +104,9 @@ def measure_clusters(
         # Every eighth activation is enough for a centre.
         rows = jnp.asarray(acts.reshape(-1, acts.shape[-1])[::8])
         centres[site] = ft.lenses.cluster_centres(key, rows, config.clusters)
-        shares.append(np.asarray(nearest(acts, centres[site])).mean(axis=1))
+        shares.append(
+            np.asarray(nearest(jnp.asarray(acts), centres[site])).mean(axis=1)
+        )
     return jax.tree.map(np.asarray, centres), np.stack(shares, axis=1)
 
 
@@ -179,7 +181,8 @@ def main() -> None:
     if not (config.out / "centres.npz").exists():
         centres, shares = measure_clusters(config, text)
         np.save(config.out / "shares.npy", shares)
-        np.savez(config.out / "centres.npz", **centres)
+        arrays: dict[str, Any] = dict(centres)
+        np.savez(config.out / "centres.npz", **arrays)
     centres = {
         site: jnp.asarray(x) for site, x in np.load(config.out / "centres.npz").items()
     }

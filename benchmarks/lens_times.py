@@ -68,7 +68,9 @@ def ours(config: TimesConfig, text: Text, chain: bool) -> Callable[[], Any]:
     return lambda: jax.block_until_ready(update(state, text.work.model.params, tokens))
 
 
-def compare(config: TimesConfig, worker: Worker, tokens: list[int]) -> float:
+def compare(
+    config: TimesConfig, worker: Worker, tokens: list[int], whole: Path
+) -> float:
     """Compare the first rows of prompt 0 with torch's; the largest relative error."""
     sizes = {"skip_first": config.skip_first, "skip_last": SKIP_LAST}
     rows = config.chunk
@@ -76,7 +78,7 @@ def compare(config: TimesConfig, worker: Worker, tokens: list[int]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         worker.ask(what="save", path=f"{folder}/torch.npy")
         theirs = np.load(f"{folder}/torch.npy")
-    with np.load(config.whole / "prompt_0000.npz") as file:
+    with np.load(whole / "prompt_0000.npz") as file:
         found = np.einsum("le,leij->lij", file["weights"], file["rows"][:, :, :rows])
     distances = np.linalg.norm(found - theirs, axis=(1, 2))
     return float(np.max(distances / np.linalg.norm(theirs, axis=(1, 2))))
@@ -99,7 +101,7 @@ def main() -> None:
         worker = Worker(config.peer, HERE / "lens_peer.py", None)
         worker.ask(what="load", folder=str(config.weights))
         if config.whole is not None:
-            figures["torch_differs"] = compare(config, worker, tokens)
+            figures["torch_differs"] = compare(config, worker, tokens, config.whole)
         order = {"batch": config.chunk, "rows": config.rows}
         order |= {"skip_first": config.skip_first, "skip_last": SKIP_LAST}
         runs["torch"] = partial(worker.ask, what="run", tokens=tokens, **order)

@@ -26,8 +26,8 @@ def modular(num: int, *, steps: int = 1500) -> LensTask:
     """
     task = network.Modular(modulus=MODULUS, d_model=64, heads=4, d_mlp=128)
     params = train(jax.random.key(0), task, fraction=1.0, steps=steps, batch=256)
-    inputs, answers = (np.asarray(x) for x in network.pairs(task))
-    accuracy = float(network.accuracy(params, inputs, answers))
+    inputs = np.asarray(network.pairs(task)[0])
+    accuracy = float(network.accuracy(params, *network.pairs(task)))
     print(f"modular: accuracy {accuracy:.4f}", flush=True)
 
     # Streams of one position, which a lens wants.

@@ -14,6 +14,7 @@ other items.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,8 +52,10 @@ class OpenConfig(BenchmarkConfig):
 class RecallConfig(OpenConfig):
     """Options of this benchmark."""
 
-    every: int = 2
+    every: int = 4
     """One of so many layers is read, from the first one on."""
+    full: bool = False
+    """Whether to read with the shrunken, least-squares and clustered lenses too."""
 
 
 class Setup(NamedTuple):
@@ -115,7 +118,7 @@ def turned(key: Any, estimate: ft.lenses.Estimate) -> ft.lenses.Estimate:
 def open_lenses(
     config: OpenConfig, work: Workspace, model: Any, *, every_lens: bool
 ) -> dict[str, Lens]:
-    """Make the logit and the Jacobian lens, or every lens."""
+    """Make the logit lens, the Jacobian lens and its control, or every lens."""
     params, sites = work.model.params, model.sites[:-1]
     state = read_state(config.folder, sites, list_prompts(config.folder))
     acc = ft.lenses.mean_jacobian(model, work.model.config.dim)
@@ -124,12 +127,12 @@ def open_lenses(
         "logit": ft.lenses.logit_lens(model, params),
         "jacobian": ft.lenses.jacobian_lens(model, params, estimate),
     }
+    random = turned(jax.random.key(0), estimate)
+    lenses["jacobian, turned"] = ft.lenses.jacobian_lens(model, params, random)
     if every_lens:
         shrunken = ft.lenses.shrunken(state)
-        random = turned(jax.random.key(0), estimate)
         lenses |= {
             "jacobian, shrunken": ft.lenses.jacobian_lens(model, params, shrunken),
-            "jacobian, turned": ft.lenses.jacobian_lens(model, params, random),
             "least squares": least_squares_lens(model, params, work.tokens, 8),
             **clustered_lenses(config.folder, model, params),
         }
@@ -162,38 +165,59 @@ def clustered_lenses(folder: Path, model: Any, params: Any) -> dict[str, Lens]:
     }
 
 
-def measure_ranks(
-    setup: Setup, config: RecallConfig, items: Items
-) -> dict[str, np.ndarray]:
-    """Ranks ``[num, layers]`` of intermediate answers by every lens, 0 the likeliest.
+class Compiled(NamedTuple):
+    """Two steps of reading, compiled once for all sets.
 
-    ``"<lens>, other answers"`` has those of the intermediate answers of other items,
-    the mean over three.
+    Attributes:
+      streams: ``(tokens [B, T], at [B]) -> {site: [B, D]}``.
+      ranks: ``(final streams [B, D], tokens [B, n]) -> [B, n]``, 0 the likeliest.
     """
+
+    streams: Any
+    ranks: Any
+
+
+def compile_reading(setup: Setup) -> Compiled:
+    """Compile the two steps of reading."""
     model, params = setup.model, setup.work.model.params
 
     @jax.jit
-    def streams(tokens: Any, at: Any) -> Any:
+    def streams(params: Any, tokens: Any, at: Any) -> Any:
         acts = model.probed(params, tokens, {})[1]
         return {s: acts[s][jnp.arange(len(at)), at] for s in model.sites}
 
     @jax.jit
-    def ranks(moved: Any, tokens: Any) -> Any:
+    def ranks(params: Any, moved: Any, tokens: Any) -> Any:
         logits = model.unembed(params, moved)  # [B, V]
         chosen = jnp.take_along_axis(logits, tokens, axis=1)  # [B, n]
         return jnp.sum(logits[:, None] > chosen[:, :, None], axis=2)
 
+    return Compiled(partial(streams, params), partial(ranks, params))
+
+
+def measure_ranks(
+    setup: Setup, compiled: Compiled, config: RecallConfig, items: Items
+) -> dict[str, np.ndarray]:
+    """Ranks ``[num, layers, 4]`` of intermediate answers by every lens.
+
+    The first of the four is the item's own, the others those of other items.
+    """
+    model = setup.model
     sites = [*model.sites[:-1][:: config.every], model.sites[-1]]
+    # Later positions change nothing at earlier ones.
+    stop = max(int(x.at.max()) for x in setup.sets.values()) + 1
     num = len(items.at)
     other = np.stack([others(items.intermediate, shift) for shift in range(3)], 1)
     wanted = np.concatenate([items.intermediate[:, None], other], axis=1)
     found: dict[str, list] = {name: [] for name in setup.lenses}
     for start in range(0, num, config.batch):
         index = np.minimum(np.arange(start, start + config.batch), num - 1)
-        acts = streams(items.tokens[index], items.at[index])
+        acts = compiled.streams(items.tokens[index, :stop], items.at[index])
         for name, lens in setup.lenses.items():
             parts = [
-                np.asarray(ranks(lens.transport(site, acts[site]), wanted[index]))
+                np.asarray(
+                    compiled.ranks(lens.transport(site, acts[site]), wanted[index])
+                )
                 for site in sites
             ]
             found[name].append(np.stack(parts, axis=1))  # [B, L, n]
@@ -244,10 +268,10 @@ def open_setup(config: OpenConfig, *, every_lens: bool) -> Setup:
 def main() -> None:
     """Read all sets by all lenses."""
     config = parse_command(RecallConfig, __doc__)
-    setup = open_setup(config, every_lens=True)
-    rows = []
+    setup = open_setup(config, every_lens=config.full)
+    rows, compiled = [], compile_reading(setup)
     for kind, items in setup.sets.items():
-        ranks = measure_ranks(setup, config, items)
+        ranks = measure_ranks(setup, compiled, config, items)
         size = {"items": len(items.at), "prompts": len(list_prompts(config.folder))}
         rows += recall_rows(kind, ranks, {**size, "every": config.every})
         for line in rows[-len(ranks) * len(KS) :]:

@@ -88,7 +88,7 @@ def swap_rows(setup: Setup, config: SwapsConfig, kind: str) -> list[dict]:
         "first": first,
         "stop": stop,
     }
-    for name in setup.lenses:
+    for name in ("logit", "jacobian"):
         for control in (False, True):
             outcomes = []
             for number, (i, j) in enumerate(pairs):

@@ -51,7 +51,7 @@ def test_a_lens_is_fitted_saved_and_shown(folder, tmp_path):
     # The page has both, and the folder refuses a lens of other settings.
     text = Path(write_lens(tmp_path / "out", run)).read_text()
     assert text.count('<table class="lens">') == 2
-    assert "blocks_2/resid_post" in text
+    assert all(f">{name}</th>" in text for name in ("output", "layer 1", "layer 0"))
     other = job_of(folder, tmp_path, "chain = true")
     with pytest.raises(ValueError, match=r"has work with lens.chain = False"):
         run_lens(other)
@@ -81,4 +81,4 @@ def test_texts_of_the_model_are_escaped():
     assert "<i>" not in text
     assert "&lt;b&gt;" in text
     assert "nan," not in text
-    assert text.index(">b<") < text.index(">a<")  # the final layer is on top
+    assert text.index(">output<") < text.index(">a<")  # the final layer is on top

@@ -1,6 +1,7 @@
 """Page of a lens: what it reads at every layer and position of a prompt."""
 
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ table.lens th { color: #555; font-weight: 400; }
 table.lens th[scope=row] { position: sticky; left: 0; background: #fff; }
 </style>"""
 _ABOUT = (
-    "A row is a layer, the final one on top; a column is a position of the prompt, "
-    "under its token. A cell has the token that is likeliest there, the darker the "
-    "likelier; point at it for the next ones."
+    "A row is a layer, the model's own output on top; a column is a position of the "
+    "prompt, under its token. A cell has the token that the lens says comes next, the "
+    "darker the likelier; point at it for the others. Read upwards, what comes next "
+    "takes shape."
 )
 _DARKEST = 0.65  # opacity at which black text is still read
 
@@ -65,8 +67,17 @@ def heat_map(tokens: Sequence[str], reading: LensReading) -> str:
     rows = zip(reading.sites, reading.tops, reading.shares, strict=True)
     for site, tops, shares in reversed(list(rows)):
         cells = "".join(map(_cell, tops, shares))
-        lines.append(f'<tr><th scope="row">{html.escape(site)}</th>{cells}</tr>')
+        name = "output" if site == reading.sites[-1] else _layer(site)
+        lines.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+    # The prompt again below, under the first layers.
+    lines.append(lines[0])
     return f'<table class="lens">{"".join(lines)}</table>'
+
+
+def _layer(site: str) -> str:
+    """Name a layer for people: the output of block 3 of a decoder is layer 3."""
+    block = re.fullmatch(r"blocks_(\d+)/resid_post", site)
+    return f"layer {block[1]}" if block else html.escape(site)
 
 
 def _cell(tops: Sequence[str], shares: np.ndarray) -> str:
@@ -87,10 +98,10 @@ def _shown(token: Any) -> str:
 
 def _error_table(run: LensRun) -> str:
     """Table of the errors of a fit by site."""
-    lines = ["<tr><th>site</th><th>relative error</th><th>cosine of halves</th></tr>"]
+    lines = ["<tr><th>layer</th><th>relative error</th><th>cosine of halves</th></tr>"]
     for site, error in run.estimate.relative_error.items():
         cosine = float(run.estimate.refit_cosine[site])
-        name = html.escape(site)
+        name = _layer(site)
         lines.append(
             f"<tr><td>{name}</td><td>{float(error):.3f}</td><td>{cosine:.4f}</td></tr>"
         )

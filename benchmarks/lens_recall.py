@@ -143,7 +143,8 @@ def open_lenses(
 
 def clustered_lenses(folder: Path, model: Any, params: Any) -> dict[str, Lens]:
     """Make the lenses of the clusters of a folder of prompts."""
-    sums, total = np.zeros(()), np.zeros(())
+    sums: Any = 0.0
+    total: Any = 0.0
     for number in list_prompts(folder):
         with np.load(folder / f"prompt_{number:04d}.npz") as file:
             weights = file["weights"]

@@ -11,7 +11,8 @@ at random.
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,21 +50,31 @@ def partners(items: Items, known: np.ndarray) -> list[tuple[int, int]]:
     return pairs
 
 
-def swap_rows(setup: Setup, config: SwapsConfig, kind: str) -> list[dict]:
-    """Swap intermediate answers of the items that the model answers."""
-    model, params, items = setup.model, setup.work.model.params, setup.sets[kind]
-    first, stop = map(int, config.band.split(","))
-    band = model.sites[first:stop]
-    last = jnp.asarray(items.last)
+class Compiled(NamedTuple):
+    """Runs of the model, compiled once for all sets.
+
+    Attributes:
+      clean: ``(tokens [B, T], at [B]) -> [B]``, the likeliest next token.
+      swapped: ``(tokens [1, T], at, vectors, places [1, T]) -> [V]``, logits.
+    """
+
+    clean: Any
+    swapped: Any
+
+
+def compile_swaps(setup: Setup, config: SwapsConfig) -> Compiled:
+    """Compile the runs; parameters are an argument, for constants are copied."""
+    model, params = setup.model, setup.work.model.params
     final = model.sites[-1]
 
     @jax.jit
-    def clean(tokens: Any, at: Any) -> Any:
+    def clean(params: Any, tokens: Any, at: Any) -> Any:
         acts = model.probed(params, tokens, {})[1][final]
         return jnp.argmax(model.unembed(params, acts[jnp.arange(len(at)), at]), axis=-1)
 
     @jax.jit
-    def swapped(tokens: Any, at: Any, vectors: Any, places: Any) -> Any:
+    def swapped(params: Any, tokens: Any, at: Any, vectors: Any, places: Any) -> Any:
+        # Logits of one position are enough.
         narrow = model._replace(unembed=lambda p, x: model.unembed(p, x[:, at]))
         return ft.lenses.swap(
             narrow,
@@ -75,10 +86,21 @@ def swap_rows(setup: Setup, config: SwapsConfig, kind: str) -> list[dict]:
             positions=places,
         )[0]
 
+    return Compiled(partial(clean, params), partial(swapped, params))
+
+
+def swap_rows(
+    setup: Setup, compiled: Compiled, config: SwapsConfig, kind: str
+) -> list[dict]:
+    """Swap intermediate answers of the items that the model answers."""
+    items = setup.sets[kind]
+    first, stop = map(int, config.band.split(","))
+    band = setup.model.sites[first:stop]
+    last = items.last
     parts = []
     for start in range(0, len(last), config.batch):
         index = np.minimum(np.arange(start, start + config.batch), len(last) - 1)
-        parts.append(np.asarray(clean(items.tokens[index], items.last[index])))
+        parts.append(np.asarray(compiled.clean(items.tokens[index], items.last[index])))
     known = np.concatenate(parts)[: len(last)] == items.answer
     pairs = partners(items, known)
     rows = []
@@ -102,7 +124,7 @@ def swap_rows(setup: Setup, config: SwapsConfig, kind: str) -> list[dict]:
                     np.arange(LENGTH) <= items.last[i]
                 )
                 logits = np.asarray(
-                    swapped(
+                    compiled.swapped(
                         items.tokens[i : i + 1],
                         int(items.last[i]),
                         vectors,
@@ -138,10 +160,10 @@ def main() -> None:
     """Swap in all sets that have answers."""
     config = parse_command(SwapsConfig, __doc__)
     setup = open_setup(config, every_lens=False)
-    rows = []
+    rows, compiled = [], compile_swaps(setup, config)
     for kind, items in setup.sets.items():
         if (items.answer >= 0).any():
-            rows += swap_rows(setup, config, kind)
+            rows += swap_rows(setup, compiled, config, kind)
     finish(rows, [], config.json)
 
 

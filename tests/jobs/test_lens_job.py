@@ -1,6 +1,7 @@
 """The command that fits a lens, reads a text and writes a page."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 
 from toyfeat import lens as lenses
 from toyfeat.jobs import open_job, read_job
-from toyfeat.jobs.lens import FILE, LensReading, run_lens
-from toyfeat.report.lens import heat_map, write_lens
+from toyfeat.jobs.lens import FILE, LensReading, LensRun, run_lens
+from toyfeat.report.lens import _error_table, heat_map, write_lens
 
 
 def job_of(folder, out, *lines):
@@ -82,3 +83,16 @@ def test_texts_of_the_model_are_escaped():
     assert "&lt;b&gt;" in text
     assert "nan," not in text
     assert text.index(">output<") < text.index(">a<")  # the final layer is on top
+
+
+def test_errors_are_listed_in_the_order_of_the_depth():
+    sites = tuple(f"blocks_{i}/resid_post" for i in range(12))
+    tops = np.full((12, 1, 1), "a", object)
+    reading = LensReading("jacobian", sites, tops, np.ones((12, 1, 1)))
+    figures = {site: np.float32(0.5) for site in sorted(sites[:-1])}
+    estimate = lenses.Estimate({}, figures, figures, figures, np.int32(2))
+    lens = SimpleNamespace(about={})
+    run = LensRun(lens=lens, estimate=estimate, tokens=["a"], readings=[reading])
+    text = _error_table(run)
+    places = [text.index(f"<td>layer {i}</td>") for i in range(11)]
+    assert places == sorted(places)

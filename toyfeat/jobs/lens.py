@@ -181,8 +181,11 @@ def _read(
         return {site: acts[site][0] for site in model.sites}
 
     tops, shares = [], []
-    for site, act in streams(work.model.params, tokens[None]).items():
-        share, index = jax.lax.top_k(jax.nn.softmax(lens.read(site, act)), num)
+    acts = streams(work.model.params, tokens[None])
+    # What comes out of jit is in the order of the alphabet, block 10 before block 2.
+    for site in model.sites:
+        logits = lens.read(site, acts[site])
+        share, index = jax.lax.top_k(jax.nn.softmax(logits), num)
         ids = np.asarray(index)
         tops.append([[_text(work, token) for token in row] for row in ids])
         shares.append(np.asarray(share))

@@ -99,7 +99,8 @@ def _shown(token: Any) -> str:
 def _error_table(run: LensRun) -> str:
     """Table of the errors of a fit by site."""
     lines = ["<tr><th>layer</th><th>relative error</th><th>cosine of halves</th></tr>"]
-    for site, error in run.estimate.relative_error.items():
+    for site in run.readings[0].sites[:-1]:  # in the order of the depth
+        error = run.estimate.relative_error[site]
         cosine = float(run.estimate.refit_cosine[site])
         name = _layer(site)
         lines.append(

@@ -59,12 +59,15 @@ class Taps(NamedTuple):
       weights: ``[N]``, the weight of each example; 0 leaves it out.
       targets: ``[N, E]``, the outputs that a transcoder reconstructs, if they are
         not ``acts``; ``grads`` are then ``[N, K, E]``, with respect to them.
+      context: a pytree that terms of a loss read besides, such as the parameters of
+        the model behind the site (:class:`toyfeat.losses.Windows`), or ``None``.
     """
 
     acts: Array
     grads: Array | None
     weights: Array
     targets: Array | None = None
+    context: Any = None
 
 
 class Accumulator(NamedTuple):

@@ -134,3 +134,34 @@ def test_run_in_bfloat16_gives_float32_logits():
 def test_a_site_that_is_not_there_is_refused(site):
     with pytest.raises(ValueError, match=r"site: wanted 'blocks_<0 \.\. 2>/<name>'"):
         split_at(CONFIG, site)
+
+
+@pytest.mark.parametrize("site", ["blocks_0/resid_post", "blocks_1/mlp_out"])
+def test_run_alone_attends_to_the_clean_window(site):
+    """One position at a time, with the keys and values of all overwritten by probes."""
+    tokens = windows()[:2]
+    split, (clean_logits, acts) = split_at(CONFIG, site), plain()
+    rng = np.random.default_rng(0)
+    value = acts[site] + rng.normal(size=acts[site].shape).astype(np.float32)
+    found = jax.jit(split.run_alone)(weights(), acts[split.entry], value, acts[site])
+    caches = {n: x for n, x in acts.items() if n.endswith(("attn/key", "attn/value"))}
+
+    @jax.jit
+    def run(value):
+        probes = {name: lambda _, x=x: x for name, x in caches.items()}
+        return whole()(weights(), tokens, {**probes, site: lambda _: value})[0]
+
+    for t in (0, 3):
+        at_t = acts[site].copy()
+        at_t[:, t] = value[:, t]
+        np.testing.assert_allclose(found[:, t], run(at_t)[:, t], atol=1e-4)
+    assert np.abs(np.asarray(found) - clean_logits).max() > 0.1
+
+
+def test_run_acts_has_the_later_streams():
+    split, (_, acts) = split_of("blocks_0/resid_post"), plain()
+    site = "blocks_0/resid_post"
+    found = jax.jit(split.run_acts)(weights(), acts[site], acts[site])
+    assert sorted(found) == ["blocks_1/resid_post", "blocks_2/resid_post"]
+    for name, value in found.items():
+        np.testing.assert_allclose(value, acts[name], atol=1e-5)

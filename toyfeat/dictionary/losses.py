@@ -18,6 +18,12 @@ from toyfeat.dictionary.attributions import (
 )
 from toyfeat.dictionary.auxiliary import auxiliary_error
 from toyfeat.dictionary.base import lengths, weighted_mean
+from toyfeat.dictionary.functional import (
+    Windows,
+    downstream_error,
+    fisher,
+    spliced_kl,
+)
 from toyfeat.dictionary.gated import gate
 from toyfeat.dictionary.jump_relu import quadratic_l0
 from toyfeat.dictionary.paired import gradient_reconstruction
@@ -27,15 +33,19 @@ from toyfeat.types import Array
 __all__ = [
     "Inputs",
     "Term",
+    "Windows",
     "attribution",
     "attribution_sparsity",
     "dead_latents",
     "default",
+    "downstream_error",
+    "fisher",
     "gate",
     "gradient_reconstruction",
     "quadratic_l0",
     "reconstruction",
     "sparsity",
+    "spliced_kl",
     "unexplained",
 ]
 

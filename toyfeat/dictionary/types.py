@@ -141,6 +141,10 @@ class Inputs(NamedTuple):
       dead: ``[M]`` bool, latents that have not fired for many steps.
       scale: ``[]``, running root mean square of the attributions that are not 0.
       coefficients: of every term, with warm-up and controller applied.
+      unit: ``[]``, what ``target`` was divided by.
+      effect_units: ``[K]``, what effects, products of targets and gradients, were
+        divided by.
+      context: of the taps.
     """
 
     dictionary: "Dictionary"
@@ -153,6 +157,9 @@ class Inputs(NamedTuple):
     dead: Array
     scale: Array
     coefficients: dict[str, Array]
+    unit: Array | float = 1.0
+    effect_units: Array | float = 1.0
+    context: Any = None
 
 
 class Term(NamedTuple):

@@ -19,6 +19,7 @@ import numpy as np
 from toyfeat.checks import check_int
 from toyfeat.data.store import Store, check_shard, open_store, shard_taps
 from toyfeat.data.writing import StoreWriter, store_writer
+from toyfeat.lm.label_gradients import HeadReadout, HiddenStates
 from toyfeat.moments import moments
 from toyfeat.tap import random_rules, readouts, rules, tap
 from toyfeat.tap.readouts import Readout
@@ -27,18 +28,23 @@ from toyfeat.types import Array, Moments, Outputs, Params, Probed, Taps
 _PLAIN_SITE = re.compile(r"\w+([./]\w+)*", re.ASCII)
 _MAX_NAME = 200  # letters; file systems allow 255 bytes
 
-ReadoutOf = Callable[[Array, Array], Readout]
-"""``(tokens [B, T], index of the first window [], or of each [B]) -> Readout``."""
+ReadoutOf = Callable[[Array, Array], Readout] | HeadReadout
+"""``(tokens [B, T], index of the first window [], or of each [B]) -> Readout``, or a
+:class:`HeadReadout`, which needs the parameters of a decoder too."""
 
 
-def make_readout(kind: str, *, draws: int = 1, seed: int = 0) -> ReadoutOf:
+def make_readout(
+    kind: str, *, draws: int = 1, seed: int = 0, temperature: float = 1.0
+) -> ReadoutOf:
     """Make a readout of a language model, by name.
 
     Args:
       kind: ``"loss"``, :func:`toyfeat.readouts.next_token_loss`; ``"sampled"``,
-        :func:`toyfeat.readouts.sampled_labels` with the same weights.
-      draws: of ``"sampled"``; gives ``K``.
+        :func:`toyfeat.readouts.sampled_labels` with the same weights; ``"labels"`` or
+        ``"signs"``, :class:`HeadReadout`, which is faster and for decoders alone.
+      draws: of all but ``"loss"``; gives ``K``.
       seed: of the draws.
+      temperature: of ``"labels"`` and ``"signs"``.
 
     Returns:
       :data:`ReadoutOf`; what is drawn for a window depends on its index and not on the
@@ -49,8 +55,13 @@ def make_readout(kind: str, *, draws: int = 1, seed: int = 0) -> ReadoutOf:
     """
     if kind == "loss":
         return lambda tokens, _: readouts.next_token_loss(tokens)
+    if kind in ("labels", "signs"):
+        return HeadReadout(draws, kind, temperature, seed)  # type: ignore[arg-type]
     if kind != "sampled":
-        raise ValueError(f"readout: wanted 'loss' or 'sampled', got {kind!r}")
+        raise ValueError(
+            "readout: must be 'loss', 'sampled', 'labels' or 'signs', got "
+            f"{kind!r}; choose one of these"
+        )
 
     def sampled(tokens: Array, index: Array) -> Readout:
         weights = readouts.next_token_loss(tokens).mask
@@ -242,7 +253,11 @@ def tap_windows(
     Returns:
       Site to taps, rows window by window.
     """
-    taps = tap(probed, params, tokens, sites=sites, readout=readout(tokens, index))
+    if isinstance(readout, HeadReadout):
+        probed, at_batch = HiddenStates(probed), readout.bind(params, tokens, index)
+    else:
+        at_batch = readout(tokens, index)
+    taps = tap(probed, params, tokens, sites=sites, readout=at_batch)
     length = tokens.shape[1]
     return {site: exclude_massive(x, length, massive) for site, x in taps.items()}
 

@@ -40,6 +40,11 @@ class SplitDecoder(NamedTuple):
         positions after those.
       run_with_cache: ``(params, entry, value) -> logits, {site: [B, T, .]}``, the same
         with the keys and values that the second part computes.
+      run_alone: ``(params, entry, value, acts) -> logits``, ``run`` with the keys and
+        values that ``acts`` at the site have: every position attends to a window
+        without replacements, its own key and value included.
+      run_acts: ``(params, entry, value) -> {site: [B, T, .]}``, the residual streams
+        after the blocks of the second part.
     """
 
     site: str
@@ -47,6 +52,8 @@ class SplitDecoder(NamedTuple):
     model: Probed
     run: Callable[..., Array]
     run_with_cache: Callable[[Params, Array, Array], tuple[Array, dict[str, Array]]]
+    run_alone: Callable[[Params, Array, Array, Array], Array]
+    run_acts: Callable[[Params, Array, Array], dict[str, Array]]
 
 
 class HeldOut(NamedTuple):
@@ -112,13 +119,21 @@ def split_at(
     second_part = from_linen(Decoder(config, start=start, dtype=dtype))
 
     def run_probed(
-        params: Params, entry: Array, value: Array, past: Cache = None
+        params: Params,
+        entry: Array,
+        value: Array,
+        past: Cache = None,
+        overwritten: Mapping[str, Array] | None = None,
     ) -> tuple[Array, dict[str, Array]]:
+        probes: dict[str, Any] = {
+            name: lambda _, x=x: x for name, x in (overwritten or {}).items()
+        }
         # At a residual site the value is what the second part starts from; any other
         # site lies inside the first block of it and is overwritten there.
         if is_residual:
-            return second_part(params, (value, None, past), {})
-        return second_part(params, (entry, None, past), {site: lambda _: value})
+            return second_part(params, (value, None, past), probes)
+        probes[site] = lambda _: value
+        return second_part(params, (entry, None, past), probes)
 
     def run(params: Params, entry: Array, value: Array, past: Cache = None) -> Array:
         return run_probed(params, entry, value, past)[0]
@@ -129,12 +144,22 @@ def split_at(
         logits, acts = run_probed(params, entry, value)
         return logits, {n: x for n, x in acts.items() if _CACHED.fullmatch(n)}
 
+    def run_alone(params: Params, entry: Array, value: Array, acts: Array) -> Array:
+        _, cache = run_with_cache(params, entry, acts)
+        return run_probed(params, entry, value, None, cache)[0]
+
+    def run_acts(params: Params, entry: Array, value: Array) -> dict[str, Array]:
+        _, acts = run_probed(params, entry, value)
+        return {n: x for n, x in acts.items() if n.endswith("resid_post") and n != site}
+
     return SplitDecoder(
         site=site,
         entry=site if is_residual else f"blocks_{layer}/resid_pre",
         model=from_linen(Decoder(config, dtype=dtype)),
         run=run,
         run_with_cache=run_with_cache,
+        run_alone=run_alone,
+        run_acts=run_acts,
     )
 
 

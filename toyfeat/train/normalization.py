@@ -1,16 +1,22 @@
-"""Units that a dictionary is trained in, and parameters without them."""
+"""Units that a dictionary is trained in: of batches, and of its parameters."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from toyfeat.dictionary.types import Dictionary
-from toyfeat.train.types import TrainState
-from toyfeat.types import Array, Params
+from toyfeat.linalg.precision import nonzero
+from toyfeat.train.types import Recipe, TrainState
+from toyfeat.types import Array, Params, Taps
 
 MEMORY = 0.99
 """Share of a running average that is kept per step: it follows a hundred steps, less
 than a warm-up."""
+
+LEAST = 1e-30
+"""Keeps quotients finite where a sum of weights, a norm or a variance is 0; in
+normalized units all others are far larger."""
 
 
 class Normalization(NamedTuple):
@@ -123,3 +129,120 @@ def denormalized(dictionary: Dictionary, state: TrainState) -> Params:
     if own is not None:
         params |= own(dictionary.config, state.params, units)
     return params
+
+
+class NormalizedBatch(NamedTuple):
+    """A batch in normalized units; the weights sum to 1.
+
+    ``unit`` and ``effect_units`` are those of :class:`toyfeat.losses.Inputs`.
+    """
+
+    acts: Array
+    target: Array
+    grads: Array | None
+    weights: Array
+    unit: Array
+    effect_units: Array
+    context: Any
+
+
+def normalize_batch(
+    recipe: Recipe, state: TrainState, taps: Taps
+) -> tuple[TrainState, NormalizedBatch]:
+    """Divide a batch by its units, which the state records."""
+    acts, grads = taps.acts, taps.grads
+    target = acts if taps.targets is None else taps.targets
+    weights = taps.weights / jnp.maximum(jnp.sum(taps.weights), LEAST)
+    acts, target = _zero_unweighted(acts, weights), _zero_unweighted(target, weights)
+    running, params = dict(state.running), dict(state.params)
+    # Activations and targets: the size in the first batch whose examples differ.
+    first = ~running["begun"]
+    running["begun"] = running["begun"] | _varies(acts, weights)
+    if recipe.normalize:
+        scale = jnp.where(first, _size(acts, weights), running["acts_scale"])
+        target_scale = scale  # one b_dec is in the units of both
+        if recipe.dictionary.config.d_out is not None:
+            size = _size(target, weights)
+            target_scale = jnp.where(first, size, running["target_scale"])
+        running["acts_scale"], running["target_scale"] = scale, target_scale
+        acts, target = acts / scale, target / target_scale
+    # The decoder starts at the mean of that batch.
+    if recipe.center:
+        params["b_dec"] = jnp.where(first, weights @ target, params["b_dec"])
+    # Gradients: a running size per readout.
+    sizes = jnp.ones_like(running["grads_unit"])
+    if grads is not None:
+        grads = _zero_unweighted(jax.lax.stop_gradient(grads), weights)
+        if recipe.normalize:
+            grads, sizes = _normalize_grads(running, state.step, grads, weights)
+    batch = NormalizedBatch(
+        acts=acts,
+        target=target,
+        grads=grads,
+        weights=weights,
+        unit=running["target_scale"],
+        effect_units=running["target_scale"] * sizes,
+        context=taps.context,
+    )
+    return state._replace(running=running, params=params), batch
+
+
+def _normalize_grads(
+    running: dict[str, Array], step: Array, grads: Array, weights: Array
+) -> tuple[Array, Array]:
+    """Divide gradients by their running size ``[K]``, which ``running`` gets.
+
+    It is kept in units of their first largest entry, so that squares are finite.
+    """
+    largest = jnp.max(jnp.abs(grads), axis=(0, 2))
+    unit = running["grads_unit"]
+    unit = jnp.where(unit > 0, unit, largest)
+    relative = grads / nonzero(unit)[None, :, None]
+    square = jnp.einsum("n,nkd->k", weights, relative**2) / grads.shape[2]
+    square = MEMORY * running["grads_square"] + (1 - MEMORY) * square
+    running |= {"grads_unit": unit, "grads_square": square}
+    size = gradient_scale(square, jnp.ones_like(unit), step + 1)
+    return relative / size[None, :, None], size * nonzero(unit)
+
+
+def _zero_unweighted(values: Array, weights: Array) -> Array:
+    """Put 0 in place of what has no weight, which may be NaN."""
+    counted = (weights > 0).reshape(-1, *(1,) * (values.ndim - 1))
+    return jnp.where(counted, values, jnp.zeros_like(values))
+
+
+def _varies(values: Array, weights: Array) -> Array:
+    """Test whether examples that have weight differ."""
+    first = values[jnp.argmax(weights > 0)]
+    return jnp.any((values != first[None, :]) & (weights > 0)[:, None])
+
+
+def _size(values: Array, weights: Array) -> Array:
+    """Root mean square entry after centring; 1 if that is 0."""
+    centred = values - (weights @ values)[None, :]
+    sizes = jnp.where(weights[:, None] > 0, jnp.abs(centred), 0)
+    largest = jnp.max(sizes)  # squares of what is small or large are not finite
+    largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    square = weights @ jnp.mean((sizes / largest) ** 2, axis=1)
+    return largest * jnp.sqrt(jnp.where(square > 0, square, jnp.ones_like(square)))
+
+
+def normalized(dictionary: Dictionary, params: Params, state: TrainState) -> Params:
+    """Make parameters in a state's units from those for taps in their own units.
+
+    The inverse of :func:`denormalized`: that one's map with the units inverted.
+
+    Args:
+      dictionary: that the parameters are of.
+      params: as a file of SAELens holds them, or :func:`denormalized` returns them.
+      state: whose units they are for.
+
+    Returns:
+      Parameters of a state.
+    """
+    running = dict(state.running)
+    for name in ("acts_scale", "target_scale"):
+        running[name] = 1 / running[name]
+    inverse = state._replace(params=params, running=running)
+    found = denormalized(dictionary, inverse)
+    return {name: found[name] for name in state.params}

@@ -1,7 +1,7 @@
 """One step of training: normalize, differentiate, update, count, measure."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,12 @@ from toyfeat.dictionary.attributions import (
 )
 from toyfeat.dictionary.selection import number_of, smallest_positive
 from toyfeat.dictionary.types import Architecture, Inputs
-from toyfeat.linalg.precision import nonzero
-from toyfeat.train.normalization import MEMORY, gradient_scale
+from toyfeat.train.normalization import (
+    LEAST,
+    MEMORY,
+    NormalizedBatch,
+    normalize_batch,
+)
 from toyfeat.train.revival import revive_dead
 from toyfeat.train.types import Recipe, TrainState
 from toyfeat.types import Array, Params, Taps
@@ -23,19 +27,6 @@ from toyfeat.types import Array, Params, Taps
 _PROBED = 64
 """Examples on which attributions are measured: a mean over them is enough for a
 controller, which averages over steps, and cheap beside a batch of thousands."""
-
-_LEAST = 1e-30
-"""Keeps quotients finite where a sum of weights, a norm or a variance is 0; in
-normalized units all others are far larger."""
-
-
-class NormalizedBatch(NamedTuple):
-    """A batch in normalized units; the weights sum to 1."""
-
-    acts: Array
-    target: Array
-    grads: Array | None
-    weights: Array
 
 
 def split_learned(architecture: Architecture, params: Params) -> tuple[Params, Params]:
@@ -52,7 +43,7 @@ def update(
     _check(recipe, taps)
     architecture = recipe.dictionary.architecture
     # Loss and gradients of the batch in normalized units.
-    state, batch = _normalize(recipe, state, taps)
+    state, batch = normalize_batch(recipe, state, taps)
     (total, (inputs, losses)), grads = _loss_and_grads(recipe, state, batch)
     norm = optax.tree.norm(grads)
     grads = jax.tree.map(partial(_clip, state.hyper["clip"]), grads)
@@ -121,6 +112,9 @@ def _loss_and_grads(recipe: Recipe, state: TrainState, batch: NormalizedBatch) -
             dead=dead,
             scale=scale,
             coefficients=coefficients,
+            unit=batch.unit,
+            effect_units=batch.effect_units,
+            context=batch.context,
         )
         # Terms without their coefficients are metrics; their weighted sum is the loss.
         losses = {term.name: term.loss(inputs) for term in recipe.objective}
@@ -174,73 +168,10 @@ def _run_controller(
     return control, running, {"factor": factor, "saturated": saturated}
 
 
-def _normalize(
-    recipe: Recipe, state: TrainState, taps: Taps
-) -> tuple[TrainState, NormalizedBatch]:
-    """Divide a batch by its units, which the state records."""
-    acts, grads = taps.acts, taps.grads
-    target = acts if taps.targets is None else taps.targets
-    weights = taps.weights / jnp.maximum(jnp.sum(taps.weights), _LEAST)
-    acts, target = _zero_unweighted(acts, weights), _zero_unweighted(target, weights)
-    running, params = dict(state.running), dict(state.params)
-    # Activations and targets: the size in the first batch whose examples differ.
-    first = ~running["begun"]
-    running["begun"] = running["begun"] | _varies(acts, weights)
-    if recipe.normalize:
-        scale = jnp.where(first, _size(acts, weights), running["acts_scale"])
-        target_scale = scale  # one b_dec is in the units of both
-        if recipe.dictionary.config.d_out is not None:
-            size = _size(target, weights)
-            target_scale = jnp.where(first, size, running["target_scale"])
-        running["acts_scale"], running["target_scale"] = scale, target_scale
-        acts, target = acts / scale, target / target_scale
-    # The decoder starts at the mean of that batch.
-    if recipe.center:
-        params["b_dec"] = jnp.where(first, weights @ target, params["b_dec"])
-    # Gradients: a running size per readout, in units of their first largest entry, so
-    # that squares are finite.
-    if grads is not None:
-        grads = _zero_unweighted(jax.lax.stop_gradient(grads), weights)
-        if recipe.normalize:
-            largest = jnp.max(jnp.abs(grads), axis=(0, 2))
-            unit = running["grads_unit"]
-            unit = jnp.where(unit > 0, unit, largest)
-            relative = grads / nonzero(unit)[None, :, None]
-            square = jnp.einsum("n,nkd->k", weights, relative**2) / grads.shape[2]
-            square = MEMORY * running["grads_square"] + (1 - MEMORY) * square
-            running |= {"grads_unit": unit, "grads_square": square}
-            size = gradient_scale(square, jnp.ones_like(unit), state.step + 1)
-            grads = relative / size[None, :, None]
-    state = state._replace(running=running, params=params)
-    return state, NormalizedBatch(acts, target, grads, weights)
-
-
-def _zero_unweighted(values: Array, weights: Array) -> Array:
-    """Put 0 in place of what has no weight, which may be NaN."""
-    counted = (weights > 0).reshape(-1, *(1,) * (values.ndim - 1))
-    return jnp.where(counted, values, jnp.zeros_like(values))
-
-
-def _varies(values: Array, weights: Array) -> Array:
-    """Test whether examples that have weight differ."""
-    first = values[jnp.argmax(weights > 0)]
-    return jnp.any((values != first[None, :]) & (weights > 0)[:, None])
-
-
-def _size(values: Array, weights: Array) -> Array:
-    """Root mean square entry after centring; 1 if that is 0."""
-    centred = values - (weights @ values)[None, :]
-    sizes = jnp.where(weights[:, None] > 0, jnp.abs(centred), 0)
-    largest = jnp.max(sizes)  # squares of what is small or large are not finite
-    largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
-    square = weights @ jnp.mean((sizes / largest) ** 2, axis=1)
-    return largest * jnp.sqrt(jnp.where(square > 0, square, jnp.ones_like(square)))
-
-
 def _clip(limit: Array, grad: Array) -> Array:
     """Shorten a gradient that is longer than the limit."""
     norm = jnp.linalg.norm(grad)
-    return grad * jnp.minimum(1, limit / jnp.maximum(norm, _LEAST))
+    return grad * jnp.minimum(1, limit / jnp.maximum(norm, LEAST))
 
 
 def _clip_thresholds(architecture: Architecture, params: Params) -> Params:
@@ -279,7 +210,7 @@ def _update_counts(
         return running, {}
     # Attributions of a sample of the batch.
     sample = _first_weighted(inputs, _PROBED)
-    weights = sample.weights / jnp.maximum(jnp.sum(sample.weights), _LEAST)
+    weights = sample.weights / jnp.maximum(jnp.sum(sample.weights), LEAST)
     sizes = attributions(sample) * jnp.sign(sample.weights)[:, None, None]
     latents = inputs.dictionary.config.d_sae
     count, share = attribution_l0(sizes, unexplained_effect(sample), latents)
@@ -311,7 +242,7 @@ def _batch_metrics(inputs: Inputs) -> dict[str, Array]:
     centred = target - (weights @ target)[None, :]
     variance = jnp.sum(weights * jnp.sum(centred**2, axis=1))
     error = jnp.sum(weights * jnp.sum((target - inputs.out.recon) ** 2, axis=1))
-    return {"l0": weights @ counts, "fvu": error / jnp.maximum(variance, _LEAST)}
+    return {"l0": weights @ counts, "fvu": error / jnp.maximum(variance, LEAST)}
 
 
 def _check(recipe: Recipe, taps: Taps) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from toyfeat.dictionary.types import Dictionary
 from toyfeat.linalg.precision import nonzero
-from toyfeat.train.types import Recipe, TrainState
+from toyfeat.train.types import Recipe, Trainer, TrainState
 from toyfeat.types import Array, Params, Taps
 
 MEMORY = 0.99
@@ -246,3 +246,42 @@ def normalized(dictionary: Dictionary, params: Params, state: TrainState) -> Par
     inverse = state._replace(params=params, running=running)
     found = denormalized(dictionary, inverse)
     return {name: found[name] for name in state.params}
+
+
+def warm_start(
+    trainer: Trainer, key: Array, params: Params, taps: Taps, **hyper: Any
+) -> TrainState:
+    """Start a state from parameters that are trained already.
+
+    Args:
+      trainer: of the dictionary that the parameters are of.
+      key: of what else is random in a state.
+      params: for taps in their own units, such as a file of SAELens holds.
+      taps: a batch whose activations set the units of the state.
+      hyper: as of ``trainer.init``.
+
+    Returns:
+      A state with no step done, a fresh optimizer and these parameters.
+
+    Raises:
+      ValueError: for a trainer of your own, or parameters of other shapes.
+    """
+    recipe = trainer.recipe
+    if recipe is None:
+        raise ValueError(
+            "warm_start: trainer must be of toyfeat.trainer, got one without a "
+            "recipe; put the parameters into its state yourself"
+        )
+    state = trainer.init(key, **hyper)
+    wanted = {name: x.shape for name, x in state.params.items()}
+    shapes = {name: x.shape for name, x in params.items() if name in wanted}
+    if shapes != wanted:
+        raise ValueError(
+            f"warm_start: params must have the shapes of the dictionary {wanted}, got "
+            f"{shapes}; give those of this architecture, width and number of latents"
+        )
+    # The units of the batch; gradients get theirs in the first step.
+    bare = taps._replace(grads=None, context=None)
+    state, _ = normalize_batch(recipe, state, bare)
+    own = normalized(recipe.dictionary, params, state)
+    return jax.tree.map(jnp.array, state._replace(params=own))

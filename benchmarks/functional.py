@@ -1,0 +1,381 @@
+"""Fine-tune one dictionary by several losses: what each keeps of the model.
+
+    python benchmarks/small_decoder.py                       # once, for the first line
+    python benchmarks/functional.py --model small
+    python benchmarks/functional.py --model smollm2
+
+TopK dictionaries are trained on the activations of a site, then each is fine-tuned on
+other tokens by its reconstruction error alone, with the second-order KL from gradients
+(:func:`toyfeat.losses.fisher`) and with the KL itself (:func:`toyfeat.losses.spliced_kl`),
+on the same tokens in the same order.  Scores on held-out text are rows of
+``out/functional/<model>.jsonl``; a run that was cut off goes on.  ``docs/research.md``,
+section 18, says what was expected, and ``docs/smollm2.md`` what came of it.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from functional_tools import error_sizes, quadratic
+from harness import parse_command
+
+import toyfeat as ft
+from toyfeat.jobs.config import Collect, Evaluate, Job, Train
+from toyfeat.jobs.results import Rows
+from toyfeat.jobs.workspace import Workspace, open_job, probed_from
+from toyfeat.lm.collect import exclude_massive, make_readout, tap_windows
+from toyfeat.lm.evaluate import evaluate_replacements, reference_losses
+from toyfeat.lm.finetune import WindowTaps, finetune, window_batches
+from toyfeat.lm.replacements import from_dictionary
+from toyfeat.lm.split import HeldOut, SplitDecoder, split_at, tap_held_out
+from toyfeat.types import Array, Params
+
+LENGTH = 64
+DRAWS = 8
+
+
+class Sizes(NamedTuple):
+    """Sizes of a study: numbers of windows, latents, steps."""
+
+    model: str
+    site: str
+    base: int
+    tune: int
+    held_out: int
+    latents: int
+    k: int
+    batch: int
+    base_batch: int
+    base_epochs: int
+    tap_batch: int
+    seeds: tuple[int, ...]
+    rows: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run."""
+
+    model: Literal["small", "smollm2"] = "small"
+    out: Path = Path("out/functional")
+    only_taps: bool = False
+    """Stop when activations and gradients are on disk."""
+
+
+SMALL_ROWS = (
+    "mse",
+    "true 1",
+    "labels 1",
+    "labels 4",
+    "labels 8",
+    "kl",
+    "signs 8",
+    "labels 8 huber",
+    "labels 8 log",
+    "window 8",
+    "quadratic",
+    "kl alone",
+    "kl clean prefix",
+)
+STUDIES = {
+    "small": Sizes(
+        model="out/small_decoder",
+        site="blocks_1/resid_post",
+        base=4096,
+        tune=4096,
+        held_out=512,
+        latents=512,
+        k=8,
+        batch=8,
+        base_batch=512,
+        base_epochs=3,
+        tap_batch=32,
+        seeds=(0, 1, 2),
+        rows=SMALL_ROWS,
+    ),
+    "smollm2": Sizes(
+        model="smollm2",
+        site="blocks_15/resid_post",
+        base=1280,
+        tune=256,
+        held_out=64,
+        latents=1152,
+        k=16,
+        batch=4,
+        base_batch=512,
+        base_epochs=5,
+        tap_batch=8,
+        seeds=(0, 1),
+        rows=(*SMALL_ROWS[:7], "labels 8 huber"),
+    ),
+}
+
+
+def open_study(sizes: Sizes, out: Path) -> Workspace:
+    """Open the model, and cut the text into windows."""
+    tokens = (sizes.base + sizes.tune) * LENGTH
+    collect = Collect(
+        sites=(sizes.site,),
+        tokens=tokens,
+        held_out=sizes.held_out * LENGTH,
+        length=LENGTH,
+        start=0 if sizes.model != "smollm2" else 1,
+    )
+    return open_job(
+        Job(
+            model=sizes.model,
+            out=str(out),
+            collect=collect,
+            train=Train(kinds=("acts",)),
+            evaluate=Evaluate(),
+        )
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def tap_acts(probed: Any, site: str, params: Params, tokens: Array) -> Any:
+    """Activations and weights alone; the blocks behind the site are not run."""
+    taps = ft.tap(probed, params, tokens, sites=(site,), readout=None)[site]
+    weights = ft.readouts.next_token_loss(tokens).mask
+    taps = taps._replace(weights=jnp.asarray(weights).reshape(-1))
+    return exclude_massive(taps, tokens.shape[1], 10.0)
+
+
+def stored_taps(
+    work: Workspace, sizes: Sizes, folder: Path, name: str, part: slice
+) -> dict[str, np.ndarray]:
+    """Tap windows part by part into files, and read them all.
+
+    ``name`` is ``"acts"``, or a readout with its number of draws, ``"labels 8"``.
+    """
+    tokens, probed = work.tokens[part], probed_from(work)
+    kind, _, draws = name.partition(" ")
+    if name != "acts":
+        readout = make_readout(kind, draws=int(draws or 1), seed=part.start)
+    pieces, per_file = [], 4 * sizes.tap_batch
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(0, len(tokens), per_file):
+        file = folder / f"{name} {part.start + first}.npz"
+        if not file.exists():
+            start, found = time.perf_counter(), []
+            for i in range(first, first + per_file, sizes.tap_batch):
+                windows = jnp.asarray(tokens[i : i + sizes.tap_batch])
+                if name == "acts":
+                    taps = tap_acts(probed, sizes.site, work.model.params, windows)
+                else:
+                    taps = tap_windows(
+                        probed,
+                        (sizes.site,),
+                        readout,
+                        10.0,
+                        work.model.params,
+                        windows,
+                        i,
+                    )[sizes.site]
+                shape = windows.shape
+                rows = {"weights": taps.weights, "acts": taps.acts}
+                if taps.grads is not None:
+                    grads = taps.grads.astype(jnp.bfloat16)
+                    rows["grads"] = jax.lax.bitcast_convert_type(grads, jnp.uint16)
+                found.append(
+                    {
+                        n: np.asarray(x).reshape(*shape, *x.shape[1:])
+                        for n, x in rows.items()
+                    }
+                )
+            whole = {n: np.concatenate([x[n] for x in found]) for n in found[0]}
+            whole["seconds"] = np.asarray([time.perf_counter() - start])
+            np.savez(file.with_suffix(".part.npz"), **whole)
+            file.with_suffix(".part.npz").rename(file)
+            print(f"{file.name}: {whole['seconds'][0]:.1f} s", flush=True)
+        with np.load(file) as content:
+            pieces.append(dict(content))
+    return {n: np.concatenate([x[n] for x in pieces]) for n in pieces[0]}
+
+
+def train_base(
+    sizes: Sizes, acts: dict[str, np.ndarray], seed: int, folder: Path
+) -> Any:
+    """Train a TopK dictionary on the first part of the text."""
+    rows = acts["weights"].reshape(-1) > 0
+    values = acts["acts"].reshape(len(rows), -1)[rows]
+    sae = ft.dictionaries.topk(values.shape[1], sizes.latents, sizes.k)
+    steps = sizes.base_epochs * len(values) // sizes.base_batch
+    run = ft.trainer(
+        sae,
+        ft.losses.default(sae),
+        warm_up=1,
+        dead_after=max(20, steps // 10),
+        schedule=lambda step: jnp.minimum(1.0, 3 * (1 - step / steps)),
+    )
+    taps = ft.Taps(jnp.asarray(values), None, jnp.ones(len(values)))
+    state = ft.fit(
+        run,
+        run.init(jax.random.key(seed), learning_rate=1e-3),
+        ft.data.array_batches(taps, batch=sizes.base_batch, seed=seed),
+        steps=steps,
+        directory=folder / f"base {seed}",
+        check_data=False,
+        progress=False,
+    )
+    return sae, ft.denormalized(sae, state)
+
+
+def make_term(row: str, split: SplitDecoder) -> Any:
+    """Make the term of a row beside the reconstruction error, ``None`` for none."""
+    kind, _, form = row.partition(" ")
+    if kind == "mse":
+        return None
+    if kind == "kl":
+        alone = split.run_alone if "clean" in row else None
+        return ft.losses.spliced_kl(split.run, run_spliced=alone)
+    if kind == "quadratic":
+        return quadratic(split.run)
+    words = form.split(" ")
+    length = LENGTH if kind == "window" else 0
+    return ft.losses.fisher(words[1] if len(words) > 1 else "square", length=length)
+
+
+def tune_taps(row: str, tapped: Callable[[str], dict[str, np.ndarray]]) -> WindowTaps:
+    """Taps that a row is fine-tuned on; fewer draws are the first of more."""
+    kind, _, rest = row.partition(" ")
+    if kind in ("mse", "kl", "quadratic"):
+        taps = tapped("acts")
+        return WindowTaps(taps["acts"], taps["weights"])
+    names = {"true": "loss", "window": "labels"}
+    num = int(rest.split(" ")[0])
+    name = names.get(kind, kind)
+    taps = tapped(name if name == "loss" else f"{name} {DRAWS}")
+    grads = jax.lax.bitcast_convert_type(jnp.asarray(taps["grads"]), jnp.bfloat16)
+    # Draws are divided by the root of their number.
+    scale = (grads.shape[2] / num) ** 0.5
+    part = (grads[:, :, :num].astype(jnp.float32) * scale).astype(jnp.bfloat16)
+    return WindowTaps(taps["acts"], taps["weights"], part)
+
+
+class Study(NamedTuple):
+    """All that the rows of a study share."""
+
+    sizes: Sizes
+    work: Workspace
+    split: SplitDecoder
+    folder: Path
+    rows: Rows
+    tapped: Callable[[str], dict[str, np.ndarray]]
+    held: Callable[[], HeldOut]
+    losses: Callable[[], Any]
+
+
+def score(
+    study: Study, name: str, seed: int, sae: Any, params: Any, **more: Any
+) -> None:
+    """Score a dictionary on held-out text, and write the row."""
+    scores = evaluate_replacements(
+        study.split,
+        study.work.model.params,
+        study.held(),
+        {name: from_dictionary(sae, params)},
+        losses=study.losses(),
+        batch=study.sizes.tap_batch,
+    )[name]
+    study.rows.add({"row": name, "seed": seed}, {**scores._asdict(), **more})
+    print(
+        f"{name}, seed {seed}: CE {scores.ce:.4f}, KL {scores.kl:.4f}, variance "
+        f"{scores.explained:.4f}, L0 {scores.l0:.1f}, {more}",
+        flush=True,
+    )
+
+
+def run_seed(study: Study, seed: int, base: dict[str, np.ndarray], rate: float) -> None:
+    """Train a dictionary, and fine-tune it by every row that is not done."""
+    sizes = study.sizes
+    sae, params = train_base(sizes, base, seed, study.folder)
+    if not study.rows.has({"row": "topk", "seed": seed}):
+        score(study, "topk", seed, sae, params)
+    steps = sizes.tune // sizes.batch
+    for name in sizes.rows:
+        if study.rows.has({"row": name, "seed": seed}):
+            continue
+        runs_model = name.startswith(("kl", "quadratic"))
+        batches = window_batches(
+            tune_taps(name, study.tapped),
+            windows=sizes.batch,
+            seed=100 + seed,
+            steps=steps,
+            params=study.work.model.params if runs_model else None,
+        )
+        times: list[float] = [time.perf_counter()]
+        tuned = finetune(
+            sae,
+            params,
+            batches,
+            make_term(name, study.split),
+            steps=steps,
+            learning_rate=rate,
+            reconstruction=0.0 if "alone" in name else 1.0,
+            on_chunk=lambda *_, t=times: t.append(time.perf_counter()),
+        )
+        # The first chunk compiles, so that the others tell the time.
+        chunks = np.diff(times[1:])
+        seconds = float(np.median(chunks)) * (len(times) - 1) if len(chunks) else None
+        score(study, name, seed, sae, tuned, train_seconds=seconds)
+
+
+def main(settings: Settings) -> None:
+    """Tap, train, fine-tune and score."""
+    sizes = STUDIES[settings.model]
+    folder = settings.out / settings.model
+    work = open_study(sizes, folder)
+    parts = slice(0, sizes.base), slice(sizes.base, sizes.base + sizes.tune)
+    tap_part = partial(stored_taps, work, sizes, folder / "taps")
+    base = tap_part("acts", parts[0])
+    needed = {"acts", "loss", f"labels {DRAWS}"}
+    needed |= {f"signs {DRAWS}"} if "signs 8" in sizes.rows else set()
+    seconds = {n: tap_part(n, parts[1])["seconds"].sum() for n in sorted(needed)}
+    if settings.only_taps:
+        return
+    split = split_at(work.model.config, sizes.site)
+    mean = base["acts"][base["weights"] > 0].mean(0)
+    rows = Rows(settings.out / f"{settings.model}.jsonl")
+    rows.add(
+        {"row": "tap seconds", "seed": -1}, {n: float(x) for n, x in seconds.items()}
+    )
+
+    @cache
+    def held() -> HeldOut:
+        return tap_held_out(
+            split, work.model.params, work.held_out, mean, batch=sizes.tap_batch
+        )
+
+    @cache
+    def losses() -> Any:
+        found = reference_losses(
+            split, work.model.params, held(), batch=sizes.tap_batch
+        )
+        rows.add({"row": "losses", "seed": -1}, found._asdict())
+        return found
+
+    study = Study(
+        sizes,
+        work,
+        split,
+        folder,
+        rows,
+        cache(lambda n: tap_part(n, parts[1])),
+        held,
+        losses,
+    )
+    for seed in sizes.seeds:
+        run_seed(study, seed, base, rate=5e-4)
+    sae, params = train_base(sizes, base, 0, folder)
+    error_sizes(split, work.model.params, held(), sae, params, rows)
+
+
+if __name__ == "__main__":
+    main(parse_command(Settings, __doc__))

@@ -1,0 +1,168 @@
+"""Fine-tune dictionaries on whole windows of tokens, by what they do to the model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.checks import check_int
+from toyfeat.data.batches import Batches
+from toyfeat.dictionary import losses
+from toyfeat.dictionary.types import Dictionary, Term
+from toyfeat.train.fit import fit
+from toyfeat.train.normalization import denormalized, warm_start
+from toyfeat.train.trainer import trainer
+from toyfeat.types import Array, ArrayLike, Params, Taps
+
+_CHUNK = 25
+"""Updates per compiled call: fine-tuning is short, and a chunk is what a kill loses."""
+
+
+class WindowTaps(NamedTuple):
+    """Taps of a site, window by window.
+
+    Attributes:
+      acts: ``[num, T, D]``.
+      weights: ``[num, T]``, 0 at tokens that do not count.
+      grads: ``[num, T, K, D]`` in any floating-point dtype, or ``None``.
+      entry: ``[num, T, E]``, the residual stream that the model behind the site starts
+        from, or ``None`` where that is ``acts``.
+    """
+
+    acts: ArrayLike
+    weights: ArrayLike
+    grads: ArrayLike | None = None
+    entry: ArrayLike | None = None
+
+
+def window_batches(
+    taps: WindowTaps, *, windows: int, seed: int, steps: int, params: Params = None
+) -> Batches:
+    """Batches of whole windows in random order, none of them twice.
+
+    Args:
+      taps: of all windows, held in memory.
+      windows: per batch.
+      seed: of the order.
+      steps: number of batches.
+      params: of the model, for terms that run it (:func:`toyfeat.losses.spliced_kl`).
+
+    Returns:
+      Batches for :func:`toyfeat.fit`, in float32, with a context of
+      :class:`toyfeat.losses.Windows` where there are ``params``.
+
+    Raises:
+      ValueError: if there are too few windows.
+    """
+    check_int("window_batches", "windows", windows)
+    check_int("window_batches", "steps", steps)
+    num = len(taps.weights)
+    if steps * windows > num:
+        raise ValueError(
+            f"window_batches: {steps} steps of {windows} windows must be at most the "
+            f"{num} there are, so that no token is seen twice; give fewer steps"
+        )
+    order = np.random.default_rng(seed).permutation(num)[: steps * windows]
+    data = {
+        "taps": jax.tree.map(jnp.asarray, taps),
+        "order": jnp.asarray(order.reshape(steps, windows)),
+        "params": params,
+    }
+    return Batches(_take_windows, data)
+
+
+def _take_windows(data: Any, step: Array) -> Taps:
+    """Select the windows of a step, and flatten them to rows."""
+    rows = data["order"][step]
+    chosen = jax.tree.map(lambda x: x[rows].astype(jnp.float32), data["taps"])
+    num = chosen.weights.size
+    context = None
+    if data["params"] is not None:
+        entry = chosen.acts if chosen.entry is None else chosen.entry
+        context = losses.Windows(data["params"], chosen.acts, entry)
+    grads = chosen.grads
+    return Taps(
+        chosen.acts.reshape(num, -1),
+        None if grads is None else grads.reshape(num, *grads.shape[2:]),
+        chosen.weights.reshape(num),
+        context=context,
+    )
+
+
+def finetune(
+    dictionary: Dictionary,
+    params: Params,
+    batches: Batches,
+    term: Term | None = None,
+    *,
+    steps: int,
+    learning_rate: float,
+    weight: float = 1.0,
+    reconstruction: float = 1.0,
+    directory: str | Path | None = None,
+    on_chunk: Callable[..., None] | None = None,
+) -> Params:
+    """Fine-tune a dictionary by its reconstruction error and one term more.
+
+    The learning rate falls to 0 in a line.  The term's coefficient is such that it
+    weighs ``weight`` times the reconstruction error in the first batch.
+
+    Args:
+      dictionary: of any architecture.
+      params: for taps in their own units, as :func:`toyfeat.denormalized` and
+        :func:`toyfeat.interop.load_saelens` return.
+      batches: from :func:`window_batches`.
+      term: :func:`toyfeat.losses.fisher`, :func:`toyfeat.losses.spliced_kl` or another;
+        ``None`` for the reconstruction error alone.
+      steps: of training.
+      learning_rate: of Adam, at the start.
+      weight: of the term, relative to the reconstruction error at the start.
+      reconstruction: coefficient of the reconstruction error.
+      directory: of the run, which is resumed there.
+      on_chunk: as of :func:`toyfeat.fit`.
+
+    Returns:
+      Parameters for taps in their own units.
+
+    Raises:
+      ValueError: for parameters of another width or number of latents.
+    """
+    objective = (losses.reconstruction()._replace(coefficient=reconstruction),)
+    if term is not None:
+        objective += (term,)
+    first = jax.jit(batches.take)(batches.data, jnp.int32(0))
+    bare = first._replace(context=None)
+    run = trainer(
+        dictionary,
+        objective,
+        readouts=1 if first.grads is None else first.grads.shape[1],
+        center=False,
+        warm_up=0,
+        schedule=lambda step: 1 - step / steps,
+    )
+
+    def start(**hyper: Any) -> Any:
+        hyper |= {"learning_rate": learning_rate}
+        return warm_start(run, jax.random.key(0), params, bare, **hyper)
+
+    state = start()
+    # Terms are metrics, so that one update that is thrown away tells their sizes.
+    if term is not None:
+        _, sizes = jax.jit(run.update)(state, first)
+        ratio = weight * float(sizes["reconstruction"]) / float(sizes[term.name])
+        state = start(**{term.name: float(f"{ratio:.3g}")})
+    state = fit(
+        run,
+        state,
+        batches,
+        steps=steps,
+        directory=directory,
+        chunk=min(_CHUNK, steps),
+        on_chunk=on_chunk,
+        check_data=False,
+        progress=False,
+    )
+    return denormalized(dictionary, state)

@@ -6,7 +6,7 @@
 
 TopK dictionaries are trained on the activations of a site, then each is fine-tuned on
 other tokens by its reconstruction error alone, with the second-order KL from gradients
-(:func:`toyfeat.losses.fisher`) and with the KL itself (:func:`toyfeat.losses.spliced_kl`),
+(``losses.fisher``) and with the KL itself (``losses.spliced_kl``),
 on the same tokens in the same order.  Scores on held-out text are rows of
 ``out/functional/<model>.jsonl``; a run that was cut off goes on.  ``docs/research.md``,
 section 18, says what was expected, and ``docs/smollm2.md`` what came of it.
@@ -37,7 +37,6 @@ from toyfeat.lm.split import HeldOut, SplitDecoder, split_at, tap_held_out
 from toyfeat.types import Array, Params
 
 LENGTH = 64
-DRAWS = 8
 
 
 class Sizes(NamedTuple):
@@ -54,6 +53,7 @@ class Sizes(NamedTuple):
     base_batch: int
     base_epochs: int
     tap_batch: int
+    draws: int
     seeds: tuple[int, ...]
     rows: tuple[str, ...]
 
@@ -96,23 +96,25 @@ STUDIES = {
         base_batch=512,
         base_epochs=3,
         tap_batch=32,
+        draws=8,
         seeds=(0, 1, 2),
         rows=SMALL_ROWS,
     ),
     "smollm2": Sizes(
         model="smollm2",
         site="blocks_15/resid_post",
-        base=1280,
-        tune=256,
-        held_out=64,
+        base=256,
+        tune=96,
+        held_out=24,
         latents=1152,
         k=16,
-        batch=4,
-        base_batch=512,
-        base_epochs=5,
+        batch=2,
+        base_batch=256,
+        base_epochs=10,
         tap_batch=8,
+        draws=4,
         seeds=(0, 1),
-        rows=(*SMALL_ROWS[:7], "labels 8 huber"),
+        rows=("mse", "labels 4", "kl", "labels 1", "labels 4 huber"),
     ),
 }
 
@@ -242,7 +244,9 @@ def make_term(row: str, split: SplitDecoder) -> Any:
     return ft.losses.fisher(words[1] if len(words) > 1 else "square", length=length)
 
 
-def tune_taps(row: str, tapped: Callable[[str], dict[str, np.ndarray]]) -> WindowTaps:
+def tune_taps(
+    row: str, tapped: Callable[[str], dict[str, np.ndarray]], draws: int
+) -> WindowTaps:
     """Taps that a row is fine-tuned on; fewer draws are the first of more."""
     kind, _, rest = row.partition(" ")
     if kind in ("mse", "kl", "quadratic"):
@@ -251,7 +255,7 @@ def tune_taps(row: str, tapped: Callable[[str], dict[str, np.ndarray]]) -> Windo
     names = {"true": "loss", "window": "labels"}
     num = int(rest.split(" ")[0])
     name = names.get(kind, kind)
-    taps = tapped(name if name == "loss" else f"{name} {DRAWS}")
+    taps = tapped(name if name == "loss" else f"{name} {draws}")
     grads = jax.lax.bitcast_convert_type(jnp.asarray(taps["grads"]), jnp.bfloat16)
     # Draws are divided by the root of their number.
     scale = (grads.shape[2] / num) ** 0.5
@@ -304,7 +308,7 @@ def run_seed(study: Study, seed: int, base: dict[str, np.ndarray], rate: float) 
             continue
         runs_model = name.startswith(("kl", "quadratic"))
         batches = window_batches(
-            tune_taps(name, study.tapped),
+            tune_taps(name, study.tapped, sizes.draws),
             windows=sizes.batch,
             seed=100 + seed,
             steps=steps,
@@ -335,8 +339,10 @@ def main(settings: Settings) -> None:
     parts = slice(0, sizes.base), slice(sizes.base, sizes.base + sizes.tune)
     tap_part = partial(stored_taps, work, sizes, folder / "taps")
     base = tap_part("acts", parts[0])
-    needed = {"acts", "loss", f"labels {DRAWS}"}
-    needed |= {f"signs {DRAWS}"} if "signs 8" in sizes.rows else set()
+    kinds = {name.split(" ")[0] for name in sizes.rows}
+    needed = {"acts", f"labels {sizes.draws}"}
+    needed |= {"loss"} if "true" in kinds else set()
+    needed |= {f"signs {sizes.draws}"} if "signs" in kinds else set()
     seconds = {n: tap_part(n, parts[1])["seconds"].sum() for n in sorted(needed)}
     if settings.only_taps:
         return

@@ -1,4 +1,4 @@
-"""Terms that ask what a reconstruction does to the model, against float64 arithmetic."""
+"""Terms of what a reconstruction does to the model, against float64 arithmetic."""
 
 from functools import cache
 

@@ -161,6 +161,7 @@ def finetune(
         steps=steps,
         directory=directory,
         chunk=min(_CHUNK, steps),
+        checkpoint_every=4,
         on_chunk=on_chunk,
         check_data=False,
         progress=False,

@@ -124,7 +124,9 @@ def _check_taps(taps: Any, who: str) -> Taps:
             f"fit: {who} must return Taps, got {type(taps).__name__}; wrap activations "
             "[N, D] as Taps(acts, None, jnp.ones(len(acts)))"
         )
-    for name, value in taps._asdict().items():
+    fields = taps._asdict()
+    del fields["context"]  # whatever the terms of the loss read
+    for name, value in fields.items():
         optional = name in ("grads", "targets") and value is None
         if not hasattr(value, "dtype") and not optional:
             kind = type(value).__name__
@@ -138,7 +140,7 @@ def _check_taps(taps: Any, who: str) -> Taps:
                 "convert them with astype(jnp.float32)"
             )
     # Gradients belong to the targets if there are any, else to the activations.
-    shapes = [None if x is None else tuple(x.shape) for x in taps]
+    shapes = [None if x is None else tuple(x.shape) for x in fields.values()]
     acts, grads, weights, targets = shapes
     written = acts if targets is None else targets
     valid = acts is not None and len(acts) == 2 and weights == acts[:1]
@@ -157,7 +159,10 @@ def _check_taps(taps: Any, who: str) -> Taps:
 def _check_same_shapes(before: Taps, taps: Taps, first: int, step: int) -> None:
     """Raise if the shapes or dtypes of batches change within a chunk."""
     kinds = [
-        [None if x is None else (tuple(x.shape), str(x.dtype)) for x in batch]
+        [
+            None if x is None else (tuple(x.shape), str(x.dtype))
+            for x in (*batch[:-1], *jax.tree.leaves(batch.context))
+        ]
         for batch in (before, taps)
     ]
     if kinds[0] != kinds[1]:

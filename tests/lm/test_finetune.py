@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_decoder import CONFIG, weights, windows
+from tiny_decoder import CONFIG, weights
 from tiny_held import dictionary, held_at
 
 from toyfeat import losses

@@ -6,37 +6,24 @@ import tomllib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from toyfeat.jobs.kinds import KINDS
+from toyfeat.jobs.limits import (
+    Coefficient,
+    Count,
+    CountOrZero,
+    Limit,
+    Positive,
+    PositiveOrInf,
+    Seed,
+    TokenOrNone,
+)
+from toyfeat.jobs.tuning import Finetune
 
 DEFAULT_SITE = "blocks_15/resid_post"
 
 
-class Limit(NamedTuple):
-    """Values of a number that an entry may have; stands with the entry's type.
-
-    Attributes:
-      at_least: smallest value, or ``None``.
-      above: value that has to be exceeded, or ``None``.
-      finite: whether ``inf`` is refused; NaN is in any case.
-      at_most: largest value, or ``None``.
-    """
-
-    at_least: int | None = None
-    above: int | None = None
-    finite: bool = True
-    at_most: int | None = None
-
-
-Count = Annotated[int, Limit(at_least=1)]
-CountOrZero = Annotated[int, Limit(at_least=0)]
-# Keys of JAX drop higher bits, so that larger seeds would be others.
-Seed = Annotated[int, Limit(at_least=0, at_most=2**31 - 1)]
-TokenOrNone = Annotated[int, Limit(at_least=-1)]
-Positive = Annotated[float, Limit(above=0)]
-PositiveOrInf = Annotated[float, Limit(above=0, finite=False)]
-Coefficient = Annotated[float, Limit(at_least=0)]
 Dtype = Literal["float32", "bfloat16"]
 BasisName = Literal["pca", "gradient pca", "joint pca", "lib", "random"]
 
@@ -49,10 +36,13 @@ class Collect:
 
     Attributes:
       sites: of the decoder.
-      readout: ``"loss"``, the cross-entropy of the next token summed over a window, or
-        ``"sampled"``, the same with tokens drawn from the model's own prediction.
-      draws: of ``"sampled"``.
+      readout: ``"loss"``, the cross-entropy of the next token summed over a window,
+        ``"sampled"``, the same with tokens drawn from the model's own prediction, or
+        ``"labels"`` and ``"signs"``, :class:`toyfeat.lm.label_gradients.HeadReadout`.
+      draws: of all but ``"loss"``.
+      temperature: of the prediction, of ``"labels"`` and ``"signs"``.
       tokens: for training.
+      skip: tokens in front of those, which another job has trained on.
       held_out: tokens of other texts, for evaluation.
       length: tokens per window.
       start: token in front of every window, or -1 for none.
@@ -69,7 +59,9 @@ class Collect:
     sites: tuple[str, ...] = (DEFAULT_SITE,)
     readout: str = "loss"
     draws: Count = 1
+    temperature: Positive = 1.0
     tokens: Count = 50_000
+    skip: CountOrZero = 0
     held_out: CountOrZero = 8192
     length: Count = 128
     start: TokenOrNone = -1
@@ -237,6 +229,7 @@ class Job:
       collect: which activations and gradients.
       decompose: which bases.
       train: which dictionaries.
+      finetune: of which dictionaries, and how.
       evaluate: how they are scored.
       lens: how a lens is fitted.
       read: what it reads.
@@ -250,6 +243,7 @@ class Job:
     collect: Collect = field(default_factory=Collect)
     decompose: Decompose = field(default_factory=Decompose)
     train: Train = field(default_factory=Train)
+    finetune: Finetune = field(default_factory=Finetune)
     evaluate: Evaluate = field(default_factory=Evaluate)
     lens: FitLens = field(default_factory=FitLens)
     read: ReadLens = field(default_factory=ReadLens)

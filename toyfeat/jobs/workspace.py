@@ -150,19 +150,24 @@ def _cut_windows(job: Job, model: Pretrained) -> tuple[np.ndarray, np.ndarray]:
     held_out = set(range(settings.every // 2, len(texts), settings.every))
     start = None if settings.start < 0 else settings.start
     parts = []
-    for num_tokens, part in (
-        (settings.tokens, [t for i, t in enumerate(texts) if i not in held_out]),
-        (settings.held_out, [t for i, t in enumerate(texts) if i in held_out]),
+    for skip, num_tokens, part in (
+        (
+            settings.skip,
+            settings.tokens,
+            [t for i, t in enumerate(texts) if i not in held_out],
+        ),
+        (0, settings.held_out, [t for i, t in enumerate(texts) if i in held_out]),
     ):
         windows = token_windows(model.tokenizer, part, settings.length, start=start)
-        num = -(-num_tokens // settings.length)
-        if len(windows) < num:
+        first, num = (-(-n // settings.length) for n in (skip, num_tokens))
+        if len(windows) < first + num:
             raise ValueError(
-                f"job: wanted {num_tokens} tokens in windows of {settings.length}, the "
-                f"text has {windows.size}; lower collect.tokens or collect.held_out"
+                f"job: wanted {skip + num_tokens} tokens in windows of "
+                f"{settings.length}, the text has {windows.size}; lower collect.tokens "
+                "or collect.held_out"
             )
         order = np.random.default_rng(settings.seed).permutation(len(windows))
-        parts.append(windows[order[:num]])
+        parts.append(windows[order[first : first + num]])
     return parts[0], parts[1]
 
 
@@ -313,7 +318,9 @@ def probed_from(work: Workspace) -> Probed:
 def readout_from(job: Job) -> ReadoutOf:
     """Make the readout of a job."""
     settings = job.collect
-    return _cached_readout(settings.readout, settings.draws, settings.seed)
+    return _cached_readout(
+        settings.readout, settings.draws, settings.seed, settings.temperature
+    )
 
 
 # The same objects for the same settings, so that what they are in is compiled once.
@@ -323,13 +330,13 @@ def _cached_probed(config: DecoderConfig, compute: str) -> Probed:
 
 
 @cache
-def _cached_readout(kind: str, draws: int, seed: int) -> ReadoutOf:
-    return make_readout(kind, draws=draws, seed=seed)
+def _cached_readout(kind: str, draws: int, seed: int, temperature: float) -> ReadoutOf:
+    return make_readout(kind, draws=draws, seed=seed, temperature=temperature)
 
 
 def num_readouts(job: Job) -> int:
     """``K``, gradients per token."""
-    return job.collect.draws if job.collect.readout == "sampled" else 1
+    return 1 if job.collect.readout == "loss" else job.collect.draws
 
 
 def site_width(config: DecoderConfig, site: str) -> int:

@@ -1,0 +1,203 @@
+"""Fine-tune the dictionaries of a job on its store, and score them."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.data.store import Store, shard_taps
+from toyfeat.dictionary import losses
+from toyfeat.dictionary.types import Dictionary, Term
+from toyfeat.files.json import read_json
+from toyfeat.interop import load_saelens, save_saelens
+from toyfeat.jobs.config import Job
+from toyfeat.jobs.evaluate import open_held_out, score_methods
+from toyfeat.jobs.results import Rows, claim_folder, require_store
+from toyfeat.jobs.taps import MAX_BYTES_IN_MEMORY, open_collected
+from toyfeat.jobs.tuning import Tuning
+from toyfeat.jobs.workspace import Log, Workspace, open_site
+from toyfeat.lm.finetune import WindowTaps, finetune, window_batches
+from toyfeat.lm.replacements import Replacement, from_dictionary
+from toyfeat.lm.split import split_at
+from toyfeat.types import Params
+
+_MAX_LATENTS = 64
+"""Latents of a token with parts in scores where the architecture has no ``k``: parts
+take memory, and reconstructions are of all latents in any case."""
+
+
+def finetune_job(work: Workspace, log: Log = print) -> list[dict[str, Any]]:
+    """Fine-tune every dictionary with every loss, and score all on held-out text.
+
+    Args:
+      work: a job that was collected.
+      log: called with a line for every result.
+
+    Returns:
+      Rows, also in ``finetune.jsonl``: the scores of the dictionaries before and after.
+
+    Raises:
+      FileNotFoundError: if nothing was collected, or a dictionary does not exist.
+      ValueError: before anything is trained: for a dictionary of another site or width,
+        a loss that the store has too few readouts for or that wants a residual site,
+        too few windows, or a store that does not fit into memory.
+    """
+    job = work.job
+    require_store(job)
+    store = open_collected(job, job.site)
+    _check_losses(job, store)
+    starts = [_load_dictionary(path, job, store) for path in job.finetune.dictionaries]
+    folder = claim_folder(job, "collect", "finetune")
+    taps = _read_windows(store, job)
+    rows = Rows(folder / "finetune.jsonl")
+    held = open_held_out(open_site(work, job.site, log))
+    for i, (sae, params) in enumerate(starts):
+        score_methods(held, {f"start {i}": _method(sae, params)}, rows, log)
+        for loss in job.finetune.losses:
+            name = f"{loss.name} {i}"
+            path = folder / "finetune" / name
+            if not (path / "features" / "cfg.json").exists():
+                tuned = _tune(work, sae, params, loss, taps, path)
+                about = {"tuned": asdict(loss), "site": job.site, **store.metadata}
+                save_saelens(path / "features", sae, tuned, metadata=about)
+            tuned = load_saelens(path / "features")
+            score_methods(held, {name: _method(*tuned)}, rows, log)
+    return rows.rows
+
+
+def _tune(
+    work: Workspace,
+    sae: Dictionary,
+    params: Params,
+    loss: Tuning,
+    taps: WindowTaps,
+    folder: Path,
+) -> Params:
+    """Fine-tune one dictionary with one loss."""
+    settings = work.job.finetune
+    batches = window_batches(
+        _select_draws(taps, loss),
+        windows=settings.windows,
+        seed=settings.seed,
+        steps=settings.steps,
+        params=work.model.params if loss.term == "kl" else None,
+    )
+    return finetune(
+        sae,
+        params,
+        batches,
+        _make_term(work, loss),
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        weight=loss.weight,
+        directory=folder,
+    )
+
+
+def _make_term(work: Workspace, loss: Tuning) -> Term | None:
+    """Make the term of a loss beside the reconstruction error."""
+    if loss.term == "mse":
+        return None
+    if loss.term == "fisher":
+        return losses.fisher(loss.form, limit=loss.limit)
+    split = split_at(work.model.config, work.job.site)
+    alone = split.run_alone if loss.clean_prefix else None
+    return losses.spliced_kl(split.run, run_spliced=alone)
+
+
+def _select_draws(taps: WindowTaps, loss: Tuning) -> WindowTaps:
+    """Select the readouts of a loss: none, all, or the first, scaled to be alone."""
+    if loss.term != "fisher" or taps.grads is None:
+        return taps._replace(grads=None)
+    num = taps.grads.shape[2]
+    if loss.draws in (0, num):
+        return taps
+    # Draws are divided by the root of their number.
+    grads = jnp.asarray(taps.grads[:, :, : loss.draws])
+    scale = jnp.asarray((num / loss.draws) ** 0.5, grads.dtype)
+    return taps._replace(grads=grads * scale)
+
+
+def _read_windows(store: Store, job: Job) -> WindowTaps:
+    """Read a store window by window, in its own dtype."""
+    shards = [shard_taps(store, index) for index in range(len(store.shards))]
+    length = job.collect.length
+
+    def by_window(read: Callable[[Any], Any]) -> np.ndarray:
+        whole = np.concatenate([np.asarray(read(shard)) for shard in shards])
+        return whole.reshape(-1, length, *whole.shape[1:])
+
+    return WindowTaps(
+        by_window(lambda taps: taps.acts),
+        by_window(lambda taps: taps.weights),
+        by_window(lambda taps: taps.grads),
+    )
+
+
+def _check_losses(job: Job, store: Store) -> None:
+    """Refuse what cannot be trained, before anything is."""
+    settings = job.finetune
+    names = [loss.name for loss in settings.losses]
+    if len(set(names)) < len(names) or "start" in names:
+        raise ValueError(
+            f"finetune: losses must have names of their own other than 'start', got "
+            f"{names}; rename one"
+        )
+    size = sum((store.path / shard.file).stat().st_size for shard in store.shards)
+    if size > MAX_BYTES_IN_MEMORY:
+        raise ValueError(
+            f"finetune: the store must fit into {MAX_BYTES_IN_MEMORY / 1e9:.1f} GB of "
+            f"memory, got {size / 1e9:.1f}; lower collect.tokens or collect.draws, or "
+            'set collect.dtype = "bfloat16"'
+        )
+    windows = store.rows // job.collect.length
+    if settings.steps * settings.windows > windows:
+        raise ValueError(
+            f"finetune: steps x windows must be at most the {windows} windows that "
+            f"were collected, got {settings.steps} x {settings.windows}; a token is "
+            "not seen twice: collect more, or lower finetune.steps"
+        )
+    for loss in settings.losses:
+        if loss.draws > (store.readouts or 0):
+            raise ValueError(
+                f"finetune: {loss.name} wants {loss.draws} draws, got a store with "
+                f"{store.readouts or 0}; raise collect.draws (in another folder)"
+            )
+        is_residual = job.site.endswith(("resid_pre", "resid_post"))
+        if loss.term == "kl" and not is_residual:
+            raise ValueError(
+                f"finetune: {loss.name} runs the model from a residual site, got "
+                f"{job.site}; leave it out, or take another site"
+            )
+
+
+def _load_dictionary(path: str, job: Job, store: Store) -> tuple[Dictionary, Params]:
+    """Load a dictionary, and refuse one of another width, site or model."""
+    sae, params = load_saelens(path)
+    if sae.config.d_in != store.dim or sae.config.d_out not in (None, store.dim):
+        raise ValueError(
+            f"finetune: {path} must be a dictionary of width {store.dim}, that of "
+            f"{job.site}, got {sae.config.d_in}; give one of this site"
+        )
+    # What the file says of its model; those of other libraries name no weights.
+    source = Path(path) / "cfg.json"
+    about = read_json(source, "finetune") if source.exists() else {}
+    known = {**about, **(about.get("metadata") or {})}
+    wanted = {"site": job.site, "weights": store.metadata.get("weights")}
+    for name, value in wanted.items():
+        if name in known and known[name] != value:
+            raise ValueError(
+                f"finetune: {path} is of {name} {known[name]!r}, and the job of "
+                f"{value!r}; give a dictionary of this model and site"
+            )
+    return sae, params
+
+
+def _method(sae: Dictionary, params: Params) -> Replacement:
+    """Make a method of a dictionary, by activations alone."""
+    chooses = sae.architecture.selects == "example"
+    most = sae.config.k if chooses else min(_MAX_LATENTS, sae.config.d_sae)
+    return from_dictionary(sae, params, max_latents=most, gradient_index=0)

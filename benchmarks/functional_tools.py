@@ -1,5 +1,7 @@
 """The exact quadratic of a model, as a term and beside its KL."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -93,3 +95,54 @@ def error_sizes(
         }
         rows.add({"row": f"error x {size}", "seed": -1}, values)
         print(f"error x {size}: {values}", flush=True)
+
+
+def scorer(
+    split: SplitDecoder, params: Params, held: Callable[[], HeldOut], batch: int
+) -> Callable[[Any, Params], dict[str, float]]:
+    """Make ``(dictionary, params) -> scores`` on held-out text, one program for all.
+
+    Means over the tokens that count: cross-entropy with the reconstruction and of the
+    model, KL, share of the variance that is explained, latents per token.
+    """
+
+    @partial(jax.jit, static_argnums=0)
+    def sums(sae: Any, model: Params, tensors: Params, part: Any) -> Any:
+        entry, acts, weights, tokens, mean = part
+        flat = acts.reshape(-1, acts.shape[2])
+        codes = sae.encode(tensors, flat)
+        recon = sae.decode(tensors, codes).reshape(acts.shape)
+        value = jnp.where(weights[:, :, None] > 0, recon, acts)
+        clean = jax.nn.log_softmax(split.run(model, entry, acts))
+        spliced = jax.nn.log_softmax(split.run(model, entry, value))
+        targets = jnp.roll(tokens, -1, axis=1)[:, :, None]
+        losses = [-jnp.take_along_axis(x, targets, 2)[..., 0] for x in (spliced, clean)]
+        kl = jnp.sum(jnp.exp(clean) * (clean - spliced), axis=2)
+        spread = jnp.sum((acts - mean[None, None]) ** 2, axis=2)
+        error = jnp.sum((acts - recon) ** 2, axis=2)
+        l0 = jnp.sum(codes != 0, axis=1).reshape(weights.shape)
+        values = [*losses, kl, error, spread, l0.astype(kl.dtype)]
+        return jnp.stack([jnp.sum(weights * x) for x in values])
+
+    def score(sae: Any, tensors: Params) -> dict[str, float]:
+        text, total = held(), np.zeros(6)
+        for i in range(0, len(text.tokens), batch):
+            rows = slice(i, i + batch)
+            part = (
+                text.entry[rows],
+                text.acts[rows],
+                text.weights[rows],
+                text.tokens[rows],
+                text.mean,
+            )
+            total += np.asarray(sums(sae, params, tensors, part), np.float64)
+        ce, clean, kl, error, spread, l0 = total / text.weights.sum(dtype=np.float64)
+        return {
+            "ce": float(ce),
+            "clean": float(clean),
+            "kl": float(kl),
+            "explained": float(1 - error / spread),
+            "l0": float(l0),
+        }
+
+    return score

@@ -44,7 +44,7 @@ class Finetune:
       seed: of the order of windows, the same for all losses.
     """
 
-    dictionaries: tuple[str, ...] = ()
+    dictionaries: tuple[str, ...] = ("out/smollm2/train/acts-k16-s0/features",)
     losses: tuple[Tuning, ...] = (Tuning(),)
     steps: Count = 500
     windows: Count = 8

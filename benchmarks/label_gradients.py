@@ -39,7 +39,12 @@ def main(config: Config) -> None:
     sizes = llama(kv_heads=3, tied=True) if not config.tiny else llama(**tiny)
     model = Decoder(sizes)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, sizes.vocab, (4, 64)))
-    params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :2])
+    # Drawn by hand, since a program of all initializers takes minutes to compile.
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens[:1, :2])
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(0.05 * rng.standard_normal(x.shape, np.float32)), shapes
+    )
     probed, site = ft.from_linen(model), f"blocks_{sizes.layers // 2 - 1}/resid_post"
 
     def seconds(run: object) -> float:

@@ -65,6 +65,8 @@ class Settings:
     out: Path = Path("out/functional")
     seeds: tuple[int, ...] = ()
     """All of the study by default; others may run beside them."""
+    rows: tuple[str, ...] = ()
+    """In this order; those of the study by default."""
     only_taps: bool = False
     """Stop when activations and gradients are on disk."""
 
@@ -364,7 +366,8 @@ def main(settings: Settings) -> None:
         scorer(split, work.model.params, held, sizes.tap_batch),
     )
     # Rows of the main question at all seeds before those that isolate a fault.
-    for names in (sizes.rows[:NUM_MAIN], sizes.rows[NUM_MAIN:]):
+    rows_of = settings.rows or sizes.rows
+    for names in (rows_of[:NUM_MAIN], rows_of[NUM_MAIN:]):
         for seed in settings.seeds or sizes.seeds:
             run_seed(study, seed, base, 5e-4, names)
     if 0 not in (settings.seeds or sizes.seeds):

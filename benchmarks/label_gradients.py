@@ -14,6 +14,7 @@ import json
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ class Config(BenchmarkConfig):
 
 def main(config: Config) -> None:
     """Time every kind at every number of draws."""
-    tiny = {"vocab": 64, "layers": 4, "dim": 16, "heads": 2, "hidden": 24}
+    tiny: Any = {"vocab": 64, "layers": 4, "dim": 16, "heads": 2, "hidden": 24}
     sizes = llama(kv_heads=3, tied=True) if not config.tiny else llama(**tiny)
     model = Decoder(sizes)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, sizes.vocab, (4, 64)))

@@ -143,9 +143,11 @@ def main(settings: Settings) -> None:
     )
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = model.apply(params, tokens)[:, :-1]
-        labels = tokens[:, 1:]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        logits: Any = model.apply(params, tokens)
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits[:, :-1], tokens[:, 1:]
+        )
+        return losses.mean()
 
     @jax.jit
     def step(params: Any, state: Any, tokens: jax.Array) -> Any:
@@ -154,7 +156,7 @@ def main(settings: Settings) -> None:
             changes, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, changes), state, value
 
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    params: Any = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     # Unit embeddings would make logits of the tied head ten times too large.
     embedding = params["params"]["embed"]["embedding"]
     params["params"]["embed"]["embedding"] = embedding * 0.25

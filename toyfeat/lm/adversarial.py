@@ -82,34 +82,28 @@ def adversarial_ablation(
     check_int("adversarial_ablation", "steps", steps)
     rule = compile_rule(replacement)
     attack = jax.jit(partial(_attack, split.run), static_argnames=("steps",))
-    sums, key = np.zeros(5), jax.random.key(seed)
+    sums, key = np.zeros(6), jax.random.key(seed)
     for start in range(0, len(held_out.tokens), batch):
         rows = slice(start, start + batch)
-        acts, weights = held_out.acts[rows], jnp.asarray(held_out.weights[rows])
-        grads = held_out.grads[rows]
+        names = "entry", "acts", "grads", "weights"
+        entry, acts, grads, weights = (
+            jnp.asarray(getattr(held_out, name)[rows]) for name in names
+        )
         taps = Taps(
-            jnp.asarray(acts.reshape(-1, acts.shape[2])),
-            jnp.asarray(grads.reshape(-1, *grads.shape[2:])),
+            acts.reshape(-1, acts.shape[2]),
+            grads.reshape(-1, *grads.shape[2:]),
             weights.reshape(-1),
         )
         replaced = rule(taps)
         free = _unimportant(replaced.parts, taps, share)
         active = jnp.any(replaced.parts != 0, axis=2) & (taps.weights > 0)[:, None]
-        window = (jnp.asarray(held_out.entry[rows]), jnp.asarray(acts), weights)
-        kls = attack(
-            params,
-            window,
-            (replaced.recon, replaced.parts),
-            free,
-            jax.random.fold_in(key, start),
-            steps=steps,
-        )
-        counts = float(jnp.sum(free & active)), float(jnp.sum(active))
-        sums += [*(float(x) for x in kls), counts[0] / max(counts[1], 1.0)]
-    total = float(held_out.weights.sum(dtype=np.float64))
-    batches = -(-len(held_out.tokens) // batch)
-    means = (sums[:4] / total).tolist()
-    return AblationScores(*means, unimportant=float(sums[4] / batches))
+        parts = replaced.recon, replaced.parts
+        own = jax.random.fold_in(key, start)
+        kls = attack(params, (entry, acts, weights), parts, free, own, steps=steps)
+        counts = jnp.sum(free & active), jnp.sum(active)
+        sums += [float(x) for x in (*kls, *counts)]
+    means = (sums[:4] / held_out.weights.sum(dtype=np.float64)).tolist()
+    return AblationScores(*means, unimportant=float(sums[4] / max(sums[5], 1)))
 
 
 def _unimportant(parts: Array, taps: Taps, share: float) -> Array:

@@ -19,7 +19,7 @@ import numpy as np
 from toyfeat.checks import check_int
 from toyfeat.data.store import Store, check_shard, open_store, shard_taps
 from toyfeat.data.writing import StoreWriter, store_writer
-from toyfeat.lm.label_gradients import HeadReadout, HiddenStates
+from toyfeat.lm.label_gradients import HeadReadout, bind_readout
 from toyfeat.moments import moments
 from toyfeat.tap import random_rules, readouts, rules, tap
 from toyfeat.tap.readouts import Readout
@@ -253,10 +253,7 @@ def tap_windows(
     Returns:
       Site to taps, rows window by window.
     """
-    if isinstance(readout, HeadReadout):
-        probed, at_batch = HiddenStates(probed), readout.bind(params, tokens, index)
-    else:
-        at_batch = readout(tokens, index)
+    probed, at_batch = bind_readout(probed, readout, params, tokens, index)
     taps = tap(probed, params, tokens, sites=sites, readout=at_batch)
     length = tokens.shape[1]
     return {site: exclude_massive(x, length, massive) for site, x in taps.items()}

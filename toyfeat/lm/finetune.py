@@ -1,6 +1,7 @@
 """Fine-tune dictionaries on whole windows of tokens, by what they do to the model."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +135,6 @@ def finetune(
     if term is not None:
         objective += (term,)
     first = jax.jit(batches.take)(batches.data, jnp.int32(0))
-    bare = first._replace(context=None)
     run = trainer(
         dictionary,
         objective,
@@ -144,26 +144,29 @@ def finetune(
         schedule=lambda step: 1 - step / steps,
     )
 
-    def start(**hyper: Any) -> Any:
-        hyper |= {"learning_rate": learning_rate}
-        return warm_start(run, jax.random.key(0), params, bare, **hyper)
-
+    start = partial(
+        warm_start,
+        run,
+        jax.random.key(0),
+        params,
+        first._replace(context=None),
+        learning_rate=learning_rate,
+    )
     state = start()
     # Terms are metrics, so that one update that is thrown away tells their sizes.
     if term is not None:
         _, sizes = jax.jit(run.update)(state, first)
         ratio = weight * float(sizes["reconstruction"]) / float(sizes[term.name])
         state = start(**{term.name: float(f"{ratio:.3g}")})
+    options = {"chunk": min(_CHUNK, steps), "checkpoint_every": 4, "progress": False}
     state = fit(
         run,
         state,
         batches,
         steps=steps,
         directory=directory,
-        chunk=min(_CHUNK, steps),
-        checkpoint_every=4,
         on_chunk=on_chunk,
         check_data=False,
-        progress=False,
+        **options,
     )
     return denormalized(dictionary, state)

@@ -67,6 +67,26 @@ class HeadReadout(NamedTuple):
         )
 
 
+def bind_readout(
+    probed: Probed, readout: Any, params: Params, tokens: Array, index: Array
+) -> tuple[Probed, Readout]:
+    """Make the readout of a batch of windows, and the probed model that it is of.
+
+    Args:
+      probed: tokens to logits.
+      readout: a :class:`HeadReadout`, or a function of tokens and index.
+      params: of the model.
+      tokens: ``[B, T]``.
+      index: of the first window, or of each.
+
+    Returns:
+      The model, up to its last norm for a :class:`HeadReadout`, and the readout.
+    """
+    if isinstance(readout, HeadReadout):
+        return HiddenStates(probed), readout.bind(params, tokens, index)
+    return probed, readout(tokens, index)
+
+
 def head_matrix(params: Params) -> Array:
     """Return the matrix ``[D, V]`` of the logits of a decoder."""
     tree = params["params"]

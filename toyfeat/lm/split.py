@@ -5,6 +5,7 @@ Scores of replacements take both: the taps, and the part of the model behind the
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.lm.collect import ReadoutOf, exclude_massive
+from toyfeat.lm.label_gradients import bind_readout
 from toyfeat.models.decoder import SITES, Decoder, DecoderConfig
 from toyfeat.tap import from_linen, readouts, tap
 from toyfeat.types import Array, Params, Probed, Taps
@@ -117,23 +119,7 @@ def split_at(
     is_residual = name in ("resid_pre", "resid_post")
     start = layer + (name == "resid_post")
     second_part = from_linen(Decoder(config, start=start, dtype=dtype))
-
-    def run_probed(
-        params: Params,
-        entry: Array,
-        value: Array,
-        past: Cache = None,
-        overwritten: Mapping[str, Array] | None = None,
-    ) -> tuple[Array, dict[str, Array]]:
-        probes: dict[str, Any] = {
-            name: lambda _, x=x: x for name, x in (overwritten or {}).items()
-        }
-        # At a residual site the value is what the second part starts from; any other
-        # site lies inside the first block of it and is overwritten there.
-        if is_residual:
-            return second_part(params, (value, None, past), probes)
-        probes[site] = lambda _: value
-        return second_part(params, (entry, None, past), probes)
+    run_probed = partial(_run_probed, second_part, site, is_residual)
 
     def run(params: Params, entry: Array, value: Array, past: Cache = None) -> Array:
         return run_probed(params, entry, value, past)[0]
@@ -161,6 +147,28 @@ def split_at(
         run_alone=run_alone,
         run_acts=run_acts,
     )
+
+
+def _run_probed(
+    second_part: Probed,
+    site: str,
+    is_residual: bool,
+    params: Params,
+    entry: Array,
+    value: Array,
+    past: Cache = None,
+    overwritten: Mapping[str, Array] | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """Run the second part with a value at the site, and others overwritten."""
+    probes: dict[str, Any] = {
+        name: lambda _, x=x: x for name, x in (overwritten or {}).items()
+    }
+    # At a residual site the value is what the second part starts from; any other site
+    # lies inside the first block of it and is overwritten there.
+    if is_residual:
+        return second_part(params, (value, None, past), probes)
+    probes[site] = lambda _: value
+    return second_part(params, (entry, None, past), probes)
 
 
 def check_site(config: DecoderConfig, site: str) -> tuple[int, str]:
@@ -258,10 +266,10 @@ def _make_batch_tap(
         # The extra readout taps the site alone, for its gradients.
         extra_grads = None
         if extra_readout is not None:
-            readout = extra_readout(tokens, first)
-            extra = tap(
-                split.model, params, tokens, sites=(split.site,), readout=readout
+            model, readout = bind_readout(
+                split.model, extra_readout, params, tokens, first
             )
+            extra = tap(model, params, tokens, sites=(split.site,), readout=readout)
             extra_grads = extra[split.site].grads
         return taps[split.entry].acts, at_site, extra_grads
 

@@ -22,17 +22,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from functional_taps import stored_taps
 from functional_tools import error_sizes, quadratic, scorer
 from harness import parse_command
 
 import toyfeat as ft
 from toyfeat.jobs.config import Collect, Evaluate, Job, Train
 from toyfeat.jobs.results import Rows
-from toyfeat.jobs.workspace import Workspace, open_job, probed_from
-from toyfeat.lm.collect import exclude_massive, make_readout, tap_windows
+from toyfeat.jobs.workspace import Workspace, open_job
 from toyfeat.lm.finetune import WindowTaps, finetune, window_batches
 from toyfeat.lm.split import HeldOut, SplitDecoder, split_at, tap_held_out
-from toyfeat.types import Array, Params
+from toyfeat.types import Params
 
 LENGTH = 64
 NUM_MAIN = 6
@@ -141,67 +141,6 @@ def open_study(sizes: Sizes, out: Path) -> Workspace:
             evaluate=Evaluate(),
         )
     )
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def tap_acts(probed: Any, site: str, params: Params, tokens: Array) -> Any:
-    """Activations and weights alone; the blocks behind the site are not run."""
-    taps = ft.tap(probed, params, tokens, sites=(site,), readout=None)[site]
-    weights = ft.readouts.next_token_loss(tokens).mask
-    taps = taps._replace(weights=jnp.asarray(weights).reshape(-1))
-    return exclude_massive(taps, tokens.shape[1], 10.0)
-
-
-def stored_taps(
-    work: Workspace, sizes: Sizes, folder: Path, name: str, part: slice
-) -> dict[str, np.ndarray]:
-    """Tap windows part by part into files, and read them all.
-
-    ``name`` is ``"acts"``, or a readout with its number of draws, ``"labels 8"``.
-    """
-    tokens, probed = work.tokens[part], probed_from(work)
-    kind, _, draws = name.partition(" ")
-    if name != "acts":
-        readout = make_readout(kind, draws=int(draws or 1), seed=part.start)
-    pieces, per_file = [], 4 * sizes.tap_batch
-    folder.mkdir(parents=True, exist_ok=True)
-    for first in range(0, len(tokens), per_file):
-        file = folder / f"{name} {part.start + first}.npz"
-        if not file.exists():
-            start, found = time.perf_counter(), []
-            for i in range(first, first + per_file, sizes.tap_batch):
-                windows = jnp.asarray(tokens[i : i + sizes.tap_batch])
-                if name == "acts":
-                    taps = tap_acts(probed, sizes.site, work.model.params, windows)
-                else:
-                    taps = tap_windows(
-                        probed,
-                        (sizes.site,),
-                        readout,
-                        10.0,
-                        work.model.params,
-                        windows,
-                        i,
-                    )[sizes.site]
-                shape = windows.shape
-                rows = {"weights": taps.weights, "acts": taps.acts}
-                if taps.grads is not None:
-                    grads = taps.grads.astype(jnp.bfloat16)
-                    rows["grads"] = jax.lax.bitcast_convert_type(grads, jnp.uint16)
-                found.append(
-                    {
-                        n: np.asarray(x).reshape(*shape, *x.shape[1:])
-                        for n, x in rows.items()
-                    }
-                )
-            whole = {n: np.concatenate([x[n] for x in found]) for n in found[0]}
-            whole["seconds"] = np.asarray([time.perf_counter() - start])
-            np.savez(file.with_suffix(".part.npz"), **whole)
-            file.with_suffix(".part.npz").rename(file)
-            print(f"{file.name}: {whole['seconds'][0]:.1f} s", flush=True)
-        with np.load(file) as content:
-            pieces.append(dict(content))
-    return {n: np.concatenate([x[n] for x in pieces]) for n in pieces[0]}
 
 
 def train_base(
@@ -334,7 +273,7 @@ def main(settings: Settings) -> None:
     folder = settings.out / settings.model
     work = open_study(sizes, folder)
     parts = slice(0, sizes.base), slice(sizes.base, sizes.base + sizes.tune)
-    tap_part = partial(stored_taps, work, sizes, folder / "taps")
+    tap_part = partial(stored_taps, work, sizes.site, sizes.tap_batch, folder / "taps")
     base = tap_part("acts", parts[0])
     kinds = {name.split(" ")[0] for name in sizes.rows}
     needed = {"acts", f"labels {sizes.draws}"}

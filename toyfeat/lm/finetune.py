@@ -16,6 +16,7 @@ from toyfeat.dictionary.types import Dictionary, Term
 from toyfeat.train.fit import fit
 from toyfeat.train.normalization import denormalized, warm_start
 from toyfeat.train.trainer import trainer
+from toyfeat.train.types import Trainer, TrainState
 from toyfeat.types import Array, ArrayLike, Params, Taps
 
 _CHUNK = 25
@@ -144,29 +145,28 @@ def finetune(
         schedule=lambda step: 1 - step / steps,
     )
 
-    start = partial(
-        warm_start,
-        run,
-        jax.random.key(0),
-        params,
-        first._replace(context=None),
-        learning_rate=learning_rate,
-    )
-    state = start()
-    # Terms are metrics, so that one update that is thrown away tells their sizes.
-    if term is not None:
-        _, sizes = jax.jit(run.update)(state, first)
-        ratio = weight * float(sizes["reconstruction"]) / float(sizes[term.name])
-        state = start(**{term.name: float(f"{ratio:.3g}")})
-    options = {"chunk": min(_CHUNK, steps), "checkpoint_every": 4, "progress": False}
-    state = fit(
-        run,
-        state,
-        batches,
-        steps=steps,
-        directory=directory,
-        on_chunk=on_chunk,
-        check_data=False,
-        **options,
-    )
+    bare, key = first._replace(context=None), jax.random.key(0)
+    start = partial(warm_start, run, key, params, bare, learning_rate=learning_rate)
+    state = _balance(run, start, first, term, weight)
+    options: dict[str, Any] = {"chunk": min(_CHUNK, steps), "checkpoint_every": 4}
+    options |= {"directory": directory, "on_chunk": on_chunk}
+    options |= {"check_data": False, "progress": False}
+    state = fit(run, state, batches, steps=steps, **options)
     return denormalized(dictionary, state)
+
+
+def _balance(
+    run: Trainer,
+    start: Callable[..., TrainState],
+    first: Taps,
+    term: Term | None,
+    weight: float,
+) -> TrainState:
+    """Start with the coefficient that makes a term as large as it is to be."""
+    state = start()
+    if term is None:
+        return state
+    # Terms are metrics, so that one update that is thrown away tells their sizes.
+    _, sizes = jax.jit(run.update)(state, first)
+    ratio = weight * float(sizes["reconstruction"]) / float(sizes[term.name])
+    return start(**{term.name: float(f"{ratio:.3g}")})

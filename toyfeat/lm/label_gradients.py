@@ -133,12 +133,11 @@ def _pull_labels(key: Array, probs: Array, head: Array, draws: int) -> Array:
     """Compute ``U p - U_y`` at labels, ``[K, T, D]``."""
     place, order = jax.random.split(key)
     num = len(probs)
-    # One uniform number in each of K equal parts of [0, 1), in random order at every
-    # position: each draw alone is uniform, and independent between positions.
+    # One uniform number in each of K equal parts of [0, 1), the parts turned at random
+    # at every position: each draw alone is uniform, and independent between positions.
     uniform = jax.random.uniform(place, (num, draws))
-    strata = jax.vmap(lambda key: jax.random.permutation(key, draws))(
-        jax.random.split(order, num)
-    )
+    turn = jax.random.randint(order, (num, 1), 0, draws)
+    strata = (jnp.arange(draws)[None, :] + turn) % draws
     points = (strata.astype(uniform.dtype) + uniform) / draws
     # Labels by the inverse of the cumulative distribution, in units of its last value.
     total = jnp.cumsum(probs, axis=1)

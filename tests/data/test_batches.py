@@ -204,7 +204,7 @@ def test_wrong_arguments(tmp_path):
         store_batches(huge, batch=2, seed=0, window=None)
     with pytest.raises(ValueError, match="step must be an int of at least 0, got -1"):
         store_batches(store, batch=2, seed=0)(-1)
-    acts, _, weights, _ = numbered(20)
+    acts, _, weights, *_ = numbered(20)
     with pytest.raises(ValueError, match=r"one length, .* got .*\(19,\)"):
         array_batches(Taps(acts, None, weights[1:]), batch=2, seed=0)
 

@@ -293,7 +293,7 @@ def test_values_that_a_store_cannot_hold_are_refused(name, value, tmp_path):
 def test_rows_of_weight_0_may_hold_anything_as_in_batches_of_arrays(
     value, dtype, tmp_path
 ):
-    acts, grads, weights, _ = random_taps(7)
+    acts, grads, weights, *_ = random_taps(7)
     acts, grads = acts.astype(np.float64), grads.astype(np.float64)
     acts[3, 0] = grads[3, 0, 0] = value
     taps = Taps(acts, grads, weights * (np.arange(7) != 3))
@@ -430,7 +430,7 @@ def test_only_one_writer_at_a_time(tmp_path):
 
 def test_taps_of_another_kind_are_refused(tmp_path):
     with store_writer(tmp_path, dim=D, readouts=K) as writer:
-        acts, grads, weights, _ = random_taps(5)
+        acts, grads, weights, *_ = random_taps(5)
         for taps, match in (
             (Taps(acts[:, :2], grads, weights), r"\(\(5, 3\), \(5, 2, 3\), \(5,\)\)"),
             (Taps(acts, None, weights), r"got \(\(5, 3\), None, \(5,\)\)"),

@@ -57,7 +57,7 @@ def test_codes_and_reconstructions_are_those_of_the_basis(name):
 
 def test_the_ways_to_run_it_agree():
     sae, params = ft.dictionaries.from_basis(BASES["joint"]())
-    acts, grads, _, _ = taps(1)
+    acts, grads, *_ = taps(1)
     codes = sae.encode(params, acts)
     np.testing.assert_array_equal(sae.encode(params, acts, grads=grads), codes)
     np.testing.assert_array_equal(sae.encode(params, acts, train=True, k=2), codes)

@@ -23,7 +23,7 @@ def check_taps(taps: Taps) -> Taps:
     """
     hint = "wrap activations [N, D] as Taps(acts, None, jnp.ones(len(acts)))"
     check_type("array_batches", "taps", taps, Taps, hint=hint)
-    fields: Any = [None if x is None else _as_array(x) for x in taps]
+    fields: Any = [None if x is None else _as_array(x) for x in taps[:4]]
     arrays = Taps(*fields)
     shapes = {n: x.shape for n, x in arrays._asdict().items() if x is not None}
     # Rows of other ranks and of integers, such as tokens, are drawn like others.

@@ -300,7 +300,9 @@ def test_sampled_gradients_are_residuals_of_tokens_that_are_drawn_anew():
 
 
 def test_an_unknown_readout_is_refused():
-    with pytest.raises(ValueError, match="wanted 'loss' or 'sampled', got 'logits'"):
+    with pytest.raises(
+        ValueError, match="must be 'loss', 'sampled', 'labels' or 'signs', got"
+    ):
         make_readout("logits")
     with pytest.raises(ValueError, match="num must be an int of at least 1, got 0"):
         make_readout("sampled", draws=0)(jnp.asarray(tokens_of()), 0)

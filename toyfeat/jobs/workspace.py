@@ -126,6 +126,11 @@ def _check_job(job: Job, model: Pretrained) -> None:
             f"{', '.join(settings.sites)}"
         )
     list_runs(job.train)
+    if settings.readout in ("labels", "signs") and model.config.logit_cap is not None:
+        raise ValueError(
+            f"job: collect.readout must be 'loss' or 'sampled', got "
+            f"{settings.readout!r}; {job.model} bends its logits behind their matrix"
+        )
     if settings.start >= vocab:
         raise ValueError(
             f"job: collect.start must be a token of the model, 0 .. {vocab - 1}, or -1 "

@@ -29,6 +29,8 @@ class HeadReadout(NamedTuple):
     temperature and, as those of :func:`toyfeat.readouts.sampled_labels`, by the root
     of the number of draws, so that squared effects are summed over draws.
 
+    It is for decoders whose logits are that product and nothing more: no ``logit_cap``.
+
     Attributes:
       draws: ``K``.
       kind: ``"labels"``, ``p - onehot(y)`` with ``y`` drawn from ``p``, stratified over

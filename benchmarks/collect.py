@@ -45,7 +45,9 @@ def measure(name: str, size: dict[str, int], sites: list[str]) -> dict[str, Any]
     params = jax.jit(Decoder(config).init)(jax.random.key(0), example)
     readout = make_readout("loss")
     tapped = jax.jit(
-        lambda p, x: ft.tap(probed, p, x, sites=sites, readout=readout(x, jnp.int32(0)))
+        lambda p, x: ft.tap(
+            probed, p, x, sites=sites, readout=ft.readouts.next_token_loss(x)
+        )
     )
 
     def alone() -> Any:

@@ -42,7 +42,9 @@ def stored_taps(
             for i in range(first, first + per_file, batch):
                 windows = jnp.asarray(tokens[i : i + batch])
                 found.append(tap_part(work, site, name, windows, i, part.start))
-            whole = {n: np.concatenate([x[n] for x in found]) for n in found[0]}
+            whole: dict[str, Any] = {
+                n: np.concatenate([x[n] for x in found]) for n in found[0]
+            }
             whole["seconds"] = np.asarray([time.perf_counter() - start])
             np.savez(file.with_suffix(".part.npz"), **whole)
             file.with_suffix(".part.npz").rename(file)

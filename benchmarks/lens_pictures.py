@@ -13,8 +13,14 @@ from harness import parse_command
 from toyfeat.report import plots
 
 RESULTS = Path(__file__).parent / "results"
-SHOWN = ("logit", "jacobian", "jacobian, shrunken", "jacobian, turned", "least squares")
-"""Lenses of the picture of recall."""
+SHOWN = {
+    "jacobian": ("Jacobian lens", "-"),
+    "jacobian, shrunken": ("Jacobian lens, shrunken", "-."),
+    "least squares": ("least squares", "-"),
+    "logit": ("logit lens", "--"),
+    "jacobian, turned": ("Jacobian lens, turned at random", ":"),
+}
+"""Lenses of the picture of recall, with their names and lines there."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,13 @@ def draw_recall(rows: list[dict[str, Any]]) -> bytes:
     kinds = list(dict.fromkeys(x["case"] for x in rows))
     figure = plots.figure(9.0, 4.6)
     for axes, kind in zip(figure.subplots(2, 3).flat, kinds, strict=True):
-        for line in rows:
-            if line["case"] == kind and line["method"] in SHOWN:
-                layers = range(0, 29, line["size"]["every"])
-                axes.plot(list(layers), line["layers"], label=line["method"])
-        axes.set(title=kind.replace("_", " "), ylim=(0, None))
+        methods = {line["method"]: line for line in rows if line["case"] == kind}
+        for method, (label, style) in SHOWN.items():
+            if line := methods.get(method):
+                layers = [line["size"]["every"] * i for i in range(len(line["layers"]))]
+                axes.plot(layers, line["layers"], style, label=label)
+        # One scale: panels in which nothing is found should look so.
+        axes.set(title=kind.replace("_", " "), ylim=(-0.02, 1.02))
     figure.axes[0].legend(frameon=False, fontsize=7)
     for axes in figure.axes[3:]:
         axes.set_xlabel("layer")

@@ -6,7 +6,6 @@ so, so that no check waits for a device.  A check that knows a type of a room st
 beside that type.
 """
 
-import importlib
 import math
 import operator
 from collections.abc import Callable, Iterable
@@ -347,27 +346,3 @@ def _number_range(least: float, above: float, most: float) -> str:
     if above > -math.inf:
         return f" above {above:g}"
     return f" of at least {least:g}" if least > -math.inf else ""
-
-
-def import_extra(who: str, name: str, *, package: str | None = None) -> Any:
-    """Import a library of an extra of the same name, which may not be installed.
-
-    Args:
-      who: the public function that needs it.
-      name: of the extra, and of the module.
-      package: name of the module, if it is another one.
-
-    Returns:
-      The module.
-
-    Raises:
-      ImportError: without the extra, with the line that installs it.
-    """
-    package = name if package is None else package
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(
-            f"{who}: wants the library {package}, got {error}; "
-            f'pip install "toyfeat[{name}]"'
-        ) from error

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from toyfeat.checks import check_key, import_extra
+from toyfeat.checks import check_key
+from toyfeat.tap.extras import import_extra
 from toyfeat.tap.marks import mark, run_marked
 from toyfeat.tap.probes import BATCH, RANDOM, infer_batch_size, split_inputs
 from toyfeat.types import Acts, Inputs, Outputs, Params, Probe, Probed

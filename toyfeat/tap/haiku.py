@@ -4,7 +4,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from toyfeat.checks import check_key, import_extra
+from toyfeat.checks import check_key
+from toyfeat.tap.extras import import_extra
 from toyfeat.tap.marks import mark, run_marked
 from toyfeat.tap.probes import infer_batch_size, split_inputs
 from toyfeat.types import Acts, Inputs, Outputs, Params, Probe, Probed

@@ -89,6 +89,46 @@ def compile_swaps(setup: Setup, config: SwapsConfig) -> Compiled:
     return Compiled(partial(clean, params), partial(swapped, params))
 
 
+def swap_outcome(
+    setup: Setup,
+    compiled: Compiled,
+    items: Items,
+    pair: tuple[int, int],
+    how: dict[str, Any],
+) -> list[Any]:
+    """Swap the intermediate answers of a pair of items in the first one's prompt.
+
+    Args:
+      setup: lenses and sets.
+      compiled: of :func:`compile_swaps`.
+      items: a set.
+      pair: places of two items.
+      how: ``lens``, its name; ``band``, sites of the swaps; ``turned``, number of the
+        random turn of the directions, or ``None``.
+
+    Returns:
+      Whether the other item's answer is likelier then than the own one, whether it is
+      the likeliest, whether among the five likeliest, and whether the likeliest token
+      is another one than before.
+    """
+    i, j = pair
+    ids = [int(items.intermediate[i]), int(items.intermediate[j])]
+    vectors = setup.lenses[how["lens"]].vectors(ids)
+    vectors = {site: vectors[site] for site in how["band"]}
+    if how["turned"] is not None:
+        key = jax.random.key(how["turned"])
+        vectors = ft.lenses.random_control(key, vectors)
+    # Where the intermediate answer should show, and behind it.
+    positions = np.arange(LENGTH)
+    place = (positions >= items.at[i]) & (positions <= items.last[i])
+    tokens, last = items.tokens[i : i + 1], int(items.last[i])
+    weights = place[None].astype(np.float32)
+    logits = np.asarray(compiled.swapped(tokens, last, vectors, weights))
+    own, new = logits[items.answer[i]], logits[items.answer[j]]
+    rank = int((logits > new).sum())
+    return [new > own, rank < 1, rank < 5, logits.argmax() != items.answer[i]]
+
+
 def swap_rows(
     setup: Setup, compiled: Compiled, config: SwapsConfig, kind: str
 ) -> list[dict]:
@@ -112,30 +152,16 @@ def swap_rows(
     }
     for name in ("logit", "jacobian"):
         for control in (False, True):
-            outcomes = []
-            for number, (i, j) in enumerate(pairs):
-                ids = [int(items.intermediate[i]), int(items.intermediate[j])]
-                vectors = setup.lenses[name].vectors(ids)
-                vectors = {site: vectors[site] for site in band}
-                if control:
-                    vectors = ft.lenses.random_control(jax.random.key(number), vectors)
-                # Where the intermediate answer should show, and behind it.
-                place = (np.arange(LENGTH) >= items.at[i]) & (
-                    np.arange(LENGTH) <= items.last[i]
+            outcomes = [
+                swap_outcome(
+                    setup,
+                    compiled,
+                    items,
+                    pair,
+                    {"lens": name, "band": band, "turned": number if control else None},
                 )
-                logits = np.asarray(
-                    compiled.swapped(
-                        items.tokens[i : i + 1],
-                        int(items.last[i]),
-                        vectors,
-                        place[None].astype(np.float32),
-                    )
-                )
-                own, new = logits[items.answer[i]], logits[items.answer[j]]
-                rank = int((logits > new).sum())
-                outcomes.append(
-                    [new > own, rank < 1, rank < 5, logits.argmax() != items.answer[i]]
-                )
+                for number, pair in enumerate(pairs)
+            ]
             values = np.array(outcomes, float).reshape(-1, 4)
             if not len(values):
                 continue

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from toyfeat.discover.peaks import with_peaks
 from toyfeat.discover.sparse_coding import (
     SparseCodes,
     matching_pursuit,
@@ -163,10 +164,12 @@ def _find_needed(
 ) -> np.ndarray:
     """Tell which directions are needed, ``[R]`` bool.
 
-    Left out are all but one of those that have become the same, what only the last
-    percent of the rows has and no other table, and what the rows can do without.
+    Left out are all but one of those that have become the same, what lies between
+    others where rows are spread evenly, what only the last percent of the rows has and
+    no other table, and what the rows can do without.
     """
     needed = _distinct(directions, cosine if fit.dim > 2 else _PLANE_COSINE)
+    needed[needed] = with_peaks(fit.table, directions[needed])
     faint = _faint(matching_pursuit(rows, directions[needed], fit.k), needed.sum())
     needed[needed] = ~faint | elsewhere[needed]
     if fit.k > 1 and _MIN_DIMS_PER_CODE * fit.k <= fit.dim:

@@ -166,12 +166,34 @@ def test_a_hopeless_search_ends_early(early_ratio, steps, descents, key, monkeyp
 
     def descend(steps, planes, rows):
         seen.append(steps)
-        return planes, jnp.full(len(planes), early_ratio)
+        return planes, jnp.full(len(planes), 1.2)
+
+    def ratios(planes, rows):
+        assert rows is held_out
+        return jnp.full(len(planes), early_ratio)
 
     monkeypatch.setattr(circles, "_descend", descend)
-    rows = jax.random.normal(key, (50, 4))
-    assert circles._search(key, 3, steps, rows, 1.1).shape == (0, 2, 4)
+    monkeypatch.setattr(circles, "_ratios", ratios)
+    rows, held_out = jax.random.normal(key, (2, 50, 4))
+    found = circles._search(key, 3, steps, rows, held_out, 1.1)
+    assert found.shape == (0, 2, 4)
     assert seen == descents
+
+
+def test_planes_that_only_fit_the_rows_of_the_descent_end_it(key, monkeypatch):
+    """Of 90 rows in 40 dimensions some planes are below 1.5, on other rows none."""
+    seen, descend = [], circles._descend
+
+    def recorded(steps, planes, rows):
+        planes, ratios = descend(steps, planes, rows)
+        seen.append((steps, float(ratios.min())))
+        return planes, ratios
+
+    monkeypatch.setattr(circles, "_descend", recorded)
+    rows = np.random.default_rng(0).normal(size=(120, 40))
+    assert circular_planes(key, rows, starts=8, steps=160).shape == (0, 40)
+    assert len(seen) == 1
+    assert seen[0] == (20, pytest.approx(1.25, abs=0.25))
 
 
 @pytest.mark.slow_cases

@@ -31,9 +31,10 @@ _MIN_ROWS = 80
 # resonant frequencies lie between true ones (docs/research.md, section 4).
 _MAX_OVERLAP = 0.5
 
-# The search ends if no plane has come below this ratio after an eighth of the steps.
-# Where there were circles the roundest had 1.000 by then, and elsewhere none got below
-# 1.50 later on (docs/research.md, section 14).
+# The search ends if no plane is below this ratio on held-out rows after an eighth of
+# the steps.  Where there were circles the roundest had 1.000 by then, and elsewhere
+# none got below 1.50 later on (docs/research.md, section 14).  On the rows of the
+# descent itself planes of hundreds of dimensions get there whatever the rows are.
 _HOPELESS_RATIO = 1.5
 _EARLY_DIVISOR = 8
 
@@ -120,9 +121,12 @@ def circular_planes(
         return no_planes
 
     # Search, then keep what is round on the other rows, too.
-    white = jnp.asarray(table[descent] @ coordinates.whiten, float)
-    planes = _search(key, starts, steps, white, tolerance)
-    planes = planes[_ratios(planes, table[held_out] @ coordinates.whiten) <= tolerance]
+    white, others = (
+        jnp.asarray(table[part] @ coordinates.whiten, float)
+        for part in (descent, held_out)
+    )
+    planes = _search(key, starts, steps, white, others, tolerance)
+    planes = planes[_ratios(planes, others) <= tolerance]
 
     # Back to the rows that circles are made of, at unit length.
     return jnp.asarray(coordinates.directions(planes.reshape(-1, rank)), float)
@@ -134,7 +138,12 @@ def _spread(index: np.ndarray, num: int) -> np.ndarray:
 
 
 def _search(
-    key: Array, starts: int, steps: int, rows: Array, tolerance: float
+    key: Array,
+    starts: int,
+    steps: int,
+    rows: Array,
+    held_out: Array,
+    tolerance: float,
 ) -> np.ndarray:
     """Find circular planes ``[P, 2, R]`` of white rows, different ones, roundest first.
 
@@ -149,8 +158,9 @@ def _search(
         # Random planes of the whole space.
         space_key, complement_key = jax.random.split(search_key)
         initial = jax.random.normal(space_key, (starts, 2, rank))
-        early, ratios = _descend(steps // _EARLY_DIVISOR, initial, rows)
-        if not reached and steps >= _EARLY_DIVISOR and ratios.min() > _HOPELESS_RATIO:
+        early, _ = _descend(steps // _EARLY_DIVISOR, initial, rows)
+        can_tell = not reached and steps >= _EARLY_DIVISOR
+        if can_tell and _ratios(early, held_out).min() > _HOPELESS_RATIO:
             return planes
         reached.append(_descend(steps, early, rows))
 

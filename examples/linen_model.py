@@ -26,7 +26,8 @@ params = model.init(jax.random.key(1), x)
 
 def mean_loss(params):
     """Return the mean squared error."""
-    return jnp.mean(jnp.square(model.apply(params, x)[:, 0] - target))
+    outputs = jnp.asarray(model.apply(params, x))  # [2000, 1]
+    return jnp.mean(jnp.square(outputs[:, 0] - target))
 
 
 optimizer = optax.adam(1e-2)

@@ -54,7 +54,7 @@ def greedy_gradients(key, subject, *, num=6):
     taps = ft.tap(
         subject.probed, subject.params, inputs, sites=subject.site, readout=readout
     )[subject.site]
-    rows, found = taps.grads[:, 0], []
+    rows, found = jnp.asarray(taps.grads)[:, 0], []
     for _ in range(num):
         length = jnp.linalg.norm(rows, axis=1)
         direction = rows[length.argmax()] / length.max()

@@ -33,7 +33,7 @@ ft.interop.save_saelens(folder.name, sae, ft.denormalized(sae, state), metadata=
 
 # %% Read it
 sae, params = ft.interop.load_saelens(folder.name)
-acts, grads = taps.acts[:200], taps.grads[:200, 0]
+acts, grads = taps.acts[:200], jnp.asarray(taps.grads)[:200, 0]
 codes = sae.encode(params, acts)
 attributions = codes * (grads @ params["W_dec"].T)  # [examples, latents]
 

@@ -36,6 +36,7 @@ def test_a_lens_is_fitted_saved_and_shown(folder, tmp_path):
     model = lenses.from_decoder(work.model.config)
     logits = model.probed(work.model.params, np.array([[1, 2, 40]]), {})[0][0]
     for reading in run.readings:
+        assert reading.sites == model.sites
         assert reading.tops.shape == reading.shares.shape == (3, 3, 3)
         wanted = np.sort(jax.nn.softmax(logits))[:, ::-1][:, :3]
         np.testing.assert_allclose(reading.shares[-1], wanted, rtol=1e-4)
@@ -83,6 +84,18 @@ def test_texts_of_the_model_are_escaped():
     assert "&lt;b&gt;" in text
     assert "nan," not in text
     assert text.index(">output<") < text.index(">a<")  # the final layer is on top
+
+
+def test_rows_of_the_heat_map_are_in_the_order_of_the_depth():
+    sites = tuple(f"blocks_{i}/resid_post" for i in range(12))
+    tops = np.array([[[f"of {i}"]] for i in range(12)], object)
+    text = heat_map(["a"], LensReading("jacobian", sites, tops, np.ones((12, 1, 1))))
+    names = ["output", *(f"layer {i}" for i in range(10, -1, -1))]
+    places = [text.index(f">{name}</th>") for name in names]
+    assert places == sorted(places)
+    for place, i in zip(places, range(11, -1, -1), strict=True):
+        cell = text.index(f">of {i}<")
+        assert text[place:cell].count("</th>") == 1  # in the row of its layer
 
 
 def test_errors_are_listed_in_the_order_of_the_depth():

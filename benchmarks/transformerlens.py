@@ -58,7 +58,8 @@ def difference(got: Any, want: Any) -> float:
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape:
         raise ValueError(f"wanted shape {want.shape}, got {got.shape}")
-    return float(np.abs(got - want).max() / np.abs(want).max())
+    value = float(np.abs(got - want).max() / np.abs(want).max())
+    return value if np.isfinite(value) else float("inf")
 
 
 def model_jobs(folder: Path, theirs: Any) -> Pairs:

@@ -106,7 +106,11 @@ def hooked(config, model, convert):
     lens = HookedTransformer(config)
     state = convert(model, config)
     lens.load_and_process_state_dict(
-        state, fold_ln=False, center_writing_weights=False, center_unembed=False
+        state,
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
     )
     return lens.eval()
 
@@ -160,6 +164,8 @@ def run(lens, tokens, vector):
             max_new_tokens=8,
             do_sample=False,
             stop_at_eos=False,
+            # With its cache, GPT-2 without a tokenizer draws other tokens than without.
+            use_past_kv_cache=False,
             verbose=False,
         )
     return {

@@ -8,7 +8,8 @@ import pytest
 from toyfeat.cli import main as command
 from toyfeat.cli.doctor import describe_installation
 from toyfeat.cli.main import main
-from toyfeat.lm.contexts import Context, Latent
+from toyfeat.dictionary.latents import Latent
+from toyfeat.lm.contexts import Context
 from toyfeat.report.records import latent_record, write_records
 
 

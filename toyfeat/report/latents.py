@@ -18,19 +18,21 @@ from toyfeat.report.thumbnails import bars_svg, image_html
 _OPACITY = 0.6  # of the darkest shade, on which the text can still be read
 _AROUND = 12  # positions of a text before and after
 _ABOUT = (
-    "Density is the share of the examples in which a latent is active, attribution the "
-    "mean of its absolute first-order effect on the readout. Promoted outputs are those "
-    "that rise most when its writer is added; nearest readers are latents that read "
-    "nearly the same direction."
+    "Density is the share of the examples in which a latent is active, attribution "
+    "the mean of its absolute first-order effect on the readout. Promoted outputs are "
+    "those that rise most when its writer is added; nearest readers are latents that "
+    "read nearly the same direction."
 )
 _STYLE = """<style>
+.overview td:nth-child(4) { text-align: left; }
+.overview th:nth-child(2), .overview th:nth-child(3) { text-align: right; }
 ul.examples { padding-left: 1.2rem; } ul.examples li { margin: .25rem 0; }
 ul.thumbs { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .8rem; }
 ul.thumbs figure { margin: 0; width: 7rem; } ul.thumbs .frame { position: relative; }
 ul.thumbs img, ul.thumbs svg { display: block; width: 7rem; height: auto;
   image-rendering: pixelated; border-radius: 3px; box-sizing: border-box; }
-ul.thumbs .spot { position: absolute; box-sizing: border-box; outline: 2px solid #d55e00;
-  outline-offset: -1px; }
+ul.thumbs .spot { position: absolute; box-sizing: border-box;
+  outline: 2px solid #d55e00; outline-offset: -1px; }
 ul.thumbs svg { border: 1px solid var(--line); }
 ul.thumbs figcaption { font-size: .78rem; line-height: 1.3; }
 </style>"""
@@ -70,18 +72,20 @@ def write_latents(
             "or take another readout"
         )
     show, layout = _shower(np.asarray(inputs), names, unit)
-    lines = [("latent", "density", "attribution", "active in", "promotes")]
+    lines = [("latent", "density", "attribution", "promotes")]
     lines += [
         (
             str(latent.index),
             f"{latent.frequency:.2%}",
             f"{latent.effect:.2g}",
-            f"{len(latent.activating)} shown",
             ", ".join(latent.promoted[:3]),
         )
         for latent in latents
     ]
-    body = [page.paragraph(_ABOUT), page.table(html_lines(lines))]
+    body = [
+        page.paragraph(_ABOUT),
+        page.table(f'<div class="overview">{html_lines(lines)}</div>'),
+    ]
     sections = [_STYLE, page.section(f"{len(latents)} latents", body)]
     parts = [
         latent_html(latent, show=show, layout=layout, unit=unit, outputs="outputs")
@@ -196,7 +200,8 @@ def _text_html(
 def _caption(example: Example, unit: str, more: str = "") -> str:
     """Describe an example in two or three short lines."""
     effect = f"{example.effect:+.2g} {unit}".rstrip()
-    text = f"input {example.index}<br>code {example.values[example.at]:.3g}, {effect}"
+    code = f"{example.values[example.at]:.3g}"
+    text = f"input {example.index}<br>code {code}<br>effect {effect}"
     return f"<figcaption>{text}{more}</figcaption>"
 
 

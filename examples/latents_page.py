@@ -5,7 +5,7 @@
 A small convolutional network is trained to name the bar (horizontal, vertical, either
 diagonal) in noisy pictures of 12 x 12 pixels.  A dictionary is trained on its second
 layer, and ``FOLDER/images.html`` shows what its latents do; ``vectors.html`` and
-``tokens.html`` show dictionaries of untrained models.  Takes a minute on two cores.
+``tokens.html`` show dictionaries of untrained models.  Takes two minutes.
 """
 
 import sys

@@ -57,6 +57,15 @@ def test_commands_keep_compiled_programs_where_the_user_says(monkeypatch, tmp_pa
         jax.config.update("jax_compilation_cache_dir", before)
 
 
+def test_a_job_command_turns_the_cache_of_programs_on(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(command, "_keep_programs", lambda: calls.append("kept"))
+    monkeypatch.setattr("toyfeat.cli.steps.collect", lambda job: calls.append(job.out))
+    (tmp_path / "job.toml").write_text('out = "here"\n')
+    main(["collect", str(tmp_path / "job.toml")])
+    assert calls == ["kept", "here"]
+
+
 def test_doctor_says_versions_devices_memory_and_what_is_missing(capsys, monkeypatch):
     main(["doctor"])
     shown = capsys.readouterr().out

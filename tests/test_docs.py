@@ -9,7 +9,7 @@ from toyfeat.discover import ConsensusConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/concepts.md", "docs/extending.md", "docs/lens.md"]
-PAGES += ["docs/models.md", "docs/partition.md", "docs/scale.md"]
+PAGES += ["docs/models.md", "docs/partition.md", "docs/scale.md", "docs/torch.md"]
 
 
 @pytest.mark.slow

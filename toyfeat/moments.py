@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from toyfeat.checks import check_array, check_int, check_type
 from toyfeat.linalg.compensated import (
@@ -17,7 +19,7 @@ from toyfeat.linalg.compensated import (
 from toyfeat.linalg.finished import moments_from_rows
 from toyfeat.linalg.streams import StreamMethod, check_state, make_stream
 from toyfeat.linalg.svd import SVD
-from toyfeat.types import Accumulator, ArrayLike, Moments, Taps
+from toyfeat.types import Accumulator, Array, ArrayLike, Moments, Taps
 
 
 class SketchedMoments(NamedTuple):
@@ -109,12 +111,12 @@ def moments(dim: int, *, grads: bool = True) -> Accumulator:
         return state
 
     def init() -> MomentsState:
-        return MomentsState(empty_moments(dim), empty_moments(dim) if grads else None)
+        return _empty_state(dim, grads)
 
     # A batch is a state of its own, merged like one.
     def update(state: MomentsState, taps: Taps) -> MomentsState:
         taps = _check_batch("moments", taps, dim, grads)
-        return merge(state, _batch_moments(taps))
+        return _add_batch(check(state), *_batch_arrays(taps))
 
     def merge(left: MomentsState, right: MomentsState) -> MomentsState:
         return _merge_states(check(left), check(right))
@@ -170,9 +172,10 @@ def moments_of(taps: Taps | Mapping[str, Taps]) -> Moments:
         raise ValueError(
             f"moments_of: wanted acts [N, D], got shape {jnp.shape(taps.acts)}"
         )
-    # One batch of a stream.
-    accumulator = moments(jnp.shape(taps.acts)[1], grads=taps.grads is not None)
-    return accumulator.finish(accumulator.update(accumulator.init(), taps))
+    # One batch of a stream, which is a state of its own.
+    dim, grads = jnp.shape(taps.acts)[1], taps.grads is not None
+    taps = _check_batch("moments", taps, check_int("moments", "dim", dim), grads)
+    return moments_from_rows("moments", *_batch_moments(*_batch_arrays(taps)))
 
 
 class SketchState(NamedTuple):
@@ -260,6 +263,22 @@ def sketched_moments(
     return Accumulator(init=init, update=update, merge=merge, finish=finish)
 
 
+# Each of these is one program: a first call compiles that, not every operation.
+@partial(jax.jit, static_argnums=(0, 1))
+def _empty_state(dim: int, grads: bool) -> MomentsState:
+    """Moments of no examples."""
+    return MomentsState(empty_moments(dim), empty_moments(dim) if grads else None)
+
+
+@jax.jit
+def _add_batch(
+    state: MomentsState, acts: Array, grads: Array | None, weights: Array
+) -> MomentsState:
+    """Merge the moments of a batch into a state."""
+    return _merge_states(state, _batch_moments(acts, grads, weights))
+
+
+@jax.jit
 def _merge_states(left: MomentsState, right: MomentsState) -> MomentsState:
     """Merge the moments of two sets of examples."""
     acts = merge_moments(left.acts, right.acts)
@@ -268,16 +287,25 @@ def _merge_states(left: MomentsState, right: MomentsState) -> MomentsState:
     return MomentsState(acts, merge_moments(left.grads, right.grads))
 
 
-def _batch_moments(taps: Taps) -> MomentsState:
+@jax.jit
+def _batch_moments(acts: Array, grads: Array | None, weights: Array) -> MomentsState:
     """Moments of one batch, with a row per example and per gradient."""
-    weights = taps.weights.astype(_dtype())
-    acts = row_moments(taps.acts.astype(_dtype()), weights)
-    if taps.grads is None:
-        return MomentsState(acts, None)
+    weights = weights.astype(_dtype())
+    acts_rows = row_moments(acts.astype(_dtype()), weights)
+    if grads is None:
+        return MomentsState(acts_rows, None)
     # One row per readout, each with the weight of its example.
-    _, num, dim = taps.grads.shape
-    rows = taps.grads.astype(_dtype()).reshape(-1, dim)
-    return MomentsState(acts, row_moments(rows, jnp.repeat(weights, num)))
+    _, num, dim = grads.shape
+    rows = grads.astype(_dtype()).reshape(-1, dim)
+    return MomentsState(acts_rows, row_moments(rows, jnp.repeat(weights, num)))
+
+
+def _batch_arrays(taps: Taps) -> tuple[Any, Any, Any]:
+    """Activations, gradients and weights, those of NumPy in a type that JAX has."""
+    arrays = (taps.acts, taps.grads, taps.weights)
+    return jax.tree.map(
+        lambda x: x.astype(_dtype()) if isinstance(x, np.ndarray) else x, arrays
+    )
 
 
 def _dtype() -> jnp.dtype:

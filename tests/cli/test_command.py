@@ -8,7 +8,8 @@ import pytest
 from toyfeat.cli import main as command
 from toyfeat.cli.doctor import describe_installation
 from toyfeat.cli.main import main
-from toyfeat.lm.contexts import Context, Latent
+from toyfeat.dictionary.latents import Latent
+from toyfeat.lm.contexts import Context
 from toyfeat.report.records import latent_record, write_records
 
 
@@ -54,6 +55,15 @@ def test_commands_keep_compiled_programs_where_the_user_says(monkeypatch, tmp_pa
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_job_command_turns_the_cache_of_programs_on(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(command, "_keep_programs", lambda: calls.append("kept"))
+    monkeypatch.setattr("toyfeat.cli.steps.collect", lambda job: calls.append(job.out))
+    (tmp_path / "job.toml").write_text('out = "here"\n')
+    main(["collect", str(tmp_path / "job.toml")])
+    assert calls == ["kept", "here"]
 
 
 def test_doctor_says_versions_devices_memory_and_what_is_missing(capsys, monkeypatch):

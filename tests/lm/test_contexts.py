@@ -9,6 +9,7 @@ from tiny_collection import tokens_of
 import toyfeat as ft
 from toyfeat.data import store_writer
 from toyfeat.data.store import open_store
+from toyfeat.dictionary import latents
 from toyfeat.lm import contexts
 from toyfeat.lm.collect import read_chunks
 from toyfeat.models.decoder import Decoder, Pretrained, gpt2, llama
@@ -82,9 +83,9 @@ def by_hand(taps, signed):
 @pytest.mark.parametrize("signed", [False, True])
 def test_latents_and_contexts_against_numpy(store, taps, signed):
     sae, params = dictionary(signed)
-    view = contexts.from_acts(sae, params)
+    view = latents.from_acts(sae, params)
     if signed:
-        view = contexts.from_grads(sae, params, MEAN, np.eye(DIM, dtype="f4"))
+        view = latents.from_grads(sae, params, MEAN, np.eye(DIM, dtype="f4"))
     tokens = tokens_of(NUM)
     found = contexts.find_contexts(
         view,
@@ -121,7 +122,7 @@ def test_latents_and_contexts_against_numpy(store, taps, signed):
 def test_attributions_of_gradients_sum_to_the_first_order_effect(taps):
     """``(g_hat - b_dec) . (a - mean)``, also for rows that have no unit length."""
     sae, params = dictionary(True)
-    view = contexts.from_grads(sae, params, MEAN, np.eye(DIM, dtype="f4"))
+    view = latents.from_grads(sae, params, MEAN, np.eye(DIM, dtype="f4"))
     _, effects = jax.device_get(jax.jit(view.rule)(view.arrays, taps))
     codes = encoded(sae, params, taps.grads[:, 0])
     recon = np.asarray(jax.jit(sae.decode)(params, codes))
@@ -147,7 +148,7 @@ def test_promoted_tokens_are_those_whose_logits_rise_to_first_order(centred):
 
 
 def test_taps_of_other_tokens_or_without_gradients_are_refused(store, taps):
-    view = contexts.from_acts(*dictionary(False))
+    view = latents.from_acts(*dictionary(False))
     chunks = partial(read_chunks, store)
     with pytest.raises(ValueError, match=r"find_contexts: wanted .* 56 tokens, got 63"):
         contexts.find_contexts(view, chunks, tokens_of(8), LLAMA, residual=True)

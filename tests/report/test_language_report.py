@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
-from toyfeat.lm.contexts import Context, Latent
+from toyfeat.dictionary.latents import Latent
+from toyfeat.lm.contexts import Context
 from toyfeat.report import language, language_figures
+from toyfeat.report.latents import context_html
 
 pytest.importorskip("matplotlib")
 
@@ -81,7 +83,7 @@ def test_a_latent_is_shown_with_its_tokens_escaped(page):
 
 
 def test_shades_follow_the_codes_and_the_token_in_question_is_underlined():
-    shown = language.context_html(CONTEXT)
+    shown = context_html(CONTEXT)
     assert shown.count("underline") == 1
     assert "rgba(213,94,0,0.60);text-decoration:underline" in shown
     assert "rgba(213,94,0,0.30)" in shown

@@ -1,5 +1,6 @@
 """Arguments of the flax adapters: methods, options, inputs, params, train mode."""
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -284,3 +285,18 @@ def test_a_model_in_train_mode_without_its_options_is_refused(options, match):
     variables = Training().init(KEY, X, train=False)
     with pytest.raises(ValueError, match=rf"from_linen: .*train mode.*{match}.*train="):
         ft.from_linen(Training(), **options)(variables, X, {})
+
+
+def test_one_example_without_a_batch_axis_is_explained():
+    probed, params = ft.from_equinox(eqx.nn.Linear(3, 2, key=jax.random.key(0)))
+    with pytest.raises((ValueError, TypeError)) as raised:
+        probed(params, jnp.ones(3), {})
+    notes = " ".join(raised.value.__notes__)
+    assert "called with one example, of shapes [()]; inputs have a batch axis" in notes
+
+
+def test_what_nnx_and_equinox_return_is_unpacked():
+    pair = ft.from_equinox(eqx.nn.Linear(3, 2, key=jax.random.key(0)))
+    readout = ft.readouts.scalar(jnp.sum)
+    with pytest.raises(TypeError, match=r"got tuple; pass one; .*probed, params ="):
+        ft.tap(pair, pair[1], jnp.ones((2, 3)), sites="__call__", readout=readout)

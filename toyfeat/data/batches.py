@@ -150,11 +150,17 @@ def array_batches(
             "pass one int"
         )
     check_flag("array_batches", "replace", replace)
-    key, offsets = jax.random.key(seed), jnp.arange(batch, dtype=jnp.uint32)
+    key, offsets = jax.random.key(seed), jnp.asarray(np.arange(batch, dtype=np.uint32))
     if replace:
         return jax.tree_util.Partial(_take_drawn, taps, key, offsets)
-    salt = jax.random.bits(key, (2,), jnp.uint32)
+    salt = _draw_salt(key)
     return jax.tree_util.Partial(_take_permuted, taps, salt, offsets)
+
+
+@jax.jit  # one program, not one per operation
+def _draw_salt(key: Array) -> Array:
+    """Draw the two words that tell the orders of different seeds apart."""
+    return jax.random.bits(key, (2,), jnp.uint32)
 
 
 def _take_permuted(taps: Taps, salt: Array, offsets: Array, step: int | Array) -> Taps:

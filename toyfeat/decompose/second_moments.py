@@ -4,13 +4,18 @@ Letters: :math:`S` is the centred covariance of the activations, :math:`G` the
 second moment of their gradients.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 
 from toyfeat.decompose.units import (
     NO_GRADS,
+    Checked,
     Stats,
     check_rank,
     check_stats,
+    checked_basis,
     in_units,
     out_of_units,
     width,
@@ -54,6 +59,13 @@ def pca(stats: Stats, rank: int) -> Basis:
     """
     check_stats("pca", stats)
     rank = check_rank("pca", stats, rank)
+    return checked_basis("pca", _pca(stats, rank))
+
+
+# Each method is one program: a first call compiles that, not every operation.
+@partial(jax.jit, static_argnames="rank")
+def _pca(stats: Stats, rank: int) -> Checked:
+    """Compute :func:`pca` of statistics that were checked."""
     scaled, units = in_units(stats)
     # Eigenvectors of the covariance.
     spectrum, mean = _acts_spectrum(scaled, rank), jnp.asarray(scaled.mean)
@@ -65,7 +77,7 @@ def pca(stats: Stats, rank: int) -> Basis:
         spectrum=spectrum.values,
         diagnostics=_diagnostics(spectrum, total, total + jnp.sum(mean**2)),
     )
-    return out_of_units("pca", stats, basis, units, units.acts)
+    return out_of_units(stats, basis, units, units.acts)
 
 
 def gradient_pca(stats: Stats, rank: int, *, center: bool = False) -> Basis:
@@ -112,6 +124,12 @@ def gradient_pca(stats: Stats, rank: int, *, center: bool = False) -> Basis:
     """
     check_stats("gradient_pca", stats, grads=True)
     rank = check_rank("gradient_pca", stats, rank)
+    return checked_basis("gradient_pca", _gradient_pca(stats, rank, center))
+
+
+@partial(jax.jit, static_argnames=("rank", "center"))
+def _gradient_pca(stats: Stats, rank: int, center: bool) -> Checked:
+    """Compute :func:`gradient_pca` of statistics that were checked."""
     scaled, units = in_units(stats)
     # Readers are the eigenvectors V of G; writers (V^T S V)^+ V^T S are the regression
     # of a on V^T a.
@@ -125,7 +143,7 @@ def gradient_pca(stats: Stats, rank: int, *, center: bool = False) -> Basis:
         spectrum=spectrum.values,
         diagnostics=_diagnostics(spectrum, total, uncentred),
     )
-    return out_of_units("gradient_pca", stats, basis, units, units.grads)
+    return out_of_units(stats, basis, units, units.grads)
 
 
 def joint_pca(stats: Stats, rank: int) -> Basis:
@@ -175,6 +193,12 @@ def joint_basis(who: str, stats: Stats, rank: int) -> Basis:
     """Compute :func:`joint_pca` for a public function ``who``."""
     check_stats(who, stats, grads=True)
     rank = check_rank(who, stats, rank)
+    return checked_basis(who, _joint_pca(stats, rank))
+
+
+@partial(jax.jit, static_argnames="rank")
+def _joint_pca(stats: Stats, rank: int) -> Checked:
+    """Compute :func:`joint_pca` of statistics that were checked."""
     scaled, units = in_units(stats)
     # A root of S in its own eigenvectors, and G seen through it.
     acts = _acts_spectrum(scaled, width(scaled))
@@ -194,7 +218,7 @@ def joint_basis(who: str, stats: Stats, rank: int) -> Basis:
         spectrum=spectrum.values,
         diagnostics=_diagnostics(spectrum, total, total),
     )
-    return out_of_units(who, stats, basis, units, units.acts * units.grads)
+    return out_of_units(stats, basis, units, units.acts * units.grads)
 
 
 def covariance(stats: Moments) -> Array:

@@ -91,24 +91,33 @@ def _divide_svd(svd: SVD, unit: Array) -> SVD:
     return svd._replace(s=jnp.asarray(svd.s) / unit, info=info)
 
 
-def out_of_units(
-    who: str, stats: Stats, basis: Basis, units: Units, root: Array
-) -> Basis:
-    """Multiply the spectrum of a basis by its unit, and check the result.
+class Checked(NamedTuple):
+    """A basis and what is checked of it outside of a trace.
+
+    Attributes:
+      basis: out of units.
+      first: ``[]``, the largest entry of its spectrum in units.
+      units: of the statistics.
+      finite: ``[]`` bool, whether the statistics are.
+    """
+
+    basis: Basis
+    first: Array
+    units: Units
+    finite: Array
+
+
+def out_of_units(stats: Stats, basis: Basis, units: Units, root: Array) -> Checked:
+    """Multiply the spectrum of a basis by its unit.
 
     Args:
-      who: the public function.
       stats: the statistics as they came.
       basis: with a spectrum in units.
       units: of the statistics.
       root: of the spectrum's unit.
 
     Returns:
-      The basis.
-
-    Raises:
-      ValueError: outside of a trace, if the statistics are not finite, or if the
-        spectrum leaves the float's range.
+      The basis, for :func:`checked_basis`.
     """
     # The spectrum is a square.
     diagnostics = basis.diagnostics
@@ -119,26 +128,48 @@ def out_of_units(
             cut=diagnostics.cut * root * root,
         ),
     )
-    if isinstance(scaled.spectrum, Tracer) or isinstance(scaled.readers, Tracer):
-        return scaled
-    # One transfer for all checks; x * 0 is NaN exactly where x is not finite.
-    sums = [jnp.sum(jnp.asarray(x) * 0) for x in jax.tree.leaves(_arrays(stats))]
-    first, out, acts, grads, *sums = map(
-        float, jax.device_get([basis.spectrum[0], scaled.spectrum[0], *units, *sums])
+    parts = [jnp.isfinite(x).all() for x in jax.tree.leaves(_arrays(stats))]
+    finite = jnp.stack(parts).all()
+    return Checked(scaled, basis.spectrum[0], units, finite)
+
+
+def checked_basis(who: str, checked: Checked) -> Basis:
+    """Check a basis and return it.
+
+    Args:
+      who: the public function.
+      checked: from :func:`out_of_units`.
+
+    Returns:
+      The basis.
+
+    Raises:
+      ValueError: outside of a trace, if the statistics are not finite, or if the
+        spectrum leaves the float's range.
+    """
+    basis = checked.basis
+    if isinstance(basis.spectrum, Tracer) or isinstance(basis.readers, Tracer):
+        return basis
+    # One transfer for all checks.
+    first, out, acts, grads, finite = map(
+        float,
+        jax.device_get(
+            [checked.first, basis.spectrum[0], *checked.units, checked.finite]
+        ),
     )
-    if not np.all(np.isfinite(sums)):
+    if not finite:
         raise ValueError(
             f"{who}: stats must be finite, got NaN or inf; toyfeat.check_taps finds "
             "the examples that brought them"
         )
-    tiny = float(jnp.finfo(scaled.spectrum.dtype).tiny)
+    tiny = float(jnp.finfo(basis.spectrum.dtype).tiny)
     if first > 0 and not tiny <= out < np.inf:
         raise ValueError(
-            f"{who}: the spectrum must fit {scaled.spectrum.dtype}, got activations of "
+            f"{who}: the spectrum must fit {basis.spectrum.dtype}, got activations of "
             f"size {acts:.0e} and gradients of size {grads:.0e}; multiply them by "
             "constants first, and divide the results by these"
         )
-    return scaled
+    return basis
 
 
 def _arrays(stats: Stats) -> Any:

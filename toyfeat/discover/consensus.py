@@ -93,7 +93,7 @@ def consensus(
     config: ConsensusConfig = DEFAULT_CONFIG,
     support: float | None = None,
     cosine: float = SAME_COSINE,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> ConsensusResult:
     r"""Find the readers of a model by the agreement of dictionaries of its gradients.
 
@@ -130,7 +130,8 @@ def consensus(
         (``docs/research.md``, sections 8 and 14).
       cosine: ``|cos|`` from which two directions are the same; refinement moves none
         further than that.
-      progress: whether to write a line to standard error for every stage.
+      progress: whether to write a line to standard error for every stage; by default
+        if it is a terminal.
 
     Returns:
       :class:`toyfeat.discover.ConsensusResult`; single readers with the largest support
@@ -180,7 +181,7 @@ def consensus_of_taps(
     config: ConsensusConfig = DEFAULT_CONFIG,
     support: float | None = None,
     cosine: float = SAME_COSINE,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> ConsensusResult:
     """Find readers by the agreement of dictionaries of gradients that are there.
 
@@ -226,7 +227,7 @@ def consensus_of_taps(
         per_readout=len(config.ks) * config.starts,
         support=support,
         cosine=cosine,
-        tell=progress,
+        tell=sys.stderr.isatty() if progress is None else progress,
     )
     agreement, voters = _train_and_vote(level_keys, tables, config, vote)
     agreement, group = _group_rows(agreement, tables, voters)

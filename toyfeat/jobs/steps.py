@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.data.store import Store, store_size
+from toyfeat.dictionary.latents import Latent, from_acts, from_grads
 from toyfeat.interop import load_saelens
 from toyfeat.jobs.config import Job
 from toyfeat.jobs.evaluate import (
@@ -53,7 +54,7 @@ from toyfeat.jobs.workspace import (
     site_width,
 )
 from toyfeat.lm.collect import collect, store_moments, tap_windows
-from toyfeat.lm.contexts import Latent, find_contexts, from_acts, from_grads
+from toyfeat.lm.contexts import find_contexts
 
 _BASELINES = "pca", "gradient pca", "joint pca", "random"
 _CHECKED_BASELINES = "pca", "random"  # an upper and a lower bound of what is linear
@@ -302,7 +303,7 @@ def inspect_latents(work: Workspace, *, num: int = 24) -> dict[str, list[Latent]
       num: latents of each.
 
     Returns:
-      Name to :class:`toyfeat.lm.contexts.Latent`, those with the largest effects.
+      Name to :class:`toyfeat.dictionary.latents.Latent`, the largest effects first.
     """
     job = work.job
     site = open_site(work, job.site)

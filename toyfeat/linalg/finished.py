@@ -1,5 +1,7 @@
 """Moments out of running sums: rounded, out of units, and checked."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,20 @@ def moments_from_rows(who: str, acts: RowMoments, grads: RowMoments | None) -> M
     Raises:
       ValueError: outside of a trace, if they are not finite.
     """
+    stats, sums = _round(acts, grads)
+    if isinstance(stats.scatter, Tracer):
+        return stats
+    # One transfer for all checks.
+    for name, values in jax.device_get(sums).items():
+        _check_finite(who, name, acts.unit.dtype, *values)
+    return stats
+
+
+@jax.jit
+def _round(
+    acts: RowMoments, grads: RowMoments | None
+) -> tuple[Moments, dict[str, tuple[Array, ...]]]:
+    """Round and take out of units; returns the moments and what is checked of them."""
     # Activations out of units.
     weight, scatter = to_float(acts.weight), to_float(acts.scatter)
     mean = to_float(acts.mean)
@@ -34,9 +50,9 @@ def moments_from_rows(who: str, acts: RowMoments, grads: RowMoments | None) -> M
     rounding = (jnp.finfo(mean.dtype).eps * jnp.max(jnp.abs(mean))) ** 2 * weight
     scatter = _in_range(scatter, root, rounding)
     stats = Moments(weight * acts.mass, mean * acts.unit, scatter)
-    _check_finite(who, "activations", acts, stats.weight, scatter)
+    sums = {"activations": _summary(acts, stats.weight, scatter)}
     if grads is None:
-        return stats
+        return stats, sums
     # Per example, not per row: each example has a row per readout.
     share = grads.mass / acts.mass
     readouts = ratio(to_float(grads.weight), weight) * share
@@ -44,10 +60,11 @@ def moments_from_rows(who: str, acts: RowMoments, grads: RowMoments | None) -> M
     mean = to_float(grads.mean)
     second = centred + readouts * outer(mean)
     second = _in_range(second, grads.unit, jnp.zeros(()))
-    _check_finite(who, "gradients", grads, stats.weight, second)
-    return stats._replace(
+    sums["gradients"] = _summary(grads, stats.weight, second)
+    stats = stats._replace(
         grad_mean=mean * grads.unit, grad_second=second, readouts=readouts
     )
+    return stats, sums
 
 
 def _in_range(squares: Array, root: Array, rounding: Array) -> Array:
@@ -67,22 +84,26 @@ def _in_range(squares: Array, root: Array, rounding: Array) -> Array:
     return jnp.where(vanished, jnp.full((), jnp.nan, out.dtype), out)
 
 
-def _check_finite(
-    who: str, name: str, rows: RowMoments, weight: ArrayLike, squares: ArrayLike
-) -> None:
-    """Raise outside of a trace if moments are not finite, and say why."""
-    if isinstance(squares, Tracer):
-        return
-    # One transfer: the weights, the squares, and the squares in units.
+def _summary(rows: RowMoments, weight: ArrayLike, squares: Array) -> tuple[Array, ...]:
+    """Summarize moments for checks.
+
+    Returns:
+      The weight; whether squares are finite; the largest in units; the unit.
+    """
     top = jnp.max(jnp.abs(jnp.diagonal(rows.scatter.high, axis1=-2, axis2=-1)))
-    sums = [weight, jnp.sum(squares * 0), top, jnp.max(rows.unit)]
-    weight, total, top, unit = map(np.asarray, jax.device_get(sums))
+    return jnp.asarray(weight), jnp.isfinite(squares).all(), top, jnp.max(rows.unit)
+
+
+def _check_finite(
+    who: str, name: str, dtype: Any, weight: Any, finite: Any, top: Any, unit: Any
+) -> None:
+    """Raise if moments are not finite, and say why."""
     if not np.all(np.isfinite(weight)):
         raise ValueError(
             f"{who}: weights must be finite and not negative, got NaN, inf, a negative "
             "weight or a sum that overflows; set the weight of rows to leave out to 0"
         )
-    if np.all(np.isfinite(total)):
+    if finite:
         return
     # Not finite in units: that came in.  Otherwise the unit leaves the range.
     if not np.isfinite(top):
@@ -91,7 +112,7 @@ def _check_finite(
             "weight; toyfeat.check_taps finds such rows"
         )
     raise ValueError(
-        f"{who}: the squares of the {name} must fit {rows.unit.dtype}, got {name} of "
+        f"{who}: the squares of the {name} must fit {dtype}, got {name} of "
         f"size {unit:.0e}; multiply them (or the readout, for gradients) by about "
         f"{1 / unit:.0e}, and divide the results by it"
     )

@@ -1,11 +1,10 @@
 """Write a page on a language model's dictionaries: scores, pictures, latents."""
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toyfeat.lm.contexts import Context, Latent
+from toyfeat.dictionary.latents import Latent
 from toyfeat.report import page
 from toyfeat.report.language_figures import (
     curves_figure,
@@ -14,6 +13,7 @@ from toyfeat.report.language_figures import (
     fronts_figure,
     group_seeds,
 )
+from toyfeat.report.latents import latent_html
 from toyfeat.report.plots import data_uri, png
 from toyfeat.report.tables import html_lines, spread
 
@@ -47,7 +47,6 @@ _ABOUT_PAIRS = (
     "A latent is left out of one token; the prediction is minus its attribution, the "
     "truth what happens to the loss of the window."
 )
-_OPACITY = 0.6  # of the darkest shade, on which the text can still be read
 _ABOUT_CURVES = "A line is a dictionary; the variance is that of what it describes."
 
 
@@ -170,49 +169,3 @@ def _basis_sections(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     body = [page.picture(image, "Directions in order of the basis.")]
     body.append(page.table(html_lines(lines)))
     return [page.section("Bases", body)]
-
-
-def latent_html(latent: Latent) -> str:
-    """Render a latent as a part of a page."""
-    # How often and how strongly it acts, and which latents read almost the same.
-    near = ", ".join(f"{index} ({cosine:.2f})" for index, cosine in latent.neighbours)
-    head = (
-        f"activation density {latent.frequency:.2%}, mean absolute attribution "
-        f"{latent.effect:.2g} nats; nearest readers: {near}"
-    )
-    # Words that its writer promotes, then its contexts of either kind.
-    parts = [f"<h3>Latent {latent.index}</h3>", page.paragraph(head)]
-    for title, words in (
-        ("promoted tokens:", latent.promoted),
-        ("suppressed tokens:", latent.suppressed),
-    ):
-        if words:
-            shown = " ".join(f"<code>{html.escape(_visible(w))}</code>" for w in words)
-            parts.append(f"<p>{title} {shown}</p>")
-    for title, contexts in (
-        ("Top activations", latent.activating),
-        ("Top attributions", latent.attributed),
-    ):
-        rows = "".join(f"<li>{context_html(context)}</li>" for context in contexts)
-        parts.append(f"<p>{title}</p><ul>{rows}</ul>")
-    return "\n".join(parts)
-
-
-def context_html(context: Context) -> str:
-    """Render tokens, shaded by the latent's code; the context's own is underlined."""
-    largest = max((abs(v) for v in context.values), default=0.0) or 1.0
-    spans = []
-    for i, (token, value) in enumerate(
-        zip(context.tokens, context.values, strict=True)
-    ):
-        alpha = min(1.0, abs(value) / largest) * _OPACITY
-        style = f"background:rgba(213,94,0,{alpha:.2f})"
-        if i == context.at:
-            style += ";text-decoration:underline"
-        spans.append(f'<span style="{style}">{html.escape(_visible(token))}</span>')
-    return f"{''.join(spans)} <small>{context.effect:+.2g} nats</small>"
-
-
-def _visible(token: str) -> str:
-    """Show line breaks as a sign."""
-    return token.replace("\n", "⏎")

@@ -15,8 +15,8 @@ _STYLE = """<style>
 table.lens { width: auto; border-collapse: separate; border-spacing: 1px; }
 table.lens td, table.lens th { text-align: left; padding: .15rem .35rem; border: 0;
   white-space: pre; font: 12px/1.4 ui-monospace, monospace; }
-table.lens th { color: #555; font-weight: 400; }
-table.lens th[scope=row] { position: sticky; left: 0; background: #fff; }
+table.lens th { color: var(--soft); font-weight: 400; }
+table.lens th[scope=row] { position: sticky; left: 0; background: var(--paper); }
 </style>"""
 _ABOUT = (
     "A row is a layer, the model's own output on top; a column is a position of the "

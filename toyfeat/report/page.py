@@ -7,21 +7,26 @@ from pathlib import Path
 from toyfeat.files.atomic import write_whole
 
 _STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
-  max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #555;
+  --line: #ddd; --rule: #eee; --mark: #0072b2; --good: #00704f; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181b;
+  --soft: #a9adb3; --line: #44484e; --rule: #2c3035; --mark: #6db9e8;
+  --good: #4fc39a; --bad: #ff8a80; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
+  background: var(--paper); max-width: 68rem; margin: 2rem auto; padding: 0 1rem;
+  overflow-wrap: break-word; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 p { max-width: 46rem; }
-figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; }
-img { width: 100%; height: auto; border: 1px solid #ddd; border-radius: 4px; }
+figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
+img { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 4px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; width: 100%;
   font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid #eee; }
+th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid var(--rule); }
 td:nth-child(2), td:nth-child(3), td:nth-child(4) { text-align: right; }
-th[scope=rowgroup] { padding-top: 1.2rem; color: #0072b2; }
-td.ok { color: #00704f; } td.missed { color: #b3261e; font-weight: 600; }
-footer { margin: 3rem 0; color: #666; font-size: .85rem; }
+th[scope=rowgroup] { padding-top: 1.2rem; color: var(--mark); }
+td.ok { color: var(--good); } td.missed { color: var(--bad); font-weight: 600; }
+footer { margin: 3rem 0; color: var(--soft); font-size: .85rem; }
 """
 
 

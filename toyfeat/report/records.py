@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from toyfeat.dictionary.latents import Latent
 from toyfeat.files.atomic import replace_files
 from toyfeat.interop.hooks import in_their_words
-from toyfeat.lm.contexts import Context, Latent
+from toyfeat.lm.contexts import Context
 
 
 def latent_record(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -222,34 +223,71 @@ def check_no_mixing(
         )
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, inputs))):
         raise TypeError("check_no_mixing: looks at values, so call it outside of jit")
-    key = jax.random.key(0) if key is None else key
-    run = jax.jit(lambda x, noise: probed(params, x, noise))
     inputs = jax.tree.map(jnp.asarray, inputs)
-    outputs, acts = probed(params, inputs, {})  # not compiled: sites stay in order
-    _check_output_axes(outputs, size)
-    no_noise = _noise(key, acts, np.zeros(size, bool))
-    before = run(inputs, no_noise)
-    _check_comparable(before, no_noise)
+    run, order = _compiled(probed, params)
+    # The sites, without running the model, and their values without noise.
+    shapes = jax.eval_shape(run, inputs, np.arange(size), {})
+    _check_output_axes(shapes[0], size)
+    sites = {s: shapes[1][s] for s in order if shapes[1][s].shape[:1] == (size,)}
+    no_noise = {s: np.zeros(a.shape, np.float32) for s, a in sites.items()}
+    before = jax.device_get(run(inputs, np.arange(size), no_noise))
+    _check_comparable(before, sites)
+    draws = _draw_noise(key, before[1], sites)
     # Two rows differ in some bit of their index, so every pair is told apart.
     for bit in range((size - 1).bit_length()):
         for value in (0, 1):
             fixed = ((np.arange(size) >> bit) & 1) == value
             # The other rows get the inputs of a neighbour, and noise at every site.
             rows = np.where(fixed, np.arange(size), np.roll(np.arange(size), 1))
-            changed = jax.tree.map(lambda leaf, r=rows: leaf[r], inputs)
-            after = run(changed, _noise(key, acts, ~fixed))
-            _check_fixed_rows(before, after, fixed, no_noise)
+            noise = {
+                s: np.where(fixed.reshape(-1, *(1,) * (d.ndim - 1)), np.float32(0), d)
+                for s, d in draws.items()
+            }
+            after = jax.device_get(run(inputs, rows, noise))
+            _check_fixed_rows(before, after, fixed, sites)
 
 
-def _noise(key: Array, acts: dict[str, Array], where: np.ndarray) -> dict[str, Array]:
-    """Draw noise for every site with a batch axis, zero outside the rows ``where``."""
+def _compiled(probed: Probed, params: Params) -> tuple[Any, list[str]]:
+    """Compile a model whose arrays are arguments, not constants of the program.
+
+    Returns:
+      The function of inputs, the rows of them to run and probes; the names of the
+      sites in the order of the model, which are there once it was traced.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    # What a model may look at while it is traced (sizes, keys) stays as it is.
+    traced = [is_float_array(leaf) and jnp.ndim(leaf) > 0 for leaf in leaves]
+    arrays = [x for x, is_traced in zip(leaves, traced, strict=True) if is_traced]
+    order: list[str] = []
+
+    @jax.jit
+    def run(arrays: list[Array], inputs: Any, rows: Array, noise: Any) -> Any:
+        inputs = jax.tree.map(lambda leaf: leaf[rows], inputs)
+        given = iter(arrays)
+        pairs = zip(leaves, traced, strict=True)
+        merged = [next(given) if is_traced else x for x, is_traced in pairs]
+        outputs, acts = probed(jax.tree.unflatten(tree, merged), inputs, noise)
+        order[:] = acts
+        return outputs, acts
+
+    return partial(run, arrays), order
+
+
+def _draw_noise(
+    key: Array | None, acts: dict[str, np.ndarray], sites: Any
+) -> dict[str, np.ndarray]:
+    """Draw noise for every site, at least of the size of its values.
+
+    On the host: a program per shape would take longer to compile than all the rest.
+    """
+    words = np.zeros(1, np.uint32) if key is None else jax.random.key_data(key)
+    rng = np.random.default_rng(np.asarray(words).ravel())
     noise = {}
-    for index, (site, act) in enumerate(acts.items()):
-        if act.shape[:1] == where.shape:
-            finite = jnp.where(jnp.isfinite(act), jnp.abs(act), 0).astype(jnp.float32)
-            draw = jax.random.normal(jax.random.fold_in(key, index), act.shape)
-            rows = where.reshape((-1, *(1,) * (act.ndim - 1)))
-            noise[site] = jnp.where(rows, (1 + finite.max()) * draw, 0.0)
+    for site in sites:
+        act = np.abs(np.asarray(acts[site], np.float32))
+        largest = np.max(act, initial=0.0, where=np.isfinite(act))
+        draw = rng.standard_normal(act.shape, np.float32)
+        noise[site] = (1 + largest) * draw
     return noise
 
 

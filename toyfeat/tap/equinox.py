@@ -107,7 +107,7 @@ def from_equinox(
         keys = key
         if key is not None and not batched:
             keys = jax.random.split(key, batch)
-        with _explained_errors():
+        with _explained_errors(inputs, batched):
             return run_marked(
                 "from_equinox",
                 call,
@@ -139,10 +139,19 @@ def _check_structure(params: Params, structure: Any) -> None:
 
 
 @contextlib.contextmanager
-def _explained_errors() -> Iterator[None]:
-    """Explain the errors of a model in train mode."""
+def _explained_errors(inputs: Inputs, batched: bool) -> Iterator[None]:
+    """Explain the errors of a model in train mode, and of inputs without a batch."""
     try:
         yield
+    except (TypeError, ValueError) as error:
+        if not batched:
+            shapes = [jnp.shape(x)[1:] for x in jax.tree.leaves(inputs)]
+            error.add_note(
+                f"from_equinox: the model was called with one example, of shapes "
+                f"{shapes}; inputs have a batch axis in front (x[None] for one "
+                "example), and a model of whole batches wants batched=True"
+            )
+        raise
     except (RuntimeError, NameError) as error:
         lacks_key = "key" in str(error) and isinstance(error, RuntimeError)
         lacks_axis = "axis name" in str(error)

@@ -153,9 +153,9 @@ def check_params(params: Params, who: str) -> None:
             raise TypeError(
                 f"{who}: params must be a pytree of arrays, got a "
                 f"{type(leaf).__name__} at {jax.tree_util.keystr(path) or 'the top'}; "
-                "keep it out of params (for an equinox model: arrays, static = "
-                "eqx.partition(model, eqx.is_array), and eqx.combine inside the "
-                "function)"
+                "keep it out of params (of an equinox model: probed, params = "
+                "from_equinox(model), where params are eqx.filter(model, "
+                "eqx.is_array))"
             )
 
 

@@ -74,7 +74,10 @@ def tap(
       ((4, 3), (4, 1, 3), [6.0, 6.0, 6.0])
     """
     names = _check_names(sites)
-    check_function("tap", "probed", probed, "from ft.from_linen, ft.from_function, ...")
+    hint = "pass one; from_nnx and from_equinox return it with the parameters: "
+    hint += "probed, params = from_nnx(model)"
+    where = "from ft.from_linen, ft.from_function, ..."
+    check_function("tap", "probed", probed, where, hint=hint)
     size = infer_batch_size(inputs)
     if batch_size is not None:
         batch_size = check_int("tap", "batch_size", batch_size)

@@ -316,7 +316,7 @@ def _copy_state(trainer: Any, state: Any) -> TrainState:
     if (
         copy.step.ndim > 1
         or copy.step.size == 0
-        or not (copy.step == read_step(copy)).all()
+        or not (np.asarray(copy.step) == read_step(copy)).all()
     ):
         raise ValueError(
             "fit: state.step must be [], or [P] with the same step for all members, "

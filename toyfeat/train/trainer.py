@@ -228,20 +228,21 @@ def _init(
 
 def _initial_running(recipe: Recipe, dtype: Any) -> dict[str, Array]:
     """Make the running averages and counts of a trainer that has seen no batch."""
-    unit = jnp.ones((), dtype)
-    return {
+    unit = np.ones((), dtype)  # of NumPy, which compiles nothing
+    values = {
         # Units of activations and targets, and whether a batch has set them.
         "acts_scale": unit,
         "target_scale": unit,
-        "begun": jnp.zeros((), bool),
+        "begun": np.zeros((), bool),
         # Mean squares of gradients and of attributions.
-        "grads_unit": jnp.zeros(recipe.readouts, dtype),
-        "grads_square": jnp.zeros(recipe.readouts, dtype),
-        "attribution_square": 0 * unit,
+        "grads_unit": np.zeros(recipe.readouts, dtype),
+        "grads_square": np.zeros(recipe.readouts, dtype),
+        "attribution_square": np.zeros((), dtype),
         # Steps since each latent fired, and what the controller multiplies by.
-        "silent": jnp.zeros(recipe.dictionary.config.d_sae, jnp.int32),
+        "silent": np.zeros(recipe.dictionary.config.d_sae, np.int32),
         "factor": unit,
     }
+    return {name: jnp.asarray(value) for name, value in values.items()}
 
 
 def _check_overrides(

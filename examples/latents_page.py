@@ -1,0 +1,151 @@
+"""Pages on the latents of dictionaries in an image model, one on vectors and on tokens.
+
+    python examples/latents_page.py [FOLDER]
+
+A small convolutional network is trained to name the bar (horizontal, vertical, either
+diagonal) in noisy pictures of 12 x 12 pixels.  A dictionary is trained on its second
+layer, and ``FOLDER/images.html`` shows what its latents do; ``vectors.html`` and
+``tokens.html`` show dictionaries of untrained models.  Takes two minutes.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import toyfeat as ft
+from toyfeat.dictionary.latents import Latent, from_acts
+from toyfeat.metrics.latents import describe_latents
+from toyfeat.models.decoder import Decoder, llama
+from toyfeat.report.latents import write_latents
+
+SIZE, BARS = 12, ("horizontal", "vertical", "falling", "rising")
+
+
+def draw_bars(seed: int, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw noisy pictures ``[num, 12, 12, 1]`` of one bar each, and its kind."""
+    rng = np.random.default_rng(seed)
+    images = rng.normal(0.0, 0.3, (num, SIZE, SIZE))
+    kinds = rng.integers(0, len(BARS), num)
+    steps = np.array([(0, 1), (1, 0), (1, 1), (-1, 1)])[kinds]
+    starts = rng.integers(3, SIZE - 3, (num, 2))
+    for offset in range(-2, 3):
+        rows, columns = (starts + offset * steps).T
+        images[np.arange(num), rows, columns] += 2.0
+    return images[..., None].astype(np.float32), kinds.astype(np.int32)
+
+
+class Network(nn.Module):
+    """Two convolutions, a mean over the picture and a linear read-out."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        """Return logits ``[B, 4]``."""
+        x = nn.relu(nn.Conv(12, (3, 3), name="first")(x))
+        x = nn.relu(nn.Conv(24, (3, 3), name="second")(x))
+        return nn.Dense(len(BARS), name="head")(x.max(axis=(1, 2)))
+
+
+def train_network(images: np.ndarray, kinds: np.ndarray, steps: int) -> Any:
+    """Train the network; returns its parameters."""
+    model, optimizer = Network(), optax.adam(3e-3)
+    params = model.init(jax.random.key(0), images[:1])
+
+    def loss(params: Any, rows: Any) -> Any:
+        logits = model.apply(params, jnp.asarray(images)[rows])
+        labels = jnp.asarray(kinds)[rows]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean()
+
+    def step(carry: Any, rows: Any) -> Any:
+        grads = jax.grad(loss)(carry[0], rows)
+        changes, state = optimizer.update(grads, carry[1])
+        return (optax.apply_updates(carry[0], changes), state), None
+
+    rows = np.random.default_rng(0).integers(0, len(images), (steps, 64))
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.asarray(rows))[0])
+    return run((params, optimizer.init(params)))[0]
+
+
+def train_and_describe(
+    probed: Any, params: Any, inputs: Any, site: str, readout: Any, **options: Any
+) -> list[Latent]:
+    """Train a dictionary of the activations at a site, and describe its latents."""
+    steps, names = options["steps"], options.get("names")
+    taps = ft.tap(probed, params, inputs, sites=site, readout=readout)[site]
+    dim = taps.acts.shape[1]
+    sae = ft.dictionaries.topk(dim, 2 * dim, 3)
+    trainer = ft.trainer(sae, ft.losses.default(sae), warm_up=0)
+    batch = min(256, len(taps.weights))
+    batches = ft.data.array_batches(taps._replace(grads=None), batch=batch, seed=0)
+    state = trainer.init(jax.random.key(1), learning_rate=3e-3)
+    state = ft.fit(trainer, state, batches, steps=steps, check_data=False)
+    view = from_acts(sae, ft.denormalized(sae, state))
+    about = {"site": site, "readout": readout, "view": view, "names": names}
+    return describe_latents(probed, params, inputs, num=12, **about)
+
+
+def main(folder: Path, steps: int = 800, say: Callable[[str], Any] = print) -> None:
+    """Train, describe and write the three pages."""
+    images, kinds = draw_bars(0, 1024)
+    params = train_network(images, kinds, steps)
+    network = ft.from_linen(Network())
+    right = np.argmax(network(params, images, {})[0], axis=1) == kinds
+    say(f"{right.mean():.0%} of the pictures are named rightly")
+    loss = ft.readouts.loss(
+        optax.softmax_cross_entropy_with_integer_labels, jnp.asarray(kinds[:256])
+    )
+    latents = train_and_describe(
+        network, params, images[:256], "second", loss, steps=steps, names=BARS
+    )
+    path = write_latents(
+        folder / "images.html",
+        latents,
+        images[:256],
+        title="Latents of a network that names bars",
+        header={"site": "second", "steps": steps},
+        unit="nats",
+    )
+    say(f"images: {path}")
+
+    # Vectors into a perceptron of random weights.
+    x = jax.random.normal(jax.random.key(2), (256, 10))
+    mlp = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(3)])
+    square = ft.readouts.scalar(lambda y: jnp.sum(y**2))
+    latents = train_and_describe(
+        ft.from_linen(mlp),
+        mlp.init(jax.random.key(3), x),
+        x,
+        "layers_0",
+        square,
+        steps=steps // 4,
+    )
+    say(f"vectors: {write_latents(folder / 'vectors.html', latents, x)}")
+
+    # Tokens into a decoder of random weights.
+    config = llama(vocab=26, layers=2, dim=16, heads=2, hidden=32)
+    tokens = jax.random.randint(jax.random.key(4), (32, 24), 0, 26)
+    names = [f" {chr(97 + i) * 3}" for i in range(26)]
+    latents = train_and_describe(
+        ft.from_linen(Decoder(config)),
+        Decoder(config).init(jax.random.key(5), tokens),
+        tokens,
+        "blocks_0/resid_post",
+        ft.readouts.next_token_loss(tokens),
+        steps=steps // 4,
+        names=names,
+    )
+    path = write_latents(
+        folder / "tokens.html", latents, tokens, names=names, unit="nats"
+    )
+    say(f"tokens: {path}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "out/latents"))

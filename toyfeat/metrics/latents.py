@@ -1,0 +1,186 @@
+"""Describe latents at a site of any model by the inputs that show them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toyfeat.dictionary.latents import (
+    Latent,
+    LatentView,
+    Measurements,
+    measure_latents,
+    nearest_readers,
+)
+from toyfeat.tap import tap
+from toyfeat.types import Array, Inputs, Params, Probed
+
+_PROMOTED = 5  # outputs that are named of a latent, and as many suppressed ones
+_SLOPE_INPUTS = 64  # inputs whose outputs a writer is seen in
+
+
+class Example(NamedTuple):
+    """Input in which a latent is active.
+
+    Attributes:
+      index: of the input.
+      at: index of the position among those of the site, 0 if it has none.
+      shape: of the positions, such as ``(T,)`` or ``(H, W)``, or ``()``.
+      values: code of the latent at every position.
+      effect: attribution of the latent at the position.
+    """
+
+    index: int
+    at: int
+    shape: tuple[int, ...]
+    values: tuple[float, ...]
+    effect: float
+
+
+def describe_latents(
+    probed: Probed,
+    params: Params,
+    inputs: Inputs,
+    *,
+    site: str,
+    readout: Any,
+    view: LatentView,
+    num: int = 24,
+    examples: int = 6,
+    batch_size: int | None = None,
+    outputs: Callable[[Any], Array] = lambda outputs: outputs,
+    names: Sequence[str] | None = None,
+) -> list[Latent]:
+    """Describe the latents with the largest effects, for any probed model.
+
+    A latent is described by how often it is active, by the inputs with its largest
+    codes and its largest attributions, by the outputs that its writer promotes (the
+    mean derivative of the outputs along it, added at every position of the site) and
+    by the latents whose readers are near.
+
+    Args:
+      probed: the model.
+      params: its parameters.
+      inputs: ``B`` inputs, of any kind.
+      site: where the dictionary is.
+      readout: of attributions, with one gradient per input.
+      view: from :func:`toyfeat.dictionary.latents.from_acts` or ``from_grads``.
+      num: number of latents.
+      examples: of either kind per latent, each another input.
+      batch_size: inputs at a time, all by default.
+      outputs: array ``[B, ..., C]`` among what the model returns.
+      names: of the ``C`` outputs; their indices by default.
+
+    Returns:
+      Latents, the largest mean absolute attribution first.
+
+    Raises:
+      ValueError: if the readout has several gradients per input, the outputs are no
+        array, or there is another number of names.
+    """
+    taps = tap(
+        probed, params, inputs, sites=site, readout=readout, batch_size=batch_size
+    )[site]
+    if taps.grads is None or taps.grads.shape[1] != 1:
+        got = None if taps.grads is None else taps.grads.shape[1]
+        raise ValueError(
+            f"describe_latents: wanted one gradient per input, got {got}; use a scalar "
+            "readout, such as ft.readouts.loss"
+        )
+    measured = measure_latents(view, lambda: iter([taps]), len(taps.acts), num)
+    shape = _position_shape(probed, params, inputs, site)
+    slopes = _slopes(
+        probed, params, inputs, site, outputs, view.writers[measured.chosen]
+    )
+    labels = [str(i) for i in range(slopes.shape[1])] if names is None else names
+    if len(labels) != slopes.shape[1]:
+        raise ValueError(
+            f"describe_latents: names must be those of the {slopes.shape[1]} outputs, "
+            f"got {len(labels)}; give one each"
+        )
+    near = nearest_readers(np.asarray(view.readers, np.float64), measured.chosen)
+    return [
+        _describe(measured, slot, shape, slopes[slot], labels, near[slot], examples)
+        for slot in range(len(measured.chosen))
+    ]
+
+
+def _describe(
+    measured: Measurements,
+    slot: int,
+    shape: tuple[int, ...],
+    slopes: np.ndarray,
+    names: Sequence[str],
+    neighbours: tuple[tuple[int, float], ...],
+    num: int,
+) -> Latent:
+    """Describe one of the chosen latents."""
+    index = int(measured.chosen[slot])
+    codes, attributions = measured.codes[:, slot], measured.attributions[:, slot]
+    order = np.argsort(-slopes, kind="stable")
+    return Latent(
+        index=index,
+        frequency=float(measured.active[index] / measured.examples),
+        effect=float(measured.effects[index] / measured.examples),
+        activating=_largest(np.abs(codes), codes, attributions, shape, num),
+        attributed=_largest(np.abs(attributions), codes, attributions, shape, num),
+        promoted=tuple(names[i] for i in order[:_PROMOTED] if slopes[i] > 0),
+        suppressed=tuple(names[i] for i in order[::-1][:_PROMOTED] if slopes[i] < 0),
+        neighbours=neighbours,
+    )
+
+
+def _largest(
+    order_by: np.ndarray,
+    codes: np.ndarray,
+    attributions: np.ndarray,
+    shape: tuple[int, ...],
+    num: int,
+) -> tuple[Example, ...]:
+    """Examples of the largest ``order_by``, at most one of an input."""
+    positions = int(np.prod(shape, dtype=int))
+    found: dict[int, Example] = {}
+    for row in np.argsort(-order_by, kind="stable"):
+        if order_by[row] <= 0 or len(found) == num:
+            break
+        index, at = divmod(int(row), positions)
+        values = codes[index * positions : (index + 1) * positions].tolist()
+        example = Example(index, at, shape, tuple(values), float(attributions[row]))
+        found.setdefault(index, example)
+    return tuple(found.values())
+
+
+def _position_shape(
+    probed: Probed, params: Params, inputs: Inputs, site: str
+) -> tuple[int, ...]:
+    """Axes of a site between the batch and the last."""
+    _, acts = jax.eval_shape(lambda x: probed(params, x, {}), inputs)
+    return tuple(acts[site].shape[1:-1])
+
+
+def _slopes(
+    probed: Probed,
+    params: Params,
+    inputs: Inputs,
+    site: str,
+    outputs: Callable[[Any], Array],
+    writers: Array,
+) -> np.ndarray:
+    """Mean derivative of every output along each writer, ``[L, C]``."""
+    inputs = jax.tree.map(lambda x: x[:_SLOPE_INPUTS], inputs)
+
+    def run(move: Array) -> Array:
+        values = outputs(probed(params, inputs, {site: move})[0])
+        if not hasattr(values, "ndim"):
+            raise ValueError(
+                "describe_latents: outputs must be one array [B, ..., C], got a "
+                f"{type(values).__name__}; pass outputs=lambda y: y[...]"
+            )
+        values = values[:, None] if values.ndim == 1 else values
+        return jnp.mean(values, axis=tuple(range(values.ndim - 1)))
+
+    writers = jnp.asarray(writers)
+    _, push = jax.linearize(run, jnp.zeros(writers.shape[1], writers.dtype))
+    return np.asarray(jax.jit(lambda rows: jax.lax.map(push, rows))(writers))

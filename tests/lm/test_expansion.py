@@ -62,6 +62,9 @@ def test_where_logits_are_linear_all_three_are_exact():
     # Labels are stratified, so that their shares are right to one in 400.
     atol = 0.02 * np.abs(hessian).max()
     np.testing.assert_allclose(second[counted], hessian[counted], atol=atol)
+    # Windows do not depend on those that are run with them.
+    both = expand_kl(linear, head, taps_of(acts, counts), acts + error, draws=400)
+    np.testing.assert_allclose(np.float32(both.draws), draws, atol=1e-3)
 
 
 @pytest.mark.parametrize("path", ["slope", "value"])
@@ -105,7 +108,7 @@ def test_the_slope_is_the_gradient_of_the_spliced_kl():
         return jnp.sum(jnp.where(counts, kl, 0))
 
     taps = taps_of(held.acts, held.weights)
-    near = expand_kl(split.run, weights(), taps, point, draws=1, batch=4)
+    near = expand_kl(split.run, weights(), taps, point, batch=6)
     wanted = jax.jit(jax.grad(kl_sum))(point)
     np.testing.assert_allclose(near.slope, wanted, atol=1e-5)
     # Values from the whole model, run by probes, in float64.
@@ -117,7 +120,9 @@ def test_the_slope_is_the_gradient_of_the_spliced_kl():
     assert kl[counts].mean() > 0.05
     # Windows do not depend on those that are run with them.
     alone = expand_kl(split.run, weights(), taps, point, draws=1, batch=6)
-    np.testing.assert_allclose(np.float32(alone.draws), np.float32(near.draws), atol=2e-2)
+    np.testing.assert_allclose(
+        np.float32(alone.draws), np.float32(near.draws), atol=2e-2
+    )
 
 
 def test_a_fine_tune_by_a_fresh_expansion_lowers_the_kl():

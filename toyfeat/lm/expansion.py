@@ -46,7 +46,7 @@ def expand_kl(
     seed: int = 0,
     batch: int = 8,
 ) -> Expansion:
-    r"""Expand the KL of the model at a reconstruction: one backward pass, and one a draw.
+    r"""Expand the KL of a model at a reconstruction: a backward pass, and one a draw.
 
     Args:
       run: the model behind the site, of :func:`toyfeat.lm.split.split_at`.
@@ -65,6 +65,7 @@ def expand_kl(
     Raises:
       TypeError: if ``run`` is no function, or a size no number.
     """
+    check_function("expand_kl", "run", run, "(params, entry, value)")
     check_int("expand_kl", "draws", draws, least=0)
     pull = partial(_expand, run, draws)
     parts = _by_batch("expand_kl", pull, params, taps, point, seed, batch)
@@ -103,6 +104,7 @@ def draw_on_path(
       ValueError: for another path.
       TypeError: if ``run`` is no function, or a size no number.
     """
+    check_function("draw_on_path", "run", run, "(params, entry, value)")
     check_int("draw_on_path", "draws", draws)
     check_choice("draw_on_path", "path", path, PATHS)
     pull = partial(_draw_on_path, run, draws, path)
@@ -119,20 +121,20 @@ def _by_batch(
     batch: int,
 ) -> Any:
     """Run a function of batches of windows, and concatenate its results."""
-    check_function(who, "run", pull.args[0], "(params, entry, value)")
     check_int(who, "batch", batch)
     entry = taps.acts if taps.entry is None else taps.entry
     arrays = [np.asarray(x) for x in (entry, taps.acts, taps.weights, point)]
-    compiled, found = jax.jit(pull), []
+    found = []
     for start in range(0, len(arrays[0]), batch):
         part = [jnp.asarray(x[start : start + batch], jnp.float32) for x in arrays]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.key(seed), start + jnp.arange(len(part[0]))
         )
-        found.append(jax.device_get(compiled(params, keys, *part)))
+        found.append(jax.device_get(pull(params, keys, *part)))
     return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def _expand(
     run: RunBehind,
     draws: int,
@@ -165,6 +167,7 @@ def _expand(
     return kl, slope, _last_axis(grads)
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _draw_on_path(
     run: RunBehind,
     draws: int,

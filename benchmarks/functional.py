@@ -91,6 +91,7 @@ SMALL_ROWS = (
     "expand 4 x4",
     "mixed 4",
     "borrowed 4",
+    "mean 4",
     "path slope 8",
     "path value 8",
     "expand 0 x4",

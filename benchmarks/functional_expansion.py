@@ -15,8 +15,10 @@ from toyfeat.lm.expansion import draw_on_path, expand_kl
 from toyfeat.lm.finetune import WindowTaps, window_batches, window_order
 from toyfeat.types import Params
 
-EXPANSIONS = ("expand", "mixed", "borrowed", "path")
+EXPANSIONS = ("expand", "mixed", "borrowed", "mean", "path")
 BATCH = 16
+POPULATION = 8
+"""Dictionaries whose mean reconstruction rows named "mean" expand at."""
 
 Plan = tuple[Callable[[Params], Batches], Any, int, dict[str, float]]
 """Function that makes batches of parameters, term, refreshes, seconds of taps."""
@@ -55,9 +57,9 @@ class Expansions(NamedTuple):
         def make(now: Params) -> Batches:
             part = next(calls)
             rows = np.sort(parts[part].ravel())
-            sae, params = self.starts(0) if kind == "borrowed" else (start[0], now)
             began = time.process_time()
-            found = self.expand(kind, words, int(numbers[0]), sae, params, rows)
+            point = self.reconstruct(kind, start[0], now, rows)
+            found = self.expand(kind, words, int(numbers[0]), point, rows)
             seconds[f"part {part}"] = time.process_time() - began
             return window_batches(scatter(found, taps, rows), **options)
 
@@ -65,19 +67,21 @@ class Expansions(NamedTuple):
         term = ft.losses.fisher() if is_path else ft.losses.expanded_kl()
         return make, term, refreshes, seconds
 
+    def reconstruct(self, kind: str, sae: Any, now: Params, rows: Any) -> np.ndarray:
+        """Compute the reconstruction that a row expands at, its own or another."""
+        acts = self.tapped("acts")["acts"][rows]
+        if kind == "mean":
+            whole = [reconstruct(*self.starts(i), acts) for i in range(POPULATION)]
+            return np.mean(whole, axis=0)
+        sae, params = self.starts(0) if kind == "borrowed" else (sae, now)
+        return reconstruct(sae, params, acts)
+
     def expand(
-        self,
-        kind: str,
-        words: list[str],
-        draws: int,
-        sae: Any,
-        params: Params,
-        rows: np.ndarray,
+        self, kind: str, words: list[str], draws: int, point: np.ndarray, rows: Any
     ) -> WindowTaps:
         """Compute what a row needs of some windows."""
         taps = self.tapped("acts")
         some = WindowTaps(taps["acts"][rows], taps["weights"][rows])
-        point = reconstruct(sae, params, some.acts)
         if kind == "path":
             grads = draw_on_path(
                 self.run,
@@ -140,5 +144,6 @@ def compare_errors(
             other = (reconstruct(*starts(seed), acts) - acts)[counts]
             sizes = np.sum(first**2) * np.sum(other**2)
             cosine = float(np.sum(first * other) / np.sqrt(sizes))
-            rows.add(key, {"cosine": cosine})
-            print(key, cosine, flush=True)
+            apart = float(np.sum((first - other) ** 2) / np.sum(other**2))
+            rows.add(key, {"cosine": cosine, "apart": apart})
+            print(key, cosine, apart, flush=True)

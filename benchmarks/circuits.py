@@ -12,7 +12,7 @@ share that they keep is measured on the other half.  Rows go to
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,6 @@ from harness import parse_command
 
 from toyfeat.discover.circuits import find_circuit, keep_latents
 from toyfeat.jobs.results import Rows
-from toyfeat.jobs.workspace import Workspace
 from toyfeat.lm.circuits import (
     Prompts,
     encode_prompts,
@@ -35,6 +34,7 @@ from toyfeat.lm.circuits import (
 from toyfeat.lm.split import split_at
 
 SHARES = (0.9, 0.95)
+Method = Literal["attribution", "integrated", "mask"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Settings:
     out: Path = Path("out/circuits")
     windows: int = 0
     """Of the dictionary's text; as many as the study has by default."""
-    methods: tuple[str, ...] = ("attribution", "integrated", "mask")
+    methods: tuple[Method, ...] = ("attribution", "integrated", "mask")
     tasks: tuple[str, ...] = tuple(TASKS)
     seed: int = 0
     steps: int = 10
@@ -66,52 +66,58 @@ def select(prompts: Prompts, rows: slice) -> Prompts:
     return Prompts(*(x[rows] for x in prompts))
 
 
-def measure_task(
-    work: Workspace, site: str, sae: Any, tensors: Any, baseline: Any, prompts: Prompts,
-    settings: Settings, add: Any,
-) -> None:  # fmt: skip
-    """Find circuits on every other prompt, and test them on the others."""
-    split, params = split_at(work.model.config, site), work.model.params
-    differences = task_differences(work.model.config, site, sae, error=settings.error)
-    run = jax.jit(differences)
-    halves = [
-        tap_task(
-            split, params, select(prompts, slice(i, None, 2)), sae, tensors, baseline
-        )
-        for i in (0, 1)
-    ]
-    own = [np.asarray(run(half, None), np.float64) for half in halves]
-    both = np.concatenate(own)
-    none, whole = jnp.zeros(sae.config.d_sae), jnp.ones(sae.config.d_sae)
-    empty = np.asarray(run(halves[1], none), np.float64)
-    kept = np.asarray(run(halves[1], whole), np.float64)
-    add("model", {
+class Half(NamedTuple):
+    """Half of the prompts of a task, and what the model does on each.
+
+    Attributes:
+      data: of an effect.
+      own: ``[P]``, differences of the model itself.
+      empty: ``[P]``, with every latent at the baseline.
+    """
+
+    data: Any
+    own: np.ndarray
+    empty: np.ndarray
+
+
+def measure_model(halves: list[Half], run: Any, latents: int) -> dict[str, Any]:
+    """Measure the task itself, and what the whole dictionary keeps of it."""
+    both = np.concatenate([half.own for half in halves])
+    other = halves[1]
+    scale = (other.own - other.empty).mean()
+    kept = np.asarray(run(other.data, jnp.ones(latents)), np.float64)
+    return {
         "difference": float(both.mean()),
         "interval": interval(both),
         "right": float((both > 0).mean()),
-        "none": float(empty.mean()),
-        "whole_kept": float((kept - empty).mean() / (own[1] - empty).mean()),
-    })  # fmt: skip
-    for method in settings.methods:
-        began = time.process_time()
-        circuit = find_circuit(
-            task_effect(differences), halves[0], sae.config.d_sae,
-            whole=own[0].mean(), shares=SHARES, method=method, steps=settings.steps,
-            precision=0.05,
-        )  # fmt: skip
-        values: dict[str, Any] = {"cpu": time.process_time() - began}
-        values["most_kept"] = float(circuit.kept.max())
-        for share, size in zip(SHARES, circuit.sizes, strict=True):
-            name = f"{100 * share:.0f}"
-            values[f"size_{name}"] = size
-            if size is None:
-                continue
+        "none": float(other.empty.mean()),
+        "whole_kept": float((kept - other.empty).mean() / scale),
+    }
+
+
+def measure_method(
+    halves: list[Half], run: Any, effect: Any, latents: int, method: Method, steps: int
+) -> dict[str, Any]:
+    """Find circuits on the first half of the prompts, and test them on the second."""
+    first, other = halves
+    began = time.process_time()
+    whole = first.own.mean()
+    options: dict[str, Any] = {"method": method, "steps": steps, "precision": 0.05}
+    circuit = find_circuit(
+        effect, first.data, latents, whole=whole, shares=SHARES, **options
+    )
+    values: dict[str, Any] = {"cpu": time.process_time() - began}
+    values["most_kept"] = float(circuit.kept.max())
+    scale = (other.own - other.empty).mean()
+    for share, size in zip(SHARES, circuit.sizes, strict=True):
+        name = f"{100 * share:.0f}"
+        values[f"size_{name}"] = size
+        if size is not None:
             mask = jnp.asarray(keep_latents(circuit, share))
-            there = np.asarray(run(halves[1], mask), np.float64) - empty
-            scale = (own[1] - empty).mean()
+            there = np.asarray(run(other.data, mask), np.float64) - other.empty
             values[f"test_{name}"] = float(there.mean() / scale)
             values[f"test_{name}_interval"] = interval(there / scale)
-        add(method, values)
+    return values
 
 
 def main(settings: Settings) -> None:
@@ -127,18 +133,34 @@ def main(settings: Settings) -> None:
     acts = jnp.asarray(taps["acts"][taps["weights"] > 0][:8192])
     baseline = jnp.mean(sae.encode(tensors, acts), axis=0)
     rows = Rows(settings.out / f"{settings.model}.jsonl")
-    start = work.tokens[0, 0]
+    config, params = work.model.config, work.model.params
+    split, latents = split_at(config, sizes.site), sae.config.d_sae
+    differences = task_differences(config, sizes.site, sae, error=settings.error)
+    run, effect = jax.jit(differences), task_effect(differences)
+
+    def tap_half(prompts: Prompts, first: int) -> Half:
+        part = select(prompts, slice(first, None, 2))
+        data = tap_task(split, params, part, sae, tensors, baseline)
+        own, empty = run(data, None), run(data, jnp.zeros(latents))
+        return Half(data, *(np.asarray(x, np.float64) for x in (own, empty)))
+
     for task in settings.tasks:
         key = {"task": task, "seed": settings.seed, "error": int(settings.error)}
-        if all(rows.has({**key, "row": name}) for name in settings.methods):
+        methods = [m for m in settings.methods if not rows.has({**key, "row": m})]
+        if not methods:
             continue
+        text = read_task(task)
+        prompts = encode_prompts(text, work.model.tokenizer, work.tokens[0, 0])
+        halves = [tap_half(prompts, first) for first in (0, 1)]
 
         def add(name: str, values: dict[str, Any], key: Any = key) -> None:
             rows.add({**key, "row": name}, values)
             print(key, name, values, flush=True)
 
-        prompts = encode_prompts(read_task(task), work.model.tokenizer, start)
-        measure_task(work, sizes.site, sae, tensors, baseline, prompts, settings, add)
+        add("model", measure_model(halves, run, latents))
+        steps = settings.steps
+        for method in methods:
+            add(method, measure_method(halves, run, effect, latents, method, steps))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Prompts(NamedTuple):
 
 
 class TaskData(NamedTuple):
-    """What :func:`task_differences` needs of prompts, the data of an effect.
+    """Prompts of a task as :func:`task_differences` needs them, data of an effect.
 
     Attributes:
       model: parameters of the decoder.

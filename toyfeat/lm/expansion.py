@@ -69,7 +69,8 @@ def expand_kl(
     check_int("expand_kl", "draws", draws, least=0)
     pull = partial(_expand, run, draws)
     parts = _by_batch("expand_kl", pull, params, taps, point, seed, batch)
-    return Expansion(np.asarray(point), *parts)
+    where: Any = np.asarray(point)
+    return Expansion(where, *parts)
 
 
 def draw_on_path(

@@ -146,7 +146,9 @@ def main(settings: Settings) -> None:
 
     for task in settings.tasks:
         key = {"task": task, "seed": settings.seed, "error": int(settings.error)}
-        methods = [m for m in settings.methods if not rows.has({**key, "row": m})]
+        methods: list[Method] = [
+            m for m in settings.methods if not rows.has({**key, "row": m})
+        ]
         if not methods:
             continue
         text = read_task(task)

@@ -92,6 +92,7 @@ SMALL_ROWS = (
     "mixed 4",
     "borrowed 4",
     "mean 4",
+    "mean 1",
     "path slope 8",
     "path value 8",
     "expand 0 x4",

@@ -57,6 +57,9 @@ class Expansions(NamedTuple):
         def make(now: Params) -> Batches:
             part = next(calls)
             rows = np.sort(parts[part].ravel())
+            if kind == "mean":  # dictionaries that are there before anything is tuned
+                for other in range(POPULATION):
+                    self.starts(other)
             began = time.process_time()
             point = self.reconstruct(kind, start[0], now, rows)
             found = self.expand(kind, words, int(numbers[0]), point, rows)

@@ -73,29 +73,10 @@ class Settings:
 
 
 SMALL_ROWS = (
-    "mse",
-    "kl",
-    "labels 8",
-    "labels 1",
-    "true 1",
-    "labels 4",
-    "quadratic",
-    "signs 8",
-    "labels 8 huber",
-    "window 8",
-    "labels 8 log",
-    "kl alone",
-    "kl clean prefix",
-    "expand 0",
-    "expand 4",
-    "expand 4 x4",
-    "mixed 4",
-    "borrowed 4",
-    "mean 4",
-    "mean 1",
-    "path slope 8",
-    "path value 8",
-    "expand 0 x4",
+    "mse, kl, labels 8, labels 1, true 1, labels 4, quadratic, signs 8, "
+    "labels 8 huber, window 8, labels 8 log, kl alone, kl clean prefix, expand 0, "
+    "expand 4, expand 4 x4, mixed 4, borrowed 4, mean 4, mean 1, path slope 8, "
+    "path value 8, expand 0 x4"
 )
 STUDIES = {
     "small": Sizes(
@@ -112,7 +93,7 @@ STUDIES = {
         tap_batch=32,
         draws=8,
         seeds=(0, 1, 2),
-        rows=SMALL_ROWS,
+        rows=tuple(SMALL_ROWS.split(", ")),
     ),
     "smollm2": Sizes(
         model="smollm2",
@@ -294,6 +275,15 @@ def tune(
     return tuned, seconds
 
 
+def needed_taps(rows: tuple[str, ...], draws: int) -> set[str]:
+    """Name the taps that rows are trained on."""
+    kinds, needed = {name.split(" ")[0] for name in rows}, {"acts"}
+    needed |= {"loss"} if "true" in kinds else set()
+    needed |= {f"signs {draws}"} if "signs" in kinds else set()
+    needed |= {f"labels {draws}"} if kinds & {"labels", "window", "mixed"} else set()
+    return needed
+
+
 def main(settings: Settings) -> None:
     """Tap, train, fine-tune and score."""
     sizes = STUDIES[settings.model]
@@ -303,12 +293,7 @@ def main(settings: Settings) -> None:
     tap_part = partial(stored_taps, work, sizes.site, sizes.tap_batch, folder / "taps")
     base = tap_part("acts", parts[0])
     rows_of = settings.rows or sizes.rows
-    kinds = {name.split(" ")[0] for name in rows_of}
-    needed = {"acts"}
-    needed |= {"loss"} if "true" in kinds else set()
-    needed |= {f"signs {sizes.draws}"} if "signs" in kinds else set()
-    if kinds & {"labels", "window", "mixed"}:
-        needed |= {f"labels {sizes.draws}"}
+    needed = needed_taps(rows_of, sizes.draws)
     seconds = {n: tap_part(n, parts[1])["seconds"].sum() for n in sorted(needed)}
     if settings.only_taps:
         return

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from functional_expansion import EXPANSIONS, Expansions, compare_errors
 from functional_taps import stored_taps
 from functional_tools import error_sizes, quadratic, scorer
 from harness import parse_command
@@ -72,19 +73,10 @@ class Settings:
 
 
 SMALL_ROWS = (
-    "mse",
-    "kl",
-    "labels 8",
-    "labels 1",
-    "true 1",
-    "labels 4",
-    "quadratic",
-    "signs 8",
-    "labels 8 huber",
-    "window 8",
-    "labels 8 log",
-    "kl alone",
-    "kl clean prefix",
+    "mse, kl, labels 8, labels 1, true 1, labels 4, quadratic, signs 8, "
+    "labels 8 huber, window 8, labels 8 log, kl alone, kl clean prefix, expand 0, "
+    "expand 4, expand 4 x4, mixed 4, borrowed 4, mean 4, mean 1, path slope 8, "
+    "path value 8, expand 0 x4"
 )
 STUDIES = {
     "small": Sizes(
@@ -101,7 +93,7 @@ STUDIES = {
         tap_batch=32,
         draws=8,
         seeds=(0, 1, 2),
-        rows=SMALL_ROWS,
+        rows=tuple(SMALL_ROWS.split(", ")),
     ),
     "smollm2": Sizes(
         model="smollm2",
@@ -214,6 +206,7 @@ class Study(NamedTuple):
     folder: Path
     rows: Rows
     tapped: Callable[[str], dict[str, np.ndarray]]
+    expansions: Expansions
     score: Callable[[Any, Params], dict[str, float]]
 
 
@@ -229,42 +222,66 @@ def score(
 def run_seed(
     study: Study,
     seed: int,
-    base: dict[str, np.ndarray],
+    start: tuple[Any, Params],
     rate: float,
     names: tuple[str, ...],
 ) -> None:
-    """Train a dictionary, and fine-tune it by every row that is not done."""
-    sizes = study.sizes
-    sae, params = train_base(sizes, base, seed, study.folder)
+    """Fine-tune a dictionary by every row that is not done."""
+    sae, params = start
     if not study.rows.has({"row": "topk", "seed": seed}):
         score(study, "topk", seed, sae, params)
-    steps = sizes.tune // sizes.batch
     for name in names:
-        if study.rows.has({"row": name, "seed": seed}):
+        own = name.startswith("borrowed") and seed == 0  # it would lend to itself
+        if own or study.rows.has({"row": name, "seed": seed}):
             continue
-        runs_model = name.startswith(("kl", "quadratic"))
-        batches = window_batches(
-            tune_taps(name, study.tapped, sizes.draws),
-            windows=sizes.batch,
-            seed=100 + seed,
-            steps=steps,
-            params=study.work.model.params if runs_model else None,
-        )
-        times: list[float] = [time.perf_counter()]
-        tuned = finetune(
-            sae,
-            params,
-            batches,
-            make_term(name, study.split),
-            steps=steps,
-            learning_rate=rate,
-            reconstruction=0.0 if "alone" in name else 1.0,
-            on_chunk=lambda *_, t=times: t.append(time.perf_counter()),
-        )
-        # The first chunk compiles, so that the others tell the time.
-        chunks = np.diff(times[1:])
-        seconds = float(np.median(chunks)) * (len(times) - 1) if len(chunks) else None
-        score(study, name, seed, sae, tuned, train_seconds=seconds)
+        tuned, seconds = tune(study, name, seed, (sae, params), rate)
+        score(study, name, seed, sae, tuned, **seconds)
+
+
+def tune(
+    study: Study, name: str, seed: int, start: tuple[Any, Params], rate: float
+) -> tuple[Params, dict[str, float]]:
+    """Fine-tune a dictionary by a row, and tell the seconds of a processor."""
+    sizes, kind = study.sizes, name.split(" ")[0]
+    steps = sizes.tune // sizes.batch
+    options = {"windows": sizes.batch, "seed": 100 + seed, "steps": steps}
+    refreshes, tapping = 1, {}
+    if kind in EXPANSIONS:
+        plan = study.expansions(name, seed, start, options)
+        batches, term, refreshes, tapping = plan
+    else:
+        runs_model = kind in ("kl", "quadratic")
+        taps = tune_taps(name, study.tapped, sizes.draws)
+        params = study.work.model.params if runs_model else None
+        batches = window_batches(taps, params=params, **options)
+        term = make_term(name, study.split)
+    times: list[float] = [time.process_time()]
+    tuned = finetune(
+        *start,
+        batches,
+        term,
+        steps=steps,
+        refreshes=refreshes,
+        learning_rate=rate,
+        reconstruction=0.0 if "alone" in name else 1.0,
+        on_chunk=lambda *_: times.append(time.process_time()),
+    )
+    # The first chunk compiles, and the first of a refresh waits for its taps, so that
+    # the others tell the time.
+    chunks = np.diff(times[1:])
+    seconds = {"train_cpu": float(np.median(chunks)) * (len(times) - 1)}
+    if tapping:
+        seconds["expand_cpu"] = sum(tapping.values())
+    return tuned, seconds
+
+
+def needed_taps(rows: tuple[str, ...], draws: int) -> set[str]:
+    """Name the taps that rows are trained on."""
+    kinds, needed = {name.split(" ")[0] for name in rows}, {"acts"}
+    needed |= {"loss"} if "true" in kinds else set()
+    needed |= {f"signs {draws}"} if "signs" in kinds else set()
+    needed |= {f"labels {draws}"} if kinds & {"labels", "window", "mixed"} else set()
+    return needed
 
 
 def main(settings: Settings) -> None:
@@ -275,19 +292,16 @@ def main(settings: Settings) -> None:
     parts = slice(0, sizes.base), slice(sizes.base, sizes.base + sizes.tune)
     tap_part = partial(stored_taps, work, sizes.site, sizes.tap_batch, folder / "taps")
     base = tap_part("acts", parts[0])
-    kinds = {name.split(" ")[0] for name in sizes.rows}
-    needed = {"acts", f"labels {sizes.draws}"}
-    needed |= {"loss"} if "true" in kinds else set()
-    needed |= {f"signs {sizes.draws}"} if "signs" in kinds else set()
+    rows_of = settings.rows or sizes.rows
+    needed = needed_taps(rows_of, sizes.draws)
     seconds = {n: tap_part(n, parts[1])["seconds"].sum() for n in sorted(needed)}
     if settings.only_taps:
         return
     split = split_at(work.model.config, sizes.site)
     mean = base["acts"][base["weights"] > 0].mean(0)
     rows = Rows(settings.out / f"{settings.model}.jsonl")
-    rows.add(
-        {"row": "tap seconds", "seed": -1}, {n: float(x) for n, x in seconds.items()}
-    )
+    for name, cpu in seconds.items():
+        rows.add({"row": "tap cpu", "taps": name, "seed": -1}, {"cpu": float(cpu)})
 
     @cache
     def held() -> HeldOut:
@@ -295,23 +309,26 @@ def main(settings: Settings) -> None:
             split, work.model.params, work.held_out, mean, batch=sizes.tap_batch
         )
 
+    tapped = cache(lambda n: tap_part(n, parts[1]))
+    starts = cache(lambda seed: train_base(sizes, base, seed, folder))
     study = Study(
         sizes,
         work,
         split,
         folder,
         rows,
-        cache(lambda n: tap_part(n, parts[1])),
+        tapped,
+        Expansions(split.run, work.model.params, tapped, sizes.draws, starts),
         scorer(split, work.model.params, held, sizes.tap_batch),
     )
     # Rows of the main question at all seeds before those that isolate a fault.
-    rows_of = settings.rows or sizes.rows
     for names in (rows_of[:NUM_MAIN], rows_of[NUM_MAIN:]):
         for seed in settings.seeds or sizes.seeds:
-            run_seed(study, seed, base, 5e-4, names)
+            run_seed(study, seed, starts(seed), 5e-4, names)
+    compare_errors(tapped("acts"), starts, settings.seeds or sizes.seeds, rows)
     if 0 not in (settings.seeds or sizes.seeds):
         return
-    sae, params = train_base(sizes, base, 0, folder)
+    sae, params = starts(0)
     error_sizes(split, work.model.params, held(), sae, params, rows)
 
 

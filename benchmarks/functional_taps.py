@@ -38,14 +38,14 @@ def stored_taps(
     for first in range(0, len(tokens), per_file):
         file = folder / f"{name} {part.start + first}.npz"
         if not file.exists():
-            start, found = time.perf_counter(), []
+            start, found = time.process_time(), []
             for i in range(first, first + per_file, batch):
                 windows = jnp.asarray(tokens[i : i + batch])
                 found.append(tap_part(work, site, name, windows, i, part.start))
             whole: dict[str, Any] = {
                 n: np.concatenate([x[n] for x in found]) for n in found[0]
             }
-            whole["seconds"] = np.asarray([time.perf_counter() - start])
+            whole["seconds"] = np.asarray([time.process_time() - start])
             np.savez(file.with_suffix(".part.npz"), **whole)
             file.with_suffix(".part.npz").rename(file)
             print(f"{file.name}: {whole['seconds'][0]:.1f} s", flush=True)

@@ -11,6 +11,7 @@ is left out, the same that jobs hold out.
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,28 +114,30 @@ def save_folder(folder: Path, config: DecoderConfig, params: Any) -> None:
     (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
-def main(settings: Settings) -> None:
-    """Train the decoder, and print its loss on held-out speeches."""
-    settings.out.mkdir(parents=True, exist_ok=True)
-    texts = [text for _, text in read_texts(locate(settings.text))]
-    parts = [t for i, t in enumerate(texts) if i % 10 != HELD_OUT]
-    tokenizer = train_tokenizer(parts, settings)
-    windows = token_windows(tokenizer, parts, settings.length, start=0)
-    held_out = token_windows(tokenizer, texts[HELD_OUT::10], settings.length, start=0)[
-        :512
-    ]
-    print(f"{windows.size:,} tokens, {held_out.size:,} held out", flush=True)
-    hidden = 11 * settings.dim // 4
-    config = llama(
+def make_config(settings: Settings) -> DecoderConfig:
+    """Make the configuration of the decoder."""
+    return llama(
         vocab=settings.vocab,
         layers=settings.layers,
         dim=settings.dim,
         heads=4,
-        hidden=hidden,
+        hidden=11 * settings.dim // 4,
         context=512,
         tied=True,
     )
-    model = Decoder(config)
+
+
+def mean_loss(model: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
+    """Compute the mean cross-entropy of the next token."""
+    logits: Any = model.apply(params, tokens)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits[:, :-1], tokens[:, 1:]
+    )
+    return losses.mean()
+
+
+def train(model: Decoder, windows: np.ndarray, settings: Settings) -> Any:
+    """Train on random windows, going on from the last checkpoint."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, settings.learning_rate, 100, settings.steps, settings.learning_rate / 20
     )
@@ -142,15 +145,9 @@ def main(settings: Settings) -> None:
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01)
     )
 
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits: Any = model.apply(params, tokens)
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits[:, :-1], tokens[:, 1:]
-        )
-        return losses.mean()
-
     @jax.jit
     def step(params: Any, state: Any, tokens: jax.Array) -> Any:
+        loss = partial(mean_loss, model)
         value, grads = jax.value_and_grad(loss)(params, tokens)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
             changes, state = optimizer.update(grads, state, params)
@@ -167,17 +164,31 @@ def main(settings: Settings) -> None:
     params, opt = state
     start = time.perf_counter()
     for i in range(first, settings.steps):
-        rows = np.random.default_rng(i).choice(
-            len(windows), settings.batch, replace=False
-        )
+        draw = np.random.default_rng(i)
+        rows = draw.choice(len(windows), settings.batch, replace=False)
         params, opt, value = step(params, opt, jnp.asarray(windows[rows]))
         if (i + 1) % 200 == 0 or i + 1 == settings.steps:
             save_checkpoint(folder, i + 1, (params, opt), {}, keep=1)
             seconds = time.perf_counter() - start
             print(f"step {i + 1}: {float(value):.3f}, {seconds:.0f} s", flush=True)
-    test = np.mean(
-        [float(jax.jit(loss)(params, x)) for x in held_out.reshape(8, 64, -1)]
-    )
+    return params
+
+
+def main(settings: Settings) -> None:
+    """Train the decoder, and print its loss on held-out speeches."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    texts = [text for _, text in read_texts(locate(settings.text))]
+    parts = [t for i, t in enumerate(texts) if i % 10 != HELD_OUT]
+    tokenizer = train_tokenizer(parts, settings)
+    windows = token_windows(tokenizer, parts, settings.length, start=0)
+    others = token_windows(tokenizer, texts[HELD_OUT::10], settings.length, start=0)
+    held_out = others[:512]
+    print(f"{windows.size:,} tokens, {held_out.size:,} held out", flush=True)
+    config = make_config(settings)
+    model = Decoder(config)
+    params = train(model, windows, settings)
+    loss = jax.jit(partial(mean_loss, model))
+    test = np.mean([float(loss(params, x)) for x in held_out.reshape(8, 64, -1)])
     save_folder(settings.out, config, params)
     print(f"held out: {test:.3f} nats")
 

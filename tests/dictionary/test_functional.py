@@ -164,6 +164,30 @@ def test_fisher_is_the_second_order_kl(form, length):
     assert kl.min() < limit < kl.max()
 
 
+@pytest.mark.parametrize("draws", [0, K])
+def test_expanded_kl_is_the_expansion_where_it_stands(draws):
+    rng = np.random.default_rng(7)
+    weights = problem()[3]
+    point, slope = rng.normal(size=(2, N, D))
+    grads = rng.normal(size=(N, draws, D)) if draws else None
+    near = losses.Expansion(point, rng.normal(size=N), slope, grads)
+
+    def loss_of(recon):
+        inputs = inputs_with(recon)._replace(context=near)
+        return losses.expanded_kl().loss(inputs)
+
+    change = recon_of() * UNIT - point
+    wanted = near.value + (slope * change).sum(1)
+    if draws:
+        wanted = wanted + (np.einsum("nkd,nd->nk", grads, change) ** 2).sum(1) / 2
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(loss_of(recon_of()), weights @ wanted, rtol=1e-12)
+        # Where the dictionary stands it has the value and the slope.
+        value, step = jax.value_and_grad(loss_of)(jnp.asarray(point / UNIT))
+    np.testing.assert_allclose(value, weights @ near.value, rtol=1e-12)
+    np.testing.assert_allclose(step, weights[:, None] * slope * UNIT, rtol=1e-9)
+
+
 def test_terms_of_windows_refuse_other_taps():
     with pytest.raises(ValueError, match=r"spliced_kl: wanted taps with a context"):
         losses.spliced_kl(behind).loss(inputs_with(recon_of(), context=False))
@@ -171,6 +195,8 @@ def test_terms_of_windows_refuse_other_taps():
     fewer = inputs.context._replace(acts=inputs.context.acts[:1])
     with pytest.raises(ValueError, match=r"rows, got \(1, 4\)"):
         losses.spliced_kl(behind).loss(inputs._replace(context=fewer))
+    with pytest.raises(ValueError, match="expanded_kl: wanted taps with a context"):
+        losses.expanded_kl().loss(inputs)
     with pytest.raises(TypeError, match="spliced_kl: run must be"):
         losses.spliced_kl(3)
     with pytest.raises(ValueError, match="fisher: form must be"):

@@ -8,7 +8,8 @@ With ``x`` the activations of windows of tokens and ``e = x_hat - x``, the predi
 
 :func:`spliced_kl` runs the model behind the site for the left side, at every step.
 :func:`fisher` estimates the right side from gradients at sampled labels, which are
-computed once and serve any number of dictionaries.
+computed once and serve any number of dictionaries.  :func:`expanded_kl` expands the
+left side where a dictionary stands, at :math:`\hat x_0`, in place of :math:`x`.
 """
 
 from collections.abc import Callable
@@ -43,6 +44,25 @@ class Windows(NamedTuple):
     params: Params
     acts: Array
     entry: Array
+
+
+class Expansion(NamedTuple):
+    """Context of taps: the KL near a reconstruction, for :func:`expanded_kl`.
+
+    All in the taps' own units, and made by :func:`toyfeat.lm.expansion.expand_kl`.
+
+    Attributes:
+      point: ``[N, E]``, the reconstruction that the KL is expanded at.
+      value: ``[N]``, the KL there, in nats.
+      slope: ``[N, E]``, gradient of the summed KL of the window.
+      draws: ``[N, K, E]``, gradients at labels that the model draws there, divided by
+        the root of their number; or ``None`` for an expansion to first order.
+    """
+
+    point: Array
+    value: Array
+    slope: Array
+    draws: Array | None = None
 
 
 def _square(kl: Array, limit: float) -> Array:
@@ -115,6 +135,42 @@ def fisher(form: str = "square", *, limit: float = 1.0, length: int = 0) -> Term
         return jnp.sum(weights * bend(kl, limit))
 
     return Term("fisher", loss, needs_grads=True)
+
+
+def expanded_kl() -> Term:
+    r"""Penalize the KL's expansion around a reconstruction, in nats per token.
+
+    .. math:: \mathrm{KL}(\hat x_0) + s \cdot \delta
+       + \tfrac12 \sum_k (g_k \cdot \delta)^2, \qquad \delta = \hat x - \hat x_0
+
+    with :math:`s` the gradient of the KL at :math:`\hat x_0`, all tokens of a window
+    replaced, and :math:`g_k` gradients at labels drawn there: exact to first order
+    where the dictionary stood, with a Gauss-Newton curvature.  Without draws it moves
+    the target of the reconstruction error, :math:`|x - c s / 2 - \hat x|^2` for a
+    coefficient :math:`c`.
+
+    Returns:
+      :class:`Term` for taps with a context of :class:`Expansion`.
+
+    Raises:
+      ValueError: from the term, for taps with another context.
+    """
+
+    def loss(inputs: Inputs) -> Array:
+        near = inputs.context
+        if not isinstance(near, Expansion):
+            raise ValueError(
+                "expanded_kl: wanted taps with a context of losses.Expansion, got "
+                f"{type(near).__name__}; make it by toyfeat.lm.expansion.expand_kl"
+            )
+        change = inputs.out.recon * inputs.unit - near.point
+        kl = near.value + jnp.sum(near.slope * change, axis=1)
+        if near.draws is not None:
+            effect = jnp.einsum("nkd,nd->nk", near.draws, change)
+            kl = kl + jnp.sum(effect**2, axis=1) / 2
+        return weighted_mean(inputs, kl)
+
+    return Term("expanded_kl", loss)
 
 
 def spliced_kl(

@@ -19,8 +19,10 @@ from toyfeat.dictionary.attributions import (
 from toyfeat.dictionary.auxiliary import auxiliary_error
 from toyfeat.dictionary.base import lengths, weighted_mean
 from toyfeat.dictionary.functional import (
+    Expansion,
     Windows,
     downstream_error,
+    expanded_kl,
     fisher,
     spliced_kl,
 )
@@ -31,6 +33,7 @@ from toyfeat.dictionary.types import Dictionary, Inputs, Objective, Term
 from toyfeat.types import Array
 
 __all__ = [
+    "Expansion",
     "Inputs",
     "Term",
     "Windows",
@@ -39,6 +42,7 @@ __all__ = [
     "dead_latents",
     "default",
     "downstream_error",
+    "expanded_kl",
     "fisher",
     "gate",
     "gradient_reconstruction",

@@ -1,6 +1,7 @@
 """Methods that find the features of a model: from a subject to readers and writers."""
 
 from toyfeat.discover.circles import circular_planes
+from toyfeat.discover.circuits import Circuit, find_circuit, keep_latents
 from toyfeat.discover.consensus import (
     ConsensusConfig,
     ConsensusResult,
@@ -9,9 +10,12 @@ from toyfeat.discover.consensus import (
 )
 
 __all__ = [
+    "Circuit",
     "ConsensusConfig",
     "ConsensusResult",
     "circular_planes",
     "consensus",
     "consensus_of_taps",
+    "find_circuit",
+    "keep_latents",
 ]

@@ -32,12 +32,32 @@ class WindowTaps(NamedTuple):
       grads: ``[num, T, K, D]`` in any floating-point dtype, or ``None``.
       entry: ``[num, T, E]``, the residual stream that the model behind the site starts
         from, or ``None`` where that is ``acts``.
+      expansion: :class:`toyfeat.losses.Expansion` with leading axes ``[num, T]``, from
+        :func:`toyfeat.lm.expansion.expand_kl`, or ``None``.
     """
 
     acts: ArrayLike
     weights: ArrayLike
     grads: ArrayLike | None = None
     entry: ArrayLike | None = None
+    expansion: losses.Expansion | None = None
+
+
+def window_order(num: int, *, windows: int, seed: int, steps: int) -> np.ndarray:
+    """Draw which of ``num`` windows are in which batch, ``[steps, windows]``.
+
+    Raises:
+      ValueError: if there are too few windows.
+    """
+    check_int("window_batches", "windows", windows)
+    check_int("window_batches", "steps", steps)
+    if steps * windows > num:
+        raise ValueError(
+            f"window_batches: {steps} steps of {windows} windows must be at most the "
+            f"{num} there are, so that no token is seen twice; give fewer steps"
+        )
+    order = np.random.default_rng(seed).permutation(num)[: steps * windows]
+    return order.reshape(steps, windows)
 
 
 def window_batches(
@@ -54,23 +74,22 @@ def window_batches(
 
     Returns:
       Batches for :func:`toyfeat.fit`, in float32, with a context of
-      :class:`toyfeat.losses.Windows` where there are ``params``.
+      :class:`toyfeat.losses.Windows` where there are ``params``, and of
+      :class:`toyfeat.losses.Expansion` where the taps have one.
 
     Raises:
-      ValueError: if there are too few windows.
+      ValueError: if there are too few windows, or params and an expansion.
     """
-    check_int("window_batches", "windows", windows)
-    check_int("window_batches", "steps", steps)
     num = len(taps.weights)
-    if steps * windows > num:
+    order = window_order(num, windows=windows, seed=seed, steps=steps)
+    if params is not None and taps.expansion is not None:
         raise ValueError(
-            f"window_batches: {steps} steps of {windows} windows must be at most the "
-            f"{num} there are, so that no token is seen twice; give fewer steps"
+            "window_batches: a batch has one context, got params and an expansion; "
+            "give params for terms that run the model only"
         )
-    order = np.random.default_rng(seed).permutation(num)[: steps * windows]
     data = {
         "taps": jax.tree.map(jnp.asarray, taps),
-        "order": jnp.asarray(order.reshape(steps, windows)),
+        "order": jnp.asarray(order),
         "params": params,
     }
     return Batches(_take_windows, data)
@@ -81,7 +100,10 @@ def _take_windows(data: Any, step: Array) -> Taps:
     rows = data["order"][step]
     chosen = jax.tree.map(lambda x: x[rows].astype(jnp.float32), data["taps"])
     num = chosen.weights.size
-    context = None
+    context: Any = None
+    if chosen.expansion is not None:
+        flatten = partial(_flatten_rows, num)
+        context = jax.tree.map(flatten, chosen.expansion)
     if data["params"] is not None:
         entry = chosen.acts if chosen.entry is None else chosen.entry
         context = losses.Windows(data["params"], chosen.acts, entry)
@@ -94,14 +116,20 @@ def _take_windows(data: Any, step: Array) -> Taps:
     )
 
 
+def _flatten_rows(num: int, values: Array) -> Array:
+    """Merge the axes of windows and tokens."""
+    return values.reshape(num, *values.shape[2:])
+
+
 def finetune(
     dictionary: Dictionary,
     params: Params,
-    batches: Batches,
+    batches: Batches | Callable[[Params], Batches],
     term: Term | None = None,
     *,
     steps: int,
     learning_rate: float,
+    refreshes: int = 1,
     weight: float = 1.0,
     reconstruction: float = 1.0,
     directory: str | Path | None = None,
@@ -116,11 +144,14 @@ def finetune(
       dictionary: of any architecture.
       params: for taps in their own units, as :func:`toyfeat.denormalized` and
         :func:`toyfeat.interop.load_saelens` return.
-      batches: from :func:`window_batches`.
+      batches: from :func:`window_batches`; or a function of the parameters so far (for
+        taps in their own units) that makes them, for terms of what a dictionary does,
+        such as :func:`toyfeat.losses.expanded_kl`.
       term: :func:`toyfeat.losses.fisher`, :func:`toyfeat.losses.spliced_kl` or another;
         ``None`` for the reconstruction error alone.
       steps: of training.
       learning_rate: of Adam, at the start.
+      refreshes: how many times batches are made, before equal parts of the steps.
       weight: of the term, relative to the reconstruction error at the start.
       reconstruction: coefficient of the reconstruction error.
       directory: of the run, which is resumed there.
@@ -130,12 +161,17 @@ def finetune(
       Parameters for taps in their own units.
 
     Raises:
-      ValueError: for parameters of another width or number of latents.
+      ValueError: for parameters of another width or number of latents; for refreshes
+        of batches that are no function, or in a directory, where a run that was cut
+        off would need the batches of its own past.
     """
+    _check_refreshes(batches, refreshes, steps, directory)
+    make = batches if not isinstance(batches, Batches) else lambda _: batches
+    now = make(params)
     objective = (losses.reconstruction()._replace(coefficient=reconstruction),)
     if term is not None:
         objective += (term,)
-    first = jax.jit(batches.take)(batches.data, jnp.int32(0))
+    first = jax.jit(now.take)(now.data, jnp.int32(0))
     run = trainer(
         dictionary,
         objective,
@@ -151,8 +187,26 @@ def finetune(
     options: dict[str, Any] = {"chunk": min(_CHUNK, steps), "checkpoint_every": 4}
     options |= {"directory": directory, "on_chunk": on_chunk}
     options |= {"check_data": False, "progress": False}
-    state = fit(run, state, batches, steps=steps, **options)
+    for part in range(refreshes):
+        if part:
+            now = make(denormalized(dictionary, state))
+        end = (part + 1) * steps // refreshes
+        state = fit(run, state, now, steps=end, **options)
     return denormalized(dictionary, state)
+
+
+def _check_refreshes(
+    batches: Any, refreshes: int, steps: int, directory: str | Path | None
+) -> None:
+    """Refuse refreshes of what cannot be made again."""
+    check_int("finetune", "refreshes", refreshes, most=steps, about=", the steps")
+    fixed = isinstance(batches, Batches)
+    if refreshes > 1 and (fixed or directory is not None):
+        got = "batches that are made already" if fixed else f"directory {directory}"
+        raise ValueError(
+            f"finetune: {refreshes} refreshes want a function that makes batches, and "
+            f"no directory, got {got}; give one refresh"
+        )
 
 
 def _balance(

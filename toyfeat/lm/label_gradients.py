@@ -133,6 +133,13 @@ def _pull_draws(
 
 def _pull_labels(key: Array, probs: Array, head: Array, draws: int) -> Array:
     """Compute ``U p - U_y`` at labels, ``[K, T, D]``."""
+    labels = draw_labels(key, probs, draws)
+    mean = probs @ head.T
+    return mean[None] - jnp.moveaxis(head.T[labels], 1, 0)
+
+
+def draw_labels(key: Array, probs: Array, draws: int) -> Array:
+    """Draw labels ``[T, K]`` of predictions ``[T, V]``, stratified over the draws."""
     place, order = jax.random.split(key)
     num = len(probs)
     # One uniform number in each of K equal parts of [0, 1), the parts turned at random
@@ -144,9 +151,7 @@ def _pull_labels(key: Array, probs: Array, head: Array, draws: int) -> Array:
     # Labels by the inverse of the cumulative distribution, in units of its last value.
     total = jnp.cumsum(probs, axis=1)
     find = jax.vmap(lambda sums, x: jnp.searchsorted(sums, x * sums[-1], side="right"))
-    labels = jnp.minimum(find(total, points), probs.shape[1] - 1)
-    mean = probs @ head.T
-    return mean[None] - jnp.moveaxis(head.T[labels], 1, 0)
+    return jnp.minimum(find(total, points), probs.shape[1] - 1)
 
 
 def _pull_signs(key: Array, probs: Array, head: Array, draws: int) -> Array:

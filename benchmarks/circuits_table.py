@@ -1,0 +1,56 @@
+"""Print the table of ``circuits.py`` from its rows.
+
+python benchmarks/circuits_table.py benchmarks/results/circuits-smollm2-cpu.jsonl
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+COLUMNS = (
+    "task, order, error kept, difference, right, all latents, most, 90 %, 95 %, "
+    "on other prompts, s"
+)
+
+
+def show(value: float | None, ends: list[float] | None = None) -> str:
+    """Write a number, with its interval."""
+    if value is None:
+        return ""
+    text = f"{value:.2f}"
+    return text if ends is None else f"{text} ({ends[0]:.2f} to {ends[1]:.2f})"
+
+
+def main(file: Path, /) -> None:
+    """Print a line for every task and method."""
+    rows: list[dict[str, Any]] = [
+        json.loads(line) for line in file.read_text().splitlines()
+    ]
+    names = COLUMNS.split(", ")
+    print("| " + " | ".join(names) + " |")
+    print("|---" * len(names) + "|")
+    models = {(r["task"], r["error"]): r for r in rows if r["row"] == "model"}
+    for row in sorted(rows, key=lambda row: row["error"]):
+        if row["row"] == "model":
+            continue
+        model = models[row["task"], row["error"]]
+        sizes = [row["size_90"] or "unmet", row["size_95"] or "unmet"]
+        cells = [
+            row["task"].replace("_", " "),
+            row["row"],
+            "yes" if row["error"] else "no",
+            show(model["difference"], model["interval"]),
+            show(model["right"]),
+            show(model["whole_kept"]),
+            show(row["most_kept"]),
+            *map(str, sizes),
+            show(row.get("test_95"), row.get("test_95_interval")),
+            f"{row['cpu']:.0f}",
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -9,6 +9,7 @@ processor, so that other programs count less.  Of the controls, one has nothing 
 and one has fewer mechanisms than features.
 """
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -228,6 +229,9 @@ def measure_case(name: str, seed: int, config: MethodsConfig) -> list[dict[str, 
                 cpu_seconds=seconds,
             )
         )
+        if config.json is not None:  # what there is, if the run is cut off
+            with config.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
         figures = f"readers {scores.readers:.3f}, {len(features.readers)} rows"
         print(f"{name}, seed {seed}, {method}: {figures}, {seconds:.0f} s", flush=True)
     return rows

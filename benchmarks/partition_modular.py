@@ -134,7 +134,7 @@ def measure(config: ModularConfig) -> list[dict[str, Any]]:
         size = {
             "steps": config.steps,
             "batch": config.batch,
-            "parts": split_size(split),
+            "parts": config.components,
         }
         rows.append(
             row(

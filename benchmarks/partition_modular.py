@@ -87,8 +87,9 @@ def _cross_entropy(logits: Any, labels: Any) -> float:
 def measure(config: ModularConfig) -> list[dict[str, Any]]:
     """Train the transformer, decompose its MLP, and score every coefficient."""
     task = network.Modular(modulus=MODULUS, d_model=64, heads=4, d_mlp=128)
-    options = {"steps": config.target_steps, "batch": 256}
-    target = train(jax.random.key(0), task, fraction=1.0, **options)
+    target = train(
+        jax.random.key(0), task, fraction=1.0, steps=config.target_steps, batch=256
+    )
     pairs, labels = network.pairs(task)
     accuracy = float(network.accuracy(target, pairs, labels))
     print(f"accuracy of the target {accuracy:.4f}", flush=True)
@@ -151,9 +152,9 @@ def measure(config: ModularConfig) -> list[dict[str, Any]]:
 
 def _score(judged: Any, pairs: jax.Array, labels: jax.Array) -> dict[str, Any]:
     """Score one decomposition on all pairs."""
-    split, _, target, params = judged
+    split, family, target, params = judged
     outputs, reads = split.read(target, params["components"], pairs)
-    lower = partition.importances(*judged, pairs)[1]["w_in"]
+    lower = partition.importances(split, family, target, params, pairs)[1]["w_in"]
     alive = np.asarray(lower > ALIVE).any(0)
     figures: dict[str, Any] = {"l0": float(metrics.component_l0(lower))}
     figures |= {"alive": int(alive.sum()), "ce target": _cross_entropy(outputs, labels)}
@@ -170,25 +171,41 @@ def _score(judged: Any, pairs: jax.Array, labels: jax.Array) -> dict[str, Any]:
         figures[f"ce {kind}"] = _cross_entropy(own, labels)
     for steps in PGD_STEPS:
         errors = partition.reconstructions(
-            jax.random.key(4), *judged, pairs, distance=kl_divergence, steps=steps
+            jax.random.key(4),
+            split,
+            family,
+            target,
+            params,
+            pairs,
+            distance=kl_divergence,
+            steps=steps,
         )
         figures[f"kl adversarial {steps}"] = float(errors["adversarial"])
         figures["kl stochastic"] = float(errors["stochastic"])
-    # What parts read, against waves; random directions of the same input beside it.
-    inner = np.asarray(reads["w_in"].inner, np.float64)[:, alive]
-    x = np.asarray(reads["w_in"].x, np.float64)
-    other = x @ np.random.default_rng(0).normal(size=(x.shape[1], 1000))
+    inner, x = reads["w_in"].inner[:, alive], reads["w_in"].x
+    return figures | _wave_figures(pairs, inner, x)
+
+
+def _wave_figures(pairs: Any, inner: Any, x: Any) -> dict[str, Any]:
+    """Compare what parts read with waves, and random directions of the same input."""
     order = np.lexsort((pairs[:, 1], pairs[:, 0]))
     grid = (MODULUS, MODULUS, -1)
+    x = np.asarray(x, np.float64)
+    other = x @ np.random.default_rng(0).normal(size=(x.shape[1], 1000))
     _, chance = wave_shares(other[order].reshape(grid))
-    figures["wave share random"] = float(np.median(chance))
+    figures: dict[str, Any] = {"wave share random": float(np.median(chance))}
     figures["waves random"] = float((chance >= WAVE).mean())
-    if alive.any():
-        frequencies, shares = wave_shares(inner[order].reshape(grid))
+    if inner.shape[1]:
+        rows = np.asarray(inner, np.float64)[order]
+        frequencies, shares = wave_shares(rows.reshape(grid))
         figures["wave share"] = float(np.median(shares))
         figures["waves"] = float((shares >= WAVE).mean())
         found, counts = np.unique(frequencies[shares >= WAVE], return_counts=True)
         figures["parts of frequency"] = {
+            str(k): int(n) for k, n in zip(found, counts, strict=True)
+        }
+        found, counts = np.unique(frequencies, return_counts=True)
+        figures["best frequency of parts"] = {
             str(k): int(n) for k, n in zip(found, counts, strict=True)
         }
     return figures

@@ -11,6 +11,7 @@ import numpy as np
 import toyfeat as ft
 from toyfeat import partition
 from toyfeat.models import planted
+from toyfeat.models.planted.residual import RESIDUAL_STREAM
 
 PROBE = 0.75
 """Size of the one active input on which targets and importances are judged."""
@@ -123,7 +124,7 @@ def train_targets(name: str, seeds: list[int], **changes: Any) -> Targets:
     # Two layers and more need a residual stream that is written down.
     deep = toy.target.get("layers", 1) > 1
     return Targets(
-        probed=planted.residual.RESIDUAL_STREAM if deep else tasks[0].probed,
+        probed=RESIDUAL_STREAM if deep else tasks[0].probed,
         params=stacked,
         correct=np.array(errors) <= TARGET_TOLERANCE * wanted / PROBE,
         fits=np.array([task.fit for task in tasks]),

@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from harness import BenchmarkConfig, finish, medians, parse_command, row
 from partition_picture import draw_importances
+from partition_scores import correct, make_judge, member_of, score
 from partition_toys import (
-    PROBE,
     TOYS,
     Targets,
     batches_of,
@@ -37,16 +37,13 @@ from partition_toys import (
 )
 
 import toyfeat as ft
-from toyfeat import metrics, partition
 from toyfeat.files.atomic import write_whole
 
 BARS = {"mmcs": 0.999, "ml2r": 0.03}
 """Least MMCS, and how far ML2R may be from 1."""
-JUDGED = 4096
-"""Fresh examples behind reconstructions and counts."""
 MAP_COEFFICIENTS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 MAP_RATES = (3e-4, 1e-3, 3e-3)
-DATA_SEED, TEST_SEED = 7, 8
+DATA_SEED = 7
 PICTURED = 3
 """Seeds in a picture."""
 TARGET_L0 = 0.5
@@ -65,6 +62,10 @@ class PartitionConfig(BenchmarkConfig):
     """Examples per step; 0 for those of the preset."""
     steps: int = 0
     """Steps; 0 for those of the preset."""
+    target_batch: int = 0
+    """Examples per step of the targets' training; 0 for the published number."""
+    group: int = 0
+    """Seeds computed at once; 0 for all. With large batches 1 stays in the cache."""
     stop: int = 0
     """Stop after so many of the steps, and score what there is; 0 for all."""
     picture: Path | None = None
@@ -81,19 +82,21 @@ def measure_toy(name: str, config: PartitionConfig) -> list[dict[str, Any]]:
     """Train all seeds of a toy, and score each."""
     toy, folder = TOYS[name], config.out / name.replace(" ", "-")
     seeds = list(range(config.seeds))
-    changes = {"steps": 20, "batch": 64} if config.tiny else {}
-    targets = _stored_targets(name, seeds, folder, changes)
+    targets = _stored_targets(name, seeds, folder, _changes(config))
     split = decomposition_of(name, targets, 4 if config.tiny else None)
     judge = make_judge(name, split)
     steps = config.steps or toy.preset.steps
     batch = config.batch or toy.preset.batch
     trainer = ft.population(
-        toy.preset.trainer(split, targets.params, networks=True, steps=steps)
+        toy.preset.trainer(split, targets.params, networks=True, steps=steps),
+        group=config.group or None,
     )
     batches = batches_of(name, jax.random.key(DATA_SEED), batch)
     done = config.stop or steps
     state, seconds = _train(trainer, targets, seeds, batches, done, folder)
     size = {"steps": steps, "done": done, "batch": batch}
+    if config.target_batch:
+        size["target_batch"] = config.target_batch
     rows = [
         row(
             name,
@@ -110,6 +113,13 @@ def measure_toy(name: str, config: PartitionConfig) -> list[dict[str, Any]]:
         alone = [judge(*member_of(state, seed)).alone for seed in seeds[:PICTURED]]
         draw_importances(config.picture, name, alone)
     return rows
+
+
+def _changes(config: PartitionConfig) -> dict[str, Any]:
+    """Return what the training of targets has in place of published settings."""
+    if config.tiny:
+        return {"steps": 20, "batch": 64}
+    return {"batch": config.target_batch} if config.target_batch else {}
 
 
 def _stored_targets(
@@ -174,85 +184,11 @@ def _train(
     return state, before + time.perf_counter() - began
 
 
-class Judged(NamedTuple):
-    """A member of a population on the inputs that it is judged by.
-
-    Attributes:
-      alone: site to ``[F, C]``, importances of each feature alone.
-      fresh: site to ``[B, C]``, importances of fresh examples.
-      errors: kind to the error of the masked model.
-    """
-
-    alone: dict[str, jax.Array]
-    fresh: dict[str, jax.Array]
-    errors: dict[str, jax.Array]
-
-
-def make_judge(name: str, split: partition.Decomposition) -> Callable[..., Judged]:
-    """Compile what scores need of a member: ``(target, params) -> Judged``."""
-    toy = TOYS[name]
-    family = toy.preset.importance_of(split)
-    taps = batches_of(name, jax.random.key(TEST_SEED), JUDGED)(0)
-
-    def judge(target: Any, params: Any) -> Judged:
-        member = split, family, target, params
-        alone = partition.importances(*member, PROBE * jnp.eye(toy.features))[1]
-        fresh = partition.importances(*member, taps.acts)[1]
-        key = jax.random.key(TEST_SEED)
-        errors = partition.reconstructions(key, *member, taps.acts, taps.weights)
-        return Judged(alone, fresh, errors)
-
-    return jax.jit(judge)
-
-
-def member_of(state: ft.TrainState, member: int) -> tuple[Any, Any]:
-    """Return the target and the parameters of a member."""
-    both = state.running["target"], state.params
-    return jax.tree.map(lambda x: np.asarray(x)[member], both)
-
-
-def score(
-    name: str, judge: Callable[..., Judged], state: ft.TrainState, member: int
-) -> dict[str, Any]:
-    """Score one member of a population."""
-    toy = TOYS[name]
-    target, params = member_of(state, member)
-    judged: Judged = jax.device_get(judge(target, params))
-    figures: dict[str, Any] = {}
-    if not name.startswith("residual"):
-        parts = params["components"]["weight"]
-        cosines = metrics.mean_max_cosine(parts["V"], parts["U"], target["weight"])
-        figures |= {"mmcs": cosines.mmcs, "ml2r": cosines.ml2r}
-    for tolerance in (0.1, 0.2):
-        for site in toy.identity:
-            error = metrics.identity_ci_error(judged.alone[site], tolerance=tolerance)
-            figures[f"identity_error {site} {tolerance}"] = error
-        for site, k in toy.dense.items():
-            values = judged.alone[site]
-            error = metrics.dense_ci_error(
-                values, min(k, values.shape[1]), tolerance=tolerance
-            )
-            figures[f"dense_error {site} {tolerance}"] = error
-    figures |= {f"error {kind}": float(e) for kind, e in judged.errors.items()}
-    # The last row stands for the inputs of zeros.
-    weights = batches_of(name, jax.random.key(TEST_SEED), JUDGED)(0).weights
-    counts = [metrics.component_l0(g, weights=weights) for g in judged.fresh.values()]
-    alive = {site: metrics.alive_components(g) for site, g in judged.fresh.items()}
-    return figures | {"l0": sum(counts), "alive": alive}
-
-
-def correct(name: str, figures: dict[str, Any]) -> bool:
-    """Tell whether importances are those of the known mechanisms, at tolerance .1."""
-    sites = TOYS[name].identity
-    return all(figures[f"identity_error {site} 0.1"] == 0 for site in sites)
-
-
 def measure_map(config: PartitionConfig) -> list[dict[str, Any]]:
     """Train 5-2 for coefficients, rates and seeds, with and without a controller."""
     toy, steps = TOYS["5-2"], config.steps or 3000
     seeds = list(range(config.seeds))
-    changes = {"steps": 20, "batch": 64} if config.tiny else {}
-    targets = _stored_targets("5-2", seeds, config.out / "5-2", changes)
+    targets = _stored_targets("5-2", seeds, config.out / "5-2", _changes(config))
     split = decomposition_of("5-2", targets, 4 if config.tiny else None)
     judge = make_judge("5-2", split)
     cells = list(product(MAP_COEFFICIENTS, MAP_RATES, seeds))
@@ -284,34 +220,37 @@ def measure_map(config: PartitionConfig) -> list[dict[str, Any]]:
 
 
 def measure_speed(config: PartitionConfig) -> list[dict[str, Any]]:
-    """Time a step of 1 and of 16 seeds together, in turns."""
+    """Time a step of one seed, and of 16 together and in groups of 1, in turns."""
     targets = train_targets("5-2", [0], steps=20, batch=64)
     toy, split = TOYS["5-2"], decomposition_of("5-2", targets)
     batch = config.batch or toy.preset.batch
-    batches = batches_of("5-2", jax.random.key(DATA_SEED), batch)
+    taps = batches_of("5-2", jax.random.key(DATA_SEED), batch)(0)
     trainer = toy.preset.trainer(split, targets.params, networks=True)
-    many = ft.population(trainer)
+    keys = jax.random.split(jax.random.key(0), 16)
     runs: dict[str, Callable[[], Any]] = {}
-    for seeds in (1, 16):
-        keys = jnp.stack([jax.random.key(s) for s in range(seeds)])
-        state = many.init(keys, network=jnp.zeros(seeds))
-        update = jax.jit(many.update).lower(state, batches(0)).compile()
-        taps = batches(0)
-        runs[str(seeds)] = partial(_wait, update, state, taps)
+    for method, group in (("one", 0), ("together", 16), ("groups of 1", 1)):
+        many = ft.population(trainer, group=group) if group else trainer
+        state = many.init(keys, network=jnp.zeros(16)) if group else many.init(keys[0])
+        update = jax.jit(many.update).lower(state, taps).compile()
+        runs[method] = partial(_wait, update, state, taps)
     times = medians(runs, rounds=3 if config.tiny else 7)
-    cpu = {seeds: cpu_seconds(run) for seeds, run in runs.items()}
-    return [
-        row(
-            "5-2 speed",
-            {"batch": batch, "seeds": int(seeds)},
-            "spd_2025",
-            step_ms=1e3 * seconds,
-            seeds_per_second=int(seeds) / seconds,
-            cpu_ms=1e3 * cpu[seeds],
-            seeds_per_cpu_second=int(seeds) / cpu[seeds],
+    cpu = {method: cpu_seconds(run) for method, run in runs.items()}
+    rows = []
+    for method, seconds in times.items():
+        seeds = 1 if method == "one" else 16
+        size = {"batch": batch, "rows": len(taps.acts), "seeds": seeds}
+        rows.append(
+            row(
+                "5-2 speed",
+                size,
+                method,
+                step_ms=1e3 * seconds,
+                seeds_per_second=seeds / seconds,
+                cpu_ms=1e3 * cpu[method],
+                seeds_per_cpu_second=seeds / cpu[method],
+            )
         )
-        for seeds, seconds in times.items()
-    ]
+    return rows
 
 
 def _wait(fn: Callable[..., Any], *args: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import toyfeat as ft
 from toyfeat import partition
 from toyfeat.models import planted
+from toyfeat.models.planted.residual import RESIDUAL_STREAM
 
 PROBE = 0.75
 """Size of the one active input on which targets and importances are judged."""
@@ -61,20 +62,33 @@ def _superposition(
     )
 
 
+def _residual(layers: int, features: int, neurons: int, steps: int) -> Toy:
+    name = f"residual {layers}"
+    places = range(layers)
+    return Toy(
+        preset=partition.spd_2025(name),
+        paths=tuple(f"{side}/{layer}" for layer in places for side in ("in", "out")),
+        features=features,
+        batches={"probability": 0.01, "low": -1.0},
+        target={
+            "layers": layers,
+            "features": features,
+            "neurons": neurons,
+            "steps": steps,
+        },
+        identity=tuple(f"in/{layer}" for layer in places),
+        dense={f"out/{layer}": neurons for layer in places},
+    )
+
+
 TOYS = {
     "5-2": _superposition("5-2", 5, 2, 1024, False),
     "5-2+identity": _superposition("5-2+identity", 5, 2, 1024, True),
     "40-10": _superposition("40-10", 40, 10, 8192, False),
     "40-10+identity": _superposition("40-10+identity", 40, 10, 8192, True),
-    "residual 1": Toy(
-        preset=partition.spd_2025("residual 1"),
-        paths=("in/0", "out/0"),
-        features=100,
-        batches={"probability": 0.01, "low": -1.0},
-        target={"layers": 1},
-        identity=("in/0",),
-        dense={"out/0": 50},
-    ),
+    "residual 1": _residual(1, 100, 50, 1000),
+    "residual 2": _residual(2, 100, 25, 1000),
+    "residual 3": _residual(3, 102, 17, 10_000),
 }
 
 
@@ -107,8 +121,10 @@ def train_targets(name: str, seeds: list[int], **changes: Any) -> Targets:
     wanted = 2 * PROBE if is_residual else PROBE
     outputs = [np.asarray(task.probed(task.params, x, {})[0]) for task in tasks]
     errors = [np.abs(np.diag(y) - wanted).max() for y in outputs]
+    # Two layers and more need a residual stream that is written down.
+    deep = toy.target.get("layers", 1) > 1
     return Targets(
-        probed=tasks[0].probed,
+        probed=RESIDUAL_STREAM if deep else tasks[0].probed,
         params=stacked,
         correct=np.array(errors) <= TARGET_TOLERANCE * wanted / PROBE,
         fits=np.array([task.fit for task in tasks]),

@@ -26,4 +26,4 @@ def test_the_benchmark_has_a_row_for_every_seed_and_goes_on(monkeypatch, tmp_pat
     mapped, _ = bench.measure(config)
     assert len(mapped) == 2 * 5 * 3 * 2
     timed, _ = bench.measure(bench.PartitionConfig(speed=True, **options))
-    assert [row["size"]["seeds"] for row in timed] == [1, 16]
+    assert [row["size"]["seeds"] for row in timed] == [1, 16, 16]

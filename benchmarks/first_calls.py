@@ -123,8 +123,8 @@ def measure(name: str) -> dict[str, float]:
     jax.block_until_ready(jax.live_arrays())
     spent: list[tuple[str, float]] = []
 
-    def listen(event: str, duration: float, **_: str | int) -> None:
-        spent.append((event, duration))
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        spent.append((event, duration_secs))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     start, busy = time.perf_counter(), time.process_time()

@@ -122,9 +122,11 @@ def measure(name: str) -> dict[str, float]:
     call = CASES[name]()
     jax.block_until_ready(jax.live_arrays())
     spent: list[tuple[str, float]] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: spent.append((event, seconds))
-    )
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        spent.append((event, duration_secs))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     start, busy = time.perf_counter(), time.process_time()
     jax.block_until_ready(call())
     return {

@@ -82,7 +82,7 @@ def model_jobs(folder: Path, theirs: Any) -> Pairs:
     taps = ft.tap(lm, params, tokens, sites=sites, readout=readout)
     count = tokens.shape[0] * (tokens.shape[1] - 1)
     for site, want in zip(sites, grads.values(), strict=True):
-        got = taps[site].grads.reshape(want.shape) / count
+        got = np.asarray(taps[site].grads).reshape(want.shape) / count
         yield "gradients of the loss", got, want
     # Interventions.
     yield "a vector added", run({SITE: vector})[0], theirs["steered"]

@@ -58,7 +58,7 @@ def train_network(images: np.ndarray, kinds: np.ndarray, steps: int) -> Any:
     params = model.init(jax.random.key(0), images[:1])
 
     def loss(params: Any, rows: Any) -> Any:
-        logits = model.apply(params, jnp.asarray(images)[rows])
+        logits: Any = model.apply(params, jnp.asarray(images)[rows])
         labels = jnp.asarray(kinds)[rows]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean()

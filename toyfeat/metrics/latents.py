@@ -94,7 +94,8 @@ def describe_latents(
     slopes = _slopes(
         probed, params, inputs, site, outputs, view.writers[measured.chosen]
     )
-    labels = [str(i) for i in range(slopes.shape[1])] if names is None else names
+    numbers = (str(i) for i in range(slopes.shape[1]))
+    labels: tuple[str, ...] = tuple(numbers if names is None else names)
     if len(labels) != slopes.shape[1]:
         raise ValueError(
             f"describe_latents: names must be those of the {slopes.shape[1]} outputs, "
@@ -112,7 +113,7 @@ def _describe(
     slot: int,
     shape: tuple[int, ...],
     slopes: np.ndarray,
-    names: Sequence[str],
+    names: tuple[str, ...],
     neighbours: tuple[tuple[int, float], ...],
     num: int,
 ) -> Latent:

@@ -168,11 +168,13 @@ def _shower(
     inputs: np.ndarray, names: Any, unit: str
 ) -> tuple[Callable[[Example], str], str]:
     """Choose how inputs are shown, and the class of their lists."""
-    name = names if callable(names) or names is None else names.__getitem__
+    name: Any = names if callable(names) else str
+    if names is not None and not callable(names):
+        name = names.__getitem__
     if inputs.ndim == 2 and np.issubdtype(inputs.dtype, np.integer):
-        return partial(_text_html, inputs, name or str, unit), "examples"
+        return partial(_text_html, inputs, name, unit), "examples"
     if inputs.ndim == 2:
-        return partial(_vector_html, inputs, name or str, unit), "thumbs"
+        return partial(_vector_html, inputs, name, unit), "thumbs"
     if inputs.ndim == 3 or (inputs.ndim == 4 and inputs.shape[-1] in (1, 3)):
         return partial(_image_html, inputs, unit), "thumbs"
     raise ValueError(

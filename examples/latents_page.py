@@ -42,7 +42,7 @@ def draw_bars(seed: int, num: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Network(nn.Module):
-    """Two convolutions, a mean over the picture and a linear read-out."""
+    """Two convolutions, a maximum over the picture and a linear read-out."""
 
     @nn.compact
     def __call__(self, x: Any) -> Any:

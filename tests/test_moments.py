@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from toyfeat import moments, moments_of
+from toyfeat import gradient_pca, moments, moments_of
 from toyfeat.types import Accumulator, Moments, Taps
 
 DIM = 5
@@ -520,3 +520,25 @@ def test_moments_of_something_else_raise(taps):
 def test_moments_of_acts_that_are_no_matrix_raise():
     with pytest.raises(ValueError, match=r"acts \[N, D\], got shape \(5,\)"):
         moments_of(Taps(np.zeros(5, "f4"), None, np.ones(5, "f4")))
+
+
+def test_a_first_call_compiles_few_programs():
+    """Every program takes a time of its own, however small it is."""
+    compiled_names = []
+
+    def listen(name, _, **about):
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled_names.append(about.get("fun_name"))
+
+    taps = jax.tree.map(
+        jnp.asarray, stream(n=23, dim=3, k=3)
+    )  # shapes of no other test
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        stats = moments_of(taps)
+        of_moments = len(compiled_names)
+        gradient_pca(stats, 2)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert 1 <= of_moments <= 4
+    assert len(compiled_names) <= 10

@@ -567,6 +567,14 @@ def test_a_rank_out_of_range_raises(name, rank):
         METHODS[name](statistics(), rank)
 
 
+def test_the_flag_may_be_an_array():
+    rng = np.random.default_rng(0)
+    stats = of_data(rng.normal(size=(30, DIM)), rng.normal(size=(30, 2, DIM)) + 1)
+    basis = gradient_pca(stats, 2, center=jnp.array(True))
+    wanted = gradient_pca(stats, 2, center=True)
+    np.testing.assert_array_equal(basis.readers, wanted.readers)
+
+
 @pytest.mark.parametrize("center", [False, True])
 def test_gradient_pca_without_gradients_raises(center):
     stats = Moments(*statistics()[:3])

@@ -104,5 +104,9 @@ def test_wrong_arguments_are_refused():
         find_circuit(additive, jnp.zeros(M), M)
     with pytest.raises(ValueError, match="find_circuit: method must be"):
         find_circuit(additive, jnp.ones(M), M, method="best")
+    with pytest.raises(ValueError, match="wanted shares to keep, got none"):
+        find_circuit(additive, jnp.ones(M), M, shares=(), method="mask")
+    with pytest.raises(ValueError, match=r"must return a number, got .* \(2,\); take"):
+        find_circuit(lambda w, mask: (w * mask)[:2], jnp.ones(M), M)
     with pytest.raises(ValueError, match="find_circuit: a share must be"):
         find_circuit(additive, jnp.ones(M), M, shares=(1.5,))

@@ -52,7 +52,7 @@ def test_nothing_is_left_out_without_rows_to_tell():
     rng = np.random.default_rng(2)
     readers, middles = fan(5, 0), fan(5, 18)
     rows = sparse_rows(rng, readers, 0.1)[:40]
-    assert with_peaks(rows, np.vstack([readers, middles])).sum() > 5
+    assert with_peaks(rows, np.vstack([readers, middles])).all()
 
 
 def test_rare_reader_keeps_its_place():

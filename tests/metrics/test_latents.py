@@ -44,6 +44,7 @@ def test_every_figure_is_that_of_numpy():
     slopes = p["W_dec"] @ HEAD
     readers = p["W_enc"].T / np.linalg.norm(p["W_enc"].T, axis=1, keepdims=True)
     latents = describe(examples=3, names=["a", "b", "c"])
+    assert len(latents) == np.sum(effects > 0) > 3
     assert [x.index for x in latents] == np.argsort(-effects)[: len(latents)].tolist()
     for latent in latents:
         j = latent.index
@@ -61,7 +62,7 @@ def test_every_figure_is_that_of_numpy():
             attributions[top[0], j], 1e-4
         )
         cosines = readers @ readers[j] - 2 * (np.arange(M) == j)
-        assert latent.neighbours[0][0] == np.argmax(cosines)
+        assert [i for i, _ in latent.neighbours] == np.argsort(-cosines)[:5].tolist()
 
 
 def planted_latents():
@@ -94,6 +95,8 @@ def test_a_planted_spot_of_an_image_is_found_and_framed(tmp_path):
     assert text.count("data:image/png") == 8
     assert "left:83.33%;top:33.33%;width:16.67%" in text  # row 2, column 5
     assert "http" not in text
+    assert latent.neighbours == ()  # the only latent has none
+    assert "nearest readers:" not in text
     assert "prefers-color-scheme: dark" in text
 
 
@@ -131,7 +134,15 @@ def test_what_cannot_be_described_says_so(tmp_path):
         describe(names=["a"])
     with pytest.raises(ValueError, match="outputs must be one array"):
         describe(outputs=lambda y: {"y": y})
+    with pytest.raises(ValueError, match="outputs must have derivatives, got int32"):
+        describe(outputs=lambda y: jnp.argmax(y, axis=1))
+    with pytest.raises(ValueError, match="wanted one gradient per input, got None"):
+        describe(readout=None)
+    with pytest.raises(ValueError, match=r"example is input \d+, .* there are 1;"):
+        write_latents(tmp_path / "x.html", describe(num=2), X[:1])
+    with pytest.raises(ValueError, match="wanted names of 5 tokens or entries, got 2"):
+        write_latents(str(tmp_path / "x.html"), describe(num=1), X, names="ab")
     with pytest.raises(ValueError, match="wanted latents, got none"):
         write_latents(tmp_path / "x.html", [], X)
     with pytest.raises(ValueError, match="inputs must be tokens"):
-        write_latents(tmp_path / "x.html", describe(num=1), np.zeros((2, 3, 4, 5)))
+        write_latents(tmp_path / "x.html", describe(num=1), np.zeros((B, 3, 4, 5)))

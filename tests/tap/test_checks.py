@@ -399,6 +399,12 @@ def test_mixed_outputs_are_named():
         ft.check_no_mixing(probed, None, X)
 
 
+def test_arrays_of_numpy_may_be_used_as_such():
+    matrix = np.eye(X.shape[1], dtype=np.float32)
+    probed = ft.from_split(lambda p, x: x @ np.asarray(p["w"]).T, lambda p, a: 2 * a)
+    ft.check_no_mixing(probed, {"w": matrix}, X)
+
+
 def test_one_input_is_not_enough():
     with pytest.raises(ValueError, match=r"at least two inputs .*got 1"):
         ft.check_no_mixing(*function(mlp), X[:1])

@@ -124,7 +124,7 @@ def gradient_pca(stats: Stats, rank: int, *, center: bool = False) -> Basis:
     """
     check_stats("gradient_pca", stats, grads=True)
     rank = check_rank("gradient_pca", stats, rank)
-    return checked_basis("gradient_pca", _gradient_pca(stats, rank, center))
+    return checked_basis("gradient_pca", _gradient_pca(stats, rank, bool(center)))
 
 
 @partial(jax.jit, static_argnames=("rank", "center"))

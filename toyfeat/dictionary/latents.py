@@ -118,15 +118,22 @@ def _directions(dictionary: Dictionary, params: Params) -> Array:
     return rows
 
 
-def _check_grads(taps: Taps) -> Array:
+def _check_grads(taps: Taps, who: str = "the rule of a view") -> Array:
     """Return the gradients of taps that have some."""
     if taps.grads is None:
-        raise ValueError("find_contexts: wanted taps with gradients")
+        raise ValueError(
+            f"{who}: wanted taps with gradients, got none; tap with a readout"
+        )
     return taps.grads
 
 
 def measure_latents(
-    view: LatentView, chunks: Callable[[], Iterator[Taps]], rows: int, num: int
+    view: LatentView,
+    chunks: Callable[[], Iterator[Taps]],
+    rows: int,
+    num: int,
+    *,
+    who: str = "measure_latents",
 ) -> Measurements:
     """Sum effects over taps, choose latents, and keep what these do in each example.
 
@@ -135,6 +142,7 @@ def measure_latents(
       chunks: gives the taps of the site in order; called twice.
       rows: number of rows that all chunks have together.
       num: number of latents to choose.
+      who: name of the function whose errors these are.
 
     Returns:
       Totals of all latents; codes and attributions of those of the largest effects.
@@ -150,12 +158,13 @@ def measure_latents(
     # First pass: how often latents are active, and their effects.
     totals, found, weight = np.zeros((2, len(view.writers))), 0, 0.0
     for taps in chunks():
-        _check_grads(taps)
+        _check_grads(taps, who)
         found, weight = found + len(taps.weights), weight + float(np.sum(taps.weights))
         totals += np.asarray(sums(view.arrays, taps), np.float64)
     if found != rows:
         raise ValueError(
-            f"find_contexts: wanted taps of these {rows} tokens, got {found} rows"
+            f"{who}: wanted taps of these {rows} examples or tokens, got {found} rows; "
+            "tap the same ones"
         )
     # The largest effects, without latents that have none.
     active, effects = totals
@@ -199,7 +208,7 @@ def nearest_readers(
     neighbours = []
     for index in latents:
         cosines = readers @ readers[index]
-        cosines[index] = -np.inf
-        nearest = np.argsort(-cosines, kind="stable")[:_NEIGHBOURS]
+        order = np.argsort(-cosines, kind="stable")
+        nearest = order[order != index][:_NEIGHBOURS]
         neighbours.append(tuple((int(i), float(cosines[i])) for i in nearest))
     return neighbours

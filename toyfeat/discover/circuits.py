@@ -35,7 +35,8 @@ class Circuit(NamedTuple):
 
     Attributes:
       order: ``[M]`` int, the most important latent first.
-      scores: ``[M]``, by which they are ordered.
+      scores: ``[M]``, by which they are ordered: shares of the effect per unit of the
+        mask, or the mask that was learned.
       shares: the shares that were asked for.
       sizes: how many of the first latents keep each share; ``None`` where no number of
         them was found that does.
@@ -71,13 +72,16 @@ def find_circuit(
     - ``"attribution"`` orders by :math:`\partial E / \partial m_j` with all latents
       there: one backward pass.  It misses latents that stand in for each other.
     - ``"integrated"`` orders by the mean of that derivative on the way from none to
-      all latents, at ``steps`` places.  The sum of its scores is the whole effect.
+      all latents, at ``steps`` places.  Its scores sum to about the share that all
+      latents keep.
     - ``"mask"`` learns a mask in [0, 1] by projected Adam, with the sum of the mask and
-      a price on the missing part of the largest share, in ``steps`` updates.
+      a price on the missing part of the largest share, in ``steps`` updates.  Each
+      moves an entry by a twentieth, so that fewer than some fifty switch off little.
 
     Args:
-      effect: of a mask, differentiable.
-      data: its first argument.
+      effect: of a mask, differentiable, a number.
+      data: its first argument.  Arrays belong there: what a closure holds is a constant
+        of the compiled program, and stays in memory with it.
       latents: ``M``.
       whole: the effect that shares are of, such as that of the model without a
         dictionary; the effect of all latents by default.
@@ -111,6 +115,14 @@ def find_circuit(
     check_number("find_circuit", "precision", precision, least=0)
     for share in shares:
         check_number("find_circuit", "a share", share, above=0, most=1)
+    if not shares:
+        raise ValueError("find_circuit: wanted shares to keep, got none; give (0.9,)")
+    shape = jax.eval_shape(effect, data, jnp.ones(latents)).shape
+    if shape != ():
+        raise ValueError(
+            "find_circuit: effect must return a number, got an array of shape "
+            f"{shape}; take its mean"
+        )
     measure = partial(_measure, effect, data)
     empty = float(measure(jnp.zeros(latents)))
     total = float(measure(jnp.ones(latents)) if whole is None else np.asarray(whole))

@@ -67,7 +67,7 @@ def find_contexts(
       ValueError: if the taps are not of these tokens or have no gradients.
     """
     # Choose latents by their effects; keep their codes and attributions everywhere.
-    measured = measure_latents(view, chunks, tokens.size, num)
+    measured = measure_latents(view, chunks, tokens.size, num, who="find_contexts")
     names = [model.tokenizer.decode([i]) for i in range(model.config.vocab)]
     chosen = measured.chosen
     offset = model.config.norm_offset

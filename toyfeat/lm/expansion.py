@@ -123,6 +123,12 @@ def _by_batch(
 ) -> Any:
     """Run a function of batches of windows, and concatenate its results."""
     check_int(who, "batch", batch)
+    if np.shape(point) != np.shape(taps.acts) or not len(taps.acts):
+        raise ValueError(
+            f"{who}: point must have the shape of taps.acts, {np.shape(taps.acts)}, "
+            f"with at least one window, got {np.shape(point)}; decode the codes of all "
+            "of the windows"
+        )
     entry = taps.acts if taps.entry is None else taps.entry
     arrays = [np.asarray(x) for x in (entry, taps.acts, taps.weights, point)]
     found = []

@@ -1,6 +1,6 @@
 """Fine-tune dictionaries on whole windows of tokens, by what they do to the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,8 +145,8 @@ def finetune(
       params: for taps in their own units, as :func:`toyfeat.denormalized` and
         :func:`toyfeat.interop.load_saelens` return.
       batches: from :func:`window_batches`; or a function of the parameters so far (for
-        taps in their own units) that makes them, for terms of what a dictionary does,
-        such as :func:`toyfeat.losses.expanded_kl`.
+        taps in their own units) that makes them, each time for all ``steps``, for
+        terms of what a dictionary does, such as :func:`toyfeat.losses.expanded_kl`.
       term: :func:`toyfeat.losses.fisher`, :func:`toyfeat.losses.spliced_kl` or another;
         ``None`` for the reconstruction error alone.
       steps: of training.
@@ -161,13 +161,14 @@ def finetune(
       Parameters for taps in their own units.
 
     Raises:
-      ValueError: for parameters of another width or number of latents; for refreshes
+      ValueError: for parameters of another width or number of latents; for batches of
+        fewer steps; for refreshes
         of batches that are no function, or in a directory, where a run that was cut
         off would need the batches of its own past.
     """
     _check_refreshes(batches, refreshes, steps, directory)
     make = batches if not isinstance(batches, Batches) else lambda _: batches
-    now = make(params)
+    now = _made(make, params, steps)
     objective = (losses.reconstruction()._replace(coefficient=reconstruction),)
     if term is not None:
         objective += (term,)
@@ -189,10 +190,22 @@ def finetune(
     options |= {"check_data": False, "progress": False}
     for part in range(refreshes):
         if part:
-            now = make(denormalized(dictionary, state))
+            now = _made(make, denormalized(dictionary, state), steps)
         end = (part + 1) * steps // refreshes
         state = fit(run, state, now, steps=end, **options)
     return denormalized(dictionary, state)
+
+
+def _made(make: Callable[[Params], Batches], params: Params, steps: int) -> Batches:
+    """Make batches, and check that they last: a missing one would be the last again."""
+    batches = make(params)
+    order = batches.data.get("order") if isinstance(batches.data, Mapping) else None
+    if order is not None and len(order) < steps:
+        raise ValueError(
+            f"finetune: wanted batches of {steps} steps, got {len(order)}; the step "
+            "goes on counting after a refresh, so make those of all steps each time"
+        )
+    return batches
 
 
 def _check_refreshes(

@@ -57,8 +57,8 @@ def describe_latents(
 
     A latent is described by how often it is active, by the inputs with its largest
     codes and its largest attributions, by the outputs that its writer promotes (the
-    mean derivative of the outputs along it, added at every position of the site) and
-    by the latents whose readers are near.
+    mean derivative of the outputs along it over the first 64 inputs, added at every
+    position of the site) and by the latents whose readers are near.
 
     Args:
       probed: the model.
@@ -89,7 +89,9 @@ def describe_latents(
             f"describe_latents: wanted one gradient per input, got {got}; use a scalar "
             "readout, such as ft.readouts.loss"
         )
-    measured = measure_latents(view, lambda: iter([taps]), len(taps.acts), num)
+    measured = measure_latents(
+        view, lambda: iter([taps]), len(taps.acts), num, who="describe_latents"
+    )
     shape = _position_shape(probed, params, inputs, site)
     slopes = _slopes(
         probed, params, inputs, site, outputs, view.writers[measured.chosen]
@@ -178,6 +180,11 @@ def _slopes(
             raise ValueError(
                 "describe_latents: outputs must be one array [B, ..., C], got a "
                 f"{type(values).__name__}; pass outputs=lambda y: y[...]"
+            )
+        if not jnp.issubdtype(values.dtype, jnp.floating):
+            raise ValueError(
+                "describe_latents: outputs must have derivatives, got "
+                f"{values.dtype}; pass outputs= that returns logits"
             )
         values = values[:, None] if values.ndim == 1 else values
         return jnp.mean(values, axis=tuple(range(values.ndim - 1)))

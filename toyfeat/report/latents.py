@@ -39,7 +39,7 @@ ul.thumbs figcaption { font-size: .78rem; line-height: 1.3; }
 
 
 def write_latents(
-    path: Path,
+    path: str | Path,
     latents: Sequence[Latent],
     inputs: Any,
     *,
@@ -64,14 +64,21 @@ def write_latents(
       The path.
 
     Raises:
-      ValueError: if there are no latents, or the inputs are of another kind.
+      ValueError: if there are no latents, or the inputs are others or of another kind.
     """
     if not latents:
         raise ValueError(
             "write_latents: wanted latents, got none: none has an effect; train longer "
             "or take another readout"
         )
-    show, layout = _shower(np.asarray(inputs), names, unit)
+    path, inputs = Path(path), np.asarray(inputs)
+    shown = [e.index for x in latents for e in (*x.activating, *x.attributed)]
+    if max(shown, default=-1) >= len(inputs):
+        raise ValueError(
+            f"write_latents: an example is input {max(shown)}, of inputs there are "
+            f"{len(inputs)}; give those that describe_latents was given"
+        )
+    show, layout = _shower(inputs, names, unit)
     lines = [("latent", "density", "attribution", "promotes")]
     lines += [
         (
@@ -123,9 +130,9 @@ def latent_html(
     near = ", ".join(f"{index} ({cosine:.2f})" for index, cosine in latent.neighbours)
     effect = f"{latent.effect:.2g} {unit}".rstrip()
     head = (
-        f"activation density {latent.frequency:.2%}, mean absolute attribution "
-        f"{effect}; nearest readers: {near}"
+        f"activation density {latent.frequency:.2%}, mean absolute attribution {effect}"
     )
+    head += f"; nearest readers: {near}" if near else ""
     # What its writer promotes, then its examples of either kind.
     parts = [f"<h3>Latent {latent.index}</h3>", page.paragraph(head)]
     for title, words in (
@@ -170,6 +177,13 @@ def _shower(
     """Choose how inputs are shown, and the class of their lists."""
     name: Any = names if callable(names) else str
     if names is not None and not callable(names):
+        tokens = inputs.ndim == 2 and np.issubdtype(inputs.dtype, np.integer)
+        wanted = int(inputs.max(initial=-1)) + 1 if tokens else inputs.shape[-1]
+        if inputs.ndim == 2 and len(names) < wanted:
+            raise ValueError(
+                f"write_latents: wanted names of {wanted} tokens or entries, got "
+                f"{len(names)}; give one each"
+            )
         name = names.__getitem__
     if inputs.ndim == 2 and np.issubdtype(inputs.dtype, np.integer):
         return partial(_text_html, inputs, name, unit), "examples"

@@ -255,8 +255,12 @@ def _compiled(probed: Probed, params: Params) -> tuple[Any, list[str]]:
       sites in the order of the model, which are there once it was traced.
     """
     leaves, tree = jax.tree.flatten(params)
-    # What a model may look at while it is traced (sizes, keys) stays as it is.
-    traced = [is_float_array(leaf) and jnp.ndim(leaf) > 0 for leaf in leaves]
+    # What a model may look at while it is traced (sizes, keys, arrays of NumPy) stays
+    # as it is.
+    traced = [
+        isinstance(leaf, jax.Array) and is_float_array(leaf) and leaf.ndim > 0
+        for leaf in leaves
+    ]
     arrays = [x for x, is_traced in zip(leaves, traced, strict=True) if is_traced]
     order: list[str] = []
 

@@ -144,8 +144,8 @@ def _explained_errors(inputs: Inputs, batched: bool) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        if not batched:
-            shapes = [jnp.shape(x)[1:] for x in jax.tree.leaves(inputs)]
+        shapes = [jnp.shape(x)[1:] for x in jax.tree.leaves(inputs)]
+        if not batched and () in shapes:
             error.add_note(
                 f"from_equinox: the model was called with one example, of shapes "
                 f"{shapes}; inputs have a batch axis in front (x[None] for one "

@@ -29,7 +29,7 @@ def exchanged(function, *arguments):
     shapes = [re.findall(r"f32\\[([0-9,]*)\\]", kind.split(x)[0]) for x in lines]
     sizes = [np.prod([int(n) for n in shape.split(",") if n])
              for part in shapes for shape in part]
-    return {"kinds": sorted({kind.search(" " + x)[1] for x in lines}),
+    return {"count": len(lines), "kinds": sorted({kind.search(" " + x)[1] for x in lines}),
             "largest": int(max(sizes, default=0))}
 
 keys = jax.random.split(jax.random.key(4), 16)
@@ -83,4 +83,5 @@ def test_a_split_population_is_the_same_as_a_whole_one(reports):
 def test_statistics_exchange_sums_only(reports):
     batch = reports[0]["of a batch"]
     assert batch["kinds"] == ["all-reduce"]
+    assert batch["count"] <= 4
     assert 256 <= batch["largest"] <= 2 * 16 * 16  # second moments of 16 dimensions

@@ -530,9 +530,8 @@ def test_a_first_call_compiles_few_programs():
         if name == "/jax/core/compile/backend_compile_duration":
             compiled_names.append(about.get("fun_name"))
 
-    taps = jax.tree.map(
-        jnp.asarray, stream(n=23, dim=3, k=3)
-    )  # shapes of no other test
+    # Shapes of no other test.
+    taps = jax.tree.map(jnp.asarray, stream(n=23, dim=3, k=3))
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         stats = moments_of(taps)

@@ -29,8 +29,8 @@ def exchanged(function, *arguments):
     shapes = [re.findall(r"f32\\[([0-9,]*)\\]", kind.split(x)[0]) for x in lines]
     sizes = [np.prod([int(n) for n in shape.split(",") if n])
              for part in shapes for shape in part]
-    return {"count": len(lines), "kinds": sorted({kind.search(" " + x)[1] for x in lines}),
-            "largest": int(max(sizes, default=0))}
+    kinds = sorted({kind.search(" " + line)[1] for line in lines})
+    return {"count": len(lines), "kinds": kinds, "largest": int(max(sizes, default=0))}
 
 keys = jax.random.split(jax.random.key(4), 16)
 rates = jax.numpy.geomspace(1e-4, 1e-2, 16)

@@ -16,6 +16,7 @@ from toyfeat.lens.averages import (
 )
 from toyfeat.lens.model import LensModel, residual_shape
 from toyfeat.lens.pullbacks import valid_positions
+from toyfeat.linalg import dense
 from toyfeat.types import Array, Inputs, Params
 
 
@@ -118,7 +119,7 @@ def init_state(
     if options.key is not None:
         # Signs of the diagonal make the rows uniform over all orthonormal bases.
         normal = jax.random.normal(options.key, (options.dim, options.dim))
-        q, r = jnp.linalg.qr(normal)
+        q, r = dense.qr(normal)
         basis = q.T * jnp.sign(jnp.diag(r))[:, None]
     groups = options.dim // options.num if groups is None else groups
     return JacobianState(

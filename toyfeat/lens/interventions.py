@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from toyfeat.checks import check_key, check_number, is_array
 from toyfeat.lens.model import LensModel, check_evaluation, residual_shape
+from toyfeat.linalg import dense
 from toyfeat.types import Array, Inputs, Params, Probe
 
 
@@ -223,7 +224,7 @@ def random_control(key: Array, vectors: Mapping[str, Array]) -> dict[str, Array]
     drawn = {}
     for (site, rows), site_key in zip(arrays.items(), keys, strict=True):
         dim = rows.shape[-1]
-        q, r = jnp.linalg.qr(jax.random.normal(site_key, (dim, dim)))
+        q, r = dense.qr(jax.random.normal(site_key, (dim, dim)))
         rotation = q * jnp.sign(jnp.diag(r))[None]  # uniform over all rotations
         drawn[site] = rows @ rotation.astype(rows.dtype)
     return drawn

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from toyfeat.checks import check_number, check_type
 from toyfeat.lens.averages import HALVES, Estimate, matrices_from_means
 from toyfeat.lens.fits import JacobianState, finish_state
+from toyfeat.linalg import dense
 from toyfeat.types import Array
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -77,7 +78,7 @@ def shrunken(state: JacobianState, *, centre: float = 1.0) -> Estimate:
 
 def _confirmed(own: Array, other: Array) -> Array:
     """Reduce the singular values of matrices ``[E, D, D]`` to what others confirm."""
-    u, s, vt = jnp.linalg.svd(own, full_matrices=False)
+    u, s, vt = jax.vmap(dense.svd)(own)
     along = jnp.einsum("edk,edi,eki->ek", u, other, vt, precision=_HIGHEST)
     sizes = jnp.minimum(jnp.maximum(along, 0), s)
     return jnp.einsum("edk,ek,eki->edi", u, sizes, vt, precision=_HIGHEST)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from toyfeat.linalg import dense
 from toyfeat.linalg.precision import dot
 from toyfeat.types import Array
 
@@ -71,7 +72,7 @@ def orthonormal_rows(
     def householder_qr(w: Array, others: Array, z: Array) -> Array:
         del z
         for _ in range(_HOUSEHOLDER_ROUNDS):
-            w = jnp.linalg.qr(_project_out(w, others).T)[0].T
+            w = dense.qr(_project_out(w, others).T)[0].T
         return w
 
     # Take the quick result if it is orthonormal to rounding.
@@ -106,8 +107,8 @@ def inverse_factor(gram: Array, shift: float = 0.0) -> Array:
 
 def _invert_by_cholesky(gram: Array) -> Array:
     """Factorize and solve by the platform's library."""
-    lower = jnp.linalg.cholesky(gram)
-    return jax.scipy.linalg.solve_triangular(lower, identity(gram), lower=True)
+    lower = dense.cholesky(gram)
+    return dense.solve_lower(lower, identity(gram))
 
 
 def _invert_by_elimination(gram: Array) -> Array:

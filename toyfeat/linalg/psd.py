@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from toyfeat.checks import check_array, check_int
+from toyfeat.linalg import dense
 from toyfeat.linalg.precision import HIGHEST, nonzero
 from toyfeat.types import Array
 
@@ -68,7 +69,7 @@ def psd_spectrum(
     scale = jnp.max(jnp.abs(matrix))
     scale = jnp.where(scale > 0, scale, jnp.ones_like(scale))
     scaled = matrix / scale
-    values, vectors = jnp.linalg.eigh((scaled + scaled.T) / 2)
+    values, vectors = dense.eigh((scaled + scaled.T) / 2)
     values, vectors = values[::-1], vectors[:, ::-1]
 
     # The level of rounding.

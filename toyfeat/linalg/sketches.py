@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from toyfeat.linalg import dense
 from toyfeat.linalg.compensated import (
     Pair,
     add_float,
@@ -198,7 +199,7 @@ def _fold_buffer(state: RowSketch, shrink: bool) -> RowSketch:
     def careful(both: Array, values: Array, left: Array) -> tuple[Array, Array]:
         # Squares have lost the small values: decompose the rows themselves.
         del left
-        _, s, vt = jnp.linalg.svd(both, full_matrices=False)
+        _, s, vt = dense.svd(both)
         vt = polish_columns(vt.T).T
         s = jnp.pad(s, (0, len(values) - len(s)))
         vt = jnp.pad(vt, ((0, max(0, width - len(vt))), (0, 0)))
@@ -245,7 +246,7 @@ def merge_sketches(
 def sketch_svd(state: RowSketch, *, rank: int, shrink: bool) -> SVD:
     """Leading triplets of a sketch, its buffer folded in."""
     before, state = state, _fold_buffer(state, shrink=False)
-    _, s, vt = jnp.linalg.svd(state.rows, full_matrices=False)
+    _, s, vt = dense.svd(state.rows)
     name = "incremental"
     # Frequent directions add back what they subtracted.
     if shrink:
@@ -316,5 +317,5 @@ def make_svd(
 
 def descending_eigenpairs(gram: Array) -> tuple[Array, Array]:
     """Eigenvalues and eigenvectors as columns, largest first."""
-    values, vectors = jnp.linalg.eigh((gram + gram.T) / 2)
+    values, vectors = dense.eigh((gram + gram.T) / 2)
     return values[::-1], vectors[:, ::-1]

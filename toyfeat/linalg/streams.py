@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from toyfeat.checks import check_array, check_choice, check_int, show
+from toyfeat.linalg import dense
 from toyfeat.linalg.compensated import (
     RowMoments,
     empty_moments,
@@ -175,7 +176,7 @@ def _scatter_svd(state: RowMoments, *, rank: int, center: bool) -> SVD:
         # In e e^T the scatter would drown, so that the row is appended, not squared.
         s, vt = _svd_from_gram(scatter)
         rows = jnp.concatenate([s[:, None] * vt, extra[None, :]])
-        _, s, vt = jnp.linalg.svd(rows, full_matrices=False)
+        _, s, vt = dense.svd(rows)
         return s, vt
 
     s, vt = choose(large, careful, quick, scatter, extra)

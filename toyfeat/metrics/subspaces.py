@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from toyfeat.checks import as_floats, check_function, check_type
 from toyfeat.decompose import covariance, decode, encode
+from toyfeat.linalg import dense
 from toyfeat.tap.probes import is_float_array
 from toyfeat.types import Array, ArrayLike, Basis, Inputs, Moments, Params, Probed
 
@@ -51,7 +52,7 @@ def principal_angles(a: ArrayLike, b: ArrayLike) -> Array:
         )
     # The cosines are the singular values of the product of orthonormal bases.
     overlap = jnp.matmul(_row_basis(a), _row_basis(b).T, precision=_HIGHEST)
-    cosines = jnp.clip(jnp.linalg.svd(overlap, compute_uv=False), 0, 1)
+    cosines = jnp.clip(dense.singular_values(overlap), 0, 1)
     finite = jnp.all(jnp.isfinite(a)) & jnp.all(jnp.isfinite(b))
     return jnp.where(finite, cosines, jnp.nan)
 
@@ -205,7 +206,7 @@ def _share(part: Array, total: Array, otherwise: Array | float) -> Array:
 
 def _row_basis(x: Array) -> Array:
     """Return orthonormal rows with the span of ``x``, zero past its rank."""
-    _, s, vt = jnp.linalg.svd(x / _largest(x), full_matrices=False)
+    _, s, vt = dense.svd(x / _largest(x))
     # Rank as in numpy.linalg.matrix_rank: rounding of the largest singular value.
     in_rank = s > max(x.shape) * jnp.finfo(x.dtype).eps * s[0]
     return jnp.where(in_rank[:, None], vt, jnp.zeros_like(vt))

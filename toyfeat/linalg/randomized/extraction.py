@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from toyfeat.linalg import dense
 from toyfeat.linalg.orthonormal import (
     choose,
     deviation,
@@ -91,7 +92,7 @@ def rayleigh_ritz(space: Subspace, rank: int, axis: Axis, *, with_u: bool) -> Tr
       vectors that are left out are fixed beforehand.
     """
     # Eigenvectors of the Gram matrix of the images.
-    values, vectors = jnp.linalg.eigh(space.gram)
+    values, vectors = dense.eigh(space.gram)
     values, vectors = values[::-1], vectors[:, ::-1]
     size = jnp.sqrt(jnp.maximum(values[:rank], jnp.finfo(values.dtype).tiny))
     leading = vectors[:, :rank]
@@ -247,7 +248,7 @@ def _svd(square: Array) -> tuple[Array, Array, Array]:
     are, small ones keep their digits that way; LAPACK's do not.  See "Singular
     values of the small matrix" in docs/decisions/linalg.md.
     """
-    left, _, right = jnp.linalg.svd(square, full_matrices=False)
+    left, _, right = dense.svd(square)
     right = polish_columns(right.T).T
     # Lengths of the columns, safe from over- and underflow.
     turned = dot(square, right.T)
@@ -260,5 +261,5 @@ def _svd(square: Array) -> tuple[Array, Array, Array]:
 def all_right_vectors(y: Tall, axis: Axis) -> tuple[Array, Array]:
     """All singular values, and right vectors as rows, of a tall matrix."""
     matrix = y[0] if axis is None and len(y) == 1 else householder(y, axis)[1]
-    _, s, right = jnp.linalg.svd(matrix, full_matrices=False)
+    _, s, right = dense.svd(matrix)
     return s, right

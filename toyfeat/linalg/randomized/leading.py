@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from toyfeat.linalg import dense
 from toyfeat.linalg.orthonormal import choose, orthonormal_rows, polish_columns
 from toyfeat.linalg.precision import GRAM_CUTOFF, dot
 from toyfeat.types import Array
@@ -109,7 +110,7 @@ def _ritz_pairs(gram: Array, z: Array, rank: int) -> tuple[Array, Array, Array]:
 
     # Eigenvectors of the matrix on the space.
     inner = dot(jnp.concatenate(images), basis.T)
-    theta, vectors = jnp.linalg.eigh((inner + inner.T) / 2)
+    theta, vectors = dense.eigh((inner + inner.T) / 2)
     theta, vectors = theta[::-1], vectors[:, ::-1][:, :width]
 
     # Residuals.  Only the last image leaves the space, and the part outside shows
@@ -130,5 +131,5 @@ def _ritz_pairs(gram: Array, z: Array, rank: int) -> tuple[Array, Array, Array]:
 
 def _dense_eigenpairs(gram: Array, width: int) -> tuple[Array, Array]:
     """The first ``width`` pairs of a dense decomposition."""
-    values, vectors = jnp.linalg.eigh(gram)
+    values, vectors = dense.eigh(gram)
     return jnp.maximum(values[::-1][:width], 0), vectors[:, ::-1][:, :width].T

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from toyfeat.linalg import dense
 from toyfeat.linalg.orthonormal import orthonormal_rows
 from toyfeat.linalg.precision import dot, nonzero
 from toyfeat.linalg.randomized.operators import (
@@ -194,5 +195,5 @@ def _krylov_gram(basis: Array, rows: list[Array], last: Array) -> Array:
 
 def _eigenpairs(gram: Array) -> tuple[Array, Array]:
     """Eigenvalues, and eigenvectors as columns, largest first."""
-    values, vectors = jnp.linalg.eigh((gram + gram.T) / 2)
+    values, vectors = dense.eigh((gram + gram.T) / 2)
     return values[::-1], vectors[:, ::-1]

@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from toyfeat.linalg import dense
 from toyfeat.linalg.orthonormal import choose, deviation, inverse_factor
 from toyfeat.linalg.precision import Axis, across, dot, sum_over_devices
 from toyfeat.types import Array
@@ -169,14 +170,14 @@ def householder(y: Tall, axis: Axis) -> tuple[Tall, Array]:
       ``q`` tall, and ``r`` ``[l, l]``.
     """
     # QR of every block, and the triangular factors of all devices together.
-    factors = [jnp.linalg.qr(block) for block in y]
+    factors = [dense.qr(block) for block in y]
     local = jnp.concatenate([r for _, r in factors])
     start = 0
     if axis is not None:
         start = jax.lax.axis_index(axis) * local.shape[0]
         local = jax.lax.all_gather(local, axis, tiled=True)
     # QR of the stacked factors; its rows turn each block's own q.
-    top, r = jnp.linalg.qr(local)
+    top, r = dense.qr(local)
     blocks = []
     for q, _ in factors:
         part = jax.lax.dynamic_slice_in_dim(top, start, q.shape[1])

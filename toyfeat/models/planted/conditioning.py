@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from toyfeat.linalg import dense
 from toyfeat.models.planted.heads import dot, rotation
 from toyfeat.models.planted.task import Task
 from toyfeat.tap.probes import apply_probe
@@ -139,4 +140,4 @@ def _moved_span(rows: Array | None, matrix: Array) -> Array | None:
     """Return orthonormal rows of the span of ``rows @ matrix``."""
     if rows is None:
         return None
-    return jnp.linalg.qr(dot(jnp.asarray(rows), matrix).T)[0].T
+    return dense.qr(dot(jnp.asarray(rows), matrix).T)[0].T

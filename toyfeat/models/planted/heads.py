@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.checks import check_int
+from toyfeat.linalg import dense
 from toyfeat.models.planted.task import Task, Truth
 from toyfeat.tap import from_split
 from toyfeat.types import Array, Params
@@ -44,7 +45,7 @@ def unit(rows: Array) -> Array:
 
 def rotation(key: Array, size: int) -> Array:
     """Draw a random orthogonal matrix ``[size, size]``."""
-    return jnp.linalg.qr(jax.random.normal(key, (size, size)))[0]
+    return dense.qr(jax.random.normal(key, (size, size)))[0]
 
 
 def dual(readers: Array) -> Array:

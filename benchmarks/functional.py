@@ -98,9 +98,9 @@ STUDIES = {
     "smollm2": Sizes(
         model="smollm2",
         site="blocks_15/resid_post",
-        base=704,
-        tune=96,
-        held_out=24,
+        base=2048,
+        tune=512,
+        held_out=96,
         latents=1152,
         k=16,
         batch=2,
@@ -109,7 +109,7 @@ STUDIES = {
         tap_batch=8,
         draws=4,
         seeds=(0, 1),
-        rows=("mse", "labels 4", "kl", "labels 1", "labels 4 huber", "labels 4 log"),
+        rows=("mse", "kl", "mean 2", "mean 4", "expand 4"),
     ),
 }
 

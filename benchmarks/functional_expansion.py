@@ -11,7 +11,7 @@ import numpy as np
 import toyfeat as ft
 from toyfeat.data.batches import Batches
 from toyfeat.jobs.results import Rows
-from toyfeat.lm.expansion import draw_on_path, expand_kl
+from toyfeat.lm.expansion import draw_on_path, expand_kl, reconstruct
 from toyfeat.lm.finetune import WindowTaps, window_batches, window_order
 from toyfeat.types import Params
 
@@ -122,14 +122,6 @@ def scatter(
     more = found._replace(acts=None, weights=None)
     more = jax.tree.map(place, more)
     return whole._replace(grads=more.grads, expansion=more.expansion)
-
-
-def reconstruct(sae: Any, params: Params, acts: Any) -> np.ndarray:
-    """Reconstruct windows, some at a time."""
-    run = jax.jit(lambda params, x: sae.decode(params, sae.encode(params, x)))
-    flat = [np.asarray(x).reshape(-1, x.shape[-1]) for x in np.array_split(acts, 8)]
-    found = [np.asarray(run(params, jnp.asarray(x))) for x in flat]
-    return np.concatenate(found).reshape(acts.shape)
 
 
 def compare_errors(

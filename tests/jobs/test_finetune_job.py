@@ -13,7 +13,7 @@ import toyfeat as ft
 from toyfeat.interop import load_saelens, save_saelens
 from toyfeat.jobs import Collect, Evaluate, Job, open_job, steps
 from toyfeat.jobs.config import read_job
-from toyfeat.jobs.finetune import _select_draws, finetune_job
+from toyfeat.jobs.finetune import _choose_taps, _expander, finetune_job
 from toyfeat.jobs.tuning import Finetune, Tuning
 from toyfeat.lm.finetune import WindowTaps
 
@@ -22,12 +22,14 @@ LOSSES = (
     Tuning(),
     Tuning(name="fisher one", term="fisher", draws=1, form="log"),
     Tuning(name="kl", term="kl"),
+    Tuning(name="near", term="expanded_kl", draws=2),
+    Tuning(name="near mean", term="expanded_kl", draws=2, at="mean"),
 )
 
 
-def saved(path, width=WIDTH, **about):
+def saved(path, width=WIDTH, key=0, **about):
     sae = ft.dictionaries.topk(width, 24, 2)
-    save_saelens(path, sae, sae.init(jax.random.key(0)), metadata=about)
+    save_saelens(path, sae, sae.init(jax.random.key(key)), metadata=about)
     return str(path)
 
 
@@ -52,7 +54,10 @@ def done(folder, tmp_path_factory):
             dtype="bfloat16",
         ),
         finetune=Finetune(
-            dictionaries=(saved(out / "start"),), losses=LOSSES, steps=2, windows=3
+            dictionaries=(saved(out / "start"), saved(out / "other", key=1)),
+            losses=LOSSES,
+            steps=2,
+            windows=3,
         ),
         evaluate=Evaluate(windows=2, batch=2),
     )
@@ -64,12 +69,13 @@ def done(folder, tmp_path_factory):
 def test_every_loss_has_a_dictionary_and_scores(done):
     work, rows = done
     names = [row["method"] for row in rows if row["what"] == "scores"]
-    assert names == ["start 0", "mse 0", "fisher one 0", "kl 0"]
+    expected = ["start", *(loss.name for loss in LOSSES)]
+    assert names == [f"{name} {i}" for i in (0, 1) for name in expected]
     assert all(np.isfinite(row["ce"]) for row in rows if row["what"] == "scores")
     before = load_saelens(work.job.finetune.dictionaries[0])[1]
     tuned = [
         load_saelens(f"{work.job.out}/finetune/{name}/features")[1]
-        for name in names[1:]
+        for name in names[1 : len(expected)]
     ]
     for params in (before, *tuned[1:]):
         assert np.abs(params["W_dec"] - tuned[0]["W_dec"]).max() > 1e-6
@@ -98,10 +104,38 @@ def test_tokens_that_another_job_trained_on_are_skipped(done):
 def test_fewer_draws_are_as_large_alone():
     grads = np.ones((1, 2, 4, 3), np.float32)
     taps = WindowTaps(np.ones((1, 2, 3)), np.ones((1, 2)), grads)
-    fewer = _select_draws(taps, Tuning(term="fisher", draws=1)).grads
+    fewer = _choose_taps(taps, Tuning(term="fisher", draws=1), None).grads
     np.testing.assert_array_equal(fewer, 2 * grads[:, :, :1])
-    assert _select_draws(taps, Tuning(term="fisher")) is taps
-    assert _select_draws(taps, Tuning(term="kl")).grads is None
+    assert _choose_taps(taps, Tuning(term="fisher"), None) is taps
+    assert _choose_taps(taps, Tuning(term="kl"), None).grads is None
+    near = _choose_taps(taps, Tuning(term="expanded_kl"), lambda: "expansion")
+    assert near.grads is None
+    assert near.expansion == "expansion"
+
+
+def test_one_expansion_at_the_mean_reconstruction_serves_all(done, monkeypatch):
+    work = done[0]
+    starts = [load_saelens(path) for path in work.job.finetune.dictionaries]
+    acts = np.random.default_rng(0).normal(size=(2, 16, WIDTH)).astype(np.float32)
+    points = []
+
+    def record(run, params, taps, point, **options):
+        points.append(point)
+        return options["draws"]
+
+    monkeypatch.setattr("toyfeat.jobs.finetune.expand_kl", record)
+    expand = _expander(work, WindowTaps(acts, np.ones((2, 16))), starts)
+    at_mean = Tuning(term="expanded_kl", at="mean")
+    assert [expand(i, at_mean) for i in (0, 1)] == [4, 4]  # draws by default
+    assert expand(1, Tuning(term="expanded_kl", draws=3)) == 3
+    own = [
+        np.asarray(sae.decode(params, sae.encode(params, acts.reshape(-1, WIDTH))))
+        for sae, params in starts
+    ]
+    own = [x.reshape(acts.shape) for x in own]
+    assert len(points) == 2
+    np.testing.assert_allclose(points[0], (own[0] + own[1]) / 2, atol=1e-6)
+    np.testing.assert_allclose(points[1], own[1], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +143,10 @@ def test_fewer_draws_are_as_large_alone():
     [
         ({"losses": (Tuning("f", "fisher", draws=3),)}, "f wants 3 draws, got a store"),
         ({"losses": (Tuning(), Tuning())}, "must have names of their own"),
+        (
+            {"losses": (Tuning("e", "expanded_kl", draws=10**7),)},
+            r"expansion of 10000000 draws must fit into 2\.1 GB",
+        ),
         ({"steps": 3}, "at most the 8 windows"),
         ({"dictionaries": ("width",)}, "must be a dictionary of width 16"),
         ({"dictionaries": ("site",)}, r"is of site 'blocks_0/mlp_out', and the job"),
@@ -130,5 +168,6 @@ def test_what_cannot_be_tuned_is_said_before(done, tmp_path, changes, message):
 
 def test_the_example_is_a_job():
     job = read_job(ROOT / "examples/smollm2_finetune.toml")
-    assert [loss.term for loss in job.finetune.losses] == ["mse", "fisher", "kl"]
+    terms = [loss.term for loss in job.finetune.losses]
+    assert terms == ["mse", "fisher", "kl", "expanded_kl"]
     assert job.finetune.steps * job.finetune.windows * 64 <= job.collect.tokens

@@ -10,7 +10,7 @@ from tiny_decoder import CONFIG, log_softmax, logits_with, weights
 from tiny_held import dictionary, held_at
 
 from toyfeat import losses
-from toyfeat.lm.expansion import draw_on_path, expand_kl
+from toyfeat.lm.expansion import draw_on_path, expand_kl, reconstruct
 from toyfeat.lm.finetune import WindowTaps, finetune, window_batches
 
 B, T, D, V = 2, 3, 4, 6
@@ -119,6 +119,18 @@ def test_the_slope_is_the_gradient_of_the_spliced_kl():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [2, 64])
+def test_windows_are_reconstructed_some_at_a_time(batch):
+    sae, params = dictionary(8)
+    acts = np.random.default_rng(1).normal(size=(5, 3, 8)).astype(jnp.bfloat16)
+    flat = jnp.asarray(acts, jnp.float32).reshape(15, 8)
+    wanted = sae.decode(params, sae.encode(params, flat)).reshape(5, 3, 8)
+    found = reconstruct(sae, params, acts, batch=batch)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert reconstruct(sae, params, acts[:0]).shape == (0, 3, 8)
+
+
 def test_a_fine_tune_by_a_fresh_expansion_lowers_the_kl():
     """With a refresh before every step it is a fine-tune by the spliced KL."""
     split, held, _ = spliced_text()

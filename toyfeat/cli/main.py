@@ -25,6 +25,7 @@ _JOBS = {
     f"{_TIMES}",
     "evaluate": f"score the dictionaries on held-out text; half an hour {_TIMES}",
     "report": f"write the page and records of latents; a minute {_TIMES}",
+    "finetune": "train finished dictionaries further, by what they do to the model",
     "lens": "fit a Jacobian lens and write what it reads in a text",
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from toyfeat.jobs.results import Rows, claim_folder, require_store
 from toyfeat.jobs.taps import MAX_BYTES_IN_MEMORY, open_collected
 from toyfeat.jobs.tuning import Tuning
 from toyfeat.jobs.workspace import Log, Workspace, open_site
-from toyfeat.lm.finetune import WindowTaps, finetune, window_batches
+from toyfeat.lm.expansion import expand_kl, reconstruct
+from toyfeat.lm.finetune import WindowTaps, finetune, window_batches, window_order
 from toyfeat.lm.replacements import Replacement, from_dictionary
 from toyfeat.lm.split import split_at
 from toyfeat.types import Params
+
+_DRAWS = 4
+"""Labels of an expansion by default; one has .8 of their gain (docs/research.md)."""
 
 _MAX_LATENTS = 64
 """Latents of a token with parts in scores where the architecture has no ``k``: parts
@@ -52,6 +57,7 @@ def finetune_job(work: Workspace, log: Log = print) -> list[dict[str, Any]]:
     starts = [_load_dictionary(path, job, store) for path in job.finetune.dictionaries]
     folder = claim_folder(job, "collect", "finetune")
     taps = _read_windows(store, job)
+    expand = _expander(work, taps, starts)
     rows = Rows(folder / "finetune.jsonl")
     held = open_held_out(open_site(work, job.site, log))
     for i, (sae, params) in enumerate(starts):
@@ -60,7 +66,8 @@ def finetune_job(work: Workspace, log: Log = print) -> list[dict[str, Any]]:
             name = f"{loss.name} {i}"
             path = folder / "finetune" / name
             if not (path / "features" / "cfg.json").exists():
-                tuned = _tune(work, sae, params, loss, taps, path)
+                chosen = _choose_taps(taps, loss, partial(expand, i, loss))
+                tuned = _tune(work, sae, params, loss, chosen, path)
                 about = {"tuned": asdict(loss), "site": job.site, **store.metadata}
                 save_saelens(path / "features", sae, tuned, metadata=about)
             tuned = load_saelens(path / "features")
@@ -76,10 +83,10 @@ def _tune(
     taps: WindowTaps,
     folder: Path,
 ) -> Params:
-    """Fine-tune one dictionary with one loss."""
+    """Fine-tune one dictionary with one loss, on taps that have what it takes."""
     settings = work.job.finetune
     batches = window_batches(
-        _select_draws(taps, loss),
+        taps,
         windows=settings.windows,
         seed=settings.seed,
         steps=settings.steps,
@@ -103,32 +110,82 @@ def _make_term(work: Workspace, loss: Tuning) -> Term | None:
         return None
     if loss.term == "fisher":
         return losses.fisher(loss.form, limit=loss.limit)
+    if loss.term == "expanded_kl":
+        return losses.expanded_kl()
     split = split_at(work.model.config, work.job.site)
     alone = split.run_alone if loss.clean_prefix else None
     return losses.spliced_kl(split.run, run_spliced=alone)
 
 
-def _select_draws(taps: WindowTaps, loss: Tuning) -> WindowTaps:
-    """Select the readouts of a loss: none, all, or the first, scaled to be alone."""
-    if loss.term != "fisher" or taps.grads is None:
-        return taps._replace(grads=None)
-    num = taps.grads.shape[2]
-    if loss.draws in (0, num):
+def _expander(
+    work: Workspace, taps: WindowTaps, starts: list[tuple[Dictionary, Params]]
+) -> Callable[[int, Tuning], losses.Expansion]:
+    """Return a function that expands the KL for a dictionary, given by its index."""
+    job, model = work.job, work.model
+
+    def expand(point: np.ndarray, draws: int) -> losses.Expansion:
+        run = split_at(model.config, job.site).run
+        seed, batch = job.finetune.seed, job.collect.batch
+        return expand_kl(
+            run, model.params, taps, point, draws=draws, seed=seed, batch=batch
+        )
+
+    @cache  # one serves all dictionaries
+    def expand_at_mean(draws: int) -> losses.Expansion:
+        point = np.zeros(np.shape(taps.acts), np.float32)
+        for start in starts:
+            point += reconstruct(*start, taps.acts) / len(starts)
+        return expand(point, draws)
+
+    def expand_for(index: int, loss: Tuning) -> losses.Expansion:
+        draws = _num_draws(loss)
+        if loss.at == "mean":
+            return expand_at_mean(draws)
+        return expand(reconstruct(*starts[index], taps.acts), draws)
+
+    return expand_for
+
+
+def _num_draws(loss: Tuning) -> int:
+    """Labels that an expansion draws for a token."""
+    return loss.draws or _DRAWS
+
+
+def _choose_taps(
+    taps: WindowTaps, loss: Tuning, expand: Callable[[], losses.Expansion]
+) -> WindowTaps:
+    """Choose what a loss takes: readouts, an expansion, or neither."""
+    if loss.term == "fisher":
+        return _select_draws(taps, loss.draws)
+    expansion = expand() if loss.term == "expanded_kl" else None
+    return taps._replace(grads=None, expansion=expansion)
+
+
+def _select_draws(taps: WindowTaps, draws: int) -> WindowTaps:
+    """Select the first readouts, scaled to be alone; all of them for 0."""
+    num = 0 if taps.grads is None else taps.grads.shape[2]
+    if draws in (0, num):
         return taps
     # Draws are divided by the root of their number.
-    grads = jnp.asarray(taps.grads[:, :, : loss.draws])
-    scale = jnp.asarray((num / loss.draws) ** 0.5, grads.dtype)
+    grads = jnp.asarray(taps.grads)[:, :, :draws]
+    scale = jnp.asarray((num / draws) ** 0.5, grads.dtype)
     return taps._replace(grads=grads * scale)
 
 
 def _read_windows(store: Store, job: Job) -> WindowTaps:
-    """Read a store window by window, in its own dtype."""
+    """Read the windows that training takes from a store, in its own dtype."""
     shards = [shard_taps(store, index) for index in range(len(store.shards))]
-    length = job.collect.length
+    settings, length = job.finetune, job.collect.length
+    order = window_order(
+        store.rows // length,
+        windows=settings.windows,
+        seed=settings.seed,
+        steps=settings.steps,
+    )
 
     def by_window(read: Callable[[Any], Any]) -> np.ndarray:
         whole = np.concatenate([np.asarray(read(shard)) for shard in shards])
-        return whole.reshape(-1, length, *whole.shape[1:])
+        return whole.reshape(-1, length, *whole.shape[1:])[np.sort(order.ravel())]
 
     return WindowTaps(
         by_window(lambda taps: taps.acts),
@@ -154,6 +211,15 @@ def _check_losses(job: Job, store: Store) -> None:
             'set collect.dtype = "bfloat16"'
         )
     windows = store.rows // job.collect.length
+    # Point, slope and bfloat16 draws of every token; a mean stays beside another one.
+    draws = [_num_draws(x) for x in settings.losses if x.term == "expanded_kl"]
+    expanded = store.rows * store.dim * (8 + 2 * max(draws, default=0))
+    if draws and size + expanded > MAX_BYTES_IN_MEMORY:
+        raise ValueError(
+            f"finetune: the store and an expansion of {max(draws)} draws must fit into "
+            f"{MAX_BYTES_IN_MEMORY / 1e9:.1f} GB of memory, got "
+            f"{(size + expanded) / 1e9:.1f}; lower collect.tokens or draws"
+        )
     if settings.steps * settings.windows > windows:
         raise ValueError(
             f"finetune: steps x windows must be at most the {windows} windows that "
@@ -161,13 +227,14 @@ def _check_losses(job: Job, store: Store) -> None:
             "not seen twice: collect more, or lower finetune.steps"
         )
     for loss in settings.losses:
-        if loss.draws > (store.readouts or 0):
+        wanted = max(loss.draws, 1) if loss.term == "fisher" else 0
+        if wanted > (store.readouts or 0):
             raise ValueError(
-                f"finetune: {loss.name} wants {loss.draws} draws, got a store with "
+                f"finetune: {loss.name} wants {wanted} draws, got a store with "
                 f"{store.readouts or 0}; raise collect.draws (in another folder)"
             )
         is_residual = job.site.endswith(("resid_pre", "resid_post"))
-        if loss.term == "kl" and not is_residual:
+        if loss.term in ("kl", "expanded_kl") and not is_residual:
             raise ValueError(
                 f"finetune: {loss.name} runs the model from a residual site, got "
                 f"{job.site}; leave it out, or take another site"

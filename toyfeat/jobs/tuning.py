@@ -12,21 +12,27 @@ class Tuning:
 
     Attributes:
       name: of the folders of its dictionaries.
-      term: ``"mse"`` for none, ``"fisher"``, :func:`toyfeat.losses.fisher`, or
-        ``"kl"``, :func:`toyfeat.losses.spliced_kl`, which runs the model.
+      term: ``"mse"`` for none; ``"fisher"``, :func:`toyfeat.losses.fisher`;
+        ``"kl"``, :func:`toyfeat.losses.spliced_kl`, which runs the model at every
+        step; ``"expanded_kl"``, :func:`toyfeat.losses.expanded_kl`, which runs it
+        once, before the first.
       form: of ``"fisher"``.
       limit: of ``"fisher"``, in nats.
-      draws: readouts that ``"fisher"`` takes, the first of the collected ones; 0 for
-        all.
+      draws: readouts that ``"fisher"`` takes, the first of the collected ones, 0 for
+        all; labels that ``"expanded_kl"`` draws at a reconstruction, 0 for 4.
+      at: where ``"expanded_kl"`` expands: at the reconstruction of the dictionary
+        itself, ``"own"``, or at the mean one of all dictionaries of the job,
+        ``"mean"``, where one expansion serves all.
       clean_prefix: whether ``"kl"`` keeps the keys and values of the model.
       weight: of the term, relative to the reconstruction error at the start.
     """
 
     name: str = "mse"
-    term: Literal["mse", "fisher", "kl"] = "mse"
+    term: Literal["mse", "fisher", "kl", "expanded_kl"] = "mse"
     form: Literal["square", "huber", "log"] = "square"
     limit: Positive = 1.0
     draws: CountOrZero = 0
+    at: Literal["own", "mean"] = "own"
     clean_prefix: bool = False
     weight: Positive = 1.0
 

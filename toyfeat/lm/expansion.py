@@ -24,6 +24,7 @@ import numpy as np
 from toyfeat.checks import check_choice, check_function, check_int
 from toyfeat.dictionary.functional import RunBehind
 from toyfeat.dictionary.losses import Expansion
+from toyfeat.dictionary.types import Dictionary
 from toyfeat.lm.finetune import WindowTaps
 from toyfeat.lm.label_gradients import draw_labels
 from toyfeat.types import Array, ArrayLike, Params
@@ -110,6 +111,37 @@ def draw_on_path(
     check_choice("draw_on_path", "path", path, PATHS)
     pull = partial(_draw_on_path, run, draws, path)
     return _by_batch("draw_on_path", pull, params, taps, point, seed, batch)
+
+
+def reconstruct(
+    dictionary: Dictionary, params: Params, acts: ArrayLike, *, batch: int = 64
+) -> np.ndarray:
+    """Reconstruct the activations of windows, some windows at a time.
+
+    Args:
+      dictionary: of activations.
+      params: for taps in their own units.
+      acts: ``[num, T, D]`` in any floating-point dtype.
+      batch: windows at a time.
+
+    Returns:
+      ``[num, T, D]`` float32, in host memory: the ``point`` of :func:`expand_kl`.
+    """
+    check_int("reconstruct", "batch", batch)
+    rows = np.asarray(acts)
+    found = [
+        np.asarray(_decode(dictionary, params, rows[i : i + batch]))
+        for i in range(0, len(rows), batch)
+    ]
+    return np.concatenate(found) if found else np.zeros(rows.shape, np.float32)
+
+
+@partial(jax.jit, static_argnums=0)
+def _decode(dictionary: Dictionary, params: Params, acts: Array) -> Array:
+    """Encode and decode windows of activations."""
+    flat = acts.astype(jnp.float32).reshape(-1, acts.shape[-1])
+    codes = dictionary.encode(params, flat)
+    return dictionary.decode(params, codes, acts=flat).reshape(acts.shape)
 
 
 def _by_batch(

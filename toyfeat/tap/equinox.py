@@ -83,19 +83,14 @@ def from_equinox(
     arrays, static = eqx.partition(model, eqx.is_array)
     params = arrays if state is None else (arrays, state)
     structure = jax.tree.structure(params)
-    unbound = getattr(type(model), method)
-
-    has_state = state is not None
-
-    def call(params: Params, example: Any) -> Outputs:
-        inputs, key = example
-        arrays, state = params if has_state else (params, None)
-        marked = _marked(eqx, eqx.combine(arrays, static), ())
-        args, kwargs = split_inputs("from_equinox", unbound, inputs, call_kwargs)
-        args = args if state is None else (*args, state)
-        kwargs = kwargs if key is None else {**kwargs, "key": key}
-        outputs = getattr(marked, method)(*args, **call_kwargs, **kwargs)
-        return outputs[0] if has_state else outputs
+    call = _marking_call(
+        eqx,
+        static,
+        method=method,
+        unbound=getattr(type(model), method),
+        has_state=state is not None,
+        call_kwargs=call_kwargs,
+    )
 
     def probed(
         params: Params, inputs: Inputs, probes: Mapping[str, Probe]
@@ -124,6 +119,39 @@ def from_equinox(
 
     probed.__dict__["train_mode"] = train_mode
     return probed, params
+
+
+def _marking_call(
+    eqx: Any,
+    static: Any,
+    *,
+    method: str,
+    unbound: Any,
+    has_state: bool,
+    call_kwargs: dict[str, Any],
+) -> Callable[[Params, Any], Outputs]:
+    """Make ``(params, (inputs, key)) -> outputs`` of a module that marks its values.
+
+    Args:
+      eqx: equinox.
+      static: the module without its arrays, which ``params`` are.
+      method: the method to call.
+      unbound: the same of the class, for its signature.
+      has_state: whether ``params`` are the arrays and a state.
+      call_kwargs: of every call.
+    """
+
+    def call(params: Params, example: Any) -> Outputs:
+        inputs, key = example
+        arrays, state = params if has_state else (params, None)
+        marked = _marked(eqx, eqx.combine(arrays, static), ())
+        args, kwargs = split_inputs("from_equinox", unbound, inputs, call_kwargs)
+        args = args if state is None else (*args, state)
+        kwargs = kwargs if key is None else {**kwargs, "key": key}
+        outputs = getattr(marked, method)(*args, **call_kwargs, **kwargs)
+        return outputs[0] if has_state else outputs
+
+    return call
 
 
 def _check_structure(params: Params, structure: Any) -> None:

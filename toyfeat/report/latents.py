@@ -79,6 +79,20 @@ def write_latents(
             f"{len(inputs)}; give those that describe_latents was given"
         )
     show, layout = _shower(inputs, names, unit)
+    sections = [_STYLE, page.section(f"{len(latents)} latents", _overview(latents))]
+    parts = [
+        latent_html(latent, show=show, layout=layout, unit=unit, outputs="outputs")
+        for latent in latents
+    ]
+    sections.append(page.section("One by one", parts))
+    footer = ", ".join(f"{name}: {value}" for name, value in (header or {}).items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.write_page(path, title, sections, footer)
+    return path
+
+
+def _overview(latents: Sequence[Latent]) -> list[str]:
+    """Render a line for every latent, under what the columns mean."""
     lines = [("latent", "density", "attribution", "promotes")]
     lines += [
         (
@@ -89,20 +103,8 @@ def write_latents(
         )
         for latent in latents
     ]
-    body = [
-        page.paragraph(_ABOUT),
-        page.table(f'<div class="overview">{html_lines(lines)}</div>'),
-    ]
-    sections = [_STYLE, page.section(f"{len(latents)} latents", body)]
-    parts = [
-        latent_html(latent, show=show, layout=layout, unit=unit, outputs="outputs")
-        for latent in latents
-    ]
-    sections.append(page.section("One by one", parts))
-    footer = ", ".join(f"{name}: {value}" for name, value in (header or {}).items())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.write_page(path, title, sections, footer)
-    return path
+    table = page.table(f'<div class="overview">{html_lines(lines)}</div>')
+    return [page.paragraph(_ABOUT), table]
 
 
 def latent_html(

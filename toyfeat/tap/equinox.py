@@ -82,7 +82,6 @@ def from_equinox(
         check_key("from_equinox", key)
     arrays, static = eqx.partition(model, eqx.is_array)
     params = arrays if state is None else (arrays, state)
-    structure = jax.tree.structure(params)
     call = _marking_call(
         eqx,
         static,
@@ -91,27 +90,7 @@ def from_equinox(
         has_state=state is not None,
         call_kwargs=call_kwargs,
     )
-
-    def probed(
-        params: Params, inputs: Inputs, probes: Mapping[str, Probe]
-    ) -> tuple[Outputs, Acts]:
-        _check_structure(params, structure)
-        batch = infer_batch_size(inputs)
-        inputs = jax.tree.map(jnp.asarray, inputs)
-        # Every example has a key of its own, a batch has one.
-        keys = key
-        if key is not None and not batched:
-            keys = jax.random.split(key, batch)
-        with _explained_errors(inputs, batched):
-            return run_marked(
-                "from_equinox",
-                call,
-                params,
-                (inputs, keys),
-                probes,
-                batch=batch,
-                batched=batched,
-            )
+    probed = _probed_model(call, jax.tree.structure(params), batched=batched, key=key)
 
     def train_mode(params: Params, inputs: Inputs) -> tuple[str, ...]:
         """Name what makes the result of an example depend on others or on chance."""
@@ -152,6 +131,35 @@ def _marking_call(
         return outputs[0] if has_state else outputs
 
     return call
+
+
+def _probed_model(
+    call: Callable[[Params, Any], Outputs], structure: Any, *, batched: bool, key: Any
+) -> Any:
+    """Make a probed model of a call of a module that marks its values."""
+
+    def probed(
+        params: Params, inputs: Inputs, probes: Mapping[str, Probe]
+    ) -> tuple[Outputs, Acts]:
+        _check_structure(params, structure)
+        batch = infer_batch_size(inputs)
+        inputs = jax.tree.map(jnp.asarray, inputs)
+        # Every example has a key of its own, a batch has one.
+        keys = key
+        if key is not None and not batched:
+            keys = jax.random.split(key, batch)
+        with _explained_errors(inputs, batched):
+            return run_marked(
+                "from_equinox",
+                call,
+                params,
+                (inputs, keys),
+                probes,
+                batch=batch,
+                batched=batched,
+            )
+
+    return probed
 
 
 def _check_structure(params: Params, structure: Any) -> None:

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from toyfeat.dictionary.latents import Latent
-from toyfeat.lm.contexts import Context
+from toyfeat.lm.contexts import Context, cut_context
 from toyfeat.metrics.latents import Example
 from toyfeat.report import page
 from toyfeat.report.tables import html_lines
 from toyfeat.report.thumbnails import bars_svg, image_html
 
 _OPACITY = 0.6  # of the darkest shade, on which the text can still be read
-_AROUND = 12  # positions of a text before and after
 _ABOUT = (
     "Density is the share of the examples in which a latent is active, attribution "
     "the mean of its absolute first-order effect on the readout. Promoted outputs are "
@@ -204,15 +203,12 @@ def _text_html(
     tokens: np.ndarray, name: Callable[[int], str], unit: str, example: Example
 ) -> str:
     """Render the tokens around the position, all of them shaded alike without any."""
-    values = example.values
-    low, high = 0, tokens.shape[1]
-    if example.shape == (high,):
-        low, high = max(0, example.at - _AROUND), min(high, example.at + _AROUND + 1)
-    else:  # the site has no positions of the text
-        values = (0.0,) * high
-    words = tuple(name(int(i)) for i in tokens[example.index, low:high])
-    at = example.at - low if example.shape == (tokens.shape[1],) else -1
-    return context_html(Context(words, values[low:high], at, example.effect), unit=unit)
+    if example.shape == tokens.shape[1:]:
+        return context_html(cut_context(example, tokens, name), unit=unit)
+    # The site has no positions of the text.
+    words = tuple(name(int(i)) for i in tokens[example.index])
+    values = (0.0,) * len(words)
+    return context_html(Context(words, values, -1, example.effect), unit=unit)
 
 
 def _caption(example: Example, unit: str, more: str = "") -> str:

@@ -28,7 +28,7 @@ from toyfeat.lm.finetune import WindowTaps
 from toyfeat.lm.label_gradients import draw_labels
 from toyfeat.types import Array, ArrayLike, Params
 
-PATHS: dict[str, Callable[[Array], Array]] = {
+_PATHS: dict[str, Callable[[Array], Array]] = {
     "slope": lambda uniform: uniform,
     "value": lambda uniform: 1 - jnp.sqrt(1 - uniform),
 }
@@ -107,7 +107,7 @@ def draw_on_path(
     """
     check_function("draw_on_path", "run", run, "(params, entry, value)")
     check_int("draw_on_path", "draws", draws)
-    check_choice("draw_on_path", "path", path, PATHS)
+    check_choice("draw_on_path", "path", path, _PATHS)
     pull = partial(_draw_on_path, run, draws, path)
     return _by_batch("draw_on_path", pull, params, taps, point, seed, batch)
 
@@ -155,10 +155,7 @@ def _expand(
     """Compute value, slope and draws at the reconstructions of some windows."""
     counts = weights[:, :, None] > 0
     clean = jax.nn.log_softmax(run(params, entry, acts))
-
-    def splice(value: Array) -> Array:
-        return run(params, entry, jnp.where(counts, value, acts))
-
+    splice = partial(_splice, run, params, entry, acts, counts)
     logits, pull = jax.vjp(splice, point)
     spliced = jax.nn.log_softmax(logits)
     kl = jnp.sum(jnp.exp(clean) * (clean - spliced), axis=2)
@@ -189,9 +186,7 @@ def _draw_on_path(
     """Draw gradients at places between activations and reconstructions."""
     counts = weights[:, :, None] > 0
     error = point - acts
-
-    def splice(value: Array) -> Array:
-        return run(params, entry, jnp.where(counts, value, acts))
+    splice = partial(_splice, run, params, entry, acts, counts)
 
     def draw(k: Array) -> Array:
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
@@ -199,13 +194,25 @@ def _draw_on_path(
         # One place in each of K equal parts, the same for the tokens of a window.
         place = jax.vmap(jax.random.uniform)(pairs[:, 0])
         uniform = (k.astype(place.dtype) + place) / draws
-        error_there = PATHS[path](uniform)[:, None, None] * error
+        error_there = _PATHS[path](uniform)[:, None, None] * error
         logits, pull = jax.vjp(lambda x: splice(acts + x), error_there)
         probs = jax.nn.softmax(logits)
         labels = jax.vmap(draw_labels, (0, 0, None))(pairs[:, 1], probs, 1)
         return _pull_label(pull, probs, labels[:, :, 0], counts)
 
     return _last_axis(jax.lax.map(draw, jnp.arange(draws)))
+
+
+def _splice(
+    run: RunBehind,
+    params: Params,
+    entry: Array,
+    acts: Array,
+    counts: Array,
+    value: Array,
+) -> Array:
+    """Compute logits with other activations at the tokens that count."""
+    return run(params, entry, jnp.where(counts, value, acts))
 
 
 def _pull_label(pull: Any, probs: Array, labels: Array, counts: Array) -> Array:

@@ -20,7 +20,7 @@ import numpy as np
 from circuit_prompts import TASKS, read_task
 from functional import STUDIES, open_study, train_base
 from functional_taps import stored_taps
-from harness import parse_command
+from harness import bootstrap_interval, parse_command
 
 from toyfeat.discover.circuits import find_circuit, keep_latents
 from toyfeat.jobs.results import Rows
@@ -54,13 +54,6 @@ class Settings:
     """Keep the reconstruction error, so that the model is the dictionary with it."""
 
 
-def interval(values: np.ndarray) -> list[float]:
-    """Compute the 95 % bootstrap interval of a mean."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(0, len(values), (2000, len(values)))].mean(1)
-    return [float(x) for x in np.quantile(means, (0.025, 0.975))]
-
-
 def select(prompts: Prompts, rows: slice) -> Prompts:
     """Take some prompts."""
     return Prompts(*(x[rows] for x in prompts))
@@ -88,7 +81,7 @@ def measure_model(halves: list[Half], run: Any, latents: int) -> dict[str, Any]:
     kept = np.asarray(run(other.data, jnp.ones(latents)), np.float64)
     return {
         "difference": float(both.mean()),
-        "interval": interval(both),
+        "interval": bootstrap_interval(both),
         "right": float((both > 0).mean()),
         "none": float(other.empty.mean()),
         "whole_kept": float((kept - other.empty).mean() / scale),
@@ -116,7 +109,7 @@ def measure_method(
             mask = jnp.asarray(keep_latents(circuit, share))
             there = np.asarray(run(other.data, mask), np.float64) - other.empty
             values[f"test_{name}"] = float(there.mean() / scale)
-            values[f"test_{name}_interval"] = interval(there / scale)
+            values[f"test_{name}_interval"] = bootstrap_interval(there / scale)
     return values
 
 

@@ -15,7 +15,6 @@ the small files of the tests instead.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from harness import run_peer
 
 import toyfeat as ft
 from toyfeat.models.decoder import Decoder, load_decoder
@@ -30,19 +30,6 @@ from toyfeat.models.decoder import Decoder, load_decoder
 CHILD = Path(__file__).parent / "peers" / "decoder_families.py"
 GATE = 1e-5
 SITES = ("resid_pre", "resid_mid", "resid_post")
-
-
-def run_peer(python, folder, *options):
-    """Run the other library; returns what it prints."""
-    done = subprocess.run(
-        [python, str(CHILD), str(folder), *options],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        sys.exit(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def relative(got, want):
@@ -94,7 +81,7 @@ def run_gate(args, folder):
     """Compare all families at all lengths; returns the rows."""
     about_file = folder / "about.json"
     if not about_file.exists():
-        about_file.write_text(json.dumps(run_peer(args.peer, folder)))
+        about_file.write_text(json.dumps(run_peer(args.peer, CHILD, folder)))
     about, rows = json.loads(about_file.read_text()), []
     if args.out and args.out.exists():
         rows = [json.loads(line) for line in args.out.read_text().splitlines()]
@@ -122,7 +109,7 @@ def main():
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.golden:
-        run_peer(args.peer, args.golden, "--small")
+        run_peer(args.peer, CHILD, args.golden, "--small")
         return
     with tempfile.TemporaryDirectory() as temporary:
         rows = run_gate(args, args.folder or Path(temporary))

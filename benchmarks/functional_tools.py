@@ -81,20 +81,21 @@ def error_sizes(
             "joint": float((weights * joint).sum()) / total,
             "alone_true_label": size**2 * float((weights * first).sum()) / total,
         }
-        per_token = np.asarray(kl)[np.asarray(weights) > 0]
-        ratio = np.asarray(joint)[np.asarray(weights) > 0] / np.maximum(per_token, 1e-9)
-        values |= {
-            "ratio_median": float(np.median(ratio)),
-            "ratio_90": float(np.quantile(ratio, 0.9)),
-            "correlation": float(
-                np.corrcoef(
-                    np.log(per_token + 1e-9),
-                    np.log(np.asarray(joint)[np.asarray(weights) > 0] + 1e-9),
-                )[0, 1]
-            ),
-        }
+        counts = np.asarray(weights) > 0
+        values |= compare_tokens(np.asarray(kl)[counts], np.asarray(joint)[counts])
         rows.add({"row": f"error x {size}", "seed": -1}, values)
         print(f"error x {size}: {values}", flush=True)
+
+
+def compare_tokens(kl: np.ndarray, quadratic: np.ndarray) -> dict[str, float]:
+    """Compare a quadratic with the KL token by token, ``[N]`` both."""
+    ratio = quadratic / np.maximum(kl, 1e-9)
+    logs = np.log(kl + 1e-9), np.log(quadratic + 1e-9)
+    return {
+        "ratio_median": float(np.median(ratio)),
+        "ratio_90": float(np.quantile(ratio, 0.9)),
+        "correlation": float(np.corrcoef(*logs)[0, 1]),
+    }
 
 
 def scorer(

@@ -1,12 +1,14 @@
-"""Commands, timing and rows that all benchmarks share.
+"""Commands, peers, timing, intervals and rows that all benchmarks share.
 
 Times are medians of calls that are compiled apart, warmed up, waited for, and taken in
 turns.
 """
 
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +19,10 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+BOOTSTRAPS = 2000
+"""Samples of a bootstrap."""
 
 Config = TypeVar("Config")
 
@@ -51,6 +57,32 @@ def parse_command(config: type[Config], description: str | None) -> Config:
             f"{Path(sys.argv[0]).name}: the command line needs tyro: pip install tyro"
         ) from None
     return tyro.cli(config, description=description)
+
+
+def run_peer(python: str, script: Path, folder: Path, *options: str) -> Any:
+    """Run a script of other libraries, which writes files and prints a JSON line.
+
+    Args:
+      python: one that has these libraries.
+      script: a file of ``peers/``.
+      folder: for its files.
+      options: further words of its command line.
+
+    Returns:
+      What it printed last.
+
+    Raises:
+      SystemExit: with the end of its errors, if it failed.
+    """
+    done = subprocess.run(
+        [python, str(script), str(folder), *options],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 class Program(NamedTuple):
@@ -119,6 +151,23 @@ def gemm_flops_per_s(size: int = 2048) -> float:
     product = program(lambda a: jnp.matmul(a, a, precision="highest"), a)
     # A product of size^3 multiplications and additions.
     return 2 * size**3 / medians({"gemm": product.run})["gemm"]
+
+
+def bootstrap_interval(
+    values: np.ndarray, rng: np.random.Generator | None = None
+) -> list[float]:
+    """Compute the 95 % bootstrap interval of a mean.
+
+    Args:
+      values: ``[N]``.
+      rng: draws the samples; one of its own from seed 0 by default.
+
+    Returns:
+      Its two bounds.
+    """
+    rng = np.random.default_rng(0) if rng is None else rng
+    draws = rng.integers(0, len(values), (BOOTSTRAPS, len(values)))
+    return [float(x) for x in np.quantile(values[draws].mean(axis=1), [0.025, 0.975])]
 
 
 def row(case: str, size: Mapping[str, int], method: str, **figures: Any) -> dict:

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import BenchmarkConfig, finish, parse_command, row
+from harness import BenchmarkConfig, bootstrap_interval, finish, parse_command, row
 from lens_prompts import list_prompts, read_state
-from lens_sets import KINDS, LENGTH, Items, interval, others, read_items
+from lens_sets import KINDS, LENGTH, Items, others, read_items
 
 import toyfeat as ft
 from toyfeat.jobs.config import read_job
@@ -243,9 +243,9 @@ def recall_rows(
                     name,
                     k=k,
                     recall=float(best[name].mean()),
-                    interval=interval(best[name]),
+                    interval=bootstrap_interval(best[name]),
                     over_logit=float(margin.mean()),
-                    over_logit_interval=interval(margin),
+                    over_logit_interval=bootstrap_interval(margin),
                     other_answers=float(chance.mean()),
                     model_output=float((x[:, -1, 0] < k).mean()),
                     layers=[round(float(v), 4) for v in hits[name].mean(axis=0)],

@@ -17,7 +17,6 @@ KINDS = (
 )
 LENGTH = 40
 """Tokens that prompts are filled up to behind their end, which no position sees."""
-BOOTSTRAPS = 2000
 
 
 class Items(NamedTuple):
@@ -74,10 +73,3 @@ def others(tokens: np.ndarray, shift: int) -> np.ndarray:
         rolled = np.roll(tokens, -(index + 1 + 7 * shift))
         result.append(rolled[rolled != token][0])
     return np.array(result)
-
-
-def interval(values: np.ndarray) -> list[float]:
-    """Bootstrap interval, 95 %, of the mean over items."""
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, len(values), (BOOTSTRAPS, len(values)))
-    return [float(x) for x in np.quantile(values[draws].mean(axis=1), [0.025, 0.975])]

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import finish, parse_command, row
+from harness import bootstrap_interval, finish, parse_command, row
 from lens_recall import OpenConfig, Setup, open_setup
-from lens_sets import LENGTH, Items, interval
+from lens_sets import LENGTH, Items
 
 import toyfeat as ft
 
@@ -136,21 +136,16 @@ def swap_rows(
     items = setup.sets[kind]
     first, stop = map(int, config.band.split(","))
     band = setup.model.sites[first:stop]
-    last = items.last
-    parts = []
-    for start in range(0, len(last), config.batch):
-        index = np.minimum(np.arange(start, start + config.batch), len(last) - 1)
-        parts.append(np.asarray(compiled.clean(items.tokens[index], items.last[index])))
-    known = np.concatenate(parts)[: len(last)] == items.answer
+    known = answered(compiled, items, config.batch)
     pairs = partners(items, known)
-    rows = []
     size = {
         "items": len(known),
         "known": int(known.sum()),
         "first": first,
         "stop": stop,
     }
-    for name in ("logit", "jacobian"):
+    rows = []
+    for name in ("logit", "jacobian") if pairs else ():
         for control in (False, True):
             outcomes = [
                 swap_outcome(
@@ -162,24 +157,33 @@ def swap_rows(
                 )
                 for number, pair in enumerate(pairs)
             ]
-            values = np.array(outcomes, float).reshape(-1, 4)
-            if not len(values):
-                continue
-            rows.append(
-                row(
-                    f"swap {kind}",
-                    size,
-                    f"{name}, turned" if control else name,
-                    pairs=len(values),
-                    prefers_new=float(values[:, 0].mean()),
-                    prefers_new_interval=interval(values[:, 0]),
-                    top1=float(values[:, 1].mean()),
-                    top5=float(values[:, 2].mean()),
-                    answer_changed=float(values[:, 3].mean()),
-                )
-            )
+            method = f"{name}, turned" if control else name
+            figures = summarize(np.array(outcomes, float))
+            rows.append(row(f"swap {kind}", size, method, **figures))
             print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def answered(compiled: Compiled, items: Items, batch: int) -> np.ndarray:
+    """Tell of every item whether the model's likeliest next token is its answer."""
+    num, parts = len(items.last), []
+    for start in range(0, num, batch):
+        index = np.minimum(np.arange(start, start + batch), num - 1)
+        parts.append(np.asarray(compiled.clean(items.tokens[index], items.last[index])))
+    return np.concatenate(parts)[:num] == items.answer
+
+
+def summarize(outcomes: np.ndarray) -> dict[str, Any]:
+    """Compute shares of pairs from their outcomes ``[N, 4]``, :func:`swap_outcome`."""
+    prefers_new, top1, top5, changed = outcomes.T
+    return {
+        "pairs": len(outcomes),
+        "prefers_new": float(prefers_new.mean()),
+        "prefers_new_interval": bootstrap_interval(prefers_new),
+        "top1": float(top1.mean()),
+        "top5": float(top5.mean()),
+        "answer_changed": float(changed.mean()),
+    }
 
 
 def main() -> None:

@@ -98,6 +98,22 @@ def measure(config: ModularConfig) -> list[dict[str, Any]]:
         model, target, "w_in", config.components, jnp.asarray(pairs[:4])
     )
     family = partition.importance.per_component(split)
+    stacked = _decompose(config, split, family, target, np.asarray(pairs))
+    size = {"steps": config.steps, "batch": config.batch, "parts": config.components}
+    rows = []
+    for member, coefficient in enumerate(config.coefficients):
+        params = jax.tree.map(lambda x, m=member: x[m], stacked)
+        judged = (split, family, target, params)
+        figures = _score(judged, jnp.asarray(pairs), jnp.asarray(labels))
+        about = {"coefficient": coefficient, "accuracy": accuracy}
+        rows.append(row("modular 29", size, "stochastic", **about, **figures))
+    return rows
+
+
+def _decompose(
+    config: ModularConfig, split: Any, family: Any, target: Any, pairs: np.ndarray
+) -> Any:
+    """Train parts at every coefficient at once; returns their stacked parameters."""
     terms = (
         partition.losses.importance(1e-3, p=1.0),
         partition.losses.stochastic(),
@@ -120,34 +136,14 @@ def measure(config: ModularConfig) -> list[dict[str, Any]]:
         trainer,
         trainer.init(keys, importance=jnp.array(config.coefficients)),
         ft.data.Batches(
-            partial(_batch, np.asarray(pairs), config.batch),
+            partial(_batch, pairs, config.batch),
             jax.random.key_data(jax.random.key(2)),
         ),
         steps=config.steps,
         chunk=max(1, config.steps // 20),
         progress=False,
     )
-    rows = []
-    for member, coefficient in enumerate(config.coefficients):
-        params = jax.tree.map(lambda x, m=member: x[m], state.params)
-        judged = (split, family, target, params)
-        figures = _score(judged, jnp.asarray(pairs), jnp.asarray(labels))
-        size = {
-            "steps": config.steps,
-            "batch": config.batch,
-            "parts": config.components,
-        }
-        rows.append(
-            row(
-                "modular 29",
-                size,
-                "stochastic",
-                coefficient=coefficient,
-                accuracy=accuracy,
-                **figures,
-            )
-        )
-    return rows
+    return state.params
 
 
 def _score(judged: Any, pairs: jax.Array, labels: jax.Array) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from harness import bootstrap_interval
 
 from toyfeat.types import Array, Features, Params, Probed
 
@@ -23,8 +24,6 @@ PAIRS = 8
 
 WINDOWS = 8
 """Windows on which whole distributions are looked at."""
-
-BOOTSTRAPS = 2000
 
 BATCH = 8
 """Windows at a time."""
@@ -78,7 +77,7 @@ def effects(
         for what, each in values.items():
             rows[f"move along {name}"] |= {
                 what: float(each.mean()),
-                f"{what} interval": bootstrap(rng, each),
+                f"{what} interval": bootstrap_interval(each, rng),
             }
     return rows
 
@@ -196,10 +195,3 @@ def unit(rows: Any) -> np.ndarray:
     """Rows at unit length."""
     rows = np.asarray(rows, np.float64)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def bootstrap(rng: np.random.Generator, values: np.ndarray) -> tuple[float, float]:
-    """Bounds of 95 % of the bootstrap means."""
-    draws = rng.choice(values, (BOOTSTRAPS, len(values))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)

@@ -8,9 +8,7 @@ same weights.  Largest differences, relative to the largest entry; below 1e-5 or
 status 1.  Takes two minutes.
 """
 
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import BenchmarkConfig, finish, parse_command, row
+from harness import BenchmarkConfig, finish, parse_command, row, run_peer
 
 import toyfeat as ft
 from toyfeat.models.decoder import Decoder, generate, load_decoder
@@ -38,19 +36,6 @@ class PeerConfig(BenchmarkConfig):
 
     peer: str = os.environ.get("TOYFEAT_PEER_PYTHON", "")
     """A python with transformer-lens and sae-lens."""
-
-
-def run_peer(python: str, folder: Path) -> dict[str, str]:
-    """Run the other libraries; returns their versions."""
-    done = subprocess.run(
-        [python, str(CHILD), str(folder)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        sys.exit(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def difference(got: Any, want: Any) -> float:
@@ -133,7 +118,7 @@ def main() -> None:
         sys.exit("transformerlens: --peer wants a python with both libraries")
     rows, missed = [], []
     with tempfile.TemporaryDirectory() as folder:
-        versions = run_peer(config.peer, Path(folder))
+        versions = run_peer(config.peer, CHILD, Path(folder))
         for name, differences in compare(Path(folder)).items():
             for job, error in differences.items():
                 rows.append(row(name, {}, job, error=error, peers=versions))

@@ -93,6 +93,13 @@ def train_and_describe(
 
 def main(folder: Path, steps: int = 800, say: Callable[[str], Any] = print) -> None:
     """Train, describe and write the three pages."""
+    say(f"images: {page_of_images(folder, steps, say)}")
+    say(f"vectors: {page_of_vectors(folder, steps // 4)}")
+    say(f"tokens: {page_of_tokens(folder, steps // 4)}")
+
+
+def page_of_images(folder: Path, steps: int, say: Callable[[str], Any]) -> Path:
+    """Write the page of a network that names bars."""
     images, kinds = draw_bars(0, 1024)
     params = train_network(images, kinds, steps)
     network = ft.from_linen(Network())
@@ -104,7 +111,7 @@ def main(folder: Path, steps: int = 800, say: Callable[[str], Any] = print) -> N
     latents = train_and_describe(
         network, params, images[:256], "second", loss, steps=steps, names=BARS
     )
-    path = write_latents(
+    return write_latents(
         folder / "images.html",
         latents,
         images[:256],
@@ -112,9 +119,10 @@ def main(folder: Path, steps: int = 800, say: Callable[[str], Any] = print) -> N
         header={"site": "second", "steps": steps},
         unit="nats",
     )
-    say(f"images: {path}")
 
-    # Vectors into a perceptron of random weights.
+
+def page_of_vectors(folder: Path, steps: int) -> Path:
+    """Write the page of a perceptron of random weights, which takes vectors."""
     x = jax.random.normal(jax.random.key(2), (256, 10))
     mlp = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(3)])
     square = ft.readouts.scalar(lambda y: jnp.sum(y**2))
@@ -124,11 +132,13 @@ def main(folder: Path, steps: int = 800, say: Callable[[str], Any] = print) -> N
         x,
         "layers_0",
         square,
-        steps=steps // 4,
+        steps=steps,
     )
-    say(f"vectors: {write_latents(folder / 'vectors.html', latents, x)}")
+    return write_latents(folder / "vectors.html", latents, x)
 
-    # Tokens into a decoder of random weights.
+
+def page_of_tokens(folder: Path, steps: int) -> Path:
+    """Write the page of a decoder of random weights."""
     config = llama(vocab=26, layers=2, dim=16, heads=2, hidden=32)
     tokens = jax.random.randint(jax.random.key(4), (32, 24), 0, 26)
     names = [f" {chr(97 + i) * 3}" for i in range(26)]
@@ -138,13 +148,12 @@ def main(folder: Path, steps: int = 800, say: Callable[[str], Any] = print) -> N
         tokens,
         "blocks_0/resid_post",
         ft.readouts.next_token_loss(tokens),
-        steps=steps // 4,
+        steps=steps,
         names=names,
     )
-    path = write_latents(
+    return write_latents(
         folder / "tokens.html", latents, tokens, names=names, unit="nats"
     )
-    say(f"tokens: {path}")
 
 
 if __name__ == "__main__":

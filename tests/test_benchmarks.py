@@ -76,6 +76,17 @@ def bench(monkeypatch):
     return module
 
 
+def test_bootstrap_intervals_are_those_of_the_normal_distribution(bench):
+    interval = bench("harness").bootstrap_interval
+    values = np.random.default_rng(1).normal(2.0, 3.0, 400)
+    half = 1.96 * values.std() / 20
+    own = interval(values)
+    np.testing.assert_allclose(own, values.mean() + half * np.array([-1, 1]), atol=0.02)
+    assert own == interval(values) == interval(values, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    assert own == interval(values, rng) != interval(values, rng)  # it goes on drawing
+
+
 ROW = {"case": "x²", "method": "random", "seed": 0, "side": "readers"}
 TINY = {"size": "tiny", "root": 0}
 

@@ -20,40 +20,62 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
 
 
 def cases(small):
-    """Configurations by name: those of the gate, or tiny ones for golden files."""
-    window, context, grown = (4, 32, 8) if small else (64, 2048, 512)
-    sizes = {
+    """Make configurations by name: those of the gate, or tiny ones of golden files."""
+    sizes = sizes_of(small)
+    return old_families(sizes) | llamas(sizes, small) | windowed(sizes, small)
+
+
+def sizes_of(small):
+    """Choose the sizes that the families share, in the words of most of them."""
+    return {
         "vocab_size": 19 if small else 97,
         "hidden_size": 16 if small else 64,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "intermediate_size": 24 if small else 128,
         "num_hidden_layers": 3 if small else 6,
-        "max_position_embeddings": context,
+        "max_position_embeddings": 32 if small else 2048,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 0,
     }
-    head = 8 if small else 32
-    wide, upper = {**sizes, "head_dim": head}, {"use_sliding_window": True}
-    upper |= {"sliding_window": window, "max_window_layers": 1}
-    gemma = {**wide, "sliding_window": window, "query_pre_attn_scalar": 12}
+
+
+def old_families(sizes):
+    """Configure the two families with learned positions or parallel blocks."""
+    gpt2 = {"vocab_size": sizes["vocab_size"], "n_embd": sizes["hidden_size"]}
+    gpt2 |= {"n_layer": sizes["num_hidden_layers"], "n_head": 4}
+    gpt2 |= {"n_positions": sizes["max_position_embeddings"]}
+    neox = {k: v for k, v in sizes.items() if k != "num_key_value_heads"}
+    return {
+        "gpt2": tr.GPT2Config(**gpt2, bos_token_id=0, eos_token_id=0),
+        "gpt_neox": tr.GPTNeoXConfig(**neox),
+    }
+
+
+def llamas(sizes, small):
+    """Configure Llama, with rotations that grow with the text, too."""
+    grown = {**sizes, "max_position_embeddings": 8 if small else 512}
+    return {
+        "llama": tr.LlamaConfig(**sizes),
+        "llama, yarn": tr.LlamaConfig(**grown, rope_parameters=YARN),
+        "llama, dynamic": tr.LlamaConfig(**grown, rope_parameters=DYNAMIC),
+    }
+
+
+def windowed(sizes, small):
+    """Configure families with windows, heads of a width of their own, or norms more."""
+    window = {"sliding_window": 4 if small else 64}
+    wide = {**sizes, "head_dim": 8 if small else 32}
+    upper = {**window, "use_sliding_window": True, "max_window_layers": 1}
+    gemma = {**wide, **window, "query_pre_attn_scalar": 12}
     mixed = ["sliding_attention", "full_attention"] * 3
     scaled = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
     }
-    gpt2 = {"vocab_size": sizes["vocab_size"], "n_embd": sizes["hidden_size"]}
-    gpt2 |= {"n_layer": sizes["num_hidden_layers"], "n_head": 4, "n_positions": context}
-    neox = {k: v for k, v in sizes.items() if k != "num_key_value_heads"}
-    grown = {**sizes, "max_position_embeddings": grown}
     return {
-        "gpt2": tr.GPT2Config(**gpt2, bos_token_id=0, eos_token_id=0),
-        "gpt_neox": tr.GPTNeoXConfig(**neox),
-        "llama": tr.LlamaConfig(**sizes),
-        "llama, yarn": tr.LlamaConfig(**grown, rope_parameters=YARN),
-        "llama, dynamic": tr.LlamaConfig(**grown, rope_parameters=DYNAMIC),
-        "mistral": tr.MistralConfig(**wide, sliding_window=window),
+        "mistral": tr.MistralConfig(**wide, **window),
         "qwen2": tr.Qwen2Config(**sizes, **upper),
         "qwen3": tr.Qwen3Config(**wide),
         "gemma2": tr.Gemma2Config(
@@ -65,11 +87,7 @@ def cases(small):
             rope_parameters=scaled,
         ),
         "olmo2": tr.Olmo2Config(**sizes),
-        "phi3": tr.Phi3Config(
-            **{k: v for k, v in sizes.items()},
-            sliding_window=window,
-            partial_rotary_factor=0.5,
-        ),
+        "phi3": tr.Phi3Config(**sizes, **window, partial_rotary_factor=0.5),
     }
 
 

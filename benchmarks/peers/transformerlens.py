@@ -23,6 +23,15 @@ from transformer_lens.pretrained.weight_conversions import (
 
 LAYERS, WIDTH, HEADS, HIDDEN, VOCAB, LENGTH, LATENTS = 3, 32, 4, 128, 61, 16, 48
 SITE = "blocks.1.hook_resid_post"
+SHARED = {
+    "d_model": WIDTH,
+    "d_head": WIDTH // HEADS,
+    "n_heads": HEADS,
+    "d_mlp": HIDDEN,
+    "n_layers": LAYERS,
+    "n_ctx": 64,
+    "d_vocab": VOCAB,
+}
 BLOCK = (
     "hook_resid_pre",
     "hook_resid_mid",
@@ -39,28 +48,26 @@ BLOCK = (
 
 
 def models():
-    """Models of transformers, and what TransformerLens is told of them."""
-    shared = {"d_model": WIDTH, "d_head": WIDTH // HEADS, "n_heads": HEADS}
-    shared |= {"d_mlp": HIDDEN, "n_layers": LAYERS, "n_ctx": 64, "d_vocab": VOCAB}
-    gpt2 = tr.GPT2Config(
-        vocab_size=VOCAB,
-        n_embd=WIDTH,
-        n_layer=LAYERS,
-        n_head=HEADS,
-        n_positions=64,
-        bos_token_id=0,
-        eos_token_id=0,
+    """Yield names of models, configurations in both libraries, and the conversion."""
+    tokens = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
+    yield "gpt2", *gpt2(tokens), convert_gpt2_weights
+    yield "llama", *llama(tokens), convert_llama_weights
+
+
+def gpt2(tokens):
+    """Configure GPT-2 for transformers and for TransformerLens."""
+    config = tr.GPT2Config(
+        **tokens, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=64
     )
-    yield (
-        "gpt2",
-        gpt2,
-        convert_gpt2_weights,
-        HookedTransformerConfig(
-            **shared, act_fn="gelu_new", normalization_type="LN", eps=1e-5
-        ),
+    return config, HookedTransformerConfig(
+        **SHARED, act_fn="gelu_new", normalization_type="LN", eps=1e-5
     )
-    llama = tr.LlamaConfig(
-        vocab_size=VOCAB,
+
+
+def llama(tokens):
+    """Configure Llama for transformers and for TransformerLens."""
+    config = tr.LlamaConfig(
+        **tokens,
         hidden_size=WIDTH,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
@@ -68,25 +75,18 @@ def models():
         intermediate_size=HIDDEN,
         max_position_embeddings=64,
         rms_norm_eps=1e-5,
-        bos_token_id=0,
-        eos_token_id=0,
     )
-    yield (
-        "llama",
-        llama,
-        convert_llama_weights,
-        HookedTransformerConfig(
-            **shared,
-            act_fn="silu",
-            normalization_type="RMS",
-            eps=1e-5,
-            positional_embedding_type="rotary",
-            rotary_dim=WIDTH // HEADS,
-            rotary_adjacent_pairs=False,
-            final_rms=True,
-            gated_mlp=True,
-            n_key_value_heads=2,
-        ),
+    return config, HookedTransformerConfig(
+        **SHARED,
+        act_fn="silu",
+        normalization_type="RMS",
+        eps=1e-5,
+        positional_embedding_type="rotary",
+        rotary_dim=WIDTH // HEADS,
+        rotary_adjacent_pairs=False,
+        final_rms=True,
+        gated_mlp=True,
+        n_key_value_heads=2,
     )
 
 
@@ -116,16 +116,23 @@ def hooked(config, model, convert):
 
 
 def run(lens, tokens, vector):
-    """What users ask of a model; arrays by name."""
-    out = {"tokens": tokens.numpy(), "vector": vector.numpy()}
+    """Do the jobs of a model; returns arrays by name, and activations at the site."""
     logits, cache = lens.run_with_cache(tokens)
-    out["logits"] = logits
+    out = {"tokens": tokens, "vector": vector, "logits": logits}
     out |= {
         f"cache {name}": cache[name]
         for name in cache
         if name.split(".", 2)[-1] in BLOCK
     }
-    # Gradients of the loss by backward hooks.
+    out |= gradients(lens, tokens)
+    out |= interventions(lens, tokens, vector)
+    out["logit lens"] = lens.unembed(lens.ln_final(cache[SITE]))
+    out["generated"] = generate(lens, tokens, vector)
+    return {name: value.detach().numpy() for name, value in out.items()}, cache[SITE]
+
+
+def gradients(lens, tokens):
+    """Compute the loss, and its gradients at four sites by backward hooks."""
     kept = {}
 
     def keep(grad, hook):
@@ -140,26 +147,33 @@ def run(lens, tokens, vector):
     loss = lens(tokens, return_type="loss")
     loss.backward()
     lens.reset_hooks()
-    out |= kept | {"loss": loss}
-    # Interventions: a vector is added, heads are set to zero, a cache is patched in.
-    other = tokens.flip(0)
-    out["steered"] = lens.run_with_hooks(
-        tokens, fwd_hooks=[(SITE, lambda value, hook: value + vector)]
-    )
+    return kept | {"loss": loss}
+
+
+def interventions(lens, tokens, vector):
+    """Compute logits with a vector added, a head set to 0, a cache patched in."""
 
     def without_head(value, hook):
         value = value.clone()
         value[:, :, 2] = 0.0
         return value
 
-    head = [("blocks.1.attn.hook_z", without_head)]
-    out["ablated"] = lens.run_with_hooks(tokens, fwd_hooks=head)
-    kept_other = lens.run_with_cache(other)[1][SITE]
-    patch = [(SITE, lambda value, hook: kept_other)]
-    out["patched"] = lens.run_with_hooks(tokens, fwd_hooks=patch)
-    out["logit lens"] = lens.unembed(lens.ln_final(cache[SITE]))
+    other = lens.run_with_cache(tokens.flip(0))[1][SITE]
+    hooks = {
+        "steered": (SITE, lambda value, hook: value + vector),
+        "ablated": ("blocks.1.attn.hook_z", without_head),
+        "patched": (SITE, lambda value, hook: other),
+    }
+    return {
+        name: lens.run_with_hooks(tokens, fwd_hooks=[hook])
+        for name, hook in hooks.items()
+    }
+
+
+def generate(lens, tokens, vector):
+    """Continue the beginnings of texts greedily, with a vector added."""
     with lens.hooks(fwd_hooks=[(SITE, lambda value, hook: value + vector)]):
-        out["generated"] = lens.generate(
+        return lens.generate(
             tokens[:, :4],
             max_new_tokens=8,
             do_sample=False,
@@ -168,10 +182,6 @@ def run(lens, tokens, vector):
             use_past_kv_cache=False,
             verbose=False,
         )
-    return {
-        name: value.detach().numpy() if hasattr(value, "detach") else value
-        for name, value in out.items()
-    }, cache[SITE]
 
 
 def write_sae(folder, acts):
@@ -194,7 +204,7 @@ def main(folder):
     torch.manual_seed(1)
     tokens = torch.randint(VOCAB, (3, LENGTH))
     vector = torch.randn(WIDTH)
-    for name, config, convert, lens_config in models():
+    for name, config, lens_config, convert in models():
         model = make(config)
         model.save_pretrained(folder / name)
         lens = hooked(lens_config, model, convert)

@@ -42,5 +42,3 @@ def test_the_answers_of_others_are_others(sets):
     tokens = np.array([1, 1, 2, 3, 2])
     for shift in range(3):
         assert np.all(sets.others(tokens, shift) != tokens)
-    low, high = sets.interval(np.array([0.0, 1.0] * 50))
-    assert 0.35 < low < 0.5 < high < 0.65

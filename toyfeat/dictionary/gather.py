@@ -25,33 +25,20 @@ _SMALL = 2**18  # M D below which dense products are faster, and transposed
 @jax.custom_vjp
 def weighted_rows(values: Array, index: Array, rows: Array) -> Array:
     """Compute ``sum_i values[n, i] rows[index[n, i]]``, ``[N, D]``."""
-    # Few rows of a large matrix are gathered on a CPU; anything else is dense.
-    if _is_sparse(index, *rows.shape):
-        sparse = partial(_sequential, _weighted_rows)
-        return jax.lax.platform_dependent(
-            values, index, rows, cpu=sparse, default=_weighted_rows_dense
-        )
-    return _weighted_rows_dense(values, index, rows)
+    gathered, dense = _weighted_rows, _weighted_rows_dense
+    return _choose(gathered, dense, rows.shape, values, index, rows)
 
 
 @jax.custom_vjp
 def row_products(x: Array, index: Array, rows: Array) -> Array:
     """Compute ``x[n] . rows[index[n, i]]``, ``[N, k]``."""
-    if _is_sparse(index, *rows.shape):
-        sparse = partial(_sequential, _row_products)
-        return jax.lax.platform_dependent(
-            x, index, rows, cpu=sparse, default=_row_products_dense
-        )
-    return _row_products_dense(x, index, rows)
+    return _choose(_row_products, _row_products_dense, rows.shape, x, index, rows)
 
 
 def row_sums(values: Array, index: Array, x: Array, num: int) -> Array:
     """Sum ``values[n, i] x[n]`` over all ``index[n, i] = m``, ``[num, D]``."""
-    sparse = partial(_sequential, partial(_row_sums, num))
-    dense = partial(_row_sums_dense, num)
-    if _is_sparse(index, num, x.shape[1]):
-        return jax.lax.platform_dependent(values, index, x, cpu=sparse, default=dense)
-    return dense(values, index, x)
+    gathered, dense = partial(_row_sums, num), partial(_row_sums_dense, num)
+    return _choose(gathered, dense, (num, x.shape[1]), values, index, x)
 
 
 def scatter(values: Array, index: Array, num: int) -> Array:
@@ -157,8 +144,20 @@ def _take_backward(saved: tuple, change: Array) -> tuple:
 take.defvjp(_take_forward, _take_backward)
 
 
-def _is_sparse(index: Array, num: int, dim: int) -> bool:
-    return num >= _DENSE_BELOW * index.shape[1] and num * dim >= _SMALL
+def _choose(
+    gathered: Callable[..., Array],
+    dense: Callable[..., Array],
+    shape: tuple[int, ...],
+    left: Array,
+    index: Array,
+    right: Array,
+) -> Array:
+    """Gather few rows of a large matrix ``shape`` on a CPU; anything else is dense."""
+    num, dim = shape
+    if num < _DENSE_BELOW * index.shape[1] or num * dim < _SMALL:
+        return dense(left, index, right)
+    cpu = partial(_sequential, gathered)
+    return jax.lax.platform_dependent(left, index, right, cpu=cpu, default=dense)
 
 
 def _sequential(fn: Callable[..., Array], *args: Array) -> Array:

@@ -113,27 +113,12 @@ def find_circuit(
     check_int("find_circuit", "steps", steps)
     check_choice("find_circuit", "method", method, METHODS)
     check_number("find_circuit", "precision", precision, least=0)
-    for share in shares:
-        check_number("find_circuit", "a share", share, above=0, most=1)
-    if not shares:
-        raise ValueError("find_circuit: wanted shares to keep, got none; give (0.9,)")
-    shape = jax.eval_shape(effect, data, jnp.ones(latents)).shape
-    if shape != ():
-        raise ValueError(
-            "find_circuit: effect must return a number, got an array of shape "
-            f"{shape}; take its mean"
-        )
+    _check_shares(shares)
+    _check_effect(effect, data, latents)
     measure = partial(_measure, effect, data)
-    empty = float(measure(jnp.zeros(latents)))
-    total = float(measure(jnp.ones(latents)) if whole is None else np.asarray(whole))
-    if not abs(total - empty) > 1e-6 * max(abs(total), abs(empty)):
-        raise ValueError(
-            f"find_circuit: the whole effect is {total:.3g} and that of no latent "
-            f"{empty:.3g}, so that there is nothing to keep; give a task whose effect "
-            "the site carries"
-        )
-    ends = jnp.asarray([empty, total])
+    empty, total = _effect_ends(measure, latents, whole)
     if method == "mask":
+        ends = jnp.asarray([empty, total])
         scores = _learn_mask(effect, steps, data, ends, jnp.ones(latents), max(shares))
     else:
         places = 1 if method == "attribution" else steps
@@ -164,6 +149,39 @@ def keep_latents(circuit: Circuit, share: float) -> np.ndarray:
     mask = np.zeros(len(circuit.order), np.float32)
     mask[circuit.order[:size]] = 1
     return mask
+
+
+def _check_shares(shares: tuple[float, ...]) -> None:
+    """Raise unless there are shares, all of them in (0, 1]."""
+    for share in shares:
+        check_number("find_circuit", "a share", share, above=0, most=1)
+    if not shares:
+        raise ValueError("find_circuit: wanted shares to keep, got none; give (0.9,)")
+
+
+def _check_effect(effect: Effect, data: Any, latents: int) -> None:
+    """Raise unless the effect returns a number."""
+    shape = jax.eval_shape(effect, data, jnp.ones(latents)).shape
+    if shape != ():
+        raise ValueError(
+            "find_circuit: effect must return a number, got an array of shape "
+            f"{shape}; take its mean"
+        )
+
+
+def _effect_ends(
+    measure: Callable[[Array], Array], latents: int, whole: ArrayLike | None
+) -> tuple[float, float]:
+    """Measure the effect of no latent and the whole one, which must differ."""
+    empty = float(measure(jnp.zeros(latents)))
+    total = float(measure(jnp.ones(latents)) if whole is None else np.asarray(whole))
+    if not abs(total - empty) > 1e-6 * max(abs(total), abs(empty)):
+        raise ValueError(
+            f"find_circuit: the whole effect is {total:.3g} and that of no latent "
+            f"{empty:.3g}, so that there is nothing to keep; give a task whose effect "
+            "the site carries"
+        )
+    return empty, total
 
 
 @partial(jax.jit, static_argnums=0)

@@ -14,7 +14,7 @@ from toyfeat.lens.averages import (
     finish_means,
     merge_means,
 )
-from toyfeat.lens.model import LensModel, residual_shape
+from toyfeat.lens.model import LensModel, mark_positions, residual_shape
 from toyfeat.lens.pullbacks import valid_positions
 from toyfeat.linalg import dense
 from toyfeat.types import Array, Inputs, Params
@@ -149,12 +149,8 @@ def count_positions(
             f"skipped, got {time} tokens; give longer prompts, or skip less with "
             "skip_first and skip_last"
         )
-    mask = jnp.ones((batch, time)) if mask is None else jnp.asarray(mask)
-    if mask.shape != (batch, time):
-        raise ValueError(
-            f"{who}: mask must have shape {(batch, time)}, got {mask.shape}; give 1 at "
-            "tokens and 0 at padding"
-        )
+    advice = "give 1 at tokens and 0 at padding"
+    mask = mark_positions(who, "mask", mask, (batch, time), advice)
     return valid_positions(mask, options.skip_first, options.skip_last)
 
 

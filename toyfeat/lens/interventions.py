@@ -20,7 +20,12 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.checks import check_key, check_number, is_array
-from toyfeat.lens.model import LensModel, check_evaluation, residual_shape
+from toyfeat.lens.model import (
+    LensModel,
+    check_evaluation,
+    mark_positions,
+    residual_shape,
+)
 from toyfeat.linalg import dense
 from toyfeat.types import Array, Inputs, Params, Probe
 
@@ -284,12 +289,8 @@ def _prepare(
                 f"{who}: vectors at {site!r} must be {wanted}, got shape {rows.shape}; "
                 "are they of another model?"
             )
-    places = jnp.ones((batch, time)) if positions is None else jnp.asarray(positions)
-    if places.shape != (batch, time):
-        raise ValueError(
-            f"{who}: positions must have shape {(batch, time)}, got {places.shape}; "
-            "give 1 where to intervene and 0 elsewhere"
-        )
+    advice = "give 1 where to intervene and 0 elsewhere"
+    places = mark_positions(who, "positions", positions, (batch, time), advice)
     return (places != 0).astype(jnp.result_type(float))[:, :, None]
 
 

@@ -255,6 +255,29 @@ def residual_shape(
     return shapes[model.sites[-1]]
 
 
+def mark_positions(
+    who: str, name: str, marks: Any, shape: tuple[int, int], advice: str
+) -> Array:
+    """Mark positions ``[B, T]``, all of them by default.
+
+    Args:
+      who: function to name in the error.
+      name: of the argument.
+      marks: ``[B, T]`` or ``None``.
+      shape: ``B, T``.
+      advice: what to do, the end of the message.
+
+    Raises:
+      ValueError: for another shape.
+    """
+    marks = jnp.ones(shape) if marks is None else jnp.asarray(marks)
+    if marks.shape != shape:
+        raise ValueError(
+            f"{who}: {name} must have shape {shape}, got {marks.shape}; {advice}"
+        )
+    return marks
+
+
 def _check_causal(who: str, model: LensModel, params: Params, inputs: Inputs) -> None:
     """Raise if a change of the first stream at the last position moves earlier ones."""
     first, final = model.sites[0], model.sites[-1]

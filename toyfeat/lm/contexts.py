@@ -1,7 +1,6 @@
 """Contexts of latents: where in a text they are active, and what they promote."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -11,8 +10,8 @@ from toyfeat.dictionary.latents import (
     Latent,
     LatentView,
     measure_latents,
-    nearest_readers,
 )
+from toyfeat.metrics.latents import Example, summarize_latents
 from toyfeat.models.decoder import Pretrained
 from toyfeat.types import Array, Params, Taps
 
@@ -69,33 +68,50 @@ def find_contexts(
     # Choose latents by their effects; keep their codes and attributions everywhere.
     measured = measure_latents(view, chunks, tokens.size, num, who="find_contexts")
     names = [model.tokenizer.decode([i]) for i in range(model.config.vocab)]
-    chosen = measured.chosen
+    latents = summarize_latents(view, measured, tokens.shape[1:], contexts)
     offset = model.config.norm_offset
-    writers = view.writers[chosen]
+    writers = view.writers[measured.chosen]
     promoted = _promoted(model.params, writers, offset) if residual else None
-    neighbours = nearest_readers(np.asarray(view.readers, np.float64), chosen)
-    # Describe each by its largest contexts and the tokens that its writer promotes.
-    latents = []
-    for slot, index in enumerate(chosen):
-        codes = measured.codes[:, slot]
-        attributions = measured.attributions[:, slot]
-        show = partial(_largest_contexts, tokens, names, codes, attributions)
+    # Show each by its largest contexts and the tokens that its writer promotes.
+    for slot, latent in enumerate(latents):
         order = []
         if promoted is not None:
             order = np.argsort(-promoted[slot], kind="stable").tolist()
-        latents.append(
-            Latent(
-                index=int(index),
-                frequency=float(measured.active[index] / measured.examples),
-                effect=float(measured.effects[index] / measured.examples),
-                activating=show(np.abs(codes), contexts),
-                attributed=show(np.abs(attributions), contexts),
-                promoted=tuple(names[i] for i in order[:_PROMOTED]),
-                suppressed=tuple(names[i] for i in order[::-1][:_PROMOTED]),
-                neighbours=neighbours[slot],
-            )
+        latents[slot] = latent._replace(
+            activating=_contexts(latent.activating, tokens, names),
+            attributed=_contexts(latent.attributed, tokens, names),
+            promoted=tuple(names[i] for i in order[:_PROMOTED]),
+            suppressed=tuple(names[i] for i in order[::-1][:_PROMOTED]),
         )
     return latents
+
+
+def cut_context(
+    example: Example, tokens: np.ndarray, name: Callable[[int], str]
+) -> Context:
+    """Cut the context of an example out of its text.
+
+    Args:
+      example: with a position for every token.
+      tokens: ``[num, T]``, of all inputs.
+      name: of a token.
+    """
+    # The context ends where the text does.
+    low = max(0, example.at - _CONTEXT)
+    high = min(tokens.shape[1], example.at + _CONTEXT + 1)
+    return Context(
+        tokens=tuple(name(int(i)) for i in tokens[example.index, low:high]),
+        values=example.values[low:high],
+        at=example.at - low,
+        effect=example.effect,
+    )
+
+
+def _contexts(
+    examples: Sequence[Example], tokens: np.ndarray, names: Sequence[str]
+) -> tuple[Context, ...]:
+    """Cut the contexts of examples out of their windows."""
+    return tuple(cut_context(x, tokens, names.__getitem__) for x in examples)
 
 
 def _promoted(params: Params, writers: Array, offset: float = 0.0) -> np.ndarray:
@@ -107,35 +123,3 @@ def _promoted(params: Params, writers: Array, offset: float = 0.0) -> np.ndarray
         writers = writers - jnp.mean(writers, axis=1, keepdims=True)
     logits = tree["embed"]["embedding"].T if "head" not in tree else tree["head"]
     return np.asarray((writers * scale[None, :]) @ logits)
-
-
-def _largest_contexts(
-    tokens: np.ndarray,
-    names: Sequence[str],
-    codes: np.ndarray,
-    attributions: np.ndarray,
-    order_by: np.ndarray,
-    num: int,
-) -> tuple[Context, ...]:
-    """Contexts of the largest ``order_by``, at most one of a window."""
-    length = tokens.shape[1]
-    contexts, used_windows = [], set()
-    for row in np.argsort(-order_by, kind="stable"):
-        if order_by[row] <= 0 or len(contexts) == num:
-            break
-        window, position = divmod(int(row), length)
-        if window in used_windows:
-            continue
-        used_windows.add(window)
-        # The context ends where the window does.
-        low, high = max(0, position - _CONTEXT), min(length, position + _CONTEXT + 1)
-        rows = slice(window * length + low, window * length + high)
-        contexts.append(
-            Context(
-                tokens=tuple(names[int(i)] for i in tokens[window, low:high]),
-                values=tuple(codes[rows].tolist()),
-                at=position - low,
-                effect=float(attributions[row]),
-            )
-        )
-    return tuple(contexts)

@@ -15,7 +15,7 @@ density :math:`2 (1 - t)`, and has the gradient of the KL, by :math:`e`, with un
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,28 @@ from toyfeat.lm.finetune import WindowTaps
 from toyfeat.lm.label_gradients import draw_labels
 from toyfeat.types import Array, ArrayLike, Params
 
-PATHS: dict[str, Callable[[Array], Array]] = {
+_PATHS: dict[str, Callable[[Array], Array]] = {
     "slope": lambda uniform: uniform,
     "value": lambda uniform: 1 - jnp.sqrt(1 - uniform),
 }
 """Name to the place on the way from the activation (0) to the reconstruction (1) that a
 uniform number stands for."""
+
+
+class _Windows(NamedTuple):
+    """Some windows, as float32 on the device.
+
+    Attributes:
+      entry: ``[B, T, D]``, the stream that the model behind the site starts from.
+      acts: ``[B, T, E]``, activations at the site.
+      weights: ``[B, T]``.
+      point: ``[B, T, E]``, reconstructions.
+    """
+
+    entry: Array
+    acts: Array
+    weights: Array
+    point: Array
 
 
 def expand_kl(
@@ -108,7 +124,7 @@ def draw_on_path(
     """
     check_function("draw_on_path", "run", run, "(params, entry, value)")
     check_int("draw_on_path", "draws", draws)
-    check_choice("draw_on_path", "path", path, PATHS)
+    check_choice("draw_on_path", "path", path, _PATHS)
     pull = partial(_draw_on_path, run, draws, path)
     return _by_batch("draw_on_path", pull, params, taps, point, seed, batch)
 
@@ -169,29 +185,19 @@ def _by_batch(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.key(seed), start + jnp.arange(len(part[0]))
         )
-        found.append(jax.device_get(pull(params, keys, *part)))
+        found.append(jax.device_get(pull(params, keys, _Windows(*part))))
     return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _expand(
-    run: RunBehind,
-    draws: int,
-    params: Params,
-    keys: Array,
-    entry: Array,
-    acts: Array,
-    weights: Array,
-    point: Array,
+    run: RunBehind, draws: int, params: Params, keys: Array, windows: _Windows
 ) -> tuple[Array, Array, Array | None]:
     """Compute value, slope and draws at the reconstructions of some windows."""
-    counts = weights[:, :, None] > 0
-    clean = jax.nn.log_softmax(run(params, entry, acts))
-
-    def splice(value: Array) -> Array:
-        return run(params, entry, jnp.where(counts, value, acts))
-
-    logits, pull = jax.vjp(splice, point)
+    counts = windows.weights[:, :, None] > 0
+    clean = jax.nn.log_softmax(run(params, windows.entry, windows.acts))
+    splice = partial(_splice, run, params, windows)
+    logits, pull = jax.vjp(splice, windows.point)
     spliced = jax.nn.log_softmax(logits)
     kl = jnp.sum(jnp.exp(clean) * (clean - spliced), axis=2)
     # Backward from q - p of the tokens that count.
@@ -213,17 +219,12 @@ def _draw_on_path(
     path: str,
     params: Params,
     keys: Array,
-    entry: Array,
-    acts: Array,
-    weights: Array,
-    point: Array,
+    windows: _Windows,
 ) -> Array:
     """Draw gradients at places between activations and reconstructions."""
-    counts = weights[:, :, None] > 0
-    error = point - acts
-
-    def splice(value: Array) -> Array:
-        return run(params, entry, jnp.where(counts, value, acts))
+    counts = windows.weights[:, :, None] > 0
+    error = windows.point - windows.acts
+    splice = partial(_splice, run, params, windows)
 
     def draw(k: Array) -> Array:
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
@@ -231,13 +232,19 @@ def _draw_on_path(
         # One place in each of K equal parts, the same for the tokens of a window.
         place = jax.vmap(jax.random.uniform)(pairs[:, 0])
         uniform = (k.astype(place.dtype) + place) / draws
-        error_there = PATHS[path](uniform)[:, None, None] * error
-        logits, pull = jax.vjp(lambda x: splice(acts + x), error_there)
+        error_there = _PATHS[path](uniform)[:, None, None] * error
+        logits, pull = jax.vjp(lambda x: splice(windows.acts + x), error_there)
         probs = jax.nn.softmax(logits)
         labels = jax.vmap(draw_labels, (0, 0, None))(pairs[:, 1], probs, 1)
         return _pull_label(pull, probs, labels[:, :, 0], counts)
 
     return _last_axis(jax.lax.map(draw, jnp.arange(draws)))
+
+
+def _splice(run: RunBehind, params: Params, windows: _Windows, value: Array) -> Array:
+    """Compute logits with other activations at the tokens that count."""
+    counts = windows.weights[:, :, None] > 0
+    return run(params, windows.entry, jnp.where(counts, value, windows.acts))
 
 
 def _pull_label(pull: Any, probs: Array, labels: Array, counts: Array) -> Array:

@@ -1,6 +1,7 @@
 """Describe latents at a site of any model by the inputs that show them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -103,44 +104,58 @@ def describe_latents(
             f"describe_latents: names must be those of the {slopes.shape[1]} outputs, "
             f"got {len(labels)}; give one each"
         )
+    latents = []
+    for latent, slope in zip(
+        summarize_latents(view, measured, shape, examples), slopes, strict=True
+    ):
+        order = np.argsort(-slope, kind="stable")
+        raised = tuple(labels[i] for i in order[:_PROMOTED] if slope[i] > 0)
+        lowered = tuple(labels[i] for i in order[::-1][:_PROMOTED] if slope[i] < 0)
+        latents.append(latent._replace(promoted=raised, suppressed=lowered))
+    return latents
+
+
+def summarize_latents(
+    view: LatentView, measured: Measurements, shape: tuple[int, ...], num: int
+) -> list[Latent]:
+    """Summarize the chosen latents, without what their writers promote.
+
+    Args:
+      view: of the dictionary.
+      measured: of :func:`toyfeat.dictionary.latents.measure_latents`, ``N`` inputs and
+        positions.
+      shape: of the positions of an input.
+      num: examples of either kind per latent, each another input.
+
+    Returns:
+      Latents in the order of ``measured.chosen``, whose examples are :class:`Example`.
+    """
     near = nearest_readers(np.asarray(view.readers, np.float64), measured.chosen)
-    return [
-        _describe(measured, slot, shape, slopes[slot], labels, near[slot], examples)
-        for slot in range(len(measured.chosen))
-    ]
-
-
-def _describe(
-    measured: Measurements,
-    slot: int,
-    shape: tuple[int, ...],
-    slopes: np.ndarray,
-    names: tuple[str, ...],
-    neighbours: tuple[tuple[int, float], ...],
-    num: int,
-) -> Latent:
-    """Describe one of the chosen latents."""
-    index = int(measured.chosen[slot])
-    codes, attributions = measured.codes[:, slot], measured.attributions[:, slot]
-    order = np.argsort(-slopes, kind="stable")
-    return Latent(
-        index=index,
-        frequency=float(measured.active[index] / measured.examples),
-        effect=float(measured.effects[index] / measured.examples),
-        activating=_largest(np.abs(codes), codes, attributions, shape, num),
-        attributed=_largest(np.abs(attributions), codes, attributions, shape, num),
-        promoted=tuple(names[i] for i in order[:_PROMOTED] if slopes[i] > 0),
-        suppressed=tuple(names[i] for i in order[::-1][:_PROMOTED] if slopes[i] < 0),
-        neighbours=neighbours,
-    )
+    latents = []
+    for slot, index in enumerate(measured.chosen):
+        codes, attributions = measured.codes[:, slot], measured.attributions[:, slot]
+        show = partial(_largest, codes, attributions, shape, num)
+        latents.append(
+            Latent(
+                index=int(index),
+                frequency=float(measured.active[index] / measured.examples),
+                effect=float(measured.effects[index] / measured.examples),
+                activating=show(np.abs(codes)),
+                attributed=show(np.abs(attributions)),
+                promoted=(),
+                suppressed=(),
+                neighbours=near[slot],
+            )
+        )
+    return latents
 
 
 def _largest(
-    order_by: np.ndarray,
     codes: np.ndarray,
     attributions: np.ndarray,
     shape: tuple[int, ...],
     num: int,
+    order_by: np.ndarray,
 ) -> tuple[Example, ...]:
     """Examples of the largest ``order_by``, at most one of an input."""
     positions = int(np.prod(shape, dtype=int))
@@ -149,9 +164,11 @@ def _largest(
         if order_by[row] <= 0 or len(found) == num:
             break
         index, at = divmod(int(row), positions)
+        if index in found:
+            continue
         values = codes[index * positions : (index + 1) * positions].tolist()
-        example = Example(index, at, shape, tuple(values), float(attributions[row]))
-        found.setdefault(index, example)
+        effect = float(attributions[row])
+        found[index] = Example(index, at, shape, tuple(values), effect)
     return tuple(found.values())
 
 

@@ -156,6 +156,11 @@ def _site_name(run: _Run, weight: str) -> str:
     return f"{weight}#{count}" if count else weight
 
 
+def _answer(run: _Run, use: Use) -> _Value:
+    """Compute the value of a use, in the shape that the model has it in."""
+    return _Value(use.restore(run.answer(use)), True)
+
+
 def _product(run: _Run, params: dict[str, Any], inputs: list[_Value]) -> _Value:
     first = isinstance(inputs[0].value, Factored)
     weight, other = inputs if first else inputs[::-1]
@@ -165,8 +170,7 @@ def _product(run: _Run, params: dict[str, Any], inputs: list[_Value]) -> _Value:
         product = multiply_constant(weight.value, other.value, params, first)
         return _Value(product, False)
     name = _site_name(run, weight.value.name)
-    use = use_dot(weight.value, other.value, params, first, name)
-    return _Value(use.restore(run.answer(use)), True)
+    return _answer(run, use_dot(weight.value, other.value, params, first, name))
 
 
 def _convolution(run: _Run, params: dict[str, Any], inputs: list[_Value]) -> _Value:
@@ -174,8 +178,7 @@ def _convolution(run: _Run, params: dict[str, Any], inputs: list[_Value]) -> _Va
     if not (isinstance(weight.value, Factored) and x.varies):
         raise Untraceable("a convolution of the weight")
     name = _site_name(run, weight.value.name)
-    use = use_convolution(weight.value, x.value, params, name)
-    return _Value(use.restore(run.answer(use)), True)
+    return _answer(run, use_convolution(weight.value, x.value, params, name))
 
 
 def _rows(run: _Run, params: dict[str, Any], inputs: list[_Value]) -> _Value:
@@ -183,8 +186,7 @@ def _rows(run: _Run, params: dict[str, Any], inputs: list[_Value]) -> _Value:
     if not (isinstance(weight.value, Factored) and index.varies):
         raise Untraceable("a gather of constant rows")
     name = _site_name(run, weight.value.name)
-    use = use_gather(weight.value, index.value, params, name)
-    return _Value(use.restore(run.answer(use)), True)
+    return _answer(run, use_gather(weight.value, index.value, params, name))
 
 
 def _reshape(run: _Run, params: dict[str, Any], inputs: list[_Value]) -> _Value:

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from toyfeat.dictionary.latents import Latent
-from toyfeat.lm.contexts import Context
+from toyfeat.lm.contexts import Context, cut_context
 from toyfeat.metrics.latents import Example
 from toyfeat.report import page
 from toyfeat.report.tables import html_lines
 from toyfeat.report.thumbnails import bars_svg, image_html
 
 _OPACITY = 0.6  # of the darkest shade, on which the text can still be read
-_AROUND = 12  # positions of a text before and after
 _ABOUT = (
     "Density is the share of the examples in which a latent is active, attribution "
     "the mean of its absolute first-order effect on the readout. Promoted outputs are "
@@ -79,6 +78,20 @@ def write_latents(
             f"{len(inputs)}; give those that describe_latents was given"
         )
     show, layout = _shower(inputs, names, unit)
+    sections = [_STYLE, page.section(f"{len(latents)} latents", _overview(latents))]
+    parts = [
+        latent_html(latent, show=show, layout=layout, unit=unit, outputs="outputs")
+        for latent in latents
+    ]
+    sections.append(page.section("One by one", parts))
+    footer = ", ".join(f"{name}: {value}" for name, value in (header or {}).items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.write_page(path, title, sections, footer)
+    return path
+
+
+def _overview(latents: Sequence[Latent]) -> list[str]:
+    """Render a line for every latent, under what the columns mean."""
     lines = [("latent", "density", "attribution", "promotes")]
     lines += [
         (
@@ -89,20 +102,8 @@ def write_latents(
         )
         for latent in latents
     ]
-    body = [
-        page.paragraph(_ABOUT),
-        page.table(f'<div class="overview">{html_lines(lines)}</div>'),
-    ]
-    sections = [_STYLE, page.section(f"{len(latents)} latents", body)]
-    parts = [
-        latent_html(latent, show=show, layout=layout, unit=unit, outputs="outputs")
-        for latent in latents
-    ]
-    sections.append(page.section("One by one", parts))
-    footer = ", ".join(f"{name}: {value}" for name, value in (header or {}).items())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.write_page(path, title, sections, footer)
-    return path
+    table = page.table(f'<div class="overview">{html_lines(lines)}</div>')
+    return [page.paragraph(_ABOUT), table]
 
 
 def latent_html(
@@ -202,15 +203,12 @@ def _text_html(
     tokens: np.ndarray, name: Callable[[int], str], unit: str, example: Example
 ) -> str:
     """Render the tokens around the position, all of them shaded alike without any."""
-    values = example.values
-    low, high = 0, tokens.shape[1]
-    if example.shape == (high,):
-        low, high = max(0, example.at - _AROUND), min(high, example.at + _AROUND + 1)
-    else:  # the site has no positions of the text
-        values = (0.0,) * high
-    words = tuple(name(int(i)) for i in tokens[example.index, low:high])
-    at = example.at - low if example.shape == (tokens.shape[1],) else -1
-    return context_html(Context(words, values[low:high], at, example.effect), unit=unit)
+    if example.shape == tokens.shape[1:]:
+        return context_html(cut_context(example, tokens, name), unit=unit)
+    # The site has no positions of the text.
+    words = tuple(name(int(i)) for i in tokens[example.index])
+    values = (0.0,) * len(words)
+    return context_html(Context(words, values, -1, example.effect), unit=unit)
 
 
 def _caption(example: Example, unit: str, more: str = "") -> str:

@@ -82,10 +82,43 @@ def from_equinox(
         check_key("from_equinox", key)
     arrays, static = eqx.partition(model, eqx.is_array)
     params = arrays if state is None else (arrays, state)
-    structure = jax.tree.structure(params)
-    unbound = getattr(type(model), method)
+    call = _marking_call(
+        eqx,
+        static,
+        method=method,
+        unbound=getattr(type(model), method),
+        has_state=state is not None,
+        call_kwargs=call_kwargs,
+    )
+    probed = _probed_model(call, jax.tree.structure(params), batched=batched, key=key)
 
-    has_state = state is not None
+    def train_mode(params: Params, inputs: Inputs) -> tuple[str, ...]:
+        """Name what makes the result of an example depend on others or on chance."""
+        return tuple(_train_notes(eqx, model, ()))
+
+    probed.__dict__["train_mode"] = train_mode
+    return probed, params
+
+
+def _marking_call(
+    eqx: Any,
+    static: Any,
+    *,
+    method: str,
+    unbound: Any,
+    has_state: bool,
+    call_kwargs: dict[str, Any],
+) -> Callable[[Params, Any], Outputs]:
+    """Make ``(params, (inputs, key)) -> outputs`` of a module that marks its values.
+
+    Args:
+      eqx: equinox.
+      static: the module without its arrays, which ``params`` are.
+      method: the method to call.
+      unbound: the same of the class, for its signature.
+      has_state: whether ``params`` are the arrays and a state.
+      call_kwargs: of every call.
+    """
 
     def call(params: Params, example: Any) -> Outputs:
         inputs, key = example
@@ -96,6 +129,14 @@ def from_equinox(
         kwargs = kwargs if key is None else {**kwargs, "key": key}
         outputs = getattr(marked, method)(*args, **call_kwargs, **kwargs)
         return outputs[0] if has_state else outputs
+
+    return call
+
+
+def _probed_model(
+    call: Callable[[Params, Any], Outputs], structure: Any, *, batched: bool, key: Any
+) -> Any:
+    """Make a probed model of a call of a module that marks its values."""
 
     def probed(
         params: Params, inputs: Inputs, probes: Mapping[str, Probe]
@@ -118,12 +159,7 @@ def from_equinox(
                 batched=batched,
             )
 
-    def train_mode(params: Params, inputs: Inputs) -> tuple[str, ...]:
-        """Name what makes the result of an example depend on others or on chance."""
-        return tuple(_train_notes(eqx, model, ()))
-
-    probed.__dict__["train_mode"] = train_mode
-    return probed, params
+    return probed
 
 
 def _check_structure(params: Params, structure: Any) -> None:

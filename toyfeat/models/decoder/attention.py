@@ -153,23 +153,47 @@ def causal_attention(
     Returns:
       The mixed values, in the dtype of ``value``.
     """
+    time, positions = query.shape[1], key.shape[1]
+    scores = _scores(query, key, scale)
+    if cap is not None:
+        scores = soft_cap(scores, cap)
+    allowed = _allowed(time, positions, mask, window, local)
+    scores = jnp.where(allowed, scores, -jnp.inf)
+    mixed = _mix(scores, value, pattern, low_precision=_is_low_precision(query))
+    return jnp.moveaxis(mixed, 3, 1).reshape(query.shape)
+
+
+def _is_low_precision(array: Array) -> bool:
+    """Return whether products of this dtype are rounded to less than float32."""
+    return jnp.finfo(array.dtype).bits < 32
+
+
+def _scores(query: Array, key: Array, scale: float | None) -> Array:
+    """Score every query with every key, ``[B, kv_heads, groups, T, S]`` in float32."""
     batch, time, _, width = query.shape
-    positions = key.shape[1]
-    low_precision = jnp.finfo(query.dtype).bits < 32
     factor: float = width**-0.5 if scale is None else scale
-    # Scores of every query with every key, in float32.
+    low_precision = _is_low_precision(query)
     groups = query.reshape(batch, time, key.shape[2], -1, width)
     if not low_precision:
         groups = groups * jnp.asarray(factor, groups.dtype)
     scores = jnp.einsum(
         "bqkgd,bskd->bkgqs", groups, key, preferred_element_type=jnp.float32
     )
-    if low_precision:
-        scores = scores * factor
-    if cap is not None:
-        scores = soft_cap(scores, cap)
-    # No query attends to later positions or to padding.  Padding attends to itself:
-    # the softmax over no position at all would be NaN, and spoil the gradients.
+    return scores * factor if low_precision else scores
+
+
+def _allowed(
+    time: int,
+    positions: int,
+    mask: Array | None,
+    window: int | None,
+    local: bool | Array,
+) -> Array:
+    """Tell which positions a query attends to, broadcastable to the scores.
+
+    None attends to later positions or to padding.  Padding attends to itself: the
+    softmax over no position at all would be NaN, and spoil the gradients.
+    """
     allowed = jnp.tri(time, positions, positions - time, dtype=bool)[None, None, None]
     if window is not None and local is not False:
         far = jnp.tri(time, positions, positions - time - window, dtype=bool)
@@ -177,21 +201,28 @@ def causal_attention(
     if mask is not None:
         itself = jnp.eye(time, positions, positions - time, dtype=bool)
         allowed &= mask[:, None, None, None, :] | itself[None, None, None]
-    scores = jnp.where(allowed, scores, -jnp.inf)
-    # Softmax and the mean of the values under it.
+    return allowed
+
+
+def _mix(
+    scores: Array,
+    value: Array,
+    pattern: Callable[[Array], Array] | None,
+    *,
+    low_precision: bool,
+) -> Array:
+    """Average values under the softmax of scores, ``[B, kv_heads, groups, T, W]``."""
     if low_precision or pattern is not None:
         weights = jax.nn.softmax(scores).astype(value.dtype)
         if pattern is not None:
-            heads = weights.reshape(batch, -1, time, positions)
+            heads = weights.reshape(scores.shape[0], -1, *scores.shape[-2:])
             weights = pattern(heads).reshape(weights.shape)
-        mixed = jnp.einsum("bkgqs,bskd->bkgqd", weights, value)
-    else:
-        largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.exp(scores - largest)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        mixed = jnp.einsum("bkgqs,bskd->bkgqd", weights.astype(value.dtype), value)
-        mixed = mixed / total.astype(value.dtype)
-    return jnp.moveaxis(mixed, 3, 1).reshape(query.shape)
+        return jnp.einsum("bkgqs,bskd->bkgqd", weights, value)
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    mixed = jnp.einsum("bkgqs,bskd->bkgqd", weights.astype(value.dtype), value)
+    return mixed / total.astype(value.dtype)
 
 
 def layer_angles(

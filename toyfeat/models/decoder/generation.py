@@ -13,7 +13,7 @@ from toyfeat.checks import check_int, check_key, check_number
 from toyfeat.models.decoder.config import DecoderConfig
 from toyfeat.models.decoder.module import Decoder
 from toyfeat.tap.linen import from_linen
-from toyfeat.types import Array, Params, Probe
+from toyfeat.types import Acts, Array, Params, Probe
 
 
 class Generated(NamedTuple):
@@ -86,50 +86,69 @@ def generate(
         check_key("generate", key)
     tokens = jnp.asarray(tokens, jnp.int32)
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
-    if not isinstance(mask, Tracer) and not np.asarray(mask)[:, -1].all():
-        raise ValueError(
-            "generate: padding must be on the left, got rows that end in it; move the "
-            "tokens to the end"
-        )
-    length = tokens.shape[1] + num
-    if config.rotary_growth is not None and length > config.context:
-        raise ValueError(
-            "generate: dynamic rotations turn all positions anew beyond the context of "
-            f"{config.context}, got {length} positions; generate fewer tokens"
-        )
+    _check_text(config, tokens, mask, num)
     probes = {} if probes is None else dict(probes)
     _check_probes(probes)
     probed = from_linen(Decoder(config, dtype=dtype, heads=heads))
     sites = _cached_sites(config, heads)
     choose = partial(_choose, temperature=temperature)
 
-    # The prompt at once, then one token at a time; the oldest column of the kept keys
-    # is padding and makes room for a new one, so that all steps are one program.
-    logits, acts = probed(params, (tokens, mask), probes)
-    padding = ((0, 0), (num - 1, 0))
-    past = {site: _rows(acts[name], padding) for site, name in sites.items()}
-    mask = jnp.pad(mask, padding)
+    def run(inputs: Any) -> tuple[Any, Acts]:
+        return probed(params, inputs, probes)
 
-    def step(carry: Any, key: Array | None) -> tuple[Any, tuple[Array, Array]]:
-        logits, past, mask = carry
-        token = choose(logits, key)
-        new_mask = jnp.concatenate([mask, jnp.ones_like(mask[:, :1])], axis=1)
-        new, acts = probed(params, (token[:, None], new_mask, past), probes)
-        past = {
-            site: jnp.concatenate([past[site], _rows(acts[name])], axis=1)[:, 1:]
-            for site, name in sites.items()
-        }
-        return (new[:, -1], past, new_mask[:, 1:]), (token, logits)
-
+    # The prompt at once, then one token at a time.
+    carry = _read_prompt(run, sites, tokens, mask, num)
+    step = partial(_add_token, run, sites, choose)
     keys = jax.random.split(key, num) if temperature and key is not None else None
     first = None if keys is None else keys[:-1]
-    carry = (logits[:, -1], past, mask)
     (logits, _, _), (chosen, seen) = jax.lax.scan(step, carry, first, length=num - 1)
     last = choose(logits, None if keys is None else keys[-1])
     return Generated(
         jnp.concatenate([jnp.moveaxis(chosen, 0, 1), last[:, None]], axis=1),
         jnp.concatenate([jnp.moveaxis(seen, 0, 1), logits[:, None]], axis=1),
     )
+
+
+class _Carry(NamedTuple):
+    """State between two tokens.
+
+    The oldest column of the kept keys is padding and makes room for a new one, so that
+    all steps are one program.
+
+    Attributes:
+      logits: ``[B, V]``, from which the next token is chosen.
+      past: keys and values of all positions so far, by site.
+      mask: ``[B, S]`` bool, false at padding.
+    """
+
+    logits: Array
+    past: dict[str, Array]
+    mask: Array
+
+
+def _read_prompt(
+    run: Any, sites: dict[str, str], tokens: Array, mask: Array, num: int
+) -> _Carry:
+    """Run the prompt, and make room for the tokens that follow but the last."""
+    logits, acts = run((tokens, mask))
+    padding = ((0, 0), (num - 1, 0))
+    past = {site: _rows(acts[name], padding) for site, name in sites.items()}
+    return _Carry(logits[:, -1], past, jnp.pad(mask, padding))
+
+
+def _add_token(
+    run: Any, sites: dict[str, str], choose: Any, carry: _Carry, key: Array | None
+) -> tuple[_Carry, tuple[Array, Array]]:
+    """Choose a token and run its position; returns it beside the logits it is from."""
+    logits, past, mask = carry
+    token = choose(logits, key)
+    new_mask = jnp.concatenate([mask, jnp.ones_like(mask[:, :1])], axis=1)
+    new, acts = run((token[:, None], new_mask, past))
+    past = {
+        site: jnp.concatenate([past[site], _rows(acts[name])], axis=1)[:, 1:]
+        for site, name in sites.items()
+    }
+    return _Carry(new[:, -1], past, new_mask[:, 1:]), (token, logits)
 
 
 def _choose(logits: Array, key: Array | None, *, temperature: float) -> Array:
@@ -152,6 +171,21 @@ def _rows(act: Array, padding: Any = ((0, 0), (0, 0))) -> Array:
     """Flatten heads to rows ``[B, T, kv_heads * head_dim]`` and pad the positions."""
     rows = act.reshape((*act.shape[:2], -1))
     return jnp.pad(rows, (*padding, (0, 0)))
+
+
+def _check_text(config: DecoderConfig, tokens: Array, mask: Array, num: int) -> None:
+    """Raise for padding on the right, or for a text that outgrows its rotations."""
+    if not isinstance(mask, Tracer) and not np.asarray(mask)[:, -1].all():
+        raise ValueError(
+            "generate: padding must be on the left, got rows that end in it; move the "
+            "tokens to the end"
+        )
+    length = tokens.shape[1] + num
+    if config.rotary_growth is not None and length > config.context:
+        raise ValueError(
+            "generate: dynamic rotations turn all positions anew beyond the context of "
+            f"{config.context}, got {length} positions; generate fewer tokens"
+        )
 
 
 def _check_probes(probes: Mapping[str, Probe]) -> None:

@@ -8,35 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.checks import check_array, check_int, check_type
+from toyfeat.checks import check_int
 from toyfeat.linalg.compensated import (
     RowMoments,
     empty_moments,
     merge_moments,
     row_moments,
-    to_float,
 )
 from toyfeat.linalg.finished import moments_from_rows
-from toyfeat.linalg.streams import StreamMethod, check_state, make_stream
-from toyfeat.linalg.svd import SVD
-from toyfeat.types import Accumulator, Array, ArrayLike, Moments, Taps
-
-
-class SketchedMoments(NamedTuple):
-    """Moments reduced to their leading directions.
-
-    Attributes:
-      weight: ``[]``, the sum of the weights.
-      mean: ``[D]``, the weighted mean of the activations.
-      acts: singular values and right vectors of the centred activations, each row
-        times the root of its weight.
-      grads: those of the gradients, not centred, or ``None``.
-    """
-
-    weight: ArrayLike
-    mean: ArrayLike
-    acts: SVD
-    grads: SVD | None = None
+from toyfeat.linalg.streams import check_state
+from toyfeat.moments.batches import check_batch, check_types
+from toyfeat.types import Accumulator, Array, Moments, Taps
 
 
 class MomentsState(NamedTuple):
@@ -115,7 +97,7 @@ def moments(dim: int, *, grads: bool = True) -> Accumulator:
 
     # A batch is a state of its own, merged like one.
     def update(state: MomentsState, taps: Taps) -> MomentsState:
-        taps = _check_batch("moments", taps, dim, grads)
+        taps = check_batch("moments", taps, dim, grads)
         return _add_batch(check(state), *_batch_arrays(taps))
 
     def merge(left: MomentsState, right: MomentsState) -> MomentsState:
@@ -167,100 +149,15 @@ def moments_of(taps: Taps | Mapping[str, Taps]) -> Moments:
             f"moments_of: wanted Taps or a dict with one site, got "
             f"{type(taps).__name__}; tap(...) returns such a dict"
         )
-    _check_types("moments_of", taps)
+    check_types("moments_of", taps)
     if jnp.ndim(taps.acts) != 2:
         raise ValueError(
             f"moments_of: wanted acts [N, D], got shape {jnp.shape(taps.acts)}"
         )
     # One batch of a stream, which is a state of its own.
     dim, grads = jnp.shape(taps.acts)[1], taps.grads is not None
-    taps = _check_batch("moments", taps, check_int("moments", "dim", dim), grads)
+    taps = check_batch("moments", taps, check_int("moments", "dim", dim), grads)
     return moments_from_rows("moments", *_batch_moments(*_batch_arrays(taps)))
-
-
-class SketchState(NamedTuple):
-    """Running sketches of activations and gradients.
-
-    Attributes:
-      acts: sketch of the activations, centred.
-      grads: sketch of the gradients, not centred, or ``None``.
-    """
-
-    acts: Any
-    grads: Any
-
-
-def sketched_moments(
-    dim: int,
-    rank: int,
-    *,
-    grads: bool = True,
-    method: StreamMethod = "incremental",
-    width: int | None = None,
-) -> Accumulator:
-    """Accumulate the leading directions of activations and of gradients.
-
-    For widths whose ``D x D`` matrices do not fit in memory: two sketches of
-    ``width`` rows (see :func:`toyfeat.linalg.stream_svd`) replace the two scatter
-    matrices.
-
-    Args:
-      dim: the width ``D`` of the site.
-      rank: how many directions of each to compute.
-      grads: whether gradients are folded too; if so every batch must have them.
-      method: of :func:`toyfeat.linalg.stream_svd`.
-      width: rows of a sketch, ``2 * rank`` by default.
-
-    Returns:
-      ``Accumulator(init, update, merge, finish)``: ``update(state, taps)``,
-      ``finish(state) -> SketchedMoments``, which ``pca``, ``gradient_pca`` and
-      ``joint_pca`` take.
-
-    Raises:
-      ValueError: if a size is out of range; from ``update``, as :func:`moments`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from toyfeat.types import Taps
-      >>> acc = sketched_moments(3, 1, grads=False)
-      >>> acts = jnp.array([[2.0, 0.0, 0.0], [-2.0, 0.0, 0.0]])
-      >>> stats = acc.finish(acc.update(acc.init(), Taps(acts, None, jnp.ones(2))))
-      >>> (stats.acts.s**2 / stats.weight).round(4).tolist()
-      [4.0]
-    """
-    stream = partial(make_stream, "sketched_moments", dim, rank)
-    acts_svd = stream(center=True, method=method, width=width)
-    grads_svd = stream(center=False, method=method, width=width)
-
-    def init() -> SketchState:
-        return SketchState(acts_svd.init(), grads_svd.init() if grads else None)
-
-    def update(state: SketchState, taps: Taps) -> SketchState:
-        taps = _check_batch("sketched_moments", taps, dim, grads)
-        acts = acts_svd.update(state.acts, taps.acts, taps.weights)
-        if not grads or taps.grads is None:
-            return SketchState(acts, None)
-        # One row per readout, each with the weight of its example.
-        rows = taps.grads.reshape(-1, dim)
-        weights = jnp.repeat(taps.weights, taps.grads.shape[1])
-        return SketchState(acts, grads_svd.update(state.grads, rows, weights))
-
-    def merge(left: SketchState, right: SketchState) -> SketchState:
-        acts = acts_svd.merge(left.acts, right.acts)
-        return SketchState(
-            acts, grads_svd.merge(left.grads, right.grads) if grads else None
-        )
-
-    def finish(state: SketchState) -> SketchedMoments:
-        # Weights are stored in units of ``mass``, rows in units of ``unit``.
-        return SketchedMoments(
-            weight=to_float(state.acts.weight) * state.acts.mass,
-            mean=to_float(state.acts.mean) * state.acts.unit,
-            acts=acts_svd.finish(state.acts),
-            grads=grads_svd.finish(state.grads) if grads else None,
-        )
-
-    return Accumulator(init=init, update=update, merge=merge, finish=finish)
 
 
 # Each of these is one program: a first call compiles that, not every operation.
@@ -311,47 +208,3 @@ def _batch_arrays(taps: Taps) -> tuple[Any, Any, Any]:
 def _dtype() -> jnp.dtype:
     """The default float type, in which moments are summed."""
     return jnp.result_type(float)
-
-
-def _check_types(who: str, taps: Taps) -> None:
-    """Check that taps are taps of real arrays."""
-    hint = "toyfeat.tap returns a dict of them"
-    if isinstance(taps, Mapping):
-        hint = "pass the taps of one site, taps[site]"
-    check_type(who, "taps", taps, Taps, hint=hint)
-    # Every field that is there is a real array.
-    for name in ("acts", "weights", "grads"):
-        value = getattr(taps, name)
-        if name != "grads" or value is not None:
-            check_array(who, name, value, hint="convert it with jnp.asarray")
-
-
-def _check_batch(who: str, taps: Taps, dim: int, grads: bool) -> Taps:
-    """Check the types and shapes of a batch; gradients that are not wanted go."""
-    _check_types(who, taps)
-    # Activations and weights.
-    acts, gradients, weights = taps.acts, taps.grads, taps.weights
-    if acts.ndim != 2 or acts.shape[1] != dim:
-        raise ValueError(
-            f"{who}: wanted acts [N, {dim}], got shape {acts.shape}; the accumulator "
-            "is made for one site's width"
-        )
-    if weights.shape != acts.shape[:1]:
-        raise ValueError(
-            f"{who}: wanted one weight per example {acts.shape[:1]}, got shape "
-            f"{weights.shape}"
-        )
-    # Gradients, if they are wanted.
-    if not grads:
-        return taps._replace(grads=None)
-    if gradients is None:
-        raise ValueError(
-            f"{who}: the taps carry no gradients; tap with a readout, or use "
-            f"{who}(..., grads=False)"
-        )
-    if gradients.ndim != 3 or gradients.shape[::2] != acts.shape:
-        raise ValueError(
-            f"{who}: wanted grads [{acts.shape[0]}, K, {dim}], got shape "
-            f"{gradients.shape}"
-        )
-    return taps

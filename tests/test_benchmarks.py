@@ -237,6 +237,7 @@ def test_every_task_is_in_the_list_of_tasks(bench):
     assert listed == set(bench("sizes").SIZES["full"].tasks)
 
 
+@pytest.mark.slow
 def test_controls_count_what_is_false(bench):
     runner, tasks, board = bench("runner"), bench("tasks"), bench("leaderboard")
     knobs = {"dim": 4, "width": 8, "layers": 1, "outputs": 2}
@@ -495,6 +496,7 @@ def test_what_recurs_at_a_site_is_measured_at_the_tiny_setting(tmp_path):
         assert 0 < low <= row["divergence"] <= high
 
 
+@pytest.mark.slow
 def test_moves_along_writers_against_a_linear_model(bench):
     """Logits are linear in the site, so that all is known in closed form."""
     effects = bench("site_effects").effects
@@ -683,6 +685,7 @@ def test_results_of_processes_are_put_together(bench, tmp_path, monkeypatch, cap
     assert capsys.readouterr().out == "ICA is left out: no sklearn\n"
 
 
+@pytest.mark.slow
 def test_a_task_that_raises_ends_nothing(bench, tmp_path, monkeypatch, capsys):
     names = "--methods", "random"
     board = bench("leaderboard", "--tiny", *names, "--out", tmp_path)

@@ -72,6 +72,7 @@ def test_a_module_imports_only_from_rooms_below_its_own(name):
             assert LEVELS[other] < LEVELS[room], f"{name} must not import {imported}"
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("room", ROOMS)
 def test_inside_a_room_imports_have_no_circle(room):
     """A package's ``__init__`` stands on top: no module of it may import from it."""

@@ -51,6 +51,7 @@ def a_state():
     }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("abstract", [False, True])
 def test_there_and_back_bit_by_bit(tmp_path, abstract):
     state = a_state() | {"swapped": np.arange(3, dtype="i4")}

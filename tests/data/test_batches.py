@@ -260,6 +260,7 @@ def test_rows_of_ints_and_of_other_ranks_are_drawn_too():
     np.testing.assert_array_equal(np.asarray(batch.acts)[:, 0] // 2, batch.grads)
 
 
+@pytest.mark.slow
 def test_other_byte_orders_have_the_same_values():
     taps = Taps(np.arange(6, dtype=">f4").reshape(2, 3), None, np.ones(2, ">f4"))
     batch = array_batches(taps, batch=2, seed=0)(0)

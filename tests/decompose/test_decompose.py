@@ -124,6 +124,7 @@ every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 # --- pca -----------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("rank", [1, 3, DIM])
 @pytest.mark.parametrize("seed", range(3))
 def test_pca_has_the_spectrum_and_projectors_of_numpy(rank, seed):
@@ -138,6 +139,7 @@ def test_pca_has_the_spectrum_and_projectors_of_numpy(rank, seed):
     np.testing.assert_array_equal(basis.writers, np.asarray(basis.readers).T)
 
 
+@pytest.mark.slow_cases
 @every_method
 def test_the_largest_entry_of_every_reader_is_positive(method):
     for seed in range(5):
@@ -145,6 +147,7 @@ def test_the_largest_entry_of_every_reader_is_positive(method):
         assert np.all(readers[np.abs(readers).argmax(0), np.arange(DIM)] > 0)
 
 
+@pytest.mark.slow_cases
 @every_method
 def test_readers_are_orthonormal(method):
     readers = f64(fitted(method, statistics(), 3).readers)
@@ -166,6 +169,7 @@ def test_pca_does_not_need_gradients():
     assert_same_basis(fitted(pca, bare, 3), fitted(pca, stats, 3), rtol=0)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("rank", [1, 3, DIM])
 def test_pca_keeps_the_share_that_it_says(rank):
     rng = np.random.default_rng(0)
@@ -180,6 +184,7 @@ def test_pca_keeps_the_share_that_it_says(rank):
     np.testing.assert_allclose(said, 1 - lost, atol=3e-6)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("rank", [1, DIM])
 @every_method
 def test_the_total_is_that_of_the_whole_spectrum(method, rank):
@@ -189,6 +194,7 @@ def test_the_total_is_that_of_the_whole_spectrum(method, rank):
     )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("size", [1, 10, 100])
 @pytest.mark.parametrize("value", [0.1, 1e4 / 3])
 def test_pca_of_constant_activations_has_rank_zero(value, size):
@@ -262,6 +268,7 @@ def test_activations_that_do_not_vary_give_zero_writers_and_no_nan():
     assert_finite(basis)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("support", [3, DIM])
 @pytest.mark.parametrize("rank", [4, DIM])
 def test_a_rank_that_covers_the_gradients_changes_no_readout_to_first_order(
@@ -347,6 +354,7 @@ def test_a_constant_gradient_centred_has_rank_zero_and_says_why(
     assert "centring removed" in said
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("spread", [1.0, 0.1, 0.01])
 def test_centring_gradients_with_a_true_spread_keeps_its_rank(spread, k):
@@ -416,6 +424,7 @@ def scaled(stats, acts, grads):
     )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("acts", SCALES)
 @pytest.mark.parametrize("grads", SCALES)
 @every_method
@@ -469,6 +478,7 @@ def test_a_covariance_that_is_not_finite_shows_in_the_writers_of_gradients(place
 # --- encode, decode, shapes, transformations ------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0,)])
 @every_method
 def test_encode_and_decode_are_the_documented_formulas(method, lead):
@@ -519,12 +529,14 @@ def test_a_basis_round_trips_as_a_pytree(method):
     assert_same_basis(jax.jit(lambda b: b)(basis), basis, rtol=0)
 
 
+@pytest.mark.slow_cases
 @every_method
 def test_eager_is_jit(method):
     stats = statistics(grad_mean=0.3 * rotation(100)[:, 0], k=2)
     assert_same_basis(fitted(method, stats, 3), method(stats, 3))
 
 
+@pytest.mark.slow_cases
 @every_method
 def test_vmap_is_a_loop(method):
     every = [
@@ -546,6 +558,7 @@ def test_numpy_statistics_are_welcome(method):
     )
 
 
+@pytest.mark.slow_cases
 @every_method
 def test_float64_inside_enable_x64(method):
     with jax.enable_x64(True):
@@ -594,6 +607,7 @@ def test_decoding_another_number_of_codes_raises(shape):
         decode(pca(statistics(), 3), jnp.ones(shape))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("rank", [1, 3, DIM])
 def test_a_truncated_basis_holds_the_first_directions(rank):
     stats = statistics()

@@ -259,6 +259,7 @@ def test_the_ablation_curve_is_a_loop_over_spliced_bases(truth, exact):
         )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("over", ["positions", "units"])
 def test_sources_over_positions_or_units_have_the_right_mean(over):
     mix = jnp.array([[1.0, 0.5], [-0.3, 2.0]])

@@ -109,6 +109,7 @@ def test_pca_is_the_dense_svd_of_the_centred_data(shape, kind, batching):
         assert lost <= bound * np.linalg.norm(scores) + EPS * np.linalg.norm(acts)
 
 
+@pytest.mark.slow_cases
 @kinds
 @shapes
 def test_the_spectrum_is_the_variance_and_the_squared_norm_of_the_scores(shape, kind):
@@ -177,6 +178,7 @@ def test_small_data_worked_out_by_hand(rows, variances):
     allclose((scores.mean(0), scores.std(0)), ([0, 0], np.sqrt(variances)), atol=3e-6)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("rank", [1, 6, 12])
 @shapes
 def test_decoding_the_codes_gives_back_data_of_low_rank(shape, rank):
@@ -229,6 +231,7 @@ def test_every_input_is_cast_to_float32(dtype):
     allclose(np.abs(np.sum(vectors[:, :6] * f64(basis.readers), 0)), 1, atol=1e-5)
 
 
+@pytest.mark.slow_cases
 @batchings
 @shapes
 def test_the_same_input_twice_gives_the_same_bits(shape, batching):

@@ -47,6 +47,7 @@ def sizes(name, acts, grads):
     return {"pca": acts, "gradient_pca": grads, "joint_pca": acts * grads}[name]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["moments", "sketched_moments"])
 @pytest.mark.parametrize("name", METHODS)
 def test_directions_and_spectrum_at_any_size_are_those_of_numpy(name, kind):
@@ -110,6 +111,7 @@ def test_squares_out_of_range_are_nan_inside_a_trace_and_never_zero():
         assert not np.isfinite(stats.grad_second).any()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["moments", "sketched_moments"])
 @pytest.mark.parametrize(
     ("field", "bad"),
@@ -212,6 +214,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("call", "match"), BAD.values(), ids=BAD)
 def test_bad_arguments_say_what_was_wanted_and_what_came(call, match):
     with pytest.raises((TypeError, ValueError), match=f"^({match})"):

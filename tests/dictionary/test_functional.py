@@ -98,6 +98,7 @@ def kl_of(recon, temperature):
     return (weights * (np.exp(clean) * (clean - other)).sum(-1)).sum()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_spliced_kl_is_that_of_the_predictions(temperature):
     term = losses.spliced_kl(behind, temperature=temperature)
@@ -140,6 +141,7 @@ def test_downstream_error_is_in_units_of_the_variance():
     np.testing.assert_allclose(loss, np.mean(errors), rtol=1e-12)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("length", [0, T])
 @pytest.mark.parametrize("form", ["square", "huber", "log"])
 def test_fisher_is_the_second_order_kl(form, length):
@@ -164,6 +166,7 @@ def test_fisher_is_the_second_order_kl(form, length):
     assert kl.min() < limit < kl.max()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("draws", [0, K])
 def test_expanded_kl_is_the_expansion_where_it_stands(draws):
     rng = np.random.default_rng(7)
@@ -205,6 +208,7 @@ def test_terms_of_windows_refuse_other_taps():
         losses.fisher(limit=0)
 
 
+@pytest.mark.slow
 def test_units_make_effects_those_of_the_taps():
     """A trainer in normalized units has the term of taps in their own units."""
     rng = np.random.default_rng(3)

@@ -156,6 +156,7 @@ def test_a_batch_of_them_is_each_of_them(name):
             close(x[i], y)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ["dense", "sparse"])
 def test_several_readouts_share_the_rows(name):
     a = draw(name)

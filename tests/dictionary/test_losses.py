@@ -198,6 +198,7 @@ def single(p, data):
     return jax.tree.map(kind, p), jax.tree.map(kind, data)
 
 
+@pytest.mark.slow
 def test_fewer_latents_than_half_the_width_are_a_share_of_it():
     sae = ft.dictionaries.topk(10, 3, 1)
     rng = np.random.default_rng(0)
@@ -353,6 +354,7 @@ def test_terms_and_their_slopes_are_saelens(case):
             np.testing.assert_allclose(slope, want, rtol=1e-5, atol=size, err_msg=name)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("case", CASES)
 def test_a_few_steps_are_saelens(case):
     sae, objective, _, start, file = golden(case)

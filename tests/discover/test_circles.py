@@ -122,6 +122,7 @@ def test_pairs_of_less_than_two_dimensions_stay_finite():
     assert np.isfinite(_orthonormal_pairs(pairs)).all()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
 def test_the_scale_of_the_rows_does_not_matter(scale, key):
     rows, planes, _ = example((1, 2), 1, 8)
@@ -209,6 +210,7 @@ def test_tolerance_is_the_ratio_of_moments(tolerance, planes, key):
     assert len(found) == 2 * planes
 
 
+@pytest.mark.slow
 def test_the_roundest_plane_comes_first(key):
     rng = np.random.default_rng(0)
     turn = 2 * np.pi * np.arange(4000) / 4000
@@ -282,6 +284,7 @@ def test_fewer_rows_than_the_minimum_give_no_plane(key):
     assert circular_planes(key, rows[:80], **FEW).shape == (2, 2)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("num", [80, 100, 200])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_circle_in_few_rows_is_found(num, seed):

@@ -24,6 +24,7 @@ def additive(weights, mask):
     return weights @ mask
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_an_additive_effect_has_its_largest_latents(method, sign):

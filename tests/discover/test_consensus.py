@@ -342,6 +342,7 @@ def first_level(name):
     return tables, _train_level(level_key, tables, SHORT, SHORT.latents_per_dim[0])
 
 
+@pytest.mark.slow
 def test_tables_have_white_gradients_of_both_readouts():
     subject = planted.subject_of(task("product_space"))
     tables, _ = first_level("product_space")
@@ -402,6 +403,7 @@ def test_a_larger_support_returns_the_directions_that_have_it():
     np.testing.assert_array_equal(most, usual[counts >= 6])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("share", "num"), [(1, 12), (0.5, 6), (0.3, 4), (1e-9, 1), (None, None)]
 )
@@ -424,6 +426,7 @@ def test_support_is_a_share_of_the_dictionaries(share, num, monkeypatch):
     assert (result.support.tolist(), result.num_dictionaries) == ([5], 12)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("explained", "most", "used"),
     [
@@ -459,6 +462,7 @@ def test_more_latents_are_tried_where_fewer_do_not_explain(
     assert result.num_dictionaries == used[-1][1]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("often", "kept"), [(5, False), (8, True)])
 def test_a_sum_is_left_out_unless_its_support_is_large(often, kept):
     """Of 10 in 16 dimensions; its support stands between those of readers."""
@@ -597,6 +601,7 @@ def test_support_and_cosine_must_be_in_range(bad, match, key):
         )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("factor", [0.0, np.nan])
 def test_a_model_without_gradients_is_refused(factor, key):
     subject = scaled(planted.subject_of(task("product_space")), factor)
@@ -618,6 +623,7 @@ def test_any_key_finds_the_readers_of_a_product_space(seed):
     assert len(features.readers) == len(product.truth.readers)
 
 
+@pytest.mark.slow
 def test_stored_taps_give_what_the_subject_gives():
     result = found("product_space")[0]
     tap_key, train_key = jax.random.split(jax.random.key(1))
@@ -667,6 +673,7 @@ def test_planes_of_gated_units_are_mechanisms():
         np.testing.assert_array_equal(pairs[:, 0], pairs[:, 1])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("dim", "num"), [(16, 20_000), (576, 57_600)])
 def test_wide_sites_are_tapped_at_more_examples(dim, num, key):
     subject = planted.subject_of(planted.overcomplete(key, dim=dim, features=dim))

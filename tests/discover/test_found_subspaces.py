@@ -17,6 +17,7 @@ def score(planted, result):
     return match_mechanisms(rows, planted.rows, group=group, truth_group=planted.group)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("extra", [0, 1])
 def test_planes_of_gated_units_among_readers(seed, extra):
@@ -35,6 +36,7 @@ def test_subspaces_of_more_dimensions_grow():
     assert match.precision == 1.0
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("rate", [0.06, 0.2])
 def test_readers_are_no_planes_though_they_come_together(seed, rate):
@@ -61,6 +63,7 @@ def test_subspaces_that_are_read_linearly():
     assert match.precision == 1.0
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("seed", range(2))
 def test_mixtures_of_two_subspaces_are_no_mechanisms(seed):
     sizes = {"rate": 0.3, "linear": True, "num": 4000}

@@ -24,6 +24,7 @@ def by_loops(row, atoms, k):
     return codes
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("num", "k"), [(3, 1), (3, 2), (6, 1), (6, 4), (15, 1), (15, 2), (15, 4)]
 )
@@ -90,6 +91,7 @@ def test_rows_and_atoms_have_one_width(shapes):
         matching_pursuit(*map(np.ones, shapes), 1)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("num", "active"), [(20, 2), (40, 2), (30, 3)])
 def test_mod_steps_recover_the_atoms_from_near_ones(seed, num, active):
@@ -144,6 +146,7 @@ def with_sums(atoms, num=10):
     return np.concatenate([atoms, unit(atoms[:num] + atoms[1 : num + 1])])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("active", [2, 3])
 def test_atoms_are_needed_and_their_sums_are_not(seed, active):

@@ -59,6 +59,7 @@ def pursue(max_k, rows, atoms, k, *, signed):
     return dense, residual
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize(("max_k", "k"), [(4, 1), (4, 2), (4, 4), (2, 2)])
 def test_the_pursuit_equals_one_in_loops(max_k, k, signed):
@@ -72,6 +73,7 @@ def test_the_pursuit_equals_one_in_loops(max_k, k, signed):
     assert signed or codes.min() >= 0
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_the_signed_pursuit_equals_that_of_the_refinement(k):
     atoms, _, rows = planted(rows=300)
@@ -90,6 +92,7 @@ def test_codes_stay_finite_where_atoms_are_the_same():
 # Training.
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("signed", [True, False])
 def test_planted_atoms_are_recovered(signed, key):
     """24 in 12 dimensions, two in each row."""
@@ -180,6 +183,7 @@ def test_few_rows_are_enough(num, signed, key):
         assert least_cosine(atoms, rows, signed=signed) > 0.999
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("k", [1, 4])
 def test_rows_of_a_line_have_its_direction(k, key):
     line = unit(np.arange(1.0, 6.0))
@@ -266,6 +270,7 @@ def test_residuals_are_drawn_by_their_squares():
     assert share == pytest.approx(0.9, abs=0.06)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("seed", range(3))
 def test_an_atom_of_one_row_in_500_is_recovered(seed):
     """It replaces one of two copies: nothing else is unexplained."""

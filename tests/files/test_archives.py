@@ -61,6 +61,7 @@ def test_an_array_that_claims_another_size_is_refused(content, match):
         array_from_npy(content)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "packed", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
 )

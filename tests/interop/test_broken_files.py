@@ -72,6 +72,7 @@ def set_detail(name, value):
     return lambda settings: settings["metadata"][DETAILS].update({name: value})
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [

@@ -64,6 +64,7 @@ def test_there_and_back(name, tmp_path):
         np.testing.assert_array_equal(same[tensor], value)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("kind", ["batch", "matryoshka"])
 def test_thresholds_are_folded_into_a_jump_relu(kind, rescale, tmp_path):
@@ -141,6 +142,7 @@ def test_scales_of_gradients_come_back_and_choose_the_same(name, tmp_path):
     assert set(init) == set(params) - {"grad_scale"}
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ["gradient", "gradient plain", "paired"])
 def test_a_choice_by_gradients_is_topk_to_saelens(name, tmp_path):
     sae = OURS[name]

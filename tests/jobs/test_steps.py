@@ -234,6 +234,7 @@ def test_without_pairs_attributions_are_not_checked(copy, done, monkeypatch):
     assert {row["what"] for row in rows} == {"losses", "scores"}
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("what", ["scores", "faithfulness"])
 def test_a_row_that_was_cut_off_is_dropped_and_computed_again(copy, done, what):
     path = Path(copy.out) / "evaluation.jsonl"
@@ -373,6 +374,7 @@ def test_a_script_without_a_job_or_with_one_that_is_not_there(script, capsys):
     assert f"python scripts/{script} examples/smollm2.toml" in capsys.readouterr().out
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -494,6 +496,7 @@ def straight(job, out, **train):
     )
 
 
+@pytest.mark.slow
 def test_a_job_without_a_store_goes_straight_to_the_model(done, tmp_path):
     job = straight(done["job"], tmp_path / "out", population=True)
     run, said = done["run"]._replace(job=job), []
@@ -615,6 +618,7 @@ def test_products_in_bfloat16_are_trained_on_as_float32(done, tmp_path):
         assert {x.dtype for x in jax.tree.leaves(first)} == {np.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_weights_in_bfloat16_are_near_and_others(done, folder, tmp_path):
     few = replace(done["job"].decompose, bases=("pca",), ranks=(4,))
     job = replace(job_of(folder, tmp_path / "out"), weights="bfloat16", decompose=few)

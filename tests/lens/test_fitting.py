@@ -77,6 +77,7 @@ def test_prompts_that_are_too_short_are_refused():
         lenses.fit(MODEL, None, PARAMS, BATCHES)
 
 
+@pytest.mark.slow
 def test_a_sketch_of_full_rank_is_exact_and_one_of_less_has_its_error():
     model, params = hand_written_model(), hand_written_params(np.float32)
     tokens = windows(3) % 11

@@ -72,6 +72,7 @@ def tokens_of_hand_written(num=4):
     return windows(num) % 11
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "options",
     [{"chunk": 5}, {"chunk": 2}, {"chain": True, "chunk": 3}],
@@ -190,6 +191,7 @@ def test_a_prompt_that_is_left_out_may_hold_anything():
     assert means.scatter[0] == 0
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("make", [lenses.mean_jacobian, lenses.second_moment])
 def test_random_cotangents_are_unbiased_over_keys(make):
     """The mean over keys comes to the exact one as fast as its own scatter says."""
@@ -216,6 +218,7 @@ def test_random_cotangents_are_unbiased_over_keys(make):
         assert (np.abs(unscaled - wanted) > 5 * noise).any()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("cotangents", [1, 5])
 def test_a_turn_of_random_cotangents_sees_every_direction(cotangents):
     """Prompts that are all alike give the exact Jacobian once the basis is through."""

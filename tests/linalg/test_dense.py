@@ -36,6 +36,7 @@ def unsigned(tree):
     return jax.tree.map(lambda x: np.abs(np.asarray(x)), jax.tree.leaves(tree))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", FACTORIZATIONS)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_one_matrix_and_nested_batches_agree_with_numpy(matrices, name, compiled):

@@ -44,6 +44,7 @@ def spectrum64(matrix, rank=None):
     return [np.asarray(x, np.float64) for x in parts]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", SPECTRA)
 def test_values_are_those_of_numpy_and_zero_below_the_cut(name, scale):
@@ -103,6 +104,7 @@ def test_separated_vectors_are_those_of_numpy_up_to_sign():
     assert np.all(vectors[largest, np.arange(DIM)] > 0)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("rank", [1, 3, DIM])
 def test_a_rank_keeps_the_leading_pairs(rank):
     matrix = with_spectrum(np.arange(DIM, 0, -1.0))
@@ -180,6 +182,7 @@ def test_a_rank_out_of_range_raises(rank):
         psd_spectrum(np.eye(4, dtype=np.float32), rank)
 
 
+@pytest.mark.slow
 def test_eager_is_jit_and_vmap_is_a_loop():
     matrices = np.stack([with_spectrum(s) for s in SPECTRA.values() if s[5] != s[6]])
     values = np.asarray(jax.jit(jax.vmap(psd_spectrum))(matrices).values)
@@ -190,6 +193,7 @@ def test_eager_is_jit_and_vmap_is_a_loop():
         assert abs(int(jitted.rank) - int(eager.rank)) <= 1
 
 
+@pytest.mark.slow
 def test_float64_inside_enable_x64():
     with jax.enable_x64(True):
         q = rotation(12)

@@ -73,6 +73,7 @@ def test_small_rows_after_large_ones_are_told_by_their_share(method):
     np.testing.assert_allclose(svd.s, s[:RANK], rtol=2e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("mean", [1e4, 1e5])
 @pytest.mark.parametrize("method", METHODS)
 def test_weighted_rows_far_from_the_origin_under_jit(method, mean):
@@ -84,6 +85,7 @@ def test_weighted_rows_far_from_the_origin_under_jit(method, mean):
     np.testing.assert_allclose(svd.s, s[:RANK], rtol=5e-6)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("bad", [np.nan, -1.0, np.inf])
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_that_are_none_raise_at_the_end(method, bad):

@@ -121,6 +121,7 @@ def assert_same_type(one, other):
 # --- gram ----------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_gram_values_are_those_of_the_rows_in_memory(name, center):
@@ -145,6 +146,7 @@ UNEVEN = (1, 1000, 250, 1, 250, 1, 1, 250)
 CUTS = {"whole": (ROWS,), "1000": (1000, 1000), "uneven": UNEVEN}
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", CUTS)
 def test_gram_takes_batches_of_any_size(name):
     sizes = CUTS[name]
@@ -218,6 +220,7 @@ def test_gram_centres_rows_far_from_the_origin(kind):
     check_values(acc.finish(tree(acc, states)), rows, True)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", METHODS)
 def test_an_empty_batch_at_first_does_not_spoil_the_centre(method):
     rows = far_rows(1e4)
@@ -237,6 +240,7 @@ def test_sketches_centre_rows_far_from_the_origin(method):
     check_values(got, rows, True, 1e-3)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 @pytest.mark.parametrize(("method", "center"), CASES)
 def test_scale_of_rows_is_scale_of_values(method, scale, center):
@@ -466,6 +470,7 @@ def test_jit_does_as_eager_does(method):
     np.testing.assert_allclose(got.vt, want.vt, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", METHODS)
 def test_scan_carries_the_state(method):
     rows = with_spectrum(SPECTRA["geometric_3_percent"])
@@ -516,6 +521,7 @@ def test_fewer_rows_than_rank(method):
     check_shape_of_answer(got)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", METHODS)
 def test_one_row_has_no_variance(method):
     row = np.linspace(-1, 2, DIM, dtype=np.float32)[None]
@@ -550,6 +556,7 @@ def test_rows_of_zeros_give_zeros(method):
     check_shape_of_answer(got)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_rows_give_the_same_bits(method):
     rows = with_spectrum(SPECTRA["power_half"])
@@ -557,6 +564,7 @@ def test_the_same_rows_give_the_same_bits(method):
     assert_same(one, two)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", METHODS)
 def test_info_names_the_method(method):
     got = svd_of(
@@ -628,6 +636,7 @@ def test_pca_ratio_of_explained_variance(method):
     np.testing.assert_allclose(ratio, s**2 / np.sum(s**2), rtol=1e-4)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", PCA)
 def test_pca_projects_on_the_direction_between_two_clusters(method):
     x = normal((100, 3)) * np.float32(0.1)
@@ -655,6 +664,7 @@ def test_pca_of_as_many_rows_as_components(method):
     check_shape_of_answer(got)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", PCA)
 def test_pca_refuses_a_change_of_features(method):
     acc = pca(20, method)
@@ -663,6 +673,7 @@ def test_pca_refuses_a_change_of_features(method):
         acc.update(state, normal((20, 50)))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("size", [1, 10, 50])
 @pytest.mark.parametrize("method", PCA)
 def test_pca_components_hold_signs_and_values_over_batch_sizes(method, size):
@@ -673,6 +684,7 @@ def test_pca_components_hold_signs_and_values_over_batch_sizes(method, size):
     np.testing.assert_allclose(vt, want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", PCA)
 def test_pca_components_of_full_rank_are_those_in_memory(method):
     x = normal((100, 20))
@@ -693,6 +705,7 @@ def test_pca_in_parts_is_pca_at_once(method):
 SMALL_LATER = [(50, *(1,) * 50), (50, 10), (10, 50), (1, 10)]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("sizes", SMALL_LATER, ids=["ones", "50-10", "10-50", "1-10"])
 @pytest.mark.parametrize("method", PCA)
 def test_pca_takes_a_second_batch_of_another_size_and_mean(method, sizes):
@@ -796,6 +809,7 @@ def test_rows_that_are_not_real_and_floating_raise(dtype, method):
         acc.update(acc.init(), np.zeros((3, DIM), dtype))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_that_is_not_finite_raises_outside_of_a_trace(method, bad):

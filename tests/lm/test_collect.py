@@ -189,6 +189,7 @@ def test_collecting_again_changes_nothing(once):
     )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -67,6 +67,7 @@ def test_where_logits_are_linear_all_three_are_exact():
     np.testing.assert_allclose(np.float32(both.draws), draws, atol=1e-3)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("path", ["slope", "value"])
 def test_squares_along_the_way_are_the_kl_or_have_its_slope(path):
     head, acts, error, counts = linear_problem()

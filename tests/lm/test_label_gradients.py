@@ -24,6 +24,7 @@ def head_problem():
     return probs.astype(np.float32), rng.normal(size=(D, V)).astype(np.float32)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("pull", [_pull_labels, _pull_signs])
 def test_draws_have_the_covariance_of_the_predictions(pull):
     probs, head = head_problem()
@@ -76,6 +77,7 @@ def exact_fisher():
     return np.einsum("sv,svtd,svte->tde", p, centred, centred), logits
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["labels", "signs", "sampled"])
 def test_squared_effects_are_unbiased_for_the_second_order_kl(kind):
     fisher, _ = exact_fisher()

@@ -151,6 +151,7 @@ def test_a_replacement_without_effects_is_refused():
         faithfulness(split, weights(), held, nothing, uniform=3, largest=3)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("uniform", "ways"), [(90, {0, 2, 4, 6}), (40, {0})])
 def test_windows_with_many_pairs_are_run_in_stretches(monkeypatch, uniform, ways):
     """Six windows of seven tokens; eight pairs in each of them are enough."""

@@ -136,6 +136,7 @@ def test_a_site_that_is_not_there_is_refused(site):
         split_at(CONFIG, site)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("site", ["blocks_0/resid_post", "blocks_1/mlp_out"])
 def test_run_alone_attends_to_the_clean_window(site):
     """One position at a time, with the keys and values of all overwritten by probes."""

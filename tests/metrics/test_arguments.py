@@ -64,6 +64,7 @@ def test_a_task_with_parameters_that_are_nan_has_no_score():
         metrics.score_task(KEY, bad, features)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("metric", "edges", "least"),
     [

@@ -312,6 +312,7 @@ def test_grouped_matching_is_within_one_percent_of_brute_force(num, dim, group, 
     assert 0.99 * want <= match.coverage <= want + 1e-6
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("seed", range(4))
 def test_planes_found_up_to_noise_and_a_turn_match_as_in_brute_force(seed):
     group = np.array([0, 0, 1, 1, 2])
@@ -353,6 +354,7 @@ def test_bad_input_to_match_features_raises(found, truth, group, match):
 # --- random_coverage -----------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("num", [1, 2])
 def test_random_coverage_of_one_truth_in_space_is_the_closed_form(num):
     got = random_coverage(jax.random.key(0), num, np.eye(3)[:1], draws=500)
@@ -361,6 +363,7 @@ def test_random_coverage_of_one_truth_in_space_is_the_closed_form(num):
     assert abs(got - num / (num + 1)) < 5 * spread
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("num", "truths", "dim"), [(2, 4, 5), (5, 3, 6)])
 def test_random_coverage_agrees_with_monte_carlo(num, truths, dim):
     truth, draws = rows(truths, dim), 300
@@ -372,6 +375,7 @@ def test_random_coverage_agrees_with_monte_carlo(num, truths, dim):
     assert abs(got - np.mean(want)) < 5 * np.std(want) * np.sqrt(2 / draws)
 
 
+@pytest.mark.slow
 def test_random_coverage_of_a_plane_in_space_is_three_quarters():
     group = np.zeros(2, int)
     got = random_coverage(jax.random.key(2), 2, np.eye(3)[:2], group=group, draws=500)

@@ -55,6 +55,7 @@ def test_splice_keeps_leading_axes(key, shape):
     assert ft.metrics.splice(sae, params)(jax.random.normal(key, shape)).shape == shape
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_splice_keeps_the_dtype_and_computes_in_that_of_the_parameters(key, dtype):
     sae, params = dictionary("topk")

@@ -81,6 +81,7 @@ def test_any_split_into_batches_equals_numpy(size, k):
     assert_same(folded(taps, size), oracle(taps))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("size", [7, 42])
 def test_without_gradients_any_split_equals_numpy(size):
     taps = stream()._replace(grads=None)
@@ -118,6 +119,7 @@ def shuffled(merge, parts):
     return left_fold(merge, [parts[i] for i in order])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("order", [left_fold, right_fold, tree, shuffled])
 @pytest.mark.parametrize("size", [1, 7, 42])
 def test_any_order_of_merges_equals_numpy(order, size):
@@ -150,6 +152,7 @@ def test_init_is_an_identity_of_merge(k):
     assert_same(acc.finish(acc.merge(state, acc.init())), alone, 1e-7)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("n", [0, 3])
 def test_a_batch_that_weighs_nothing_changes_nothing(n):
     acc = compiled(DIM)
@@ -220,6 +223,7 @@ def test_a_nan_that_counts_stays_visible(field):
     assert all(np.isfinite(np.asarray(stats[i])).all() for i in {1, 2, 3, 4} - {*seen})
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("size", [1, 7, 42, 378])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_mean_of_1e4_standard_deviations_costs_the_scatter_nothing(size, sign):
@@ -250,6 +254,7 @@ def test_one_massive_row_costs_the_moments_nothing(place):
     np.testing.assert_allclose(stats.mean, want.mean, atol=1e-4)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("size", [1, 7, 42, 378])
 @pytest.mark.parametrize("value", [0.1, 1e4 / 3])
 def test_constant_rows_have_no_scatter(value, size):
@@ -379,6 +384,7 @@ def one_row_and_then_another(doublings, num):
     return state, after, acc.finish(after)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("doublings", [26, 30])
 def test_single_rows_still_count_after_a_long_stream(doublings):
     num = 20_000
@@ -485,6 +491,7 @@ def test_a_batch_of_the_wrong_shape_raises(acts, grads, weights, match, wrap):
         wrap(acc.update)(acc.init(), taps)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("grads", [True, False], ids=["grads", "no grads"])
 def test_moments_of_taps_are_those_of_numpy(grads):
     taps = stream(n=7)  # as many rows as the eager batches above

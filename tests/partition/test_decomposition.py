@@ -83,6 +83,7 @@ def case(kind):
 KINDS = ["convolution", "attention", "nnx", "constants"]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_masks_one_is_the_target_to_the_bit(kind):
     model, params, paths, x = case(kind)
@@ -100,6 +101,7 @@ def test_all_masks_one_is_the_target_to_the_bit(kind):
     }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_masks_are_weights_of_each_example(kind):
     """The oracle gives every example weights of its own, by the definition."""

@@ -34,6 +34,7 @@ def same(a, b, **tolerance):
         np.testing.assert_allclose(x, y, **tolerance)
 
 
+@pytest.mark.slow
 def test_a_population_of_targets_and_settings_is_each_alone_and_resumes(tmp_path):
     trainer = make(networks=True)
     keys = jnp.stack([jax.random.key(3), jax.random.key(4)])

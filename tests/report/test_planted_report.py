@@ -138,6 +138,7 @@ def test_points_are_the_gradients_and_lie_along_their_readers(key):
     np.testing.assert_allclose(np.diag(cosines), 1 / np.prod(lengths, 0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_page_has_every_task_and_a_picture_of_each(tmp_path, key):
     pytest.importorskip("matplotlib")
     tasks = [task_of(name) for name in ("squares", "modular_addition", "squares")]

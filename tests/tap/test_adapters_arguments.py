@@ -60,6 +60,7 @@ def probed_of(library, **options):
 LIBRARIES = pytest.mark.parametrize("library", ["linen", "nnx"])
 
 
+@pytest.mark.slow_cases
 @LIBRARIES
 @pytest.mark.parametrize("method", ["encode", "function"])
 def test_another_method_with_an_option_is_the_model(library, method):
@@ -81,6 +82,7 @@ def test_an_unknown_option_is_named(library):
         probed(params, (X, MASK), {})
 
 
+@pytest.mark.slow_cases
 @LIBRARIES
 def test_a_dict_gives_keyword_arguments(library):
     probed, params, layer = probed_of(library, scale=2.0)
@@ -222,6 +224,7 @@ ALL = (
 )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("jitted", [False, True])
 def test_layers_in_train_mode_are_named(jitted):
     module = (nn.jit(Training) if jitted else Training)()

@@ -73,6 +73,7 @@ def close(got, want, tol=2e-5):
     )
 
 
+@pytest.mark.slow_cases
 @EVERY
 @ALL
 def test_names_are_in_order_of_computation_and_values_those_by_hand(library, style):
@@ -89,6 +90,7 @@ def test_names_are_in_order_of_computation_and_values_those_by_hand(library, sty
     close(jitted_acts[names["shared"]], acts[names["shared"]])
 
 
+@pytest.mark.slow_cases
 @EVERY
 @ALL
 def test_gradients_are_those_of_per_example_jacrev(library, style):
@@ -104,6 +106,7 @@ def test_gradients_are_those_of_per_example_jacrev(library, style):
         close(taps[site].grads[:, 0], grads[step], 1e-4)
 
 
+@pytest.mark.slow_cases
 @EVERY
 @ALL
 def test_arrays_are_added_and_functions_applied(library, style):
@@ -143,6 +146,7 @@ def test_a_function_in_a_scan_and_unknown_sites_are_refused(library):
         case.probed(case.params, jnp.asarray(X), {"nope": jnp.ones(D)})
 
 
+@pytest.mark.slow_cases
 @EVERY
 def test_a_function_that_is_differentiated_keeps_its_gradient(library):
     values = by_hand()[0]["block_0"]
@@ -157,6 +161,7 @@ def test_a_function_that_is_differentiated_keeps_its_gradient(library):
         close(jax.jit(jax.grad(loss))(2.0), want)
 
 
+@pytest.mark.slow_cases
 @EVERY
 @pytest.mark.parametrize("style", ["plain", "scan"])
 def test_vmap_over_parameters_is_a_loop(library, style):
@@ -176,6 +181,7 @@ def test_vmap_over_parameters_is_a_loop(library, style):
         close(together.grads[i], one.grads)
 
 
+@pytest.mark.slow_cases
 @EVERY
 def test_the_dtype_of_the_model_is_kept(library):
     case, site = case_of(library, "remat"), sites_of(library, "remat")["shared"]
@@ -188,6 +194,7 @@ def test_the_dtype_of_the_model_is_kept(library):
     close(taps.acts, by_hand()[0]["shared"], 0.05)
 
 
+@pytest.mark.slow_cases
 @EVERY
 def test_chunks_and_the_check_of_mixing_take_the_model(library):
     case, names = case_of(library, "plain"), sites_of(library, "plain")
@@ -221,6 +228,7 @@ class Mapped(eqx.Module):
         return jax.vmap(eqx.filter_jit(self.layer))(self.encode(x)), self.norm
 
 
+@pytest.mark.slow
 def test_a_module_that_the_model_maps_has_positions():
     model = Mapped()
     x = jnp.asarray(np.random.default_rng(0).standard_normal((B, 3, D)), jnp.float32)
@@ -255,6 +263,7 @@ class Stateful(eqx.Module):
         return self.drop(x, key=key), state
 
 
+@pytest.mark.slow
 def test_states_keys_and_train_mode():
     model, state = eqx.nn.make_with_state(Stateful)()
     x = jnp.asarray(X)

@@ -126,6 +126,7 @@ def test_every_module_is_a_site_named_by_its_path():
     np.testing.assert_array_equal(acts["__call__"], outputs)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", REMATS)
 def test_blocks_give_the_per_example_jacobian(kind):
     taps = taps_of(Blocks(REMATS[kind]), ["blocks/0", "blocks/1", "blocks/0/up"])
@@ -353,6 +354,7 @@ def test_probe_changes_what_follows(probe, change):
     assert_close(outputs, by_hand(model.head, block_by_hand(model.blocks[1], hidden)))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", REMATS)
 def test_later_activation_is_differentiable_in_an_earlier_probe(kind):
     probed, params = ft.from_nnx(Blocks(REMATS[kind]))
@@ -369,6 +371,7 @@ def test_later_activation_is_differentiable_in_an_earlier_probe(kind):
         assert not np.any(np.delete(np.asarray(got[i]), i, axis=1))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("probes", "match"),
     [
@@ -440,6 +443,7 @@ class Shared(nnx.Module):
         return jnp.tanh(call(self.shared, jnp.tanh(call(self.shared, x))))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("remat", [False, True])
 def test_shared_module_called_twice_gives_two_sites(remat):
     model = Shared(remat)
@@ -651,6 +655,7 @@ def test_scanned_layers_are_sites(length, remat):
     assert_close(taps["first"].acts, by_hand(model.first, X))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_layer_is_probed_alone_and_anew(remat):
     model = Scanned(remat=remat)
@@ -666,6 +671,7 @@ def test_scanned_layer_is_probed_alone_and_anew(remat):
                 assert_close(acts[f"layers/dense@{k}"][i], hand[k])
 
 
+@pytest.mark.slow
 def test_later_scanned_layer_is_differentiable_in_an_earlier_one():
     model = Scanned()
     probed, params = ft.from_nnx(model)

@@ -114,6 +114,7 @@ LOST = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", LOST)
 def test_lost_gradients_are_told(name):
     fn, dtype = LOST[name]

@@ -197,6 +197,7 @@ def test_tap_inside_a_transformation_of_the_model_is_refused(transform):
         ft.from_function(model)(None, X, {})
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint])
 def test_the_whole_probed_model_may_be_transformed(transform):
     outputs, acts = transform(lambda x: PROBED(PARAMS, x, {}))(X)

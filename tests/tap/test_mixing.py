@@ -218,6 +218,7 @@ def test_first_mixed_site_is_named():
         ft.check_no_mixing(ft.from_function(model), None, X)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("adapter", ["linen", "nnx"])
 def test_mixing_module_is_named(adapter):
     if adapter == "linen":

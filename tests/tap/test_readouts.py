@@ -83,6 +83,7 @@ def outer_products(grads):
 # half the squared norm
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["vector", "tuple", "tree", "scalar"])
 def test_half_squared_norm_is_the_jacobian_times_the_output(kind):
     """Against per-example ``jacrev``, over everything in an output."""
@@ -120,6 +121,7 @@ def test_half_squared_norm_takes_a_mask_and_keeps_one_program():
 # sampled labels
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("num", [1, 3])
 def test_categorical_gradient_is_that_of_some_label(num):
     grads = float64(taps_of(readouts.sampled_labels(KEY, num=num)).grads)
@@ -154,6 +156,7 @@ def exact_fisher(family):
     return np.einsum("bvd,bvw,bwe->bde", jacobian, middle, jacobian)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("family", ["categorical", "bernoulli", "gaussian"])
 def test_second_moment_over_sampled_labels_is_the_true_fisher(family):
     readout = readouts.sampled_labels(KEY, num=DRAWS, family=family)
@@ -193,6 +196,7 @@ def test_rademacher_gradient_is_that_of_some_signs():
     assert np.all(distance.min(-1) < 1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 def test_expected_second_moment_of_random_directions_is_jtj(kind):
     grads = taps_of(readouts.random_directions(KEY, DRAWS, kind), x=X[:2]).grads
@@ -232,6 +236,7 @@ RANDOM = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", RANDOM)
 def test_randomness_is_the_keys_and_differs_between_inputs(name):
     x = jnp.asarray(np.tile(np.float32(0.2) * np.asarray(X)[:1], (B, 1)))
@@ -302,6 +307,7 @@ def next_token_taps(**options):
     )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("first", "want"), [(False, [0, 1, 1, 1, 0]), (True, [1, 1, 1, 1, 0])]
 )
@@ -451,6 +457,7 @@ def traced_tap(probed, x, readout):
     )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -507,6 +514,7 @@ def test_bad_options_are_refused(make, match):
         make()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("readout", "match"),
     [
@@ -563,6 +571,7 @@ def test_function_that_reads_differently_as_one_and_as_a_batch_is_refused():
         traced_tap(SEQUENCE, STREAM, readouts.scalar(first_of_columns))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("size", [None, 1, 2, 3])
 def test_reading_of_a_scalar_does_not_depend_on_the_batch_size(size):
     # of a batch of two, y[0, :2] would have a leading axis of two as well
@@ -678,6 +687,7 @@ def jitted_next_token_taps(tokens, batch_size):
     return logit_taps(readouts.next_token_loss(tokens), batch_size)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("token", [-1, V, 500])
 @pytest.mark.parametrize("batch_size", [None, 1])
 def test_targets_that_the_logits_do_not_have_raise_or_are_nan(token, batch_size):
@@ -728,6 +738,7 @@ def test_ignored_labels_of_a_loss_have_no_gradient(ignore, shape, jit):
     )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("reduce", [jnp.mean, jnp.sum])
 def test_an_ignored_label_inside_a_mean_raises_or_is_nan(reduce):
     labels = np.zeros((2, 5), np.int32)
@@ -747,6 +758,7 @@ def test_an_ignored_label_inside_a_mean_raises_or_is_nan(reduce):
     assert np.isfinite(logit_taps(counted).grads).all()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("label", [-1, V, -V - 1])
 def test_labels_of_a_loss_that_the_outputs_do_not_have_raise(label):
     labels = jnp.array([0, label])

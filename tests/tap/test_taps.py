@@ -290,6 +290,7 @@ def test_taps_outside_of_jit_are_the_same():
     )
 
 
+@pytest.mark.slow
 def test_mean_over_the_path_times_activation_sums_to_the_difference():
     scales = (jnp.arange(64.0) + 0.5) / 64
     readout, metric = CASES["scalar"]
@@ -307,6 +308,7 @@ def test_mean_over_the_path_times_activation_sums_to_the_difference():
         assert_close(integrated, jax.vmap(effect)(X), tol=2e-3)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_no_readout_gives_activations_alone(adapter):
     taps = jax.jit(lambda x: taps_by(adapter, None, x=x, batch_size=7))(X)
@@ -326,6 +328,7 @@ def test_batch_size_does_not_change_the_taps(size, case):
     np.testing.assert_array_equal(chunked.weights, whole.weights)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("adapter", ["linen", "nnx"])
 def test_modules_are_chunked_too(adapter):
     chunked = jax.jit(lambda r: taps_by(adapter, r, batch_size=7))(READOUTS["loss"])
@@ -343,6 +346,7 @@ def test_batch_size_may_exceed_the_batch():
     )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("adapter", ["linen", "nnx"])
 def test_random_readouts_do_not_depend_on_the_adapter(adapter):
     case = {"linen": "rademacher", "nnx": "sampled_labels"}[adapter]
@@ -354,6 +358,7 @@ def test_random_readouts_do_not_depend_on_the_adapter(adapter):
     )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("size", [None, 4])
 def test_first_entry_of_one_output_is_no_function_of_the_batch(size):
     # 4 is the width of the output: y[0] has the same shape read either way
@@ -365,6 +370,7 @@ def test_first_entry_of_one_output_is_no_function_of_the_batch(size):
     assert_close(taps["dense_0"].grads, want)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("size", [None, 7])
 def test_one_trace_serves_all_labels_keys_scales_and_masks(size):
     first, second, traces = all_taps("function", size)
@@ -375,6 +381,7 @@ def test_one_trace_serves_all_labels_keys_scales_and_masks(size):
         assert np.allclose(old.weights, new.weights) == (case != "masked")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["split", "linen", "nnx"])
 def test_one_trace_serves_all_batches_of_any_adapter(adapter):
     first, second, traces = all_taps(adapter)
@@ -518,6 +525,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("size", [None, 2])
 def test_mask_gives_the_weights_and_leaves_gradients(size):
     def run(masks):
@@ -781,6 +789,7 @@ def test_no_parameter_gradient_is_formed(adapter):
     assert not kernel_shaped_products(taps_of)
 
 
+@pytest.mark.slow
 def test_tap_grows_with_the_backward_alone_not_with_the_parameters():
     probed, params, sites = wide_model("linen")
     x = jnp.ones((BATCH, WIDE))
@@ -1019,6 +1028,7 @@ def test_a_key_of_each_input_or_of_the_model_is_fine_in_chunks(model):
     assert_close(run(3), run(None))
 
 
+@pytest.mark.slow
 def test_dropout_of_the_whole_batch_is_the_models_own():
     """Without chunks the mask is that of the module itself, one for each example."""
     taps = dropped(None)
@@ -1083,6 +1093,7 @@ def test_arguments_of_tap_are_named(changes, match):
         tap_of(**changes)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("size", [np.int64(3), jnp.int32(3), np.uint8(3)])
 def test_batch_size_may_be_an_integer_of_numpy_or_jax(size):
     assert_close(tap_of(batch_size=size)["acts"].grads, np.ones((B, 1, WIDTHS[0])))

@@ -92,6 +92,7 @@ def size(x):
     return np.sqrt(np.mean((x - x.mean(0)) ** 2))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ["standard", "transcoder"])
 def test_units_are_the_sizes_of_the_data(name):
     state, batches = trained(name)
@@ -163,6 +164,7 @@ def test_denormalized_parameters_do_for_taps_what_the_others_do_for_scaled_taps(
             np.testing.assert_allclose(got, want.grad_recon, atol=1e-4)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ["topk", "batch", "gradient", "paired"])
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_denormalized_parameters_choose_the_same_at_every_scale(name, scale):
@@ -179,6 +181,7 @@ def test_denormalized_parameters_choose_the_same_at_every_scale(name, scale):
         np.testing.assert_allclose(out, sae.decode(one, want), rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ["gradient", "gradient plain", "paired"])
 def test_the_choice_is_the_definition_s_in_float64(name):
     sae = ALL[name]

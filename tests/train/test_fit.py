@@ -60,6 +60,7 @@ def test_it_does_what_a_loop_over_update_does(start, batches):
     assert done.step.shape == start.step.shape
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_the_step_of_the_state_and_keeps_borders():
     half = fit(TINY, START, a_batch, steps=4, chunk=3)
     seen = []
@@ -243,6 +244,7 @@ def test_a_run_with_a_lost_member_goes_on_after_a_kill_with_the_same_bits(tmp_pa
     assert rows[0][-1] == (12, [True, True, False])
 
 
+@pytest.mark.slow
 def test_controllers_at_their_bounds_are_reported_at_the_end(tmp_path):
     trainer = tiny(saturated=0.04)
     with pytest.warns(
@@ -371,6 +373,7 @@ def changed(change):
     return Trainer(TINY.init, update)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("trainer", "match"),
     [
@@ -579,6 +582,7 @@ def test_resume_false_starts_where_there_is_nothing(tmp_path):
     assert [row["step"] for row in lines(tmp_path)] == [2, 4]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("start", [START, POPULATION], ids=["one", "population"])
 def test_a_damaged_checkpoint_costs_steps_but_no_bits(tmp_path, start):
     arguments = {"chunk": 2, "checkpoint_every": 2, "directory": tmp_path}

@@ -58,6 +58,7 @@ GATHERED = ft.dictionaries.topk(D, M, 3)
 PLAIN_TOPK = ft.dictionaries.topk(D, M, 3, rescale_acts_by_decoder_norm=False)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("before", "now", "name"),
     [

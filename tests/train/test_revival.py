@@ -59,6 +59,7 @@ def lengths(rows):
     return np.linalg.norm(rows, axis=1)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ALL)
 def test_dead_latents_start_again_and_the_others_are_left_alone(name):
     sae, trainer = made(name)

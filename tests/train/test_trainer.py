@@ -211,6 +211,7 @@ def test_metrics_are_their_definitions(name):
     np.testing.assert_array_equal(state.running["silent"], silent)
 
 
+@pytest.mark.slow
 def test_latents_are_dead_after_so_many_silent_steps():
     _, trainer = make("standard", dead_after=3)
     start = trainer.init(jax.random.key(0), learning_rate=0.0)

@@ -45,6 +45,7 @@ def test_samples_have_the_statistics_of_saelens_own(name):
     assert np.sqrt(np.mean(score**2)) < 1.3
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_written_is_what_saelens_wrote(name, tmp_path):
     from safetensors.numpy import load_file

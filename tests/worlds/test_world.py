@@ -75,6 +75,7 @@ def test_the_normal_distribution_is_right_in_its_tail():
     np.testing.assert_array_equal(ends, [0.0, 1.0])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "firing",
     [
@@ -171,6 +172,7 @@ def test_children_fire_with_their_parent_and_one_at_a_time(sampler, treed, key):
     assert (codes[:, 26:] > 0).sum(1).max() > 1
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_rates_under_a_root_are_those_of_all_cases(sampler, key):
     """Every pattern of 4 raw firings, with magnitudes that may be cut to 0."""

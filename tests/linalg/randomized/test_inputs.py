@@ -84,6 +84,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.filterwarnings("ignore::numpy.exceptions.ComplexWarning")
 @pytest.mark.parametrize(("options", "match"), BAD.values(), ids=BAD)
 def test_bad_arguments_say_what_was_wanted_and_what_came(options, match):

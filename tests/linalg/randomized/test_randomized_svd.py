@@ -211,6 +211,7 @@ def test_tiny_matrices(key, shape, rank, method):
 # Info
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", FORCED)
 def test_info_names_the_method(key, table, method):
     out = randomized_svd(key, table("power law")[0], K, method=method)
@@ -230,6 +231,7 @@ def true_residual(a, out):
     return np.linalg.norm(a - (np.asarray(out.u) * np.asarray(out.s)) @ out.vt)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", FORCED)
 def test_residual_of_one_seed(key, slow_spectrum, method):
     out = randomized_svd(key, slow_spectrum, K, method=method)
@@ -249,6 +251,7 @@ def test_residual_over_seeds(slow_spectrum, method):
     assert abs(np.mean(ratios) - 1) <= 0.1
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", ["gram", "subspace"])
 def test_fallback_is_told(key, table, method):
     easy = randomized_svd(key, table("power law")[0], K, method=method)
@@ -384,6 +387,7 @@ def row_blocks(a, heights):
 UNEVEN = [70, 1, 70, 58, 1]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "method",
     ["auto", "subspace", *[pytest.param(m, marks=slow) for m in ["krylov", "full"]]],
@@ -552,6 +556,7 @@ GRADS = [
 ]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("transposed", "method", "compute_u"), GRADS)
 def test_gradient(transposed, method, compute_u):
     a, weights, directions = grad_case(transposed)
@@ -627,6 +632,7 @@ def with_entry(value):
     return a
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("matrix", "options", "error", "match"),
     [

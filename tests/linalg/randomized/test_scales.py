@@ -107,6 +107,7 @@ def relative(x, truth):
 SIZES = [(1, 1), (1e25, 1), (1e-25, 1), (1, 1e-30), (1e30, 1e30), (1e-30, 1e-30)]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("transpose", [False, True], ids=["tall", "wide"])
 @pytest.mark.parametrize(("size", "step"), [*SIZES, (1e25, 1e-8), (1e18, 1)])
 def test_tangents_of_any_size_are_those_of_differences(size, step, transpose):

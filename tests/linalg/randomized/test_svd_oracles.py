@@ -126,6 +126,7 @@ def test_as_accurate_as_the_textbook():
     assert ours <= 1.3 * theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["subspace", *[pytest.param(m, marks=slow) for m in ["auto", "krylov"]]]
 )
@@ -200,6 +201,7 @@ def test_small_matrices(key, kind, shape, k):
         assert (np.asarray(out.s)[1:] <= 1e-6 * f64(out.s)[0]).all()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "method", ["auto", *[pytest.param(m, marks=slow) for m in ["gram", "subspace"]]]
 )

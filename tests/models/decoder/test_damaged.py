@@ -128,6 +128,7 @@ def test_shards_of_other_folders(folder, shard):
     refused(folder, r"names of files must lie inside of .*, got '")
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite(folder, value):
     tensors = oracle.random_tensors(oracle.LLAMA)
@@ -232,6 +233,7 @@ def test_short_floats_are_read_exactly(folder, dtype):
     np.testing.assert_array_equal(params["blocks_2"]["up"]["kernel"], expected.T)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["F4", "F6_E2M3"])
 def test_types_that_numpy_does_not_have(folder, kind):
     bits = {"F4": 4, "F6_E2M3": 6}[kind]
@@ -247,6 +249,7 @@ def test_types_that_numpy_does_not_have(folder, kind):
     refused(folder, rf"model.safetensors stores .* as {kind}, which cannot be read; ")
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint8, bool])
 def test_integers_are_no_weights(folder, dtype):
     tensors = oracle.random_tensors(oracle.LLAMA)
@@ -457,6 +460,7 @@ PANICS = {  # the first when it is read
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("part", PANICS)
 def test_a_tokenizer_that_panics_when_it_is_read(folder, part):
     settings = json.loads(WORDS.to_str()) | {part: PANICS[part]}

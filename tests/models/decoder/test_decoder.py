@@ -219,6 +219,7 @@ def test_the_first_start_is_what_the_tokens_become(scan):
     close(values("gpt2", resid, start=0, scan=scan)[0], wanted("gpt2")[0])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_last_start_is_the_norm_and_the_logits(kind, scan):
@@ -262,6 +263,7 @@ def test_bfloat16_parameters_run_in_either_type():
     close(found.reshape(exact.shape), exact, 0.06)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_close():
     for site in of_block(1):
         grads = tapped_in_bfloat16()[site].grads
@@ -530,6 +532,7 @@ def test_parameters_of_the_other_layout():
         stack_blocks(gap)
 
 
+@pytest.mark.slow
 def test_it_is_a_module_like_another():
     assert issubclass(Decoder, nn.Module)
     model = Decoder(case("gpt2").config)

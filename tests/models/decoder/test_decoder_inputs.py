@@ -151,6 +151,7 @@ def test_padding_in_bfloat16():
 # Ids.
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("last", [-1, -100, 13, 502])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_ids_outside_of_the_vocabulary(kind, last):

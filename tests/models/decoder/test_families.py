@@ -45,6 +45,7 @@ def close(got, want, tol=1e-5):
     )
 
 
+@pytest.mark.slow_cases
 @FAMILY
 def test_logits_sites_gradients_and_patterns_are_those_of_transformers(name):
     model, theirs = loaded(name)
@@ -104,6 +105,7 @@ def test_what_reads_norms_knows_their_offset():
     close(got, want)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ["gemma3_text", "mistral"])
 def test_a_scan_and_a_loop_agree(name):
     """With windows in some layers and rotations of their own, or in all."""
@@ -147,6 +149,7 @@ def test_generation_under_probes_is_that_of_whole_texts(name, heads):
     np.testing.assert_array_equal(got.tokens, np.argmax(got.logits, axis=-1))
 
 
+@pytest.mark.slow
 def test_generation_that_draws_and_what_it_refuses():
     model, theirs = loaded("llama-yarn")
     tokens = jnp.asarray(theirs["tokens"][:, :5], jnp.int32)

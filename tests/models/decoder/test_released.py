@@ -134,6 +134,7 @@ def test_names_without_the_prefix_of_the_inner_model(tmp_path, name):
     check(load_decoder(write(tmp_path, OLD[name], bare)), OLD[name], tensors)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", OLD)
 def test_shards_with_an_index(tmp_path, name):
     tensors = oracle.random_tensors(OLD[name])
@@ -858,6 +859,7 @@ def test_a_tokenizer_that_is_larger_than_the_model(tmp_path):
     refused(folder, r"tokenizer has 14 tokens, the model 13; they do not belong")
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("text", ["", "{}", '{"version": "1.0", "model": {'])
 def test_a_truncated_tokenizer(tmp_path, text):
     folder = write(tmp_path, oracle.LLAMA, oracle.random_tensors(oracle.LLAMA))

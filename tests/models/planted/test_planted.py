@@ -140,6 +140,7 @@ def test_shapes(name):
     assert all(isinstance(x, str) and x for x in (task.name, task.about, task.limits))
 
 
+@pytest.mark.slow_cases
 @every
 def test_the_key_decides_the_task(name):
     task, same, other = planted_task(name), make_task(name), make_task(name, 1)
@@ -205,6 +206,7 @@ def test_active_readers_and_gradients_span_the_same(name):
         assert rank == len(vt)
 
 
+@pytest.mark.slow_cases
 @heads
 def test_features_are_what_passes_the_thresholds(name):
     task = planted_task(name)
@@ -217,6 +219,7 @@ def test_features_are_what_passes_the_thresholds(name):
         np.testing.assert_allclose(unmixed, np.maximum(margin, 0), atol=1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("name", "codes"),
     [
@@ -235,6 +238,7 @@ def test_features_are_active_where_their_inputs_are_not_zero(name, codes):
     np.testing.assert_array_equal(float64(features) > 0, float64(codes(inputs)) != 0)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "name",
     [n for n in ARGUMENTS if n != "modular_addition"],
@@ -376,6 +380,7 @@ def test_curve_writers_are_the_readers_times_the_covariance():
     np.testing.assert_allclose(lengths, 1, rtol=1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("name", "sources"),
     [
@@ -428,6 +433,7 @@ def test_summands_are_as_long_as_they_are_asked_to_be(embedding):
     np.testing.assert_allclose(np.linalg.norm(waves, axis=2), embedding, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_world_may_have_other_trees_and_rates():
     often = ZipfianFiring(max_prob=0.5, min_prob=0.4)
     trees = HierarchyConfig(total_root_nodes=1, branching_factor=2, max_depth=1)
@@ -580,6 +586,7 @@ def test_training_learns():
     assert long.fit < short.fit / 2
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("features", "clipped"), [(5, False), (6, True), (8, True)])
 def test_circuits_are_clipped_from_as_many_features_as_neurons(features, clipped):
     task = make_task("clipped circuits", features=features, steps=40)
@@ -749,6 +756,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("name", "bad", "match"), ERRORS)
 def test_errors(name, bad, match):
     with pytest.raises(ValueError, match=f"^{name}: .*{match}"):

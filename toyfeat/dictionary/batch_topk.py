@@ -146,7 +146,8 @@ def _rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
         codes = codes * jnp.sign(batch.weights)[:, None]
         num = jnp.sum(batch.weights > 0)
     # Codes at the cut are kept, too, so that equal examples have equal codes.
-    above = codes >= cut_of_batch(codes, required_k(config), batch.k, num)
+    cut = cut_of_batch(codes, required_k(config), batch.k, num, batch.split)
+    above = codes >= cut
     return Codes(jnp.where(above, values, jnp.zeros_like(values)))
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from toyfeat.dictionary.base import lengths
 from toyfeat.dictionary.gather import decode_dense, weighted_rows
-from toyfeat.dictionary.selection import best_of_each, best_of_shards
+from toyfeat.dictionary.selection import best_of_each
+from toyfeat.dictionary.shard_selection import best_of_shards
 from toyfeat.dictionary.types import Dictionary
 from toyfeat.linalg.orthonormal import choose
 from toyfeat.types import Array, Params

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from toyfeat.dictionary.gather import scatter
 from toyfeat.dictionary.shards import Split, over_shards, split_axes
 from toyfeat.types import Array
 
@@ -38,68 +37,6 @@ def best_of_each(score: Array, k: int) -> tuple[Array, Array]:
     """Find the ``k`` largest of each row ``[N, k]``, and which of them are finite."""
     top, index = _top(jax.lax.stop_gradient(score), k)
     return index, jnp.isfinite(top)
-
-
-def best_of_shards(score: Array, k: int, fewer: Array | None, split: Split) -> Array:
-    """Mark the ``k`` largest finite scores of each row, shard by shard.
-
-    Among equal scores the first latents are marked, as by :func:`best_of_each`.  What
-    is exchanged does not grow with the latents: ``k`` scores of each example and shard,
-    or, for a ``k`` that one shard has no room for, some forty counts.
-
-    Args:
-      score: ``[N, M]``.
-      k: number of scores.
-      fewer: in place of ``k``, may be traced, or ``None``.
-      split: how rows and columns are split.
-
-    Returns:
-      ``[N, M]`` bool.
-    """
-    axes = split_axes(split, len(score))
-    shards = 1 if split.latents is None else split.mesh.shape[split.latents]
-    mark = _mark_by_counts if k > score.shape[1] // shards else _mark_by_scores
-    mark = over_shards(split, partial(mark, k, split.latents), (axes, ()), axes)
-    wanted = jnp.asarray(k if fewer is None else fewer, jnp.int32)
-    return mark(jax.lax.stop_gradient(score), wanted)
-
-
-def _mark_by_scores(k: int, axis: str | None, score: Array, wanted: Array) -> Array:
-    """Mark the largest scores of a shard after a look at the ``k`` largest of each."""
-    top, index = _top_of_shard(score, k)
-    kept = first_of(k, wanted)
-    if axis is not None:
-        # The cut over all shards: their lists one after another are in the order of
-        # the latents, so that equal scores are cut as in a single list.
-        lists = jax.lax.all_gather(top, axis, axis=1, tiled=True)
-        _, place = _top_of_shard(lists, k)
-        # A shard keeps the first of its list, as many as come before the cut.
-        own = kept & (place // k == jax.lax.axis_index(axis))
-        kept = first_of(k, jnp.sum(own, axis=1)[:, None])
-    return scatter(kept & jnp.isfinite(top), index, score.shape[1])
-
-
-def _mark_by_counts(k: int, axis: str | None, score: Array, wanted: Array) -> Array:
-    """Mark the largest scores of a shard by counts of those that reach a level."""
-    bits = _ordered_bits(score)
-
-    def reach(level: Array) -> Array:
-        return _total(jnp.sum(bits >= level[:, None], axis=1, dtype=jnp.int32), axis)
-
-    # The score of the last one that is wanted, as bits.
-    zeros = jnp.zeros(len(score), bits.dtype)
-    size = jnp.iinfo(bits.dtype).bits
-    level = _largest_bits(lambda level: reach(level) >= wanted, zeros, size)[:, None]
-    # Of the scores that equal it the first are kept, those of earlier shards before.
-    larger, equal = bits > level, bits == level
-    num_larger = _total(jnp.sum(larger, axis=1, dtype=jnp.int32), axis)
-    place = jnp.cumsum(equal, axis=1, dtype=jnp.int32)
-    if axis is not None:
-        counts = jax.lax.all_gather(place[:, -1], axis)
-        earlier = jnp.arange(len(counts)) < jax.lax.axis_index(axis)
-        place = place + jnp.sum(earlier[:, None] * counts, axis=0)[:, None]
-    kept = larger | (equal & (place <= (wanted - num_larger)[:, None]))
-    return kept & (wanted > 0) & jnp.isfinite(score)
 
 
 def first_of(num: int, fewer: Array) -> Array:
@@ -247,12 +184,12 @@ def _interpolated(sides: _Sides, wanted: Array) -> Array:
 def _middle(sides: _Sides) -> Array:
     """Place a level half way between the bits of the sides."""
     # Bits of non-negative floats, read as integers, are in the order of the floats.
-    low, high = _bits(sides.low), _bits(sides.high)
+    low, high = bits_of(sides.low), bits_of(sides.high)
     return _float(low + (high - low) // 2, sides.low.dtype)
 
 
 def _next(level: Array) -> Array:
-    return _float(_bits(level) + 1, level.dtype)
+    return _float(bits_of(level) + 1, level.dtype)
 
 
 def _levels(
@@ -290,11 +227,11 @@ def largest_level(
     """
     steps = jnp.finfo(dtype).bits - 1  # the sign is 0
     zeros = jnp.zeros(shape, jnp.uint32 if steps < 32 else jnp.uint64)
-    bits = _largest_bits(lambda bits: enough(_float(bits, dtype)), zeros, steps)
+    bits = largest_bits(lambda bits: enough(_float(bits, dtype)), zeros, steps)
     return _float(bits, dtype)
 
 
-def _largest_bits(enough: Callable[[Array], Array], zeros: Array, steps: int) -> Array:
+def largest_bits(enough: Callable[[Array], Array], zeros: Array, steps: int) -> Array:
     """Set one bit after another, from the largest, where that is not too high."""
 
     def halve(step: Array, low: Array) -> Array:
@@ -305,18 +242,8 @@ def _largest_bits(enough: Callable[[Array], Array], zeros: Array, steps: int) ->
     return jax.lax.fori_loop(0, steps, halve, zeros)
 
 
-def _total(count: Array, axis: str | None) -> Array:
-    return count if axis is None else jax.lax.psum(count, axis)
-
-
-def _ordered_bits(score: Array) -> Array:
-    """Bits as integers in the order of the floats, negative ones included."""
-    bits = _bits(score)
-    sign = jnp.asarray(1, bits.dtype) << (jnp.iinfo(bits.dtype).bits - 1)
-    return jnp.where(bits >= sign, ~bits, bits | sign)
-
-
-def _bits(level: Array) -> Array:
+def bits_of(level: Array) -> Array:
+    """Bits of floats, as unsigned integers."""
     unsigned = jnp.uint32 if level.dtype == jnp.float32 else jnp.uint64
     return jax.lax.bitcast_convert_type(level, unsigned)
 
@@ -328,12 +255,6 @@ def _float(bits: Array, dtype: Any) -> Array:
 def _top(score: Array, k: int) -> tuple[Array, Array]:
     """``top_k`` behind a barrier: a slice of its results makes XLA sort whole rows."""
     return jax.lax.optimization_barrier(tuple(jax.lax.top_k(score, k)))
-
-
-def _top_of_shard(score: Array, k: int) -> tuple[Array, Array]:
-    """``top_k`` behind two barriers: on a shard XLA 0.10 fails at one for both."""
-    top, index = jax.lax.top_k(score, k)
-    return jax.lax.optimization_barrier(top), jax.lax.optimization_barrier(index)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -171,23 +171,20 @@ def _forward(
     """Encode and decode on the shards, by the rule of training."""
     by_latent = sharding(split, *split_axes(split, len(acts)))
     by_example = sharding(split, by_latent.spec[0])
-    shardings = Output(
-        codes=by_latent,
-        hidden_pre=by_latent,
-        recon=by_example,
-        values=by_latent,
-        grad_recon=by_example,
-    )
+    # Codes of all latents: none has an index.
+    fields = dict.fromkeys(("codes", "hidden_pre", "values"), by_latent)
+    fields |= dict.fromkeys(("recon", "grad_recon"), by_example)
 
     def forward(params: Params, acts: Array, grads: Any, k: Any, weights: Any) -> Any:
-        out = whole.forward(
-            params, acts, grads=grads, k=k, weights=weights, split=split
-        )
-        return Output(
-            *(
-                None if x is None else lay_out(x, where)
-                for x, where in zip(out, shardings, strict=True)
-            )
-        )
+        options = {"grads": grads, "k": k, "weights": weights, "split": split}
+        out = whole.forward(params, acts, **options)
+        placed = {
+            name: lay_out(getattr(out, name), where)
+            for name, where in fields.items()
+            if getattr(out, name) is not None
+        }
+        return out._replace(**placed)
 
-    return run_automatic(split, forward, shardings, params, acts, grads, k, weights)
+    shardings: dict[str, Any] = fields | {"index": None}
+    args = params, acts, grads, k, weights
+    return run_automatic(split, forward, Output(**shardings), *args)

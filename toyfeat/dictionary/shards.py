@@ -71,9 +71,13 @@ def lay_out(array: Any, sharding: NamedSharding) -> Any:
 
     Under ``vmap`` the sharding is that of each member.
     """
-    if _is_explicit(sharding.mesh):
-        return jax.sharding.reshard(array, sharding)
-    return jax.lax.with_sharding_constraint(array, sharding)
+    # A context has the types of the axes, which run_automatic changes.
+    context = jax.sharding.get_abstract_mesh()
+    mesh = sharding.mesh if context.empty else context
+    where = sharding if context.empty else sharding.spec
+    if _is_explicit(mesh):
+        return jax.sharding.reshard(array, where)
+    return jax.lax.with_sharding_constraint(array, where)
 
 
 def run_automatic(

@@ -15,7 +15,8 @@ from toyfeat.dictionary.base import (
     required_k,
 )
 from toyfeat.dictionary.gather import take
-from toyfeat.dictionary.selection import best_of_each, best_of_shards, first_of
+from toyfeat.dictionary.selection import best_of_each, first_of
+from toyfeat.dictionary.shard_selection import best_of_shards
 from toyfeat.dictionary.types import (
     Architecture,
     Codes,

@@ -52,8 +52,8 @@ def number_of(mask: Array, split: Split | None = None) -> Array:
     # Bytes hold the count of a window; only the windows' counts are 32 bits wide.
     rows, columns = mask.shape
     window = _window(columns)
-    split = mask.reshape(rows, window, columns // window)
-    counts = jnp.sum(split, axis=1, dtype=jnp.int8)
+    windows = mask.reshape(rows, window, columns // window)
+    counts = jnp.sum(windows, axis=1, dtype=jnp.int8)
     return jnp.sum(counts, axis=1, dtype=jnp.int32)
 
 

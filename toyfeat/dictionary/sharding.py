@@ -176,8 +176,8 @@ def _forward(
     fields |= dict.fromkeys(("recon", "grad_recon"), by_example)
 
     def forward(params: Params, acts: Array, grads: Any, k: Any, weights: Any) -> Any:
-        options = {"grads": grads, "k": k, "weights": weights, "split": split}
-        out = whole.forward(params, acts, **options)
+        options: dict[str, Any] = {"grads": grads, "k": k, "weights": weights}
+        out = whole.forward(params, acts, **options, split=split)
         placed = {
             name: lay_out(getattr(out, name), where)
             for name, where in fields.items()

@@ -35,7 +35,8 @@ def shard(
 
     Args:
       dictionary: of any architecture.
-      mesh: of devices, its axes automatic or explicit.
+      mesh: of devices, its axes automatic or explicit; explicit ones need
+        ``jax.set_mesh(mesh)`` around functions under ``jax.jit``.
       data: axis that examples are split over, or ``None``.  Batches whose number of
         examples it does not divide are computed on each of its devices.
       latents: axis that latents are split over, or ``None``.
@@ -53,13 +54,14 @@ def shard(
 
     Example:
       >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import AxisType
       >>> from toyfeat.dictionary import topk
-      >>> num = jax.device_count()
-      >>> mesh = jax.make_mesh((1, num), ("data", "latents"))
+      >>> num, auto = jax.device_count(), (AxisType.Auto, AxisType.Auto)
+      >>> mesh = jax.make_mesh((1, num), ("data", "latents"), axis_types=auto)
       >>> sae = shard(topk(4, 16 * num, 2), mesh)
       >>> params = jax.jit(sae.init)(jax.random.key(0))
-      >>> params["W_enc"].sharding.spec
-      PartitionSpec(None, 'latents')
+      >>> tuple(params["W_enc"].sharding.spec)
+      (None, 'latents')
       >>> int((jax.jit(sae.encode)(params, jnp.ones((3, 4))) != 0).sum()) <= 6
       True
     """

@@ -1,11 +1,11 @@
 """Child process of test_shards.py: eight virtual devices against one.
 
-Run as ``python shards_child.py TASK ROWS LATENTS TYPE``; prints one line of JSON.
+Run as ``python shards_child.py TASK '[ROWS, LATENTS, "TYPE"]' ...``, with 0 for an axis
+that the mesh lacks; prints one line of JSON, a report for each mesh.
 """
 
 import contextlib
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -37,82 +37,67 @@ def make_mesh(rows, latents, kind):
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
 
 
-def largest_mask(score, k):
+def largest_mask(score, k, fewer):
     """The oracle of a choice: a stable sort of each row, with NumPy."""
     mask = np.zeros(score.shape, bool)
     for row, kept in zip(score, mask, strict=True):
-        order = np.argsort(-row, kind="stable")[:k]
+        order = np.argsort(-row, kind="stable")[: fewer or k]
         kept[order] = np.isfinite(row[order])
     return mask
 
 
 def scores():
-    """Scores with ties within shards and across them, and with what is not finite."""
+    """Scores of six kinds, four rows each: ties, some across shards, and no numbers."""
     rng = np.random.default_rng(0)
-    ties = rng.integers(-2, 3, (24, 64)).astype(np.float32)
-    few = np.where(rng.uniform(size=ties.shape) < 0.1, ties, -np.inf)
-    equal = np.zeros_like(ties)
+    normal = rng.normal(size=(4, 64))
+    ties = rng.integers(-2, 3, normal.shape)
+    few = np.where(rng.uniform(size=normal.shape) < 0.1, ties, -np.inf)
+    equal = np.zeros(normal.shape)
     equal[:, [7, 8, 40]] = 1  # 7 and 8 are on two shards of 8
-    return {
-        "normal": rng.normal(size=ties.shape).astype(np.float32),
-        "ties": ties,
-        "few finite": few.astype(np.float32),
-        "equal on two shards": equal,
-    }
+    infinite = np.where(normal > 1.5, np.inf, normal)
+    kinds = normal, ties, few, equal, infinite, np.zeros(normal.shape)
+    return np.concatenate(kinds).astype(np.float32)
 
 
 def check_choice(split):
-    """Numbers of marks that differ from the oracle, for each kind of scores and k."""
-    wrong = {}
-    for name, score in scores().items():
-        laid = jax.device_put(score, sharding(split, split.data, split.latents))
-        for k, fewer in (
-            (1, None),
-            (2, None),
-            (5, 3),
-            (20, None),
-            (20, 11),
-            (64, None),
-        ):
+    """Rows whose marks differ from the oracle, for each number of scores."""
+    score, where = scores(), sharding(split, split.data, split.latents)
+    laid, wrong = jax.device_put(score, where), {}
+    for k, fewer in ((1, None), (2, None), (5, 3), (20, None), (20, 11), (64, None)):
 
-            def choose(score, fewer, k=k):
-                return best_of_shards(score, k, fewer, split)
+        def choose(score, fewer, k=k):
+            return best_of_shards(score, k, fewer, split)
 
-            where = sharding(split, split.data, split.latents)
-            run = jax.jit(lambda *a, f=choose, w=where: run_automatic(split, f, w, *a))
-            wanted = None if fewer is None else jnp.asarray(fewer, jnp.float32)
-            marks = np.asarray(run(laid, wanted))
-            oracle = largest_mask(score, fewer or k)
-            wrong[f"{name}, {k}, {fewer}"] = int(np.sum(marks != oracle))
+        run = jax.jit(lambda *args, f=choose: run_automatic(split, f, where, *args))
+        wanted = None if fewer is None else jnp.asarray(fewer, jnp.float32)
+        differs = np.asarray(run(laid, wanted)) != largest_mask(score, k, fewer)
+        wrong[f"{k}, {fewer}"] = np.flatnonzero(differs.any(axis=1)).tolist()
     return wrong
 
 
 def check_cut(split):
-    """Whether the codes above a cut are those of a sort of the whole batch."""
-    rng, right = np.random.default_rng(1), {}
-    codes = np.maximum(rng.normal(size=(24, 64)), 0).astype(np.float32)
+    """Batches whose codes above the cut are not those of a sort."""
+    rng, wrong = np.random.default_rng(1), []
+    codes = np.maximum(rng.normal(size=(24, 64)), 0)
     kinds = {
         "plain": codes,
-        "one row": codes + 100 * (np.arange(24) == 3)[:, None].astype(np.float32),
+        "one row": codes + 100 * (np.arange(24) == 3)[:, None],
         "one shard": codes * (np.arange(64) < 8),
         "tiny": 1e-30 * codes,
         "ties": np.round(2 * codes),
     }
+
+    def cut(codes):
+        return cut_of_batch(codes, 2, None, None, split)
+
+    run = jax.jit(lambda codes: run_automatic(split, cut, sharding(split), codes))
     for name, values in kinds.items():
         values = values.astype(np.float32)
-        where = sharding(split, split.data, split.latents)
-        run = jax.jit(
-            lambda x: run_automatic(
-                split,
-                lambda x: cut_of_batch(x, 2, None, None, split),
-                sharding(split),
-                x,
-            )
-        )
-        cut = np.asarray(run(jax.device_put(values, where)))
+        laid = jax.device_put(values, sharding(split, split.data, split.latents))
         least = np.sort(values.ravel())[::-1][2 * 24 - 1]
-        right[name] = bool(np.all((values >= cut) == (values >= least)))
-    return right
+        if np.any((values >= np.asarray(run(laid))) != (values >= least)):
+            wrong.append(name)
+    return wrong
 
 
 def dictionaries():
@@ -144,57 +129,86 @@ def trainer_of(dictionary, with_grads):
     return ft.trainer(dictionary, objective, **options)
 
 
-def check_training(split, name, dictionary):
-    """Train on the mesh and on one device, and look at what was exchanged."""
+def train_alone(dictionary, start):
+    """States and metrics of every step on one device."""
+    with_grads, states = dictionary.architecture.reads_gradients, []
+    trainer = trainer_of(dictionary, with_grads)
+    state, update = trainer.init(**start), jax.jit(trainer.update)
+    for step in range(STEPS):
+        state, metrics = update(state, batch_of(step, with_grads))
+        states.append((state, metrics))
+    return states
+
+
+def check_training(split, dictionary, start, alone):
+    """Train on the mesh, and look at what was exchanged."""
     with_grads = dictionary.architecture.reads_gradients
     options = {"data": split.data, "latents": split.latents}
     many = ft.dictionaries.shard(dictionary, split.mesh, **options)
-    one, all_ = trainer_of(dictionary, with_grads), trainer_of(many, with_grads)
-    start = {"key": jax.random.key(0), "learning_rate": 1e-2, "k": K - 1}
-    if dictionary.config.k is None:
-        del start["k"]
-    alone = one.init(**start)
-    state = jax.jit(lambda key: all_.init(**start | {"key": key}))(start["key"])
+    trainer = trainer_of(many, with_grads)
+    state = jax.jit(lambda key: trainer.init(**start | {"key": key}))(start["key"])
     by_example = NamedSharding(split.mesh, PartitionSpec(split.data))
     lay = jax.jit(lambda taps: taps, out_shardings=by_example)
-    update = jax.jit(all_.update).lower(state, lay(batch_of(0, with_grads))).compile()
-    alone_update, dead = jax.jit(one.update), 0.0
-    for step in range(STEPS):
-        taps = batch_of(step, with_grads)
-        alone, metrics = alone_update(alone, taps)
-        state, split_metrics = update(state, lay(taps))
-        dead = max(dead, float(metrics["dead"]))
-    report = {
-        "params": difference(alone.params, state.params),
-        "moments": difference(alone.opt_state, state.opt_state),
-        "metrics": difference(metrics, split_metrics),
-        "silent": difference(alone.running["silent"], state.running["silent"]),
-        "most dead": dead,
-        "specs": {
-            "W_enc": spec_of(state.params["W_enc"]),
-            "moment": spec_of(moment(state)["W_dec"]),
-            "silent": spec_of(state.running["silent"]),
-        },
-        "exchanged": exchanged(update),
+    update = jax.jit(trainer.update)
+    update = update.lower(state, lay(batch_of(0, with_grads))).compile()
+    report = {"params": 0.0, "moments": 0.0, "metrics": 0.0, "silent": 0.0, "dead": 0.0}
+    for step, (expected, metrics) in enumerate(alone):
+        state, found = update(state, lay(batch_of(step, with_grads)))
+        pairs = {
+            "params": (expected.params, state.params),
+            "moments": (expected.opt_state, state.opt_state),
+            "metrics": (metrics, found),
+            "silent": (expected.running["silent"], state.running["silent"]),
+            "dead": (0 * metrics["dead"], metrics["dead"]),
+        }
+        for name, pair in pairs.items():
+            report[name] = max(report[name], difference(*pair))
+    report["specs"] = {
+        "W_enc": spec_of(state.params["W_enc"]),
+        "moment": spec_of(moment(state)["W_dec"]),
+        "silent": spec_of(state.running["silent"]),
     }
-    # Codes after training, of a batch that the axis of the examples does not divide.
-    taps = batch_of(99, with_grads)
+    return report | {"exchanged": exchanged(update), "outputs": 0.0}, many, state
+
+
+def check_outputs(dictionary, params, many, split_params):
+    """Largest difference of codes and reconstructions, also of a ragged batch."""
+    taps, sizes = batch_of(99, dictionary.architecture.reads_gradients), []
+    encode, decode, forward = map(jax.jit, (many.encode, many.decode, many.forward))
     for num in (EXAMPLES, 7):
         acts = taps.acts[:num]
         grads = None if taps.grads is None else taps.grads[:num]
-        wanted = dictionary.forward(alone.params, acts, grads=grads)
-        out = jax.jit(many.forward)(state.params, acts, grads=grads)
-        codes = jax.jit(many.encode)(state.params, acts, grads=grads)
-        recon = jax.jit(many.decode)(state.params, codes)
+        wanted = dictionary.forward(params, acts, grads=grads)
+        out = forward(split_params, acts, grads=grads)
+        codes = encode(split_params, acts, grads=grads)
         pairs = [
             (wanted.codes, out.codes),
             (wanted.recon, out.recon),
             (wanted.grad_recon, out.grad_recon),
-            (dictionary.encode(alone.params, acts, grads=grads), codes),
-            (dictionary.decode(alone.params, np.asarray(codes)), recon),
+            (dictionary.encode(params, acts, grads=grads), codes),
+            (dictionary.decode(params, np.asarray(codes)), decode(split_params, codes)),
         ]
-        report[f"outputs of {num}"] = max(difference(*pair) for pair in pairs)
-    return report
+        sizes += [difference(*pair) for pair in pairs]
+    return max(sizes)
+
+
+def check_task(task, splits):
+    """Report of each mesh for one dictionary."""
+    dictionary, reports = dictionaries()[task], []
+    start = {"key": jax.random.key(0), "learning_rate": 1e-2}
+    if dictionary.config.k == K:
+        start["k"] = K - 1
+    alone = train_alone(dictionary, start)
+    for number, split in enumerate(splits):
+        with enter(split.mesh):
+            report, *end = check_training(split, dictionary, start, alone)
+            if number == 0:  # the same functions on every mesh
+                params = alone[-1][0].params
+                report["outputs"] = check_outputs(
+                    dictionary, params, end[0], end[1].params
+                )
+        reports.append(report)
+    return reports
 
 
 def spec_of(array):
@@ -218,8 +232,9 @@ def difference(tree, other):
 
 def exchanged(compiled):
     exchanges = read_collectives(compiled.as_text())
+    largest = max((max(x.sizes) for x in exchanges), default=0)
     return {
-        "largest": max((max(x.sizes) for x in exchanges), default=0),
+        "largest": largest,
         "kinds": sorted({x.kind for x in exchanges}),
         "sources": [(max(x.sizes), x.kind, x.source[-60:]) for x in exchanges],
     }
@@ -258,25 +273,27 @@ def check_fit(split):
     return sizes
 
 
-def main(task, rows, latents, kind):
-    mesh = make_mesh(int(rows), int(latents), kind)
-    names = mesh.axis_names
-    split = Split(
-        mesh, *(name if name in names else None for name in ("data", "latents"))
-    )
-    explicit = jax.set_mesh(mesh) if kind == "Explicit" else contextlib.nullcontext()
-    with explicit:
-        if task == "choice":
-            report = {"choice": check_choice(split), "cut": check_cut(split)}
-        elif task == "plain":
-            report = check_plain(split)
-        elif task == "fit":
-            report = check_fit(split)
-        else:
-            report = check_training(split, task, dictionaries()[task])
-    shards = math.prod(mesh.shape.values())
-    report["dense of a shard"] = EXAMPLES * LATENTS // shards
-    print(json.dumps(report))
+def enter(mesh):
+    """The context of a mesh whose axes are explicit."""
+    explicit = AxisType.Explicit in mesh.axis_types
+    return jax.set_mesh(mesh) if explicit else contextlib.nullcontext()
+
+
+def main(task, *meshes):
+    splits, reports = [], []
+    for rows, latents, kind in map(json.loads, meshes):
+        mesh, names = make_mesh(rows, latents, kind), ("data", "latents")
+        names = (name if name in mesh.axis_names else None for name in names)
+        splits.append(Split(mesh, *names))
+    if task in dictionaries():
+        reports = check_task(task, splits)
+    else:
+        checks = {"choice": check_choice, "cut": check_cut}
+        checks |= {"plain": check_plain, "fit": check_fit}
+        for split in splits:
+            with enter(split.mesh):
+                reports.append(checks[task](split))
+    print(json.dumps(reports))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 _KIND = re.compile(r" (all-[a-z]+|collective-[a-z]+|reduce-scatter)(?:-start)?\(")
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+)\[([0-9,]*)\]")
+_COMPUTATION = re.compile(r"(?:ENTRY )?(%[\w.-]+) \(.*\{$")
+_LOOP = re.compile(r' while\(.* body=(%[\w.-]+).*"known_trip_count":\{"n":"(\d+)"')
 _BYTES = {"pred": 1, "bf16": 2}
 
 
@@ -15,7 +17,7 @@ class Collective(NamedTuple):
     Attributes:
       kind: such as ``"all-reduce"``.
       sizes: entries of the arrays that a device has after it.
-      bytes: of these arrays.
+      bytes: of these arrays, times the passes of a loop whose number is known.
       source: name of the operation that it belongs to.
     """
 
@@ -26,7 +28,7 @@ class Collective(NamedTuple):
 
 
 def read_collectives(text: str) -> list[Collective]:
-    """Read the exchanges of a program, those of a loop once.
+    """Read the exchanges of a program, those of a loop of unknown length once.
 
     Args:
       text: ``compiled.as_text()``.
@@ -39,8 +41,12 @@ def read_collectives(text: str) -> list[Collective]:
       >>> [(x.kind, x.sizes, x.bytes, x.source) for x in read_collectives(line)]
       [('all-reduce', (1, 1280), 5124, 'dot')]
     """
-    exchanges = []
+    passes = {body: int(num) for body, num in _LOOP.findall(text)}
+    exchanges, times = [], 1
     for line in text.splitlines():
+        # Lines of a computation follow its name.
+        if begin := _COMPUTATION.match(line):
+            times = passes.get(begin[1], 1)
         kind = _KIND.search(line)
         if kind is None or " = " not in line[: kind.start() + 1]:
             continue
@@ -54,7 +60,7 @@ def read_collectives(text: str) -> list[Collective]:
             Collective(
                 kind=kind[1],
                 sizes=tuple(sizes),
-                bytes=sum(n * w for n, w in zip(sizes, widths, strict=True)),
+                bytes=times * sum(n * w for n, w in zip(sizes, widths, strict=True)),
                 source=source[1] if source else "",
             )
         )

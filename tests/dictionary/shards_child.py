@@ -241,9 +241,9 @@ def exchanged(compiled):
 
 
 def check_plain(split):
-    """What the plain dictionary exchanges where its arrays lie as the split one's."""
+    """What the plain dictionary exchanges where its batch lies on the mesh."""
     dictionary = dictionaries()["topk"]
-    many = ft.dictionaries.shard(dictionary, split.mesh)
+    many = ft.dictionaries.shard(dictionary, split.mesh, latents=split.latents)
     state = jax.jit(trainer_of(many, False).init)(jax.random.key(0))
     by_example = NamedSharding(split.mesh, PartitionSpec(split.data))
     taps = jax.device_put(batch_of(0, False), by_example)

@@ -70,14 +70,15 @@ def test_training_on_eight_devices_is_that_on_one(task):
         ("k above a shard", (1, 8, "Auto")),
         ("matryoshka", (2, 4, "Auto")),
         ("gradient_topk", (2, 4, "Auto")),
-        ("paired", (4, 2, "Explicit")),
+        ("paired", (2, 4, "Explicit")),
         ("standard", (2, 4, "Auto")),
     ],
 )
 def test_other_architectures_train_the_same(task, mesh):
     (report,) = run_child(task, mesh)
-    # Of a quarter of all latents none is dead.
-    check_training(mesh, report, with_dead=task != "k above a shard")
+    # Where many latents may be active none is dead.
+    many = task in ("k above a shard", "standard")
+    check_training(mesh, report, with_dead=not many)
     assert report["exchanged"]["largest"] < DENSE
 
 
@@ -101,7 +102,7 @@ def test_no_codes_of_a_batch_leave_their_device(task):
 
 @pytest.mark.slow
 def test_a_dictionary_that_only_lies_on_a_mesh_gathers_its_codes():
-    (report,) = run_child("plain", (2, 4, "Auto"))
+    (report,) = run_child("plain", (8, 0, "Auto"))
     assert report["largest"] > DENSE
 
 
@@ -122,17 +123,18 @@ def test_fit_and_populations_run_on_a_mesh():
         assert report["population spec"] == [None, None, "latents"]
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("make", ["topk", "batch_topk"])
+@pytest.mark.parametrize(
+    ("make", "kind"), [("topk", "Auto"), ("batch_topk", "Explicit")]
+)
 def test_one_device_is_a_mesh_too(make, kind):
     sae = getattr(ft.dictionaries, make)(4, 16, 3)
     with jax.set_mesh(one_device_mesh(kind)):
         split = ft.dictionaries.shard(sae, one_device_mesh(kind))
-        params = split.init(jax.random.key(0))
+        params = jax.jit(split.init)(jax.random.key(0))
         acts = jax.random.normal(jax.random.key(1), (6, 4))
-        out = split.forward(params, acts)
+        out = jax.jit(split.forward)(params, acts)
     plain = {name: np.asarray(x) for name, x in params.items()}
-    expected = sae.forward(plain, np.asarray(acts))
+    expected = jax.jit(sae.forward)(plain, np.asarray(acts))
     np.testing.assert_allclose(out.codes, expected.codes, rtol=1e-6)
     np.testing.assert_allclose(out.recon, expected.recon, rtol=1e-6, atol=1e-7)
     assert out.index is None

@@ -99,8 +99,8 @@ def cut_of_batch(
         return _cut((), 1, codes, wanted)
     # On shards, with sums over all that are different.
     axes = split_axes(split, len(codes))
-    names = tuple(name for name in axes if name is not None)
-    shards = math.prod(split.mesh.shape[name] for name in names)
+    sizes = {name: split.mesh.shape[name] for name in axes if name is not None}
+    names, shards = tuple(x for x in sizes if sizes[x] > 1), math.prod(sizes.values())
     cut = over_shards(split, partial(_cut, names, shards), (axes, ()), ())
     return cut(codes, wanted)
 

@@ -10,13 +10,19 @@ from toyfeat.dictionary.selection import bits_of, first_of, largest_bits
 from toyfeat.dictionary.shards import Split, over_shards, split_axes
 from toyfeat.types import Array
 
+MOST_SCORES = 512
+"""Scores of an example, of all shards together, that are exchanged; beyond it some
+forty counts take their place, whatever ``k`` and the number of shards
+(docs/decisions/dictionary.md, "Latents are split by a mesh that the dictionary knows").
+"""
+
 
 def best_of_shards(score: Array, k: int, fewer: Array | None, split: Split) -> Array:
     """Mark the ``k`` largest finite scores of each row, shard by shard.
 
     Among equal scores the first latents are marked, as by :func:`best_of_each`.  What
     is exchanged does not grow with the latents: ``k`` scores of each example and shard,
-    or, for a ``k`` that one shard has no room for, some forty counts.
+    or some forty counts, where there are many shards or one has no room for ``k``.
 
     Args:
       score: ``[N, M]``.
@@ -29,8 +35,10 @@ def best_of_shards(score: Array, k: int, fewer: Array | None, split: Split) -> A
     """
     axes = split_axes(split, len(score))
     shards = 1 if split.latents is None else split.mesh.shape[split.latents]
-    mark = _mark_by_counts if k > score.shape[1] // shards else _mark_by_scores
-    mark = over_shards(split, partial(mark, k, split.latents), (axes, ()), axes)
+    axis = split.latents if shards > 1 else None
+    few = axis is None or (k <= score.shape[1] // shards and k * shards <= MOST_SCORES)
+    mark = partial(_mark_by_scores if few else _mark_by_counts, k, axis)
+    mark = over_shards(split, mark, (axes, ()), axes)
     wanted = jnp.minimum(jnp.asarray(k if fewer is None else fewer, jnp.int32), k)
     return mark(jax.lax.stop_gradient(score), wanted)
 

@@ -6,6 +6,7 @@ Loops, those of a batch top-k, are counted once, as one pass over the codes.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from harness import BenchmarkConfig, finish, parse_command, row
 from jax.sharding import AxisType
 
 import toyfeat as ft
-from toyfeat.dictionary.shards import sharding, split_axes
+from toyfeat.dictionary.shards import Split, sharding, split_axes
 from toyfeat.train.placement import state_shardings
 
 _MOST = 64
@@ -84,9 +85,8 @@ def compile_step(
     weight: float,
 ) -> jax.stages.Compiled:
     """Compile the update of a trainer for arrays that lie on a mesh."""
-    many = ft.dictionaries.shard(one, mesh)
-    split, config = many.split, one.config
-    sae = many if method == "split" else one
+    split, config = Split(mesh, "data", "latents"), one.config
+    sae = ft.dictionaries.shard(one, mesh) if method == "split" else one
     trainer = ft.trainer(sae, ft.losses.default(sae, dead_latents=weight))
     plain = ft.trainer(one, ft.losses.default(one, dead_latents=weight))
     # Shapes are enough, with where they lie.
@@ -97,10 +97,11 @@ def compile_step(
         state_shardings(split, one.architecture, state),
     )
     where = sharding(split, split_axes(split, examples)[0])
-    acts, weights = (
+    shapes: Any = (
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
         for shape in ((examples, config.d_in), (examples,))
     )
+    acts, weights = shapes
     step = jax.jit(trainer.update, donate_argnums=0)
     return step.lower(state, ft.Taps(acts, None, weights)).compile()
 

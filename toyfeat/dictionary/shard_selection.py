@@ -94,6 +94,6 @@ def _ordered_bits(score: Array) -> Array:
 
 
 def _top_of_shard(score: Array, k: int) -> tuple[Array, Array]:
-    """``top_k`` behind two barriers: on a shard XLA 0.10 fails at one for both."""
+    """``top_k`` behind two barriers: one for both ends the process (jaxlib 0.10.2)."""
     top, index = jax.lax.top_k(score, k)
     return jax.lax.optimization_barrier(top), jax.lax.optimization_barrier(index)

@@ -1,4 +1,4 @@
-"""Where a state lies: what belongs to a latent is on the device of the latent."""
+"""Placement of a training state: what belongs to a latent is on its device."""
 
 from collections.abc import Callable, Collection
 from typing import Any

@@ -62,8 +62,8 @@ def measure_step(
     figures = {}
     for case, weight in (("step", 0.0), ("step with dead latents", 1.0)):
         compiled = compile_step(one, mesh, method, size["examples"], weight)
-        exchanges = read_collectives(compiled.as_text())
-        memory = compiled.memory_analysis()
+        exchanges = read_collectives(compiled.as_text() or "")
+        memory: Any = compiled.memory_analysis()
         figures[case] = {
             "bytes": sum(x.bytes for x in exchanges),
             "bytes_by_kind": {

@@ -60,8 +60,8 @@ def shard(
       >>> mesh = jax.make_mesh((1, num), ("data", "latents"), axis_types=auto)
       >>> sae = shard(topk(4, 16 * num, 2), mesh)
       >>> params = jax.jit(sae.init)(jax.random.key(0))
-      >>> tuple(params["W_enc"].sharding.spec)
-      (None, 'latents')
+      >>> params["W_enc"].sharding.shard_shape((4, 16 * num))  # of a device
+      (4, 16)
       >>> int((jax.jit(sae.encode)(params, jnp.ones((3, 4))) != 0).sum()) <= 6
       True
     """

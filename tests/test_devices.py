@@ -40,6 +40,7 @@ report = {
     "devices": jax.device_count(),
     "spectrum": names["basis"].spectrum.tolist(),
     "W_dec": np.asarray(names["trained"].params["W_dec"]).tolist(),
+    "by latent": np.asarray(names["by_latent"].params["W_dec"]).tolist(),
     "population": np.asarray(alone.params["W_dec"]).tolist(),
 }
 if jax.device_count() == 8:
@@ -64,11 +65,17 @@ def reports():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["spectrum", "W_dec", "population"])
+@pytest.mark.parametrize("name", ["spectrum", "W_dec", "by latent", "population"])
 def test_eight_devices_give_the_numbers_of_one(name, reports):
     eight, one = reports
     assert (eight["devices"], one["devices"]) == (8, 1)
     np.testing.assert_allclose(eight[name], one[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_split_dictionary_is_the_same_as_a_whole_one(reports):
+    eight, one = reports
+    np.testing.assert_allclose(eight["by latent"], one["W_dec"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

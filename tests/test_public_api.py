@@ -25,7 +25,7 @@ NAMESPACES = {
     "readouts": "scalar loss next_token_loss sampled_labels random_directions "
     "directions jacobian logit_difference along_path half_squared_norm Readout",
     "dictionaries": "standard topk batch_topk jump_relu gated matryoshka "
-    "gradient_topk paired from_basis Config Output",
+    "gradient_topk paired from_basis shard Config Output",
     "losses": "reconstruction sparsity quadratic_l0 gate dead_latents "
     "attribution_sparsity unexplained gradient_reconstruction default attribution "
     "Term Inputs",

@@ -12,6 +12,7 @@ from toyfeat.dictionary.gated import gated
 from toyfeat.dictionary.jump_relu import jump_relu
 from toyfeat.dictionary.linear import from_basis
 from toyfeat.dictionary.paired import paired
+from toyfeat.dictionary.sharding import shard
 from toyfeat.dictionary.standard import standard
 from toyfeat.dictionary.topk import gradient_topk, topk
 from toyfeat.dictionary.types import (
@@ -43,6 +44,7 @@ __all__ = [
     "make_dictionary",
     "matryoshka",
     "paired",
+    "shard",
     "standard",
     "topk",
 ]

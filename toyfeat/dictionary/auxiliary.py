@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.dictionary.base import lengths
-from toyfeat.dictionary.gather import weighted_rows
+from toyfeat.dictionary.gather import decode_dense, weighted_rows
 from toyfeat.dictionary.selection import best_of_each
+from toyfeat.dictionary.shard_selection import best_of_shards
 from toyfeat.dictionary.types import Dictionary
 from toyfeat.linalg.orthonormal import choose
 from toyfeat.types import Array, Params
@@ -69,10 +70,15 @@ def _dead_latents_error(
         score = jnp.abs(score)
     # Living latents are never chosen: their score is minus infinity.
     score = jnp.where(dead[None, :], score, jnp.full_like(score, -jnp.inf))
-    index, filled = best_of_each(score, min(half, len(rows)))
+    num = min(half, len(rows))
     # Their reconstruction of what the others leave.
-    values = jnp.take_along_axis(pre, index, axis=1)
-    recon = weighted_rows(jnp.where(filled, values, 0 * values), index, rows)
+    if dictionary.split is not None:
+        filled = best_of_shards(score, num, None, dictionary.split)
+        recon = decode_dense(jnp.where(filled, pre, 0 * pre), rows)
+    else:
+        index, filled = best_of_each(score, num)
+        values = jnp.take_along_axis(pre, index, axis=1)
+        recon = weighted_rows(jnp.where(filled, values, 0 * values), index, rows)
     # Few dead latents explain little, so their error counts for less.
     share = jnp.minimum(jnp.sum(dead).astype(residual.dtype) / half, 1)
     return share * jnp.sum(weights * jnp.sum((residual - recon) ** 2, axis=1))

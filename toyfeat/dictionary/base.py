@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from toyfeat.checks import MAX_SIZE, check_flag, check_int, check_number
 from toyfeat.dictionary.gather import affine, decode_dense, scatter, weighted_rows
+from toyfeat.dictionary.shards import Split
 from toyfeat.dictionary.tensors import init_params
 from toyfeat.dictionary.types import (
     Architecture,
@@ -234,9 +235,11 @@ def _encode(
     grads: Array | None = None,
     train: bool = False,
     k: Array | None = None,
+    split: Split | None = None,
 ) -> Array:
     """Encode activations as ``[N, M]`` codes, by the rule of training or after it."""
-    batch = RuleInputs(acts, _pre(architecture, config, params, acts), grads, k)
+    pre = _pre(architecture, config, params, acts)
+    batch = RuleInputs(acts, pre, grads, k, split=split)
     # Some rules of training look at a whole batch; after it each example is alone.
     rule = architecture.rule
     if not train and architecture.rule_after_training is not None:
@@ -254,10 +257,11 @@ def _forward(
     grads: Array | None = None,
     k: Array | None = None,
     weights: Array | None = None,
+    split: Split | None = None,
 ) -> Output:
     """Encode and decode together by the rule of training, with all on the way."""
     pre = _pre(architecture, config, params, acts)
-    batch = RuleInputs(acts, pre, grads, k, weights)
+    batch = RuleInputs(acts, pre, grads, k, weights, split)
     codes = architecture.rule(config, params, batch)
     codes = _checked(architecture, config, batch, codes)
     return Output(

@@ -146,7 +146,8 @@ def _rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
         codes = codes * jnp.sign(batch.weights)[:, None]
         num = jnp.sum(batch.weights > 0)
     # Codes at the cut are kept, too, so that equal examples have equal codes.
-    above = codes >= cut_of_batch(codes, required_k(config), batch.k, num)
+    cut = cut_of_batch(codes, required_k(config), batch.k, num, batch.split)
+    above = codes >= cut
     return Codes(jnp.where(above, values, jnp.zeros_like(values)))
 
 
@@ -166,11 +167,27 @@ def _reconstruction(inputs: Inputs) -> Array:
     widths = inputs.dictionary.config.matryoshka_widths
     values, rows = inputs.out.values, inputs.params["W_dec"]
     recon = inputs.params["b_dec"][None, :]
+    between = _all_between if inputs.dictionary.split is not None else _between
     for first, last in zip((0, *widths), widths[:-1], strict=False):
-        recon = recon + decode_dense(values[:, first:last], rows[first:last])
+        recon = recon + between(values, rows, first, last)
         error = jnp.sum((inputs.target - recon) ** 2, axis=1)
         total = total + weighted_mean(inputs, error)
     return total
+
+
+def _between(values: Array, rows: Array, first: int, last: int) -> Array:
+    """Reconstruct from the latents in ``first .. last - 1``."""
+    return decode_dense(values[:, first:last], rows[first:last])
+
+
+def _all_between(values: Array, rows: Array, first: int, last: int) -> Array:
+    """Reconstruct from the latents in ``first .. last - 1``, all others set to 0.
+
+    A slice of latents that are split over devices would move codes between them.
+    """
+    latents = jnp.arange(len(rows))
+    inside = ((latents >= first) & (latents < last))[None, :]
+    return decode_dense(jnp.where(inside, values, jnp.zeros_like(values)), rows)
 
 
 def _denormalize(config: Config, params: Params, units: Any) -> Params:

@@ -112,8 +112,15 @@ def _rule(config: Config, params: Params, batch: RuleInputs) -> Codes:
     return Codes(values, index, grad_recon=recon)
 
 
-def _grad_recon(params: Params, grads: Array, index: Array, filled: Array) -> Array:
+def _grad_recon(
+    params: Params, grads: Array, index: Array | None, filled: Array
+) -> Array:
     """Gradients ``[N, K, D]`` from the codes ``h`` of the support."""
+    # All latents, of which the support is a mask.
+    if index is None:
+        codes = grads @ params["P"]
+        codes = jnp.where(filled[:, None, :], codes, jnp.zeros_like(codes))
+        return codes @ params["W_read"]
     # Every readout of an example is a row of its own, with the example's support.
     num, readouts, dim = grads.shape
     flat = grads.reshape(-1, dim)

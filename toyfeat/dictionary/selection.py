@@ -11,6 +11,7 @@ made by way of a full array of ones and zeros, so bytes are summed instead
 follow.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,11 +19,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from toyfeat.dictionary.shards import Split, over_shards, split_axes
 from toyfeat.types import Array
 
 _SAMPLED = 128
 """Examples that suggest where the cut of a batch is: the number of codes that they
 keep varies by a few percent, and to count them is cheap beside a pass over a batch."""
+
+_HALF = 0xFFFF
+"""Lower half of the bits of an int32."""
 
 _BYTE = 127
 """Ones that a signed byte can count."""
@@ -40,13 +45,15 @@ def first_of(num: int, fewer: Array) -> Array:
     return places < jnp.asarray(fewer, jnp.int32)
 
 
-def number_of(mask: Array) -> Array:
+def number_of(mask: Array, split: Split | None = None) -> Array:
     """Count the true entries of each row of ``mask [N, M]``, ``[N]`` int32."""
+    if split is not None:  # windows may lie across shards
+        return jnp.sum(mask, axis=1, dtype=jnp.int32)
     # Bytes hold the count of a window; only the windows' counts are 32 bits wide.
     rows, columns = mask.shape
     window = _window(columns)
-    split = mask.reshape(rows, window, columns // window)
-    counts = jnp.sum(split, axis=1, dtype=jnp.int8)
+    windows = mask.reshape(rows, window, columns // window)
+    counts = jnp.sum(windows, axis=1, dtype=jnp.int8)
     return jnp.sum(counts, axis=1, dtype=jnp.int32)
 
 
@@ -64,7 +71,11 @@ def _window(size: int) -> int:
 
 
 def cut_of_batch(
-    codes: Array, k: int, fewer: Array | None, num: Array | None = None
+    codes: Array,
+    k: int,
+    fewer: Array | None,
+    num: Array | None = None,
+    split: Split | None = None,
 ) -> Array:
     """Find a level that the ``k num`` largest of all ``codes [N, M] >= 0`` reach.
 
@@ -76,28 +87,42 @@ def cut_of_batch(
       k: codes per example.
       fewer: in place of ``k``, may be traced, or ``None``.
       num: number of examples that count, or ``None`` for ``N``.
+      split: how codes are split over devices, which then exchange counts alone, or
+        ``None``.
     """
     # How many codes are wanted.
     codes = jax.lax.stop_gradient(codes)
     each = jnp.asarray(k if fewer is None else fewer, jnp.float32)
     wanted = each * jnp.asarray(len(codes) if num is None else num, jnp.float32)
     wanted = jnp.maximum(wanted.astype(jnp.int32), 1)
+    if split is None:
+        return _cut((), 1, codes, wanted)
+    # On shards, with sums over all that are different.
+    axes = split_axes(split, len(codes))
+    sizes = {name: split.mesh.shape[name] for name in axes if name is not None}
+    names, shards = tuple(x for x in sizes if sizes[x] > 1), math.prod(sizes.values())
+    cut = over_shards(split, partial(_cut, names, shards), (axes, ()), ())
+    return cut(codes, wanted)
+
+
+def _cut(names: tuple[str, ...], shards: int, codes: Array, wanted: Array) -> Array:
+    """Find the level; counts are sums over the named axes, of so many shards."""
     # Start from all positive codes and from none, and from what a sample suggests.
     least = jnp.asarray(jnp.finfo(codes.dtype).tiny, codes.dtype)
     sides = _Sides(
         low=least,
         high=jnp.full_like(least, jnp.inf),
-        num_low=_num_reaching(codes, least),
+        num_low=_num_reaching(names, codes, least),
         num_high=jnp.zeros_like(wanted),
     )
-    for level in _levels(codes, wanted, least):
-        sides = _narrowed(codes, wanted, sides, level)
+    for level in _levels(names, shards, codes, wanted, least):
+        sides = _narrowed(names, codes, wanted, sides, level)
 
     # Close in by false position, every third time by bisection.
     def close(state: tuple[Array, _Sides]) -> tuple[Array, _Sides]:
         step, sides = state
         level = jnp.where(step % 3 == 2, _middle(sides), _interpolated(sides, wanted))
-        return step + 1, _narrowed(codes, wanted, sides, level)
+        return step + 1, _narrowed(names, codes, wanted, sides, level)
 
     def open_(state: tuple[Array, _Sides]) -> Array:
         sides = state[1]
@@ -117,13 +142,22 @@ class _Sides(NamedTuple):
     num_high: Array
 
 
-def _num_reaching(codes: Array, level: Array) -> Array:
-    return jnp.sum(number_of(codes >= level), dtype=jnp.int32)
+def _num_reaching(names: tuple[str, ...], codes: Array, level: Array) -> Array:
+    count = jnp.sum(number_of(codes >= level), dtype=jnp.int32)
+    if not names:
+        return count
+    # Sums of halves, of 16 bits each: the codes of all shards may be more than 2^31.
+    low, high = jax.lax.psum((count & _HALF, count >> 16), names)
+    high = high + (low >> 16)
+    most = jnp.full_like(count, jnp.iinfo(jnp.int32).max)
+    return jnp.where(high > _HALF >> 1, most, (high << 16) | (low & _HALF))
 
 
-def _narrowed(codes: Array, wanted: Array, sides: _Sides, level: Array) -> _Sides:
+def _narrowed(
+    names: tuple[str, ...], codes: Array, wanted: Array, sides: _Sides, level: Array
+) -> _Sides:
     """Replace one of the sides by a level between them."""
-    count = _num_reaching(codes, level)
+    count = _num_reaching(names, codes, level)
     # A level outside, such as a suggestion that missed the cut, changes nothing.
     inside = (level > sides.low) & (level < sides.high)
     up, down = inside & (count >= wanted), inside & (count < wanted)
@@ -150,15 +184,17 @@ def _interpolated(sides: _Sides, wanted: Array) -> Array:
 def _middle(sides: _Sides) -> Array:
     """Place a level half way between the bits of the sides."""
     # Bits of non-negative floats, read as integers, are in the order of the floats.
-    low, high = _bits(sides.low), _bits(sides.high)
+    low, high = bits_of(sides.low), bits_of(sides.high)
     return _float(low + (high - low) // 2, sides.low.dtype)
 
 
 def _next(level: Array) -> Array:
-    return _float(_bits(level) + 1, level.dtype)
+    return _float(bits_of(level) + 1, level.dtype)
 
 
-def _levels(codes: Array, wanted: Array, least: Array) -> tuple[Array, Array]:
+def _levels(
+    names: tuple[str, ...], shards: int, codes: Array, wanted: Array, least: Array
+) -> tuple[Array, Array]:
     """Suggest a level below and one above the cut, if a sample is like the batch.
 
     A fifth more and a fifth less than the share of the sample leaves room for its
@@ -166,7 +202,7 @@ def _levels(codes: Array, wanted: Array, least: Array) -> tuple[Array, Array]:
     """
     # Evenly spaced examples, and how many codes of theirs would be wanted.
     sample = codes[:: max(1, len(codes) // _SAMPLED)]
-    share = wanted.astype(codes.dtype) * (sample.size / codes.size)
+    share = wanted.astype(codes.dtype) * (sample.size / (codes.size * shards))
     around = jnp.stack([1.2 * share + 1, 0.8 * share - 1]).astype(jnp.int32)
     around = jnp.clip(around, 1, sample.size)
     flat = sample.reshape(-1)
@@ -177,6 +213,8 @@ def _levels(codes: Array, wanted: Array, least: Array) -> tuple[Array, Array]:
 
     # The two levels, at once.
     low, high = jnp.maximum(largest_level(enough, around.shape, codes.dtype), least)
+    if names:  # every shard has its own sample: the widest of their suggestions
+        return jax.lax.pmin(low, names), jax.lax.pmax(high, names)
     return low, high
 
 
@@ -189,17 +227,23 @@ def largest_level(
     """
     steps = jnp.finfo(dtype).bits - 1  # the sign is 0
     zeros = jnp.zeros(shape, jnp.uint32 if steps < 32 else jnp.uint64)
+    bits = largest_bits(lambda bits: enough(_float(bits, dtype)), zeros, steps)
+    return _float(bits, dtype)
 
-    # Set one bit after another, from the largest, where that is not too high.
+
+def largest_bits(enough: Callable[[Array], Array], zeros: Array, steps: int) -> Array:
+    """Set one bit after another, from the largest, where that is not too high."""
+
     def halve(step: Array, low: Array) -> Array:
         bit = jnp.asarray(1, low.dtype) << (steps - 1 - step).astype(low.dtype)
         higher = low | bit
-        return jnp.where(enough(_float(higher, dtype)), higher, low)
+        return jnp.where(enough(higher), higher, low)
 
-    return _float(jax.lax.fori_loop(0, steps, halve, zeros), dtype)
+    return jax.lax.fori_loop(0, steps, halve, zeros)
 
 
-def _bits(level: Array) -> Array:
+def bits_of(level: Array) -> Array:
+    """Bits of floats, as unsigned integers."""
     unsigned = jnp.uint32 if level.dtype == jnp.float32 else jnp.uint64
     return jax.lax.bitcast_convert_type(level, unsigned)
 

@@ -16,6 +16,7 @@ from toyfeat.dictionary.base import (
 )
 from toyfeat.dictionary.gather import take
 from toyfeat.dictionary.selection import best_of_each, first_of
+from toyfeat.dictionary.shard_selection import best_of_shards
 from toyfeat.dictionary.types import (
     Architecture,
     Codes,
@@ -137,10 +138,11 @@ def keep_largest(
     score: Array,
     *,
     signed: bool = False,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array | None, Array]:
     """Keep the codes of the ``k`` largest scores of every example.
 
-    Only these codes take part in what follows, the derivative included.
+    Only these codes take part in what follows, the derivative included.  Where latents
+    are split over devices, codes stay at their latents: values ``[N, M]``, no index.
 
     Args:
       config: settings of the dictionary.
@@ -152,8 +154,12 @@ def keep_largest(
     Returns:
       Values ``[N, k]``, the latents they belong to, and which places are filled.
     """
-    # Places are static; a smaller k, which may be traced, empties the last of them.
     num = required_k(config)
+    if batch.split is not None:
+        filled = best_of_shards(score, num, batch.k, batch.split)
+        values = batch.pre if signed else jax.nn.relu(batch.pre)
+        return jnp.where(filled, values, jnp.zeros_like(values)), None, filled
+    # Places are static; a smaller k, which may be traced, empties the last of them.
     index, filled = best_of_each(score, num)
     if batch.k is not None:
         filled = filled & first_of(num, batch.k)

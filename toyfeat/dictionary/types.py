@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.dictionary.shards import Split
 from toyfeat.types import Array, Params
 
 
@@ -50,7 +51,7 @@ class Output(NamedTuple):
         gate for a gated dictionary.
       recon: ``[N, D]``, the reconstruction.
       values: ``[N, k]``, the codes at ``index`` in units of the rows of ``W_dec``,
-        or ``[N, M]`` where all latents may be active.
+        or ``[N, M]`` where all latents may be active, or are split over devices.
       index: ``[N, k]`` int, the latents that may be active, or ``None`` for all.
       grad_recon: ``[N, K, D]``, the reconstruction of the gradients by a paired
         dictionary, or ``None``.
@@ -74,6 +75,7 @@ class RuleInputs(NamedTuple):
       k: number of codes to keep if it is less than that of the configuration, may be
         traced, or ``None``.
       weights: ``[N]``, weights of the examples, or ``None``.
+      split: how examples and latents are split over devices, or ``None``.
     """
 
     acts: Array
@@ -81,6 +83,7 @@ class RuleInputs(NamedTuple):
     grads: Array | None = None
     k: Array | None = None
     weights: Array | None = None
+    split: Split | None = None
 
 
 class Codes(NamedTuple):
@@ -288,6 +291,7 @@ class Dictionary(NamedTuple):
         over a batch, an example of weight 0 is left out of the choice.
       config: its settings.
       architecture: the record that the functions are made from.
+      split: how :func:`toyfeat.dictionaries.shard` split it, or ``None``.
     """
 
     init: Callable[..., Params]
@@ -296,3 +300,4 @@ class Dictionary(NamedTuple):
     forward: Callable[..., Output]
     config: Config
     architecture: Architecture
+    split: Split | None = None

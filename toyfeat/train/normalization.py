@@ -213,8 +213,11 @@ def _zero_unweighted(values: Array, weights: Array) -> Array:
 
 def _varies(values: Array, weights: Array) -> Array:
     """Test whether examples that have weight differ."""
-    first = values[jnp.argmax(weights > 0)]
-    return jnp.any((values != first[None, :]) & (weights > 0)[:, None])
+    # Largest and smallest, and not a look at one of them: rows may be on many devices.
+    counted = (weights > 0)[:, None]
+    high = jnp.max(jnp.where(counted, values, jnp.full_like(values, -jnp.inf)), axis=0)
+    low = jnp.min(jnp.where(counted, values, jnp.full_like(values, jnp.inf)), axis=0)
+    return jnp.any(high != low) & jnp.any(counted)
 
 
 def _size(values: Array, weights: Array) -> Array:

@@ -11,6 +11,7 @@ from toyfeat.dictionary.base import lengths
 from toyfeat.dictionary.tensors import latent_axes
 from toyfeat.dictionary.types import Architecture, Dictionary, Inputs
 from toyfeat.linalg.orthonormal import choose
+from toyfeat.train.placement import map_tensors
 from toyfeat.train.types import TrainState
 from toyfeat.types import Array, Params
 
@@ -194,20 +195,12 @@ def _forget(
     """
     names = {name for name in params if axes[name] is not None}
 
-    def is_like_params(node: Any) -> bool:
-        return isinstance(node, dict) and names <= node.keys()
+    def forget(name: str, x: Any) -> Any:
+        if name in names and jnp.shape(x) == params[name].shape:
+            return _replace_latents(axes[name], revived, jnp.zeros_like(x), x)
+        return x
 
-    def forget(node: Any) -> Any:
-        if not is_like_params(node):
-            return node
-        return {
-            name: _replace_latents(axes[name], revived, jnp.zeros_like(x), x)
-            if name in names and jnp.shape(x) == params[name].shape
-            else x
-            for name, x in node.items()
-        }
-
-    return jax.tree.map(forget, opt_state, is_leaf=is_like_params)
+    return map_tensors(forget, lambda x: x, names, opt_state)
 
 
 def _replace_latents(axis: int | None, revived: Array, new: Array, old: Array) -> Array:

@@ -13,6 +13,7 @@ from toyfeat.dictionary.attributions import (
     unexplained_effect,
 )
 from toyfeat.dictionary.selection import number_of, smallest_positive
+from toyfeat.dictionary.shards import run_automatic, sharding
 from toyfeat.dictionary.types import Architecture, Inputs
 from toyfeat.train.normalization import (
     LEAST,
@@ -20,6 +21,7 @@ from toyfeat.train.normalization import (
     NormalizedBatch,
     normalize_batch,
 )
+from toyfeat.train.placement import place_state, state_shardings
 from toyfeat.train.revival import revive_dead
 from toyfeat.train.types import Recipe, TrainState
 from toyfeat.types import Array, Params, Taps
@@ -41,6 +43,18 @@ def update(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Do one update, ``(state, taps) -> (state, metrics)``."""
     _check(recipe, taps)
+    split, architecture = recipe.dictionary.split, recipe.dictionary.architecture
+    if split is None:
+        return _update(recipe, state, taps)
+    # On a mesh the next state lies where the last one does, metrics everywhere.
+    shardings = state_shardings(split, architecture, state), sharding(split)
+    return run_automatic(split, partial(_update, recipe), shardings, state, taps)
+
+
+def _update(
+    recipe: Recipe, state: TrainState, taps: Taps
+) -> tuple[TrainState, dict[str, Array]]:
+    """Do one update where products need no sharding of their results."""
     architecture = recipe.dictionary.architecture
     # Loss and gradients of the batch in normalized units.
     state, batch = normalize_batch(recipe, state, taps)
@@ -77,6 +91,7 @@ def update(
             inputs, next_state, every=recipe.revive, dead_after=recipe.dead_after
         )
         metrics |= revival_metrics
+    next_state = place_state(recipe.dictionary, next_state)
     return next_state, metrics | control_metrics
 
 
@@ -238,7 +253,8 @@ def _first_weighted(inputs: Inputs, num: int) -> Inputs:
 def _batch_metrics(inputs: Inputs) -> dict[str, Array]:
     """Codes per example, and the share of the variance that is not explained."""
     weights, target = inputs.weights, inputs.target
-    counts = number_of(inputs.out.values != 0).astype(target.dtype)
+    split = inputs.dictionary.split
+    counts = number_of(inputs.out.values != 0, split).astype(target.dtype)
     centred = target - (weights @ target)[None, :]
     variance = jnp.sum(weights * jnp.sum(centred**2, axis=1))
     error = jnp.sum(weights * jnp.sum((target - inputs.out.recon) ** 2, axis=1))

@@ -19,6 +19,7 @@ from toyfeat.checks import (
 )
 from toyfeat.dictionary.controllers import Controller
 from toyfeat.dictionary.types import Dictionary, Objective, Term
+from toyfeat.train.placement import place_state
 from toyfeat.train.step import split_learned, update
 from toyfeat.train.types import Recipe, Trainer, TrainState
 from toyfeat.types import Array
@@ -223,7 +224,8 @@ def _init(
         running=running,
         hyper=values,
     )
-    return jax.tree.map(jnp.array, state)  # no array twice: states are donated
+    state = jax.tree.map(jnp.array, state)  # no array twice: states are donated
+    return place_state(dictionary, state)
 
 
 def _initial_running(recipe: Recipe, dtype: Any) -> dict[str, Array]:

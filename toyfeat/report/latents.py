@@ -24,8 +24,6 @@ _ABOUT = (
     "read nearly the same direction."
 )
 _STYLE = """<style>
-.overview td:nth-child(4) { text-align: left; }
-.overview th:nth-child(2), .overview th:nth-child(3) { text-align: right; }
 ul.examples { padding-left: 1.2rem; } ul.examples li { margin: .25rem 0; }
 ul.thumbs { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .8rem; }
 ul.thumbs figure { margin: 0; width: 7rem; } ul.thumbs .frame { position: relative; }
@@ -89,10 +87,7 @@ def write_latents(
         )
         for latent in latents
     ]
-    body = [
-        page.paragraph(_ABOUT),
-        page.table(f'<div class="overview">{html_lines(lines)}</div>'),
-    ]
+    body = [page.paragraph(_ABOUT), page.table(html_lines(lines))]
     sections = [_STYLE, page.section(f"{len(latents)} latents", body)]
     parts = [
         latent_html(latent, show=show, layout=layout, unit=unit, outputs="outputs")

@@ -9,14 +9,14 @@ text before and after, ``finetune/`` SAELens files.  The same command goes on wh
 was cut off.
 """
 
-from toyfeat.jobs import Job, open_job
+from toyfeat.cli import steps
+from toyfeat.jobs import Job
 from toyfeat.jobs.command import run_job_script
-from toyfeat.jobs.finetune import finetune_job
 
 
 def main(job: Job) -> None:
     """Open the job and fine-tune its dictionaries."""
-    finetune_job(open_job(job))
+    steps.finetune(job)
 
 
 if __name__ == "__main__":

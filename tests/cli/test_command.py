@@ -15,7 +15,17 @@ from toyfeat.report.records import latent_record, write_records
 
 @pytest.mark.parametrize(
     "name",
-    ["fetch", "collect", "decompose", "train", "evaluate", "report", "lens", "doctor"],
+    [
+        "fetch",
+        "collect",
+        "decompose",
+        "train",
+        "evaluate",
+        "finetune",
+        "report",
+        "lens",
+        "doctor",
+    ],
 )
 def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from toyfeat.jobs import PACKAGES, Job, fetch, open_job, steps
+from toyfeat.jobs.finetune import finetune_job
 from toyfeat.jobs.hub import hub_licence
 from toyfeat.jobs.lens import run_lens
 from toyfeat.jobs.memory import keep_memory
@@ -86,7 +87,7 @@ def report(job: Job) -> None:
     evaluation = Rows(folder / "evaluation.jsonl").rows
     decomposition = Rows(folder / "decompose.jsonl").rows
     if not evaluation and not decomposition:
-        raise ValueError(f"{folder} has no scores yet; run scripts/evaluate.py first")
+        raise ValueError(f"{folder} has no scores yet; run toyfeat evaluate first")
     latents = steps.inspect_latents(work)
     header = {
         "model": work.model.name,
@@ -105,6 +106,11 @@ def report(job: Job) -> None:
             file, described, model=work.model.name, site=job.site, source=name
         )
         print(f"records of latents are {file}")
+
+
+def finetune(job: Job) -> None:
+    """Open the job and fine-tune the dictionaries that it names."""
+    finetune_job(open_job(job))
 
 
 def lens(job: Job) -> None:

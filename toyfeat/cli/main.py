@@ -25,7 +25,7 @@ _JOBS = {
     f"{_TIMES}",
     "evaluate": f"score the dictionaries on held-out text; half an hour {_TIMES}",
     "finetune": "train dictionaries further by what they do to the model, and score "
-    "them; three minutes each with examples/smollm2_finetune.toml on one core",
+    "them; finetune.steps sets the time",
     "report": f"write the page and records of latents; a minute {_TIMES}",
     "lens": "fit a Jacobian lens and write what it reads in a text",
 }

@@ -7,7 +7,7 @@ activations and the activation gradients of the hidden layer, and writes
     bash scripts/demo.sh                       # sets up .venv, then runs this
     python scripts/demo.py --out out/demo --seeds 8
 
-About a minute on two CPU cores.  Expected: every line that says what it expects
+Two to four minutes on two CPU cores.  Expected: every line that says what it expects
 is marked ok; gradient PCA finds the reader to |cos| > .9999 where the best
 activation PC stays under .9.
 """

@@ -14,14 +14,15 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # optimization, and with one module per program for LLVM, compiling takes a quarter of
 # the time; child processes inherit that.  XLA_FLAGS= tests what users run, in about
 # twice the time.
-if version("jaxlib") < "0.13":  # an unknown flag would end the process
-    _FLAGS = (
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_cpu_parallel_codegen_split_count=1",
-    )
-    os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
+if "XLA_FLAGS" not in os.environ:
+    _JAXLIB = tuple(int(part) for part in version("jaxlib").split(".")[:2])
+    _FLAGS = {  # to the first version that may not know it, and would end the process
+        "--xla_backend_optimization_level=0": (0, 13),
+        "--xla_llvm_disable_expensive_passes=true": (0, 13),
+        "--xla_cpu_use_fusion_emitters=false": (0, 11),
+        "--xla_cpu_parallel_codegen_split_count=1": (0, 13),
+    }
+    os.environ["XLA_FLAGS"] = " ".join(f for f, end in _FLAGS.items() if end > _JAXLIB)
 
 # Tests after a cleared cache, and of the other worker, compile much the same.  Child
 # processes do not: some are killed, which leaves half an entry.

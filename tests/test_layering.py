@@ -103,7 +103,7 @@ def test_importing_the_package_touches_no_device_and_no_extra():
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a backend was started'\n"
         "heavy = {'matplotlib', 'tyro', 'tensorboardX', 'safetensors', 'sklearn',\n"
-        "    'equinox', 'haiku'}\n"
+        "    'equinox', 'haiku', 'scipy.optimize', 'scipy.sparse'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     done = run_python("-c", code)

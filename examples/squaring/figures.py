@@ -1,5 +1,6 @@
 """Pictures of the squaring networks.  Needs matplotlib (the extra ``plot``)."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ _POINTS = 1200  # inputs that are drawn: more hide each other
 
 
 def draw_case(case: Case, net: Measurements, params: Params) -> Any:
-    """Draw a network of a case.
+    """Draw a network of a case, all panels in a row.
 
     Args:
       case: for the kind of picture.
@@ -29,20 +30,69 @@ def draw_case(case: Case, net: Measurements, params: Params) -> Any:
     Raises:
       ImportError: without matplotlib, naming the extra.
     """
-    net, readers = jax.tree.map(np.asarray, (net, net.truth.readers))
+    draws = _panels(case, net, params)
     picture = figure(14.5, 3.7)
-    if case.task.features > 1:
-        axes = picture.subplots(1, 3, width_ratios=(1, 1, 1.2))
-        _draw_matches(axes[0], net.grads_pca, readers, "gradient PCs")
-        _draw_matches(axes[1], net.acts_pca, readers, "activation PCs")
-        _draw_spectra(axes[2], net)
-    else:
-        axes = picture.subplots(1, 4)
-        _draw_plane(axes[0], net, readers[0], params)
-        _draw_spectra(axes[1], net)
-        _draw_scores(axes[2], net, 1)
-        _draw_scores(axes[3], net, 2)
+    for draw, axis in zip(draws, picture.subplots(1, len(draws)), strict=True):
+        draw(axis)
     return picture
+
+
+def draw_panels(case: Case, net: Measurements, params: Params) -> list[Any]:
+    """Draw a network of a case, a figure per panel, legible on a narrow screen.
+
+    Args:
+      case: as of :func:`draw_case`.
+      net: as of :func:`draw_case`.
+      params: as of :func:`draw_case`.
+
+    Returns:
+      Matplotlib figures.
+    """
+    return [_alone(draw) for draw in _panels(case, net, params)]
+
+
+def draw_story(
+    case: Case, net: Measurements, params: Params, kept: Sequence[tuple[float, ...]]
+) -> list[Any]:
+    """Draw what the two methods return, and what is left of the network on each.
+
+    Args:
+      case: of one input.
+      net: as of :func:`draw_case`.
+      params: as of :func:`draw_case`.
+      kept: shares of the variance and of the output that are left on the leading
+        direction of the activations, and of the gradients.
+
+    Returns:
+      Two matplotlib figures.
+    """
+    plane = _panels(case, net, params)[0]
+    return [_alone(plane), _alone(lambda axis: _draw_kept(axis, kept))]
+
+
+def _alone(draw: Callable[[Any], None]) -> Any:
+    picture = figure(4.2, 3.6)
+    draw(picture.subplots())
+    return picture
+
+
+def _panels(
+    case: Case, net: Measurements, params: Params
+) -> list[Callable[[Any], None]]:
+    """List what draws each panel on an axis."""
+    net, readers = jax.tree.map(np.asarray, (net, net.truth.readers))
+    if case.task.features > 1:
+        return [
+            lambda axis: _draw_matches(axis, net.grads_pca, readers, "gradient PCs"),
+            lambda axis: _draw_matches(axis, net.acts_pca, readers, "activation PCs"),
+            lambda axis: _draw_spectra(axis, net),
+        ]
+    return [
+        lambda axis: _draw_plane(axis, net, readers[0], params),
+        lambda axis: _draw_spectra(axis, net),
+        lambda axis: _draw_scores(axis, net, 1),
+        lambda axis: _draw_scores(axis, net, 2),
+    ]
 
 
 def _draw_plane(
@@ -52,7 +102,9 @@ def _draw_plane(
     # Points: scores of the activations.
     scores = np.asarray(ft.encode(net.acts_pca, jnp.asarray(net.acts)))[:_POINTS, :2]
     x = net.inputs[:_POINTS, 0]
-    axis.scatter(*scores.T, c=x, s=8, cmap="viridis", linewidths=0, zorder=3)
+    # The map without its yellow, which is pale on white.
+    look = {"cmap": "viridis", "vmin": x.min(), "vmax": x.max() + np.ptp(x) / 4}
+    axis.scatter(*scores.T, c=x, s=8, linewidths=0, zorder=3, **look)
     origin = -net.acts_pca.mean @ net.acts_pca.readers[:, :2]
     e = np.asarray(params["w_in"])
     e = (e if "embed" not in params else np.asarray(params["embed"]) @ e)[0]
@@ -77,7 +129,23 @@ def _draw_plane(
     axis.plot(*origin, "k+", ms=9, label="a = 0", zorder=4)
     axis.set(xlabel="PC1", ylabel="PC2", title="activations, coloured by x")
     axis.set_aspect("equal", adjustable="datalim")
-    axis.legend(fontsize=7, loc="best", framealpha=0.85)
+    axis.legend(fontsize=8, loc="best", framealpha=0.85)
+
+
+def _draw_kept(axis: Any, kept: Sequence[tuple[float, ...]]) -> None:
+    """Draw the shares of the variance and of the output that two directions keep."""
+    names = ("first activation PC", "gradient direction")
+    sides = zip(names, kept, (BLUE, RED), (-0.2, 0.2), strict=True)
+    for name, shares, colour, shift in sides:
+        place = np.arange(len(shares)) + shift
+        # Less than nothing is kept where a constant would have a smaller error.
+        heights = np.maximum(shares, 0)
+        bars = axis.bar(place, heights, 0.38, color=colour, label=name)
+        axis.bar_label(bars, [f"{round(share, 2) + 0.0:.0%}" for share in shares])
+    axis.set_xticks(range(2), ["variance", "output"])
+    axis.set_yticks([0, 0.5, 1], ["0%", "50%", "100%"])
+    axis.set(ylim=(0, 1.3), ylabel="share that is kept", title="on one direction")
+    axis.legend(fontsize=8, loc="upper center", ncols=2, framealpha=0.85)
 
 
 def _draw_spectra(axis: Any, net: Measurements) -> None:
@@ -98,7 +166,7 @@ def _draw_spectra(axis: Any, net: Measurements) -> None:
     axis.set_xlim(0.3, num + 0.7)
     axis.locator_params(axis="x", integer=True)
     axis.set(xlabel="component", ylabel="share of the total", title="spectra")
-    axis.legend(fontsize=7, loc="upper right")
+    axis.legend(fontsize=8, loc="upper right")
 
 
 def _draw_scores(axis: Any, net: Measurements, power: int) -> None:
@@ -128,7 +196,7 @@ def _draw_scores(axis: Any, net: Measurements, power: int) -> None:
         axis.plot(x[order], square[order], "--", color="k", lw=1, label="x²")
     name = "x" if power == 1 else "x²"
     axis.set(xlabel=name, ylabel="score (standardised)", title=f"scores against {name}")
-    axis.legend(fontsize=7, loc="best", framealpha=0.85)
+    axis.legend(fontsize=8, loc="best", framealpha=0.85)
 
 
 def _draw_matches(axis: Any, basis: Any, readers: np.ndarray, name: str) -> None:

@@ -1,4 +1,7 @@
 import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +11,12 @@ from processes import run_in_turn, run_python
 from scipy.linalg import subspace_angles
 
 import toyfeat as ft
-from examples.squaring import cases
+from examples.squaring import cases, page
 from examples.squaring.figures import draw_case
 from examples.squaring.measure import measure_case, train_case
 from examples.squaring.network import Squaring
 from toyfeat.report.plots import png
+from toyfeat.report.tables import settings
 
 
 def values(rows, name):
@@ -112,6 +116,88 @@ def test_pictures_are_drawn_for_both_kinds_of_case(looked, key):
     assert png(draw_case(case, *one)).startswith(b"\x89PNG")
 
 
+class Outline(HTMLParser):
+    """Headings of a page, and how many tables and drawings are in front of folds."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.headings, self.shown, self.folded = [], Counter(), Counter()
+        self._open = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        inside = self.folded if "details" in self._open else self.shown
+        inside[tag] += 1
+        if tag not in ("meta", "img"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if self._open[-1:] == ["h2"]:
+            self.headings.append(data)
+
+
+@pytest.fixture
+def written(looked, tmp_path, monkeypatch):
+    """The text of the page and the rows that it shows; nothing is drawn."""
+    case, nets, found, rows = looked
+    monkeypatch.setattr(page, "png", lambda drawn: b"png")
+    header = settings({}, seconds=1)
+    path = page.write_report(tmp_path, [(case, nets, found)], rows, header)
+    return path.read_text(), rows
+
+
+def test_the_page_tells_its_story_first_and_folds_the_long_table(written):
+    text, rows = written
+    outline = Outline(text)
+    assert outline.headings == [
+        "What was asked",
+        "What PCA of the activations returns",
+        "What PCA of the gradients returns",
+        "All networks in one table",
+        "bias, U[-1, 1]",
+        "How to read the figures",
+    ]
+    assert outline.shown["table"] == 1
+    assert outline.shown["figure"] == 1
+    assert outline.shown["details"] == 1
+    assert outline.folded["table"] == 1
+    assert outline.folded["img"] == 4
+    assert outline.folded["tr"] == 1 + len(rows)
+    bounded = [row.holds for row in rows if row.bound is not None]
+    title = f"{sum(bounded)} of {len(bounded)} expectations are met</summary>"
+    assert f"Picture and {len(rows)} figures; {title}" in text
+    assert "report.json" in text
+
+
+def test_the_story_has_the_medians_of_the_rows(written):
+    text, rows = written
+    best, cos, kept, variance = (
+        np.median(values(rows, name))
+        for name in (
+            cases.BEST_PC,
+            cases.GRAD_COS,
+            cases.PRESERVED,
+            cases.PC_VARIANCE,
+        )
+    )
+    assert f"has |cos| {best:.2f} with the reader" in text
+    assert f"|cos| with the reader is {cos:.4f}" in text
+    assert f"{100 * kept:.0f} % of the output" in text
+    assert f"keeps {100 * variance:.0f} % of the variance" in text
+    # Nobody has to read 6.90e-16.
+    assert not re.search(r">[^<]*\de-\d\d[^<]*</td>", text)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.slug)
+def test_every_case_has_one_sentence(case):
+    sentence = page.SENTENCES[case.slug]
+    assert re.fullmatch(r"[A-Z]([^.!?]|\.(?=\S))+\.", sentence)
+
+
 @pytest.fixture(scope="module")
 def figure_names():
     """Names of the reported figures, by (bias, number of features)."""
@@ -141,7 +227,9 @@ def test_the_demo_script_writes_a_whole_report(tmp_path):
     shown = {row["case"] for row in report_json["rows"]}
     assert shown == {case.name for case in cases.CASES[-2:]}
     html = (out / "report.html").read_text()
-    assert html.count("data:image/png;base64,") == 2
+    # Two drawings of the story, four of a case of one input and three of the other.
+    assert html.count("data:image/png;base64,") == 2 + 4 + 3
+    assert {path.stem for path in out.glob("*.png")} == {"residual", "many"}
     assert 'src="http' not in html
     assert not list(out.glob("*.partial"))
 

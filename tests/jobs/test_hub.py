@@ -179,7 +179,7 @@ def test_a_model_is_fetched_once_with_nothing_that_is_not_wanted(hub, home):
         ("locate", "hub:them/tiny/tiny-Q8_0.gguf"),
     )
     assert before[0] == "FileNotFoundError"
-    assert before[1].endswith("run: python scripts/fetch.py hub:them/tiny")
+    assert before[1].endswith("run: toyfeat fetch hub:them/tiny")
     wanted = ["README.md", "config.json", "model.safetensors"]
     assert fetched == ["mit", wanted]
     assert (layers, total) == (1, 10.0)

@@ -118,7 +118,7 @@ def flip(path, at=3):
 def test_a_flipped_bit_of_a_shard_ends_the_training_before_it_begins(job, shard):
     path = store_path(job, SITE) / f"shard-{shard:06d}-8.bin"
     flip(path)
-    match = rf"^job: the store must .*{path.name}; delete the folder .* run scripts/col"
+    match = rf"^job: the store must .*{path.name}; delete the folder .* run toyfeat col"
     with pytest.raises(ValueError, match=match):
         steps.train_job(job)
     assert not (Path(job.out) / "train").exists()

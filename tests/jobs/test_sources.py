@@ -73,7 +73,9 @@ def left_in(folder):
 
 
 def test_fetch_unpacks_what_is_wanted_and_licences(package, cache):
-    with pytest.raises(FileNotFoundError, match=r"words: not fetched yet; .*fetch\.py"):
+    with pytest.raises(
+        FileNotFoundError, match=r"words: not fetched yet; .*toyfeat fetch"
+    ):
         locate("words")
     path = fetch("words")
     assert path == cache / "words" / PART == locate("words")

@@ -77,13 +77,11 @@ def done(folder, tmp_path_factory):
         ("decompose_job", run),
         ("evaluate_job", run),
     ):
-        with pytest.raises(
-            FileNotFoundError, match=r"nothing of .*scripts/collect\.py"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"nothing of .*toyfeat collect"):
             getattr(steps, step)(given)
     found |= {"job": job, "run": run, "out": out}
     found["stores"] = steps.collect_taps(run)
-    with pytest.raises(FileNotFoundError, match=r"scripts/train_dictionary\.py"):
+    with pytest.raises(FileNotFoundError, match="toyfeat train"):
         steps.evaluate_job(run)
     steps.train_job(job, found["said"].append)
     found["decomposed"] = steps.decompose_job(run, found["said"].append)
@@ -417,9 +415,7 @@ def test_steps_of_scripts_that_are_too_early(folder, tmp_path):
     path = toml_of(job_of(folder, tmp_path / "out"), tmp_path / "job.toml")
     for script in JOBS[1:]:
         said = ended(script, path)
-        assert said.endswith(
-            f"has nothing of {SITE!r} yet; run scripts/collect.py first"
-        )
+        assert said.endswith(f"has nothing of {SITE!r} yet; run toyfeat collect first")
 
 
 def test_a_library_that_is_missing_is_named(folder, tmp_path, monkeypatch):

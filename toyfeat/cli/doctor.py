@@ -12,7 +12,7 @@ from toyfeat.jobs import cache_folder
 
 _CORE = ("toyfeat", "jax", "jaxlib", "flax", "optax", "numpy", "scipy")
 # Extras of people who work on the library itself, and what the devices say already.
-_LEFT_OUT = ("test", "bench", "cuda")
+_LEFT_OUT = ("test", "docs", "bench", "release", "cuda")
 _GIB = 2**30
 
 

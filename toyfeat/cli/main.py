@@ -24,8 +24,9 @@ _JOBS = {
     "train": f"train dictionaries of activations and gradients; a minute for each "
     f"{_TIMES}",
     "evaluate": f"score the dictionaries on held-out text; half an hour {_TIMES}",
+    "finetune": "train dictionaries further by what they do to the model, and score "
+    "them; finetune.steps sets the time",
     "report": f"write the page and records of latents; a minute {_TIMES}",
-    "finetune": "train finished dictionaries further, by what they do to the model",
     "lens": "fit a Jacobian lens and write what it reads in a text",
 }
 

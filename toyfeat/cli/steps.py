@@ -87,7 +87,7 @@ def report(job: Job) -> None:
     evaluation = Rows(folder / "evaluation.jsonl").rows
     decomposition = Rows(folder / "decompose.jsonl").rows
     if not evaluation and not decomposition:
-        raise ValueError(f"{folder} has no scores yet; run scripts/evaluate.py first")
+        raise ValueError(f"{folder} has no scores yet; run toyfeat evaluate first")
     latents = steps.inspect_latents(work)
     header = {
         "model": work.model.name,

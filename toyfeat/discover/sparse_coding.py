@@ -4,13 +4,17 @@ Orthogonal matching pursuit, the method of optimal directions and backward elimi
 in float64 on the host.
 """
 
+from __future__ import annotations
+
 from heapq import heappop, heappush
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy import sparse
 
 from toyfeat.types import ArrayLike
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 # Products of atoms that are held at once, 2 MiB in single precision, which a cache
 # holds.
@@ -50,6 +54,8 @@ class SparseCodes(NamedTuple):
 
     def matrix(self, num_atoms: int) -> sparse.csr_array:
         """Return the codes as a sparse matrix ``[N, num_atoms]``."""
+        from scipy import sparse
+
         num, k = self.index.shape
         starts = np.arange(num + 1) * k
         entries = self.values.ravel(), self.index.ravel(), starts

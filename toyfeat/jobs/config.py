@@ -217,13 +217,13 @@ class Job:
     """A model, a text, and what is done with them.
 
     Attributes:
-      model: a folder, a ``.gguf`` file or a name that ``scripts/fetch.py`` knows,
+      model: a folder, a ``.gguf`` file or a name that ``toyfeat fetch`` knows,
         ``hub:owner/name`` among them.
       text: a folder of ``.txt`` files, of which some are held out, or a name that
-        ``scripts/fetch.py`` knows.
+        ``toyfeat fetch`` knows.
       out: folder of all results.
       weights: dtype of the model's parameters in memory.
-      source: ``"store"``, what ``scripts/collect.py`` wrote, or ``"model"``:
+      source: ``"store"``, what ``toyfeat collect`` wrote, or ``"model"``:
         activations and gradients are computed whenever they are needed and never
         stored.
       collect: which activations and gradients.

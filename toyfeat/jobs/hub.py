@@ -144,9 +144,7 @@ def hub_licence(path: Path) -> str:
 
 
 def _not_fetched(name: str) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"{name}: not fetched yet; run: python scripts/fetch.py {name}"
-    )
+    return FileNotFoundError(f"{name}: not fetched yet; run: toyfeat fetch {name}")
 
 
 def _library() -> Any:

@@ -146,7 +146,7 @@ def require_collected(job: Job, site: str) -> None:
     missing = not moments_path(job, site).exists() or not store_path(job, site).exists()
     if job.source == "store" and missing:
         raise FileNotFoundError(
-            f"job: {job.out} has nothing of {site!r} yet; run scripts/collect.py first"
+            f"job: {job.out} has nothing of {site!r} yet; run toyfeat collect first"
         )
 
 

@@ -115,7 +115,7 @@ def locate(name: str) -> Path:
         path = cache_folder() / name / PACKAGES[name].inside
         if not path.exists():
             raise FileNotFoundError(
-                f"{name}: not fetched yet; run: python scripts/fetch.py {name}"
+                f"{name}: not fetched yet; run: toyfeat fetch {name}"
             )
     if not path.exists():
         raise FileNotFoundError(

@@ -272,8 +272,7 @@ def evaluate_job(work: Workspace, log: Log = print) -> list[dict[str, Any]]:
     runs = dict(finished_runs(job.train, folder / "train"))
     if not runs:
         raise FileNotFoundError(
-            f"job: {job.out} has no finished dictionary; run "
-            "scripts/train_dictionary.py first"
+            f"job: {job.out} has no finished dictionary; run toyfeat train first"
         )
     site = open_site(work, job.site, log)
     held = open_held_out(site)

@@ -279,7 +279,7 @@ def verify_once(store: Store) -> None:
         fault = str(error).partition("; ")[0]  # without its advice
         raise ValueError(
             f"job: the store must hold what was collected, got {fault}; delete the "
-            f"folder {store.path} and run scripts/collect.py again, which collects "
+            f"folder {store.path} and run toyfeat collect again, which collects "
             "this site anew"
         ) from error
     write_whole(marker, json.dumps({"shards": shards}) + "\n")

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 # Nearest rows that an exchange tries for every place in a subspace; twice as many as it
 # has members if that is more.  Farther rows hardly ever raise a sum of cosines, and
@@ -60,6 +59,24 @@ def group_subspaces(truth: np.ndarray, groups: np.ndarray) -> list[Subspace]:
     return [Subspace(m, orthonormal_rows(truth[m])) for m in members]
 
 
+def best_pairs(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pair rows with columns, one to one, so that the sum of scores is largest.
+
+    Args:
+      scores: ``[R, F]``.
+
+    Returns:
+      Row and column of each of the ``min(R, F)`` pairs, by row.
+
+    References:
+      Kuhn (1955), "The Hungarian method for the assignment problem".
+    """
+    # Imported here: it takes longer than all of toyfeat does.
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(scores, maximize=True)
+
+
 def assign_rows(rows: np.ndarray, spaces: list[Subspace], num: int) -> np.ndarray:
     """Give each truth at most one row, and each row at most one truth.
 
@@ -79,7 +96,7 @@ def assign_rows(rows: np.ndarray, spaces: list[Subspace], num: int) -> np.ndarra
         scores[:, space.members] = _place_scores(rows @ space.basis.T, space)
 
     # The best one-to-one assignment, without pairs that are orthogonal.
-    row_index, truth_index = linear_sum_assignment(scores, maximize=True)
+    row_index, truth_index = best_pairs(scores)
     assigned = np.full(num, -1)
     useful = scores[row_index, truth_index] > 0
     assigned[truth_index[useful]] = row_index[useful]

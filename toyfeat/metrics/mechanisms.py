@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from toyfeat.checks import as_host_floats, as_integers, check_int, check_key
-from toyfeat.metrics.assignment import Subspace, group_subspaces, unit_rows
+from toyfeat.metrics.assignment import Subspace, best_pairs, group_subspaces, unit_rows
 from toyfeat.metrics.matching import PRECISE_COSINE
 from toyfeat.types import Array, ArrayLike
 
@@ -129,7 +128,7 @@ def match_mechanisms(
 
     # One to one; a pair of orthogonal subspaces is none.
     index = np.full(len(true), -1)
-    first, second = linear_sum_assignment(scores, maximize=True)
+    first, second = best_pairs(scores)
     useful = scores[first, second] > 0
     index[second[useful]] = first[useful]
     similarity = np.zeros(len(true))

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from toyfeat.checks import check_int, check_number
+from toyfeat.metrics.assignment import best_pairs
 from toyfeat.types import Array, ArrayLike
 
 ALIVE = 0.1
@@ -125,7 +125,7 @@ def identity_ci_error(importances: ArrayLike, *, tolerance: float = 0.1) -> int:
     if min(matrix.shape) >= _LARGEST_ASSIGNMENT:
         rows, columns = _assign_greedily(matrix)
     else:
-        rows, columns = linear_sum_assignment(matrix, maximize=True)
+        rows, columns = best_pairs(matrix)
     diagonal = np.zeros(matrix.shape, bool)
     diagonal[rows, columns] = True
     off = np.sum((matrix > tolerance) & ~diagonal)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from toyfeat.partition.factors import Use
+from toyfeat.partition.factors import Factored, Use
 from toyfeat.partition.tracing import Model, run_factored
 from toyfeat.types import Array, Inputs, Outputs, Params
 
@@ -196,12 +196,11 @@ class Decomposition:
     ) -> Outputs:
         """Run the model; ``answer`` returns the output of every :class:`Use`."""
         leaves = jax.tree.leaves(params)
-        factors = {
-            path: factor_axes(weight, components[path], leaves[weight.leaf].dtype)
-            for path, weight in self.weights.items()
+        weights = {
+            shape.leaf: factored(path, shape, leaves[shape.leaf], components[path])
+            for path, shape in self.weights.items()
         }
-        names = {path: weight.leaf for path, weight in self.weights.items()}
-        return run_factored(self.model, params, inputs, factors, names, answer)
+        return run_factored(self.model, params, inputs, weights, answer)
 
     def _check_masks(self, masks: Masks, deltas: Mapping[str, Array]) -> None:
         """Check names, shapes, and values that are there to see."""
@@ -228,11 +227,15 @@ class Decomposition:
                     )
 
 
-def factor_axes(
-    weight: WeightShape, parts: dict[str, Array], dtype: Any
-) -> tuple[Array, Array, tuple[bool, ...]]:
-    """Give the factors of a weight the axes that it has in its model."""
-    reads, writes = weight.shape[: weight.num_read], weight.shape[weight.num_read :]
-    v, u = parts["V"].astype(dtype), parts["U"].astype(dtype)
-    sides = (True,) * len(reads) + (False,) * len(writes)
-    return v.reshape(*reads, -1), u.reshape(-1, *writes), sides
+def factored(
+    path: str, shape: WeightShape, value: Array, parts: dict[str, Array]
+) -> Factored:
+    """Put a weight beside its parts, which get the axes that it has in its model."""
+    reads, writes = shape.shape[: shape.num_read], shape.shape[shape.num_read :]
+    return Factored(
+        name=path,
+        value=value,
+        read=parts["V"].astype(value.dtype).reshape(*reads, -1),
+        write=parts["U"].astype(value.dtype).reshape(-1, *writes),
+        reads=(True,) * len(reads) + (False,) * len(writes),
+    )

@@ -7,7 +7,7 @@ and inputs, so nothing of it has to be rewritten.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -61,8 +61,7 @@ def run_factored(
     model: Model,
     params: Params,
     inputs: Inputs,
-    factors: dict[str, tuple[Array, Array, tuple[bool, ...]]],
-    names: dict[str, int],
+    weights: Mapping[int, Factored],
     answer: Callable[[Use], Array],
 ) -> Outputs:
     """Run a model whose weights are factored.
@@ -71,8 +70,7 @@ def run_factored(
       model: pure function.
       params: of the target.
       inputs: of the model.
-      factors: weight to ``(read, write, reads)``, the fields of :class:`Factored`.
-      names: weight to the number of its leaf in ``params``.
+      weights: number of a leaf in ``params`` to the factored weight in its place.
       answer: called at every use, returns the output in the form of ``use.output``.
 
     Returns:
@@ -82,13 +80,10 @@ def run_factored(
       Untraceable: if a weight is used in another way than as a matrix.
     """
     traced, shape = jax.make_jaxpr(model, return_shape=True)(params, inputs)
-    leaves = jax.tree.leaves(params)
-    by_leaf = {number: name for name, number in names.items()}
-    values: list[_Value] = []
-    for number, leaf in enumerate(leaves):
-        name = by_leaf.get(number)
-        held = leaf if name is None else Factored(name, leaf, *factors[name])
-        values.append(_Value(held, False))
+    values = [
+        _Value(weights.get(number, leaf), False)
+        for number, leaf in enumerate(jax.tree.leaves(params))
+    ]
     values += [_Value(leaf, True) for leaf in jax.tree.leaves(inputs)]
     run = _Run(answer, {})
     outputs = _execute(run, traced.jaxpr, traced.consts, values)

@@ -23,8 +23,6 @@ _ABOUT = (
     "read nearly the same direction."
 )
 _STYLE = """<style>
-.overview td:nth-child(4) { text-align: left; }
-.overview th:nth-child(2), .overview th:nth-child(3) { text-align: right; }
 ul.examples { padding-left: 1.2rem; } ul.examples li { margin: .25rem 0; }
 ul.thumbs { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .8rem; }
 ul.thumbs figure { margin: 0; width: 7rem; } ul.thumbs .frame { position: relative; }
@@ -102,7 +100,7 @@ def _overview(latents: Sequence[Latent]) -> list[str]:
         )
         for latent in latents
     ]
-    table = page.table(f'<div class="overview">{html_lines(lines)}</div>')
+    table = page.table(html_lines(lines))
     return [page.paragraph(_ABOUT), table]
 
 

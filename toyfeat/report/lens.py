@@ -98,12 +98,14 @@ def _shown(token: Any) -> str:
 
 def _error_table(run: LensRun) -> str:
     """Table of the errors of a fit by site."""
-    lines = ["<tr><th>layer</th><th>relative error</th><th>cosine of halves</th></tr>"]
+    heads = '<th class="num">relative error</th><th class="num">cosine of halves</th>'
+    lines = [f"<tr><th>layer</th>{heads}</tr>"]
     for site in run.readings[0].sites[:-1]:  # in the order of the depth
         error = run.estimate.relative_error[site]
         cosine = float(run.estimate.refit_cosine[site])
         name = _layer(site)
         lines.append(
-            f"<tr><td>{name}</td><td>{float(error):.3f}</td><td>{cosine:.4f}</td></tr>"
+            f'<tr><td>{name}</td><td class="num">{float(error):.3f}</td>'
+            f'<td class="num">{cosine:.4f}</td></tr>'
         )
     return f"<table>{''.join(lines)}</table>"

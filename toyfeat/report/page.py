@@ -1,7 +1,7 @@
 """A self-contained HTML page: text, tables and pictures, nothing fetched."""
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from toyfeat.files.atomic import write_whole
@@ -19,13 +19,22 @@ h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 p { max-width: 46rem; }
 figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
 img { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 4px; }
+@media (prefers-color-scheme: dark) { img.drawn {
+  filter: invert(.9) hue-rotate(180deg); border-color: #ccc; } }
+.panels { display: grid; gap: .5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); }
+details { margin: .5rem 0 1rem; } summary { cursor: pointer; color: var(--mark); }
+summary:focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; width: 100%;
   font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid var(--rule); }
-td:nth-child(2), td:nth-child(3), td:nth-child(4) { text-align: right; }
+.num { text-align: right; white-space: nowrap; }
 th[scope=rowgroup] { padding-top: 1.2rem; color: var(--mark); }
 td.ok { color: var(--good); } td.missed { color: var(--bad); font-weight: 600; }
+@media (max-width: 40rem) { body { margin: 1rem auto; } h1 { font-size: 1.6rem; }
+  th, td { padding: .2rem .35rem; } .detail { display: none; }
+  td:first-child:not(.num) { min-width: 7.5rem; } }
 footer { margin: 3rem 0; color: var(--soft); font-size: .85rem; }
 """
 
@@ -41,12 +50,36 @@ def paragraph(text: str) -> str:
 
 
 def picture(uri: str, caption: str) -> str:
-    """Return an image with its caption, which is also its alternative text."""
-    text = html.escape(caption, quote=True)
-    return (
-        f'<figure><img src="{uri}" alt="{text}"><figcaption>{text}</figcaption>'
-        "</figure>"
+    """Return a drawing with its caption, which is also its alternative text."""
+    return panels([(uri, caption)], caption)
+
+
+def panels(drawings: Sequence[tuple[str, str]], caption: str) -> str:
+    """Return drawings under one caption, side by side where the screen is wide enough.
+
+    The page inverts their lightness on a dark screen: they are for charts on white.
+
+    Args:
+      drawings: a data URI and its alternative text each.
+      caption: plain text.
+
+    Returns:
+      HTML.
+    """
+    images = "".join(
+        f'<img class="drawn" src="{uri}" alt="{html.escape(text, quote=True)}">'
+        for uri, text in drawings
     )
+    if len(drawings) > 1:
+        images = f'<div class="panels">{images}</div>'
+    text = html.escape(caption)
+    return f"<figure>{images}<figcaption>{text}</figcaption></figure>"
+
+
+def fold(title: str, body: Iterable[str]) -> str:
+    """Return HTML fragments behind a line that opens and closes them."""
+    line = f"<summary>{html.escape(title)}</summary>"
+    return "\n".join([f"<details>{line}", *body, "</details>"])
 
 
 def table(rows: str) -> str:

@@ -8,6 +8,7 @@ import html
 import json
 import math
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +24,13 @@ from rich.table import Table
 import toyfeat as ft
 from toyfeat.files.atomic import write_whole
 from toyfeat.report.names import printable
+from toyfeat.report.numbers import aligned, rounded, short
 
 _WIDE = 110  # columns of a terminal from which on ranges and random figures fit
-_SMALL, _LARGE = 1e-3, 1e5  # where 4 digits take more room than a power of 10
-_NEARLY_ONE = 0.999  # three nines, which 4 digits can still show
+_HEADINGS = ("figure", "median", "least", "most", "random", "expected", "")
+_NUMBERS = range(1, 5)  # columns of numbers among these
+_DETAILS = range(2, 5)  # those that a narrow screen leaves out
+_NUMERIC = re.compile(r"[-+≈<]? ?[\d.,]+(e-?\d+)? ?%?\*?|nan|-?inf|")
 
 
 class Bound(NamedTuple):
@@ -56,9 +60,9 @@ class Bound(NamedTuple):
         }[self.relation]
 
     def __str__(self) -> str:
-        margin = f" ± {_short(self.margin)}" if self.relation == "near" else ""
+        margin = f" ± {short(self.margin, 2)}" if self.relation == "near" else ""
         source = f" ({self.source})" if self.source else ""
-        return f"{self.relation} {_short(self.value)}{margin}{source}"
+        return f"{self.relation} {short(self.value)}{margin}{source}"
 
 
 class Row(NamedTuple):
@@ -144,25 +148,22 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     # Columns, as far as the terminal is wide.
     wide = console.width >= _WIDE
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("figure")
-    table.add_column("median", justify="right")
-    if wide:
-        table.add_column("range over seeds", justify="right", style="dim")
-        table.add_column("random", justify="right", style="dim")
-    table.add_column("expected")
-    table.add_column("")
+    shown = [i for i in range(len(_HEADINGS)) if wide or i not in _DETAILS]
+    for i in shown:
+        style = "dim" if i in _DETAILS else None
+        table.add_column(_HEADINGS[i], style=style, no_wrap=i in _NUMBERS)
     # A heading per case, then a line per figure.
     case = None
-    for row in rows:
+    for row, line in zip(rows, lines_of(rows), strict=True):
         if row.case != case:
             case = row.case
             table.add_section()
             table.add_row(f"[bold cyan]{_text(case)}[/]")
-        name, median, *details, bound, mark = cells(row)
+        name, *numbers, bound, mark = line
         colour = {"ok": "green", "missed": "bold red", "": ""}[mark]
         mark = f"[{colour}]{mark}[/]" if mark else ""
-        shown = details if wide else []
-        table.add_row(f"  {_text(name)}", median, *shown, _text(bound), mark)
+        texts = (f"  {_text(name)}", *numbers, _text(bound), mark)
+        table.add_row(*(texts[i] for i in shown))
     console.print(table)
 
 
@@ -207,48 +208,93 @@ def _text(name: str) -> str:
 
 
 def html_lines(lines: Sequence[tuple[str, ...]]) -> str:
-    """Return a heading line and the lines below it as an HTML table."""
-    heads = "".join(f"<th>{html.escape(text)}</th>" for text in lines[0])
-    body = [
-        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>"
-        for line in lines[1:]
-    ]
-    return "\n".join([f"<table><thead><tr>{heads}</tr></thead>", *body, "</table>"])
+    """Return a heading line and the lines below it as an HTML table.
+
+    A column of numbers is set to the right.
+    """
+    columns = zip(*lines[1:], strict=True)
+    look = [' class="num"' if all(map(_is_number, texts)) else "" for texts in columns]
+    look = look or [""] * len(lines[0])
+
+    def tags(tag: str, line: tuple[str, ...]) -> str:
+        cells = zip(line, look, strict=True)
+        texts = (f"<{tag}{c}>{html.escape(text)}</{tag}>" for text, c in cells)
+        return f"<tr>{''.join(texts)}</tr>"
+
+    body = [tags("td", line) for line in lines[1:]]
+    return "\n".join(
+        [f"<table><thead>{tags('th', lines[0])}</thead>", *body, "</table>"]
+    )
+
+
+def _is_number(text: str) -> bool:
+    """Return whether a cell holds a number, with its sign, range or per cent."""
+    return all(_NUMERIC.fullmatch(part) for part in re.split(r" \(| to |\)", text))
 
 
 def html_table(rows: Sequence[Row]) -> str:
-    """Return rows as an HTML table with a group of rows per case."""
+    """Return rows as an HTML table with a group of rows per case, if there are several.
+
+    Cells of class ``detail`` are those that a narrow screen leaves out.
+    """
+    kinds = [
+        " ".join(["num"] * (i in _NUMBERS) + ["detail"] * (i in _DETAILS))
+        for i in range(len(_HEADINGS) - 1)
+    ]
+    look = [f' class="{kind}"' if kind else "" for kind in kinds]
     head = "".join(
-        f"<th>{title}</th>"
-        for title in ("figure", "median", "range", "random", "expected", "")
+        f"<th{kind}>{title}</th>"
+        for title, kind in zip(_HEADINGS, [*look, ""], strict=True)
     )
     lines = [f"<table><thead><tr>{head}</tr></thead>"]
     # A group of rows opens where the case changes; HTML closes it by itself.
-    case = None
-    for row in rows:
+    case = None if len({row.case for row in rows}) > 1 else rows[0].case
+    for row, line in zip(rows, lines_of(rows), strict=True):
         if row.case != case:
             case = row.case
             lines.append(
-                f'<tbody><tr><th colspan="6" scope="rowgroup">{html.escape(case)}'
+                f'<tbody><tr><th colspan="7" scope="rowgroup">{html.escape(case)}'
                 "</th></tr>"
             )
-        *texts, mark = (html.escape(cell) for cell in cells(row))
-        body = "".join(f"<td>{text}</td>" for text in texts)
+        *texts, mark = map(html.escape, line)
+        cells = zip(texts, look, strict=True)
+        body = "".join(f"<td{kind}>{text}</td>" for text, kind in cells)
         lines.append(f'<tr>{body}<td class="{mark}">{mark}</td></tr>')
     return "\n".join([*lines, "</table>"])
 
 
-def cells(row: Row) -> tuple[str, str, str, str, str, str]:
-    """Format a row: name, median, range, random, expected, "ok" or "missed"."""
-    low, high = min(row.values), max(row.values)
+def lines_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Format rows: name, median, least, most, random, expected, "ok" or "missed".
+
+    Numbers are rounded for people, and those of a column have their points in line.
+    """
+    columns = list(zip(*map(_cells, rows), strict=True))
+    for i in _NUMBERS:
+        columns[i] = tuple(aligned(columns[i]))
+    return list(zip(*columns, strict=True))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """Format a row; nothing is padded."""
+    several = len(row.values) > 1
     return (
         row.name,
-        _short(row.median),
-        f"{_short(low)} … {_short(high)}" if len(row.values) > 1 else "",
-        "" if row.random is None else _short(row.random),
+        _median_text(row),
+        rounded(min(row.values)) if several else "",
+        rounded(max(row.values)) if several else "",
+        "" if row.random is None else rounded(row.random),
         "" if row.bound is None else str(row.bound),
         {None: "", True: "ok", False: "missed"}[row.holds],
     )
+
+
+def _median_text(row: Row) -> str:
+    """Round a median, unless that would say something else about its bound."""
+    text = rounded(row.median)
+    shown = 0.0 if text.startswith("≈") else float(text.replace(",", ""))
+    if row.bound is not None and row.bound.holds(shown) != row.holds:
+        return short(row.median, 6)
+    return text
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -269,18 +315,6 @@ def spread(values: Sequence[float], form: str) -> str:
         format(x, form) for x in (median(values), min(values), max(values))
     )
     return middle if low == high else f"{middle} ({low} to {high})"
-
-
-def _short(value: float) -> str:
-    """Format with 4 digits, 6 decimals next to 1, and powers of 10 far from it."""
-    if not math.isfinite(value) or value == 0:
-        return f"{value:.3g}"
-    if not _SMALL <= abs(value) < _LARGE:
-        return f"{value:.2e}"
-    # Four digits would round cosines and shares of nearly 1 to 1.
-    if _NEARLY_ONE < abs(value) < 1:
-        return f"{value:.6f}"
-    return f"{value:.4g}"
 
 
 def _finite(value: float) -> float | str:

@@ -329,7 +329,10 @@ def _evaluate_inner(
         options = {"prevent_cse": params["prevent_cse"], "policy": params["policy"]}
         return jax.checkpoint(run, **options)(values, deltas)
     # A scan: constants, carry and slices; the probes are sliced with the latter.
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    if "ft_in" in params:  # trees of them, in newer versions of JAX
+        num_consts, num_carry = (len(part) for part in params["ft_in"].unpack()[:2])
+    else:
+        num_consts, num_carry = params["num_consts"], params["num_carry"]
     consts, rest = values[:num_consts], values[num_consts:]
 
     def body(carry: list[Any], slices: Any) -> tuple[list[Any], Any]:
@@ -337,12 +340,7 @@ def _evaluate_inner(
         outputs, acts = run([*consts, *carry, *xs], deltas)
         return outputs[:num_carry], (outputs[num_carry:], acts)
 
-    carry, (stacked, acts) = jax.lax.scan(
-        body,
-        rest[:num_carry],
-        (rest[num_carry:], deltas),
-        length=params["length"],
-        reverse=params["reverse"],
-        unroll=params["unroll"],
-    )
+    slices = rest[num_carry:], deltas
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    carry, (stacked, acts) = jax.lax.scan(body, rest[:num_carry], slices, **options)
     return [*carry, *stacked], acts

@@ -22,7 +22,6 @@ from toyfeat.checks import check_choice, check_function, check_int, check_number
 from toyfeat.dictionary.attributions import unexplained_effect
 from toyfeat.dictionary.base import weighted_mean
 from toyfeat.dictionary.types import Inputs, Term
-from toyfeat.linalg.precision import nonzero
 from toyfeat.types import Array, Params
 
 RunBehind = Callable[[Params, Array, Array], Array]
@@ -138,7 +137,7 @@ def fisher(form: str = "square", *, limit: float = 1.0, length: int = 0) -> Term
     return Term("fisher", loss, needs_grads=True)
 
 
-def expanded_kl(*, pooled: float = 0.0) -> Term:
+def expanded_kl() -> Term:
     r"""Penalize the KL's expansion around a reconstruction, in nats per token.
 
     .. math:: \mathrm{KL}(\hat x_0) + s \cdot \delta
@@ -150,22 +149,12 @@ def expanded_kl(*, pooled: float = 0.0) -> Term:
     the target of the reconstruction error, :math:`|x - c s / 2 - \hat x|^2` for a
     coefficient :math:`c`.
 
-    A few draws of a token leave most directions without curvature, and a dictionary
-    with more parameters than there are draws follows the slope there, away from where
-    the expansion holds.  ``pooled`` gives part of the curvature the shape that it has
-    over the batch, at the token's own size.
-
-    Args:
-      pooled: share of the curvature that is the batch's, 0 to 1.
-
     Returns:
       :class:`Term` for taps with a context of :class:`Expansion`.
 
     Raises:
-      ValueError: for a share outside of [0, 1]; from the term, for taps with another
-        context.
+      ValueError: from the term, for taps with another context.
     """
-    check_number("expanded_kl", "pooled", pooled, least=0, most=1)
 
     def loss(inputs: Inputs) -> Array:
         near = inputs.context
@@ -177,21 +166,11 @@ def expanded_kl(*, pooled: float = 0.0) -> Term:
         change = inputs.out.recon * inputs.unit - near.point
         kl = near.value + jnp.sum(near.slope * change, axis=1)
         if near.draws is not None:
-            own = jnp.sum(jnp.einsum("nkd,nd->nk", near.draws, change) ** 2, axis=1)
-            kl = kl + (1 - pooled) * own / 2
-            if pooled:
-                kl = kl + pooled * _pooled_square(inputs, near.draws, change) / 2
+            effect = jnp.einsum("nkd,nd->nk", near.draws, change)
+            kl = kl + jnp.sum(effect**2, axis=1) / 2
         return weighted_mean(inputs, kl)
 
     return Term("expanded_kl", loss)
-
-
-def _pooled_square(inputs: Inputs, draws: Array, change: Array) -> Array:
-    """Squares by the mean second moment of a batch, at the size of each token's."""
-    sizes = jnp.sum(draws**2, axis=(1, 2))
-    moment = jnp.einsum("n,nkd,nke->de", inputs.weights, draws, draws)
-    shares = sizes / nonzero(jnp.trace(moment))
-    return shares * jnp.einsum("nd,de,ne->n", change, moment, change)
 
 
 def spliced_kl(

@@ -109,7 +109,7 @@ STUDIES = {
         tap_batch=8,
         draws=4,
         seeds=(0, 1),
-        rows=("mse", "kl", "mean 2", "mean 4", "expand 4"),
+        rows=("mse", "kl", "mean 2 w.03", "mean 4 w.03", "mean 4", "expand 4 w.03"),
     ),
 }
 
@@ -238,6 +238,12 @@ def run_seed(
         score(study, name, seed, sae, tuned, **seconds)
 
 
+def weight_of(name: str) -> float:
+    """Weight of a row's term beside the reconstruction error: .03 of "mean 4 w.03"."""
+    given = [word[1:] for word in name.split(" ") if word.startswith("w.")]
+    return float(given[0]) if given else 1.0
+
+
 def tune(
     study: Study, name: str, seed: int, start: tuple[Any, Params], rate: float
 ) -> tuple[Params, dict[str, float]]:
@@ -263,6 +269,7 @@ def tune(
         steps=steps,
         refreshes=refreshes,
         learning_rate=rate,
+        weight=weight_of(name),
         reconstruction=0.0 if "alone" in name else 1.0,
         on_chunk=lambda *_: times.append(time.process_time()),
     )

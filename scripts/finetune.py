@@ -10,7 +10,14 @@ was cut off.
 """
 
 from toyfeat.cli import steps
+from toyfeat.jobs import Job
 from toyfeat.jobs.command import run_job_script
 
+
+def main(job: Job) -> None:
+    """Open the job and fine-tune its dictionaries."""
+    steps.finetune(job)
+
+
 if __name__ == "__main__":
-    run_job_script(steps.finetune)
+    run_job_script(main)

@@ -312,6 +312,22 @@ def long_oracle(batch, times, multiplier):
     return want._replace(weight=want.weight * factor, scatter=want.scatter * factor)
 
 
+def long_run(acc, taps, updates, doublings):
+    """Fold a batch many times, its activations moving, then double the state."""
+    shifts = jnp.asarray(SHIFTS, jnp.float32)
+
+    @jax.jit
+    def run():
+        def body(i, state):
+            return acc.update(state, taps._replace(acts=taps.acts + shifts[i % 8]))
+
+        state = jax.lax.fori_loop(0, updates, body, acc.init())
+        twice = lambda _, s: acc.merge(s, s)  # noqa: E731
+        return acc.finish(jax.lax.fori_loop(0, doublings, twice, state))
+
+    return run()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "updates", "doublings"),
@@ -322,19 +338,8 @@ def test_a_long_stream_doubled_past_1e9_rows_keeps_every_moment(
 ):
     batch = long_batch(rows)
     taps = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), batch)
-    shifts = jnp.asarray(SHIFTS, jnp.float32)
-    acc = moments(2)
-
-    @jax.jit
-    def run():
-        def body(i, state):
-            return acc.update(state, taps._replace(acts=taps.acts + shifts[i % 8]))
-
-        state = jax.lax.fori_loop(0, updates, body, acc.init())
-        twice = lambda _, s: acc.merge(s, s)  # noqa: E731
-        return acc.finish(jax.lax.fori_loop(0, doublings, twice, state))
-
-    stats, want = run(), long_oracle(batch, updates, 2.0**doublings)
+    stats = long_run(moments(2), taps, updates, doublings)
+    want = long_oracle(batch, updates, 2.0**doublings)
     assert want.weight >= 1e9
     np.testing.assert_allclose(stats.weight, want.weight, rtol=1e-6)
     assert_same(stats, want, rtol=3e-6)  # the rounding of one batch's product
@@ -345,26 +350,15 @@ def test_a_long_stream_doubled_past_1e9_rows_keeps_every_moment(
     [(8, 250_000, 9), pytest.param(1000, 1_000_000, 0, marks=pytest.mark.slow)],
 )
 def test_a_billion_unit_weights_in_many_updates(rows, updates, doublings):
-    acc = moments(1)
     taps = jax.tree.map(
         lambda x: jnp.asarray(x[..., :1] if x.ndim > 1 else x, jnp.float32),
         long_batch(rows),
     )
-    shifts = jnp.asarray(SHIFTS, jnp.float32)
-
-    @jax.jit
-    def run():
-        def body(i, state):
-            return acc.update(state, taps._replace(acts=taps.acts + shifts[i % 8]))
-
-        state = jax.lax.fori_loop(0, updates, body, acc.init())
-        twice = lambda _, s: acc.merge(s, s)  # noqa: E731
-        return acc.finish(jax.lax.fori_loop(0, doublings, twice, state))
 
     batch = jax.tree.map(lambda x: np.asarray(x, float), taps)
     want = long_oracle(batch, updates, 2.0**doublings)
     assert want.weight >= 1e9
-    assert_same(run(), want)
+    assert_same(long_run(moments(1), taps, updates, doublings), want)
 
 
 def row_of(acts, grads):

@@ -211,14 +211,17 @@ def _check_losses(job: Job, store: Store) -> None:
             'set collect.dtype = "bfloat16"'
         )
     windows = store.rows // job.collect.length
-    # Point, slope and bfloat16 draws of every token; a mean stays beside another one.
-    draws = [_num_draws(x) for x in settings.losses if x.term == "expanded_kl"]
-    expanded = store.rows * store.dim * (8 + 2 * max(draws, default=0))
+    # Point, slope and bfloat16 draws of every token; that at the mean is kept.
+    expanding = [loss for loss in settings.losses if loss.term == "expanded_kl"]
+    draws = [_num_draws(loss) for loss in expanding]
+    tokens = min(settings.steps * settings.windows, windows) * job.collect.length
+    expanded = tokens * store.dim * (8 + 2 * max(draws, default=0))
+    expanded *= len({loss.at for loss in expanding})
     if draws and size + expanded > MAX_BYTES_IN_MEMORY:
         raise ValueError(
             f"finetune: the store and an expansion of {max(draws)} draws must fit into "
             f"{MAX_BYTES_IN_MEMORY / 1e9:.1f} GB of memory, got "
-            f"{(size + expanded) / 1e9:.1f}; lower collect.tokens or draws"
+            f"{(size + expanded) / 1e9:.1f}; lower finetune.steps or draws"
         )
     if settings.steps * settings.windows > windows:
         raise ValueError(

@@ -97,13 +97,7 @@ def describe_latents(
     slopes = _slopes(
         probed, params, inputs, site, outputs, view.writers[measured.chosen]
     )
-    numbers = (str(i) for i in range(slopes.shape[1]))
-    labels: tuple[str, ...] = tuple(numbers if names is None else names)
-    if len(labels) != slopes.shape[1]:
-        raise ValueError(
-            f"describe_latents: names must be those of the {slopes.shape[1]} outputs, "
-            f"got {len(labels)}; give one each"
-        )
+    labels = _label_outputs(names, slopes.shape[1])
     latents = []
     for latent, slope in zip(
         summarize_latents(view, measured, shape, examples), slopes, strict=True
@@ -113,6 +107,17 @@ def describe_latents(
         lowered = tuple(labels[i] for i in order[::-1][:_PROMOTED] if slope[i] < 0)
         latents.append(latent._replace(promoted=raised, suppressed=lowered))
     return latents
+
+
+def _label_outputs(names: Sequence[str] | None, num: int) -> tuple[str, ...]:
+    """Return a name for each output, its index where there are none."""
+    labels = tuple(map(str, range(num)) if names is None else names)
+    if len(labels) != num:
+        raise ValueError(
+            f"describe_latents: names must be those of the {num} outputs, got "
+            f"{len(labels)}; give one each"
+        )
+    return labels
 
 
 def summarize_latents(

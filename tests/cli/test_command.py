@@ -7,7 +7,7 @@ import pytest
 
 from toyfeat.cli import main as command
 from toyfeat.cli.doctor import describe_installation
-from toyfeat.cli.main import _JOBS, main
+from toyfeat.cli.main import main
 from toyfeat.dictionary.latents import Latent
 from toyfeat.lm.contexts import Context
 from toyfeat.report.records import latent_record, write_records
@@ -15,7 +15,17 @@ from toyfeat.report.records import latent_record, write_records
 
 @pytest.mark.parametrize(
     "name",
-    ["fetch", *_JOBS, "doctor"],
+    [
+        "fetch",
+        "collect",
+        "decompose",
+        "train",
+        "evaluate",
+        "report",
+        "finetune",
+        "lens",
+        "doctor",
+    ],
 )
 def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as stopped:

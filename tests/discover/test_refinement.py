@@ -2,7 +2,11 @@ import numpy as np
 import pytest
 from planted_atoms import planted, turned, unit
 
-from toyfeat.discover.refinement import _most_supported, refine_directions
+from toyfeat.discover.refinement import (
+    _choose_table,
+    _most_supported,
+    refine_directions,
+)
 from toyfeat.discover.sparse_coding import needed_atoms
 from toyfeat.discover.sparse_fit import fit_sparsely
 
@@ -184,13 +188,32 @@ def test_what_others_leave_is_left_out(size, kept):
     """A rare direction is as long as others where it is, and is needed."""
     atoms, _, rows = planted(dim=80)
     rare = unit(np.random.default_rng(7).normal(size=(1, 80)))
+    sparse = rows.copy()
+    sparse[:500] += rare
     rows[:20] += size * rare
     every = np.concatenate([atoms, rare])
     support = np.full(41, 5)
     found = refine_directions(every, [rows], cosine=0.9, supports=[support])
     assert found.kept.tolist() == [True] * 40 + [kept]
-    tables, both = [rows, dense(atoms)], [support, support]
-    assert refine_directions(every, tables, cosine=0.9, supports=both).kept.all()
+
+    # Beside a table that is sparse and has it as well it is kept, else it is not.
+    for other, kept_too in ((sparse, True), (dense(atoms), kept)):
+        both = [support, support]
+        found = refine_directions(every, [rows, other], cosine=0.9, supports=both)
+        assert found.kept.tolist() == [True] * 40 + [kept_too]
+
+
+def test_a_table_at_the_limit_of_what_is_few_comes_last():
+    """With codes for half of the dimensions nearly any directions explain a table."""
+    atoms = np.eye(16)
+    at_limit, pairs = (planted(dim=16, num=16, active=num)[1] for num in (8, 2))
+    largest_first = np.argsort(np.argsort(-np.abs(at_limit)))
+    at_limit *= 0.78**largest_first  # every code takes two fifths of what is left
+    for tables, place in (([at_limit, pairs], 1), ([pairs, at_limit], 0)):
+        chosen, fits = _choose_table(atoms, tables)
+        assert (chosen, fits[place].k) == (place, 2)
+    chosen, fits = _choose_table(atoms, [at_limit])
+    assert fits[chosen].k == fits[chosen].most == 8
 
 
 def test_a_direction_of_small_support_is_kept_if_another_would_take_its_place():

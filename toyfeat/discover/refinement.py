@@ -27,18 +27,22 @@ from toyfeat.discover.sparse_fit import (
 )
 from toyfeat.types import ArrayLike
 
-# Share of the median direction's sum of squared codes, and of its mean square per row,
-# below which a direction is what others leave.  True ones have .28 and more of the
-# first, reads of single neurons that the network hardly uses up to .1
-# (docs/research.md, section 15).
+# Share of the median direction's sum of squared codes below which a direction may be
+# what others leave.  True ones have .28 and more, reads of single neurons that the
+# network hardly uses up to .1 (docs/research.md, section 15).
 _FAINT_SHARE = 0.1
+
+# It is, with less than this share of the median's mean square per use; where other
+# tables have it as well, but none of them is sparse, with less than the second share
+# (docs/research.md, sections 15 and 17).
 _FAINT_PER_USE = 0.5
+_ABSENT_PER_USE = 1e-2
+
+# Support in the other tables from which they have a direction.
+_MIN_ELSEWHERE = 2
 
 # Rows per direction of the last fit: each reader needs some that use it.
 _ROWS_PER_DIRECTION = 30
-
-# Support in the other tables from which a direction is not faint, whatever it carries.
-_MIN_ELSEWHERE = 2
 
 # Share of the largest support from which elimination may not remove a direction.
 # docs/research.md, section 11, "A code to spare is dangerous".
@@ -92,7 +96,8 @@ def refine_directions(
     Then directions are left out.  First those of small support, if those of large
     support explain the table with as few codes, and explain the rows that used what is
     left out.  Of the others all but one of those that have become the same; those that
-    carry little in all and in every row, which fit what others leave; and those that
+    carry little in all and in every row, which fit what others leave, unless another
+    table that is sparse has them, too; and those that
     the table does not need (:func:`toyfeat.discover.sparse_coding.needed_atoms`) and
     whose support is not close to the largest one; the last only where rows have two
     codes or more, since one code cannot take the place of a sum, and where there are
@@ -120,18 +125,21 @@ def refine_directions(
       ``docs/research.md``, section 10 for the fit, section 11 for the choice of the
       table and for what is left out, sections 14 and 15 for the supports.
     """
-    place, best = _choose_table(directions, tables)
-    if best is None:
+    place, fits = _choose_table(directions, tables)
+    if not fits:
         return RefinedDirections(directions, np.ones(len(directions), bool), False)
+    best = fits[place]
 
     # The directions of largest support that explain it as well.
     chosen = np.ones(len(directions), bool)
-    elsewhere = np.zeros(len(directions), bool)
+    least_per_use = np.full(len(directions), _FAINT_PER_USE)
     certain = None
     if supports is not None:
         others = [part for i, part in enumerate(supports) if i != place]
         if others:  # what they have as well is not what one table leaves
+            sparse = any(_is_clear(fit) for i, fit in fits.items() if i != place)
             elsewhere = np.min(others, axis=0) >= _MIN_ELSEWHERE
+            least_per_use[elsewhere] = 0 if sparse else _ABSENT_PER_USE
         support = np.asarray(supports[place])
         best, chosen = _most_supported(best, directions, support, cosine)
         certain = (support >= _CERTAIN_SUPPORT * support.max())[chosen]
@@ -146,7 +154,7 @@ def refine_directions(
         refined, _ = run_mod(rows, refined, best.k)
         refined = _limit_moves(refined, directions, cosine)
 
-    needed = _find_needed(best, rows, refined, cosine, elsewhere[chosen], certain)
+    needed = _find_needed(best, rows, refined, cosine, least_per_use[chosen], certain)
     if not needed.all():
         refined, _ = run_mod(rows, refined[needed], best.k)
         refined = _limit_moves(refined, directions[needed], cosine)
@@ -159,19 +167,19 @@ def _find_needed(
     rows: np.ndarray,
     directions: np.ndarray,
     cosine: float,
-    elsewhere: np.ndarray,
+    least_per_use: np.ndarray,
     certain: np.ndarray | None,
 ) -> np.ndarray:
     """Tell which directions are needed, ``[R]`` bool.
 
     Left out are all but one of those that have become the same, what lies between
-    others where rows are spread evenly, what only the last percent of the rows has and
-    no other table, and what the rows can do without.
+    others where rows are spread evenly, what carries little and has less than some
+    share of the median's energy per use, and what the rows can do without.
     """
     needed = _distinct(directions, cosine if fit.dim > 2 else _PLANE_COSINE)
     needed[needed] = with_peaks(fit.table, directions[needed])
-    faint = _faint(matching_pursuit(rows, directions[needed], fit.k), needed.sum())
-    needed[needed] = ~faint | elsewhere[needed]
+    codes = matching_pursuit(rows, directions[needed], fit.k)
+    needed[needed] = ~_faint(codes, least_per_use[needed])
     if fit.k > 1 and _MIN_DIMS_PER_CODE * fit.k <= fit.dim:
         sure = None if certain is None else certain[needed]
         needed[needed] = needed_atoms(rows, directions[needed], fit.k, certain=sure)
@@ -180,26 +188,39 @@ def _find_needed(
 
 def _choose_table(
     directions: np.ndarray, tables: Sequence[ArrayLike]
-) -> tuple[int, SparseFit | None]:
-    """Choose the table that is sparse in directions; its place, and the fit to it."""
+) -> tuple[int, dict[int, SparseFit]]:
+    """Choose the table that is sparse in directions.
+
+    Returns:
+      Its place, and the fits to all tables that are sparse in them, by their places.
+    """
     found = [fit_sparsely(table, directions) for table in tables]
     fits = {i: fit for i, fit in enumerate(found) if fit}
     if not fits:
-        return 0, None
+        return 0, fits
 
     # Those that are explained whole come before those that leave a remainder.
     least = min(fit.limit for fit in fits.values())
-    fits = {i: fit for i, fit in fits.items() if fit.limit in (least, MAX_ERROR)}
+    best = {i: fit for i, fit in fits.items() if fit.limit in (least, MAX_ERROR)}
+    # Those that need all codes that count as few come last.
+    best = {i: fit for i, fit in best.items() if _is_clear(fit)} or best
 
     # The table in which directions move least; the first one has an advantage.
-    first = min(fits)
+    first = min(best)
     moves = {
         i: (1 - np.median(abs_cosines(fit.atoms, directions)))
         / (_MOVE_RATIO if i == first else 1)
-        for i, fit in fits.items()
+        for i, fit in best.items()
     }
-    place = min(moves, key=moves.__getitem__)
-    return place, fits[place]
+    return min(moves, key=moves.__getitem__), fits
+
+
+def _is_clear(fit: SparseFit) -> bool:
+    """Tell whether fewer codes explain a table than still count as few.
+
+    With codes for half of its dimensions nearly any directions explain it.
+    """
+    return fit.k < fit.most
 
 
 def _most_supported(
@@ -261,17 +282,17 @@ def _needed(
     return lost > MAX_ERROR * np.median(energy[chosen])
 
 
-def _faint(codes: SparseCodes, num: int) -> np.ndarray:
-    """Tell which of ``num`` directions carry little, all in all and per row, bool.
+def _faint(codes: SparseCodes, least_per_use: np.ndarray) -> np.ndarray:
+    """Tell which directions carry little, all in all and per row, bool.
 
     A rare direction is large where it is used; one that fits what others leave is not.
     """
-    square = codes.matrix(num) ** 2
+    square = codes.matrix(len(least_per_use)) ** 2
     uses = np.maximum(1, (square > 0).sum(0))
     energy = square.sum(0)
     per_use = energy / uses
     faint = energy < _FAINT_SHARE * np.median(energy)
-    return faint & (per_use < _FAINT_PER_USE * np.median(per_use))
+    return faint & (per_use < least_per_use * np.median(per_use))
 
 
 def _errors_and_codes(fit: SparseFit) -> tuple[np.ndarray, SparseCodes]:

@@ -549,13 +549,17 @@ def test_moves_along_writers_against_a_linear_model(bench):
 @pytest.mark.parametrize(
     "name",
     [
-        "collect.py",
         "tap.py",
-        "world.py",
-        "controllers.py",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("linalg.py", "synthetic.py", "dictionary.py")
+            for name in (
+                "collect.py",
+                "controllers.py",
+                "dictionary.py",
+                "linalg.py",
+                "synthetic.py",
+                "world.py",
+            )
         ),
     ],
 )

@@ -14,6 +14,7 @@ LEVELS = {
     "types": 0,
     "checks": 0,
     "files": 0,
+    "loops": 1,
     "linalg": 1,
     "checkpoint": 1,
     "data": 2,

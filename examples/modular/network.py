@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from toyfeat.models.planted.training import untapped
+from toyfeat.models.planted.targets import untapped
 from toyfeat.tap import from_function
 from toyfeat.types import Array, Params, Probed
 

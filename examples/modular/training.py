@@ -15,7 +15,8 @@ from examples.modular.network import (
     logits,
     split,
 )
-from toyfeat.models.planted.training import train_chunk, train_in_chunks, untapped
+from toyfeat.loops import train_chunk, train_in_chunks
+from toyfeat.models.planted.targets import untapped
 from toyfeat.types import Array, Params
 
 _B2 = 0.98

@@ -11,8 +11,8 @@ from jax.core import Tracer
 
 from toyfeat.checks import check_int, check_number, check_type
 from toyfeat.dictionary.controllers import Controller
+from toyfeat.loops import train
 from toyfeat.metrics.partition import ALIVE
-from toyfeat.models.planted.training import train
 from toyfeat.partition.decomposition import Components, Decomposition
 from toyfeat.partition.importance import Importance, importances
 from toyfeat.partition.losses import Term, weight_error

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from toyfeat.loops import train
 from toyfeat.models.planted.heads import check_ints, dot, rotation, sparse_uniform
+from toyfeat.models.planted.targets import unexplained_variance, untapped
 from toyfeat.models.planted.task import Task, Truth
-from toyfeat.models.planted.training import train, unexplained_variance, untapped
 from toyfeat.tap import from_function
 from toyfeat.types import Array, Params
 

@@ -4,7 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from toyfeat.models.planted.training import train, train_in_chunks, unexplained_variance
+from toyfeat.loops import train, train_in_chunks
+from toyfeat.models.planted.targets import unexplained_variance
 
 OPTIMIZER = optax.adamw(1e-2, weight_decay=0.1)
 START = {"w": jnp.array([[0.5], [-1.0]]), "b": jnp.zeros(1)}

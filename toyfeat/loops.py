@@ -1,4 +1,4 @@
-"""Training of small networks: the one optimizer loop of all trained tasks."""
+"""Loops of an optimizer over fresh batches, for small networks and warm-ups."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -160,14 +160,3 @@ def train_in_chunks(
         if on_chunk is not None:
             on_chunk(first + chunk, loss)
     return state, loss
-
-
-def unexplained_variance(squared_error: Array, targets: Array) -> Array:
-    """Divide a sum of squared errors by that of the centred targets ``[B, O]``."""
-    return squared_error / jnp.sum((targets - targets.mean(0)[None, :]) ** 2)
-
-
-def untapped(site: str, value: Array) -> Array:
-    """Return a value as it is: the tap of a forward pass that nothing reads."""
-    del site
-    return value

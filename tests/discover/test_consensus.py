@@ -415,7 +415,7 @@ def test_support_is_a_share_of_the_dictionaries(share, num, monkeypatch):
         halves = [True] * 6 + [False] * 6
         assert of_norm is None if support else of_norm.tolist() == halves
         seen.append((len(dictionaries), support, cosine))
-        return agreement.Agreement(np.eye(16)[:1], np.array([5]), True)
+        return agreement.Agreement(np.eye(16)[:1], np.array([5]), True, True)
 
     monkeypatch.setattr(module, "agree_and_refine", agree)
     monkeypatch.setattr(module, "gradient_tables", lambda *_: tables)
@@ -436,7 +436,7 @@ def test_support_is_a_share_of_the_dictionaries(share, num, monkeypatch):
         ({2, 8}, 9, [(2, 12), (4, 12), (8, 12)]),  # 9 of 10 latents are needed
     ],
 )
-def test_more_latents_are_tried_where_fewer_do_not_explain(
+def test_more_latents_are_tried_where_fewer_do_not_clearly_explain(
     explained, most, used, monkeypatch
 ):
     """All vote together where none do."""
@@ -448,8 +448,8 @@ def test_more_latents_are_tried_where_fewer_do_not_explain(
 
     def agree(dictionaries, tables, **_):
         seen.append((levels[-1], len(dictionaries)))
-        explain = levels[-1] in explained
-        return agreement.Agreement(np.eye(16)[:most], np.full(most, 5), explain)
+        supports, clear = np.full(most, 5), levels[-1] in explained
+        return agreement.Agreement(np.eye(16)[:most], supports, True, clear)
 
     monkeypatch.setattr(module, "agree_and_refine", agree)
     monkeypatch.setattr(
@@ -487,7 +487,7 @@ def test_a_sum_is_left_out_unless_its_support_is_large(often, kept):
             coordinates=WhiteCoordinates(np.eye(16), np.eye(16)),
             taps=None,
         )
-        found, counts, explain = agree_and_refine(sets, tables)
+        found, counts, explain, _ = agree_and_refine(sets, tables)
         assert explain
         assert counts.tolist() == [12] * 5 + [often] * kept + [4] * 5
         cosines = np.abs(found @ true.T)

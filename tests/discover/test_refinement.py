@@ -104,7 +104,7 @@ def test_directions_are_fitted_to_the_sparse_table(place):
     tables = [dense(atoms)]
     tables.insert(place, rows)
     near = turned(atoms, 0.2)
-    moved, kept, explain = refine_directions(near, tables, cosine=0.9)
+    moved, kept, explain, _ = refine_directions(near, tables, cosine=0.9)
     assert explain
     assert kept.all()
     assert np.abs(np.sum(near * atoms, axis=1)).max() < 0.99
@@ -116,7 +116,7 @@ def test_directions_that_are_not_needed_are_left_out(place):
     atoms, _, rows = planted()
     near = turned(atoms, 0.1)
     more = np.insert(near, place, unit(near[3] + near[4]), axis=0)
-    moved, kept, _ = refine_directions(more, [rows], cosine=0.9)
+    moved, kept, _, _ = refine_directions(more, [rows], cosine=0.9)
     assert np.flatnonzero(~kept).tolist() == [place]
     assert np.abs(np.sum(moved * atoms, axis=1)).min() > 0.9999
 
@@ -214,6 +214,9 @@ def test_a_table_at_the_limit_of_what_is_few_comes_last():
         assert (chosen, fits[place].k) == (place, 2)
     chosen, fits = _choose_table(atoms, [at_limit])
     assert fits[chosen].k == fits[chosen].most == 8
+    for rows, clear in ((at_limit, False), (pairs, True)):
+        refined = refine_directions(atoms, [rows], cosine=0.9)
+        assert (refined.explain, refined.clear) == (True, clear)
 
 
 def test_a_direction_of_small_support_is_kept_if_another_would_take_its_place():
@@ -237,11 +240,11 @@ def test_directions_stay_where_no_table_is_sparse():
     atoms, _, _ = planted()
     near = turned(atoms, 0.2)
     for tables in ([dense(atoms)], [], [np.zeros((5, 32))]):
-        moved, kept, explain = refine_directions(near, tables, cosine=0.9)
+        moved, kept, explain, _ = refine_directions(near, tables, cosine=0.9)
         assert not explain
         np.testing.assert_array_equal(moved, near)
         assert kept.all()
-    none, kept, _ = refine_directions(np.zeros((0, 32)), [dense(atoms)], cosine=0.9)
+    none, kept, _, _ = refine_directions(np.zeros((0, 32)), [dense(atoms)], cosine=0.9)
     assert (none.shape, kept.shape) == ((0, 32), (0,))
 
 

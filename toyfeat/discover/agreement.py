@@ -51,11 +51,13 @@ class Agreement(NamedTuple):
       supports: ``[K]`` int, in how many dictionaries each is, the largest first; 0 for
         circles.
       explain: whether the gradients of a readout are sparse in the directions.
+      clear: whether fewer codes explain them than still count as few.
     """
 
     rows: np.ndarray
     supports: np.ndarray
     explain: bool
+    clear: bool
 
 
 def agree_and_refine(
@@ -123,6 +125,7 @@ def agree_and_refine(
         rows=tables.coordinates.directions(rows),
         supports=np.concatenate([supports[refined.kept][separate], no_support]),
         explain=refined.explain,
+        clear=refined.clear,
     )
 
 

@@ -107,8 +107,8 @@ def consensus(
     3. Keep the directions that enough dictionaries share within ``cosine``.
     4. Refine them on the gradients of the readout that is sparse in them, and leave out
        those that are not needed there and have little support.
-    5. Begin again with more latents where the gradients are not sparse in what is left,
-       or where the dictionaries have few latents to spare.
+    5. Begin again with more latents where the gradients are not clearly sparse in what
+       is left, or where the dictionaries have few latents to spare.
     6. Add the circles of the first readout (:func:`toyfeat.discover.circular_planes`),
        which no sparse code describes, and leave out other directions in their span.
        Merge directions that are parts of one mechanism, such as of a gated unit
@@ -250,14 +250,14 @@ def _train_and_vote(
     config: ConsensusConfig,
     vote: Callable[[Sequence[ArrayLike]], Agreement],
 ) -> tuple[Agreement, Sequence[ArrayLike]]:
-    """Train with few latents that explain the gradients, else let all sizes vote."""
+    """Train with few latents that clearly explain the gradients, else let all vote."""
     dictionaries: list[np.ndarray] = []
     for key, size in zip(keys, config.latents_per_dim, strict=True):
         level = _train_level(key, tables, config, size)
         dictionaries += level
         agreement = vote(level)
         most = _MAX_NEEDED * max(map(len, level))
-        if agreement.explain and len(agreement.rows) <= most:
+        if agreement.clear and len(agreement.rows) <= most:
             return agreement, level
     if len(config.latents_per_dim) > 1:
         agreement = vote(dictionaries)
@@ -294,6 +294,7 @@ def _group_rows(
             [agreement.supports[left], supports, agreement.supports[circles]]
         ),
         explain=agreement.explain,
+        clear=agreement.clear,
     ), np.concatenate([g + start for g, start in zip(groups, starts, strict=True)])
 
 

@@ -71,11 +71,13 @@ class RefinedDirections(NamedTuple):
       directions: ``[S, D]`` unit rows.
       kept: ``[R]`` bool, the directions that were given and are among them.
       explain: whether a table is sparse in the directions.
+      clear: whether fewer codes per row explain it than still count as few.
     """
 
     directions: np.ndarray
     kept: np.ndarray
     explain: bool
+    clear: bool
 
 
 def refine_directions(
@@ -127,8 +129,10 @@ def refine_directions(
     """
     place, fits = _choose_table(directions, tables)
     if not fits:
-        return RefinedDirections(directions, np.ones(len(directions), bool), False)
+        every = np.ones(len(directions), bool)
+        return RefinedDirections(directions, every, explain=False, clear=False)
     best = fits[place]
+    clear = _is_clear(best)
 
     # The directions of largest support that explain it as well.
     chosen = np.ones(len(directions), bool)
@@ -159,7 +163,7 @@ def refine_directions(
         refined, _ = run_mod(rows, refined[needed], best.k)
         refined = _limit_moves(refined, directions[needed], cosine)
         chosen[chosen] = needed
-    return RefinedDirections(refined, chosen, explain=True)
+    return RefinedDirections(refined, chosen, explain=True, clear=clear)
 
 
 def _find_needed(
@@ -218,9 +222,10 @@ def _choose_table(
 def _is_clear(fit: SparseFit) -> bool:
     """Tell whether fewer codes explain a table than still count as few.
 
-    With codes for half of its dimensions nearly any directions explain it.
+    With codes for half of its dimensions nearly any directions explain it; one code is
+    few in any number of them.
     """
-    return fit.k < fit.most
+    return fit.k < fit.most or fit.most == 1
 
 
 def _most_supported(

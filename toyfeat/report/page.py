@@ -28,7 +28,8 @@ summary:focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; width: 100%;
   font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .2rem .45rem; border-bottom: 1px solid var(--rule); }
+th, td { text-align: left; padding: .2rem .45rem;
+  border-bottom: 1px solid var(--rule); }
 .num { text-align: right; white-space: nowrap; }
 th.num { white-space: normal; vertical-align: bottom; }
 td:first-child:not(.num) { min-width: 9rem; }

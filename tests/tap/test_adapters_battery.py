@@ -302,6 +302,12 @@ def test_bad_arguments_of_the_adapters_are_explained(monkeypatch):
         ft.from_equinox(jnp.tanh)
     with pytest.raises(TypeError, match=r"from_haiku: wanted what hk.transform"):
         ft.from_haiku(jnp.tanh)
+    network = hk.transform(lambda x: hk.dropout(hk.next_rng_key(), 0.5, x))
+    with pytest.raises(ValueError, match=r"from_haiku: params must be .*got NoneType;"):
+        ft.from_haiku(network)(None, jnp.asarray(X), {})
+    with pytest.raises(ValueError, match=r"non-None PRNGKey") as caught:
+        ft.from_haiku(network)({}, jnp.asarray(X), {})
+    assert "rng=key), or have it" in "".join(caught.value.__notes__)
     with pytest.raises(TypeError, match=r"key must be"):
         ft.from_equinox(model, key="a")
     # Without the libraries, the line that installs them.

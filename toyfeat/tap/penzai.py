@@ -73,18 +73,14 @@ def from_penzai(
     structure = jax.tree.structure(params)
     marked = _marked(pz, unbound, (), (*axes, *order))
 
+    def unwrap(value: Any) -> Any:
+        names = _sort_axes(value, (*axes, *order))
+        return value.unwrap(*names) if pz.nx.is_namedarray(value) else value
+
     def call(params: Params, inputs: Inputs) -> Outputs:
         named = jax.tree.map(lambda x: pz.nx.wrap(x, *axes), inputs)
         outputs, _ = marked.stateless_call(params, named, **side)
-        return jax.tree.map(
-            lambda x: (
-                x.unwrap(*_sort_axes(x, (*axes, *order)))
-                if pz.nx.is_namedarray(x)
-                else x
-            ),
-            outputs,
-            is_leaf=pz.nx.is_namedarray,
-        )
+        return jax.tree.map(unwrap, outputs, is_leaf=pz.nx.is_namedarray)
 
     def probed(
         params: Params, inputs: Inputs, probes: Mapping[str, Probe]
@@ -106,18 +102,14 @@ def _check(params: Params, structure: Any, inputs: Inputs, axes: Sequence[str]) 
             "part of pz.unbind_variables(model, freeze=True)"
         )
     for leaf in jax.tree.leaves(inputs, is_leaf=lambda x: hasattr(x, "named_shape")):
-        if hasattr(leaf, "named_shape") or jnp.ndim(leaf) != len(axes):
+        names = dict(getattr(leaf, "named_shape", {}))
+        if names or jnp.ndim(leaf) != len(axes):
+            found = f"axes {names}" if names else f"the shape {jnp.shape(leaf)}"
             raise ValueError(
                 f"from_penzai: inputs must be arrays without names whose axes are "
-                f"{tuple(axes)}, got {_describe(leaf)}; give x.unwrap(*axes), or the "
-                "axes that the inputs have"
+                f"{tuple(axes)}, got {found}; give x.unwrap(*axes), or the axes that "
+                "the inputs have"
             )
-
-
-def _describe(leaf: Any) -> str:
-    """Name the axes of a named array, or the shape of another."""
-    named = getattr(leaf, "named_shape", None)
-    return f"the shape {jnp.shape(leaf)}" if named is None else f"axes {dict(named)}"
 
 
 def _marked(pz: Any, layer: Any, path: tuple[Any, ...], axes: tuple[str, ...]) -> Any:
@@ -146,24 +138,18 @@ def _marking_class(pz: Any) -> Any:
 
         def __call__(self, argument: Any, /, **side_inputs: Any) -> Any:
             value = self.layer(argument, **side_inputs)
-            nodes, structure = jax.tree.flatten(value, is_leaf=pz.nx.is_namedarray)
-            orders = [_sort_axes(node, self.axes) for node in nodes]
-            # Only values of the whole batch are marked, as plain arrays.
-            known = [self.axes[0] in order for order in orders]
-            plain = [
-                node.unwrap(*order) if is_known else None
-                for node, order, is_known in zip(nodes, orders, known, strict=True)
-            ]
-            marked = jax.tree.leaves(
-                mark(self.site, structure.unflatten(plain)),
-                is_leaf=lambda node: node is None,
-            )
-            return structure.unflatten(
-                pz.nx.wrap(array, *order) if is_known else node
-                for node, array, order, is_known in zip(
-                    nodes, marked, orders, known, strict=True
-                )
-            )
+            sort = functools.partial(_sort_axes, axes=self.axes)
+
+            def unwrap(node: Any) -> Any:
+                # Only values of the whole batch are marked, as plain arrays.
+                return node.unwrap(*sort(node)) if self.axes[0] in sort(node) else None
+
+            def wrap(node: Any, array: Any) -> Any:
+                return node if array is None else pz.nx.wrap(array, *sort(node))
+
+            is_named = pz.nx.is_namedarray
+            plain = jax.tree.map(unwrap, value, is_leaf=is_named)
+            return jax.tree.map(wrap, value, mark(self.site, plain), is_leaf=is_named)
 
     return Marking
 

@@ -91,8 +91,10 @@ def _cell(tops: Sequence[str], shares: np.ndarray) -> str:
 
 
 def _shown(token: Any) -> str:
-    """Escape a token; breaks and tabs are shown as such."""
+    """Escape a token; breaks, tabs and tokens of spaces are shown as such."""
     text = str(token).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    if not text.strip(" "):
+        text = "␣" * len(text)
     return html.escape(text, quote=True)
 
 

@@ -84,7 +84,7 @@ def save_saelens(
     References:
       SAELens 6, ``save_inference_model``.
     """
-    save_file = saver("save_saelens")
+    save_file: Any = saver("save_saelens")
     architecture, config = dictionary.architecture, dictionary.config
     saved_as = _saved_as(architecture, config)
     # Check the tensors.

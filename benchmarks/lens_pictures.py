@@ -15,8 +15,9 @@ from toyfeat.report import plots
 RESULTS = Path(__file__).parent / "results"
 SHOWN = {
     "jacobian": ("Jacobian lens", "-"),
-    "jacobian, shrunken": ("Jacobian lens, shrunken", "-."),
+    "clustered": ("two clusters", "-."),
     "least squares": ("least squares", "-"),
+    "second moment": ("second moment", "-."),
     "logit": ("logit lens", "--"),
     "jacobian, turned": ("Jacobian lens, turned at random", ":"),
 }

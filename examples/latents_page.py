@@ -1,13 +1,16 @@
 """Pages on the latents of dictionaries in an image model, one on vectors and on tokens.
 
-    python examples/latents_page.py [FOLDER]
+    python examples/latents_page.py [FOLDER [DATA]]
 
 A small convolutional network is trained to name the bar (horizontal, vertical, either
 diagonal) in noisy pictures of 12 x 12 pixels.  A dictionary is trained on its second
 layer, and ``FOLDER/images.html`` shows what its latents do; ``vectors.html`` and
-``tokens.html`` show dictionaries of untrained models.  Takes two minutes.
+``tokens.html`` show dictionaries of untrained models.  Takes two minutes.  With
+``DATA``, the folder of Fashion-MNIST's files (``/usr/share/datasets/fashion-mnist`` of
+Debian's package ``dataset-fashion-mnist``), the network names clothes instead.
 """
 
+import gzip
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +29,8 @@ from toyfeat.models.decoder import Decoder, llama
 from toyfeat.report.latents import write_latents
 
 SIZE, BARS = 12, ("horizontal", "vertical", "falling", "rising")
+CLOTHES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt")
+CLOTHES += ("sneaker", "bag", "ankle boot")
 
 
 def draw_bars(seed: int, num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -41,20 +46,39 @@ def draw_bars(seed: int, num: int) -> tuple[np.ndarray, np.ndarray]:
     return images[..., None].astype(np.float32), kinds.astype(np.int32)
 
 
+def read_clothes(folder: Path, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read pictures ``[num, 28, 28, 1]`` of Fashion-MNIST, and their kinds."""
+    parts = []
+    for name in ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"):
+        content = gzip.decompress((folder / name).read_bytes())
+        axes = content[3]  # of an idx file; sizes follow, then bytes
+        shape = np.frombuffer(content, ">i4", axes, 4)
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
+        parts.append(values.reshape(shape)[:num])
+    images, kinds = parts
+    return (images[..., None] / 255).astype(np.float32), kinds.astype(np.int32)
+
+
 class Network(nn.Module):
     """Two convolutions, a maximum over the picture and a linear read-out."""
 
+    outputs: int = len(BARS)
+    stride: int = 1
+
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        """Return logits ``[B, 4]``."""
-        x = nn.relu(nn.Conv(12, (3, 3), name="first")(x))
-        x = nn.relu(nn.Conv(24, (3, 3), name="second")(x))
-        return nn.Dense(len(BARS), name="head")(x.max(axis=(1, 2)))
+        """Return logits ``[B, outputs]``."""
+        strides = (self.stride, self.stride)
+        x = nn.relu(nn.Conv(12, (3, 3), strides, name="first")(x))
+        x = nn.relu(nn.Conv(24, (3, 3), strides, name="second")(x))
+        return nn.Dense(self.outputs, name="head")(x.max(axis=(1, 2)))
 
 
-def train_network(images: np.ndarray, kinds: np.ndarray, steps: int) -> Any:
+def train_network(
+    model: Network, images: np.ndarray, kinds: np.ndarray, steps: int
+) -> Any:
     """Train the network; returns its parameters."""
-    model, optimizer = Network(), optax.adam(3e-3)
+    optimizer = optax.adam(3e-3)
     params = model.init(jax.random.key(0), images[:1])
 
     def loss(params: Any, rows: Any) -> Any:
@@ -91,31 +115,42 @@ def train_and_describe(
     return describe_latents(probed, params, inputs, num=12, **about)
 
 
-def main(folder: Path, steps: int = 800, say: Callable[[str], Any] = print) -> None:
+def main(
+    folder: Path,
+    steps: int = 800,
+    say: Callable[[str], Any] = print,
+    data: Path | None = None,
+) -> None:
     """Train, describe and write the three pages."""
-    say(f"images: {page_of_images(folder, steps, say)}")
+    say(f"images: {page_of_images(folder, steps, say, data)}")
     say(f"vectors: {page_of_vectors(folder, steps // 4)}")
     say(f"tokens: {page_of_tokens(folder, steps // 4)}")
 
 
-def page_of_images(folder: Path, steps: int, say: Callable[[str], Any]) -> Path:
-    """Write the page of a network that names bars."""
+def page_of_images(
+    folder: Path, steps: int, say: Callable[[str], Any], data: Path | None
+) -> Path:
+    """Write the page of a network that names bars, or clothes if there are some."""
+    model, names, what = Network(), BARS, "bars"
     images, kinds = draw_bars(0, 1024)
-    params = train_network(images, kinds, steps)
-    network = ft.from_linen(Network())
+    if data is not None:
+        model, names, what = Network(len(CLOTHES), stride=2), CLOTHES, "clothes"
+        images, kinds = read_clothes(data, 4096)
+    params = train_network(model, images, kinds, steps)
+    network = ft.from_linen(model)
     right = np.argmax(network(params, images, {})[0], axis=1) == kinds
     say(f"{right.mean():.0%} of the pictures are named rightly")
     loss = ft.readouts.loss(
         optax.softmax_cross_entropy_with_integer_labels, jnp.asarray(kinds[:256])
     )
     latents = train_and_describe(
-        network, params, images[:256], "second", loss, steps=steps, names=BARS
+        network, params, images[:256], "second", loss, steps=steps, names=names
     )
     return write_latents(
         folder / "images.html",
         latents,
         images[:256],
-        title="Latents of a network that names bars",
+        title=f"Latents of a network that names {what}",
         header={"site": "second", "steps": steps},
         unit="nats",
     )
@@ -157,4 +192,8 @@ def page_of_tokens(folder: Path, steps: int) -> Path:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "out/latents"))
+    folders = [Path(argument) for argument in sys.argv[1:3]]
+    main(
+        folders[0] if folders else Path("out/latents"),
+        data=folders[1] if len(folders) > 1 else None,
+    )

@@ -8,15 +8,13 @@ a basis (``decompose.ranks``; ``decompose.bases`` may name LIB too).  Spectra ar
 ``decompose.jsonl`` too.
 """
 
-from toyfeat.cli import steps
-from toyfeat.jobs import Job
-from toyfeat.jobs.command import run_job_script
+from toyfeat.cli.main import run_script
 
 
-def main(job: Job) -> None:
-    """Open the job and decompose its sites."""
-    steps.decompose(job)
+def main() -> None:
+    """Run the command ``toyfeat decompose``."""
+    run_script("decompose", __doc__)
 
 
 if __name__ == "__main__":
-    run_job_script(main)
+    main()

@@ -7,15 +7,13 @@ activations it describes: cross-entropy recovered, divergence, attribution L0, a
 well attributions predict what leaving a latent out does.  ``evaluation.jsonl`` has it.
 """
 
-from toyfeat.cli import steps
-from toyfeat.jobs import Job
-from toyfeat.jobs.command import run_job_script
+from toyfeat.cli.main import run_script
 
 
-def main(job: Job) -> None:
-    """Open the job and evaluate its dictionaries."""
-    steps.evaluate(job)
+def main() -> None:
+    """Run the command ``toyfeat evaluate``."""
+    run_script("evaluate", __doc__)
 
 
 if __name__ == "__main__":
-    run_job_script(main)
+    main()

@@ -13,15 +13,13 @@ with ``@revision`` for another than the newest; they are in the cache of its lib
 (``$HF_HOME``), which also has the token for models that want one.
 """
 
-from toyfeat.cli.steps import fetch_all
-from toyfeat.jobs.command import run_script
+from toyfeat.cli.main import run_script
 
 
-def main(names: tuple[str, ...] = ()) -> None:
-    """Fetch what is named, or list what there is."""
-    fetch_all(names)
+def main() -> None:
+    """Run the command ``toyfeat fetch``."""
+    run_script("fetch", __doc__)
 
 
 if __name__ == "__main__":
-    errors = ValueError, RuntimeError, OSError, ImportError
-    run_script(main, description=__doc__, errors=errors)
+    main()

@@ -9,15 +9,13 @@ text before and after, ``finetune/`` SAELens files.  The same command goes on wh
 was cut off.
 """
 
-from toyfeat.cli import steps
-from toyfeat.jobs import Job
-from toyfeat.jobs.command import run_job_script
+from toyfeat.cli.main import run_script
 
 
-def main(job: Job) -> None:
-    """Open the job and fine-tune its dictionaries."""
-    steps.finetune(job)
+def main() -> None:
+    """Run the command ``toyfeat finetune``."""
+    run_script("finetune", __doc__)
 
 
 if __name__ == "__main__":
-    run_job_script(main)
+    main()

@@ -6,15 +6,13 @@ Writes ``lens.safetensors`` and the page ``lens.html`` to the folder of the job.
 goes on where it was stopped.
 """
 
-from toyfeat.cli import steps
-from toyfeat.jobs import Job
-from toyfeat.jobs.command import run_job_script
+from toyfeat.cli.main import run_script
 
 
-def main(job: Job) -> None:
-    """Open the job, fit its lens and write the page."""
-    steps.lens(job)
+def main() -> None:
+    """Run the command ``toyfeat lens``."""
+    run_script("lens", __doc__)
 
 
 if __name__ == "__main__":
-    run_job_script(main)
+    main()

@@ -7,15 +7,13 @@ everything in it: what the model keeps, attributions against leaving out, and, f
 kind of dictionary, latents with their contexts in the text.
 """
 
-from toyfeat.cli import steps
-from toyfeat.jobs import Job
-from toyfeat.jobs.command import run_job_script
+from toyfeat.cli.main import run_script
 
 
-def main(job: Job) -> None:
-    """Gather the results of the job and write the page."""
-    steps.report(job)
+def main() -> None:
+    """Run the command ``toyfeat report``."""
+    run_script("report", __doc__)
 
 
 if __name__ == "__main__":
-    run_job_script(main)
+    main()

@@ -8,15 +8,13 @@ by side (``train.population``); each has a folder with ``metrics.jsonl``, checkp
 and SAELens' files.  The same command goes on where it was cut off.
 """
 
-from toyfeat.cli import steps
-from toyfeat.jobs import Job
-from toyfeat.jobs.command import run_job_script
+from toyfeat.cli.main import run_script
 
 
-def main(job: Job) -> None:
-    """Train the dictionaries that are not finished."""
-    steps.train(job)
+def main() -> None:
+    """Run the command ``toyfeat train``."""
+    run_script("train", __doc__)
 
 
 if __name__ == "__main__":
-    run_job_script(main)
+    main()

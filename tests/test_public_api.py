@@ -15,6 +15,7 @@ CONTRACTS = """
 CONTRACTS = CONTRACTS.split()
 FUNCTIONS = """
     from_function from_split from_linen from_nnx from_equinox from_haiku
+    from_penzai
     tap site_shapes check_taps
     check_no_mixing moments moments_of pca gradient_pca joint_pca
     local_interaction_basis encode decode describe consensus trainer population fit
@@ -54,9 +55,9 @@ NAMESPACES = {
 }
 
 
-def test_the_face_has_48_names_of_which_12_are_namespaces():
+def test_the_face_has_49_names_of_which_12_are_namespaces():
     assert sorted(ft.__all__) == sorted([*CONTRACTS, *FUNCTIONS, *NAMESPACES])
-    assert len(ft.__all__) == 48
+    assert len(ft.__all__) == 49
     for name in ft.__all__:
         is_module = isinstance(getattr(ft, name), types.ModuleType)
         assert is_module == (name in NAMESPACES), name

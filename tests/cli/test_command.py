@@ -74,6 +74,10 @@ def test_a_job_command_turns_the_cache_of_programs_on(monkeypatch, tmp_path):
     (tmp_path / "job.toml").write_text('out = "here"\n')
     main(["collect", str(tmp_path / "job.toml")])
     assert calls == ["kept", "here"]
+    # The script is the same command.
+    monkeypatch.setattr("sys.argv", ["collect.py", str(tmp_path / "job.toml")])
+    command.run_script("collect", "its docstring")
+    assert calls == ["kept", "here"] * 2
 
 
 def test_doctor_says_versions_devices_memory_and_what_is_missing(capsys, monkeypatch):

@@ -168,6 +168,16 @@ def test_a_choice_by_gradients_is_topk_to_saelens(name, tmp_path):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_others_can_read_the_files_as_any_new_file(tmp_path):
+    sae = ft.dictionaries.paired(D, M, K)
+    ft.interop.save_saelens(tmp_path / "folder", sae, random_params(sae))
+    (tmp_path / "new").touch()
+    want = (tmp_path / "new").stat().st_mode
+    files = list((tmp_path / "folder").iterdir())
+    assert {path.name for path in files} == ALL_FILES
+    assert {path.stat().st_mode for path in files} == {want}
+
+
 def test_a_file_beside_is_there_only_where_it_is_needed(tmp_path):
     sae = OURS["paired"]
     ft.interop.save_saelens(tmp_path, sae, random_params(sae))

@@ -89,6 +89,7 @@ def test_again_nothing_is_trained(done, tmp_path, monkeypatch, capsys):
     path = tmp_path / "job.toml"
     path.write_text(f'model = "{work.job.model}"\ntext = "{work.job.text}"\n')
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(path)])
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "scripts/finetune.py"), run_name="__main__")
     assert "Traceback" not in capsys.readouterr().err

@@ -75,13 +75,14 @@ def test_texts_of_the_model_are_escaped():
     reading = LensReading(
         name="jacobian",
         sites=("a", "b"),
-        tops=np.array([[["<b>", '"']], [["\n", "&"]]], object),
+        tops=np.array([[["<b>", '"']], [["\n", "  "]]], object),
         shares=np.array([[[0.5, 0.1]], [[np.nan, 0.1]]]),
     )
     text = heat_map(["<i>"], reading)
     assert "<b>" not in text
     assert "<i>" not in text
     assert "&lt;b&gt;" in text
+    assert "0.100 ␣␣" in text
     assert "nan," not in text
     assert text.index(">output<") < text.index(">a<")  # the final layer is on top
 

@@ -59,7 +59,7 @@ def page(tmp_path_factory):
 
 
 def test_the_page_has_everything_in_it_and_fetches_nothing(page):
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 4 + 2 + 2 + 2
     for text in (
         "What the model keeps",
         "Training",
@@ -94,31 +94,35 @@ def test_scores_have_a_line_each_with_faithfulness_beside_them():
     head, *lines = language.score_lines(ROWS)
     assert [line[0] for line in lines] == ["acts-k4", "acts-k8", "pca-k4"]
     columns = dict(zip(head, lines[0], strict=True))
-    assert columns["l0"] == "4.000"
+    assert columns["L0"] == "4.0"
     assert columns["correlation"] == "0.900"
     missing = dict(zip(head, lines[1], strict=True))
     assert missing["recovered"] == missing["correlation"] == ""
     assert lines[2][-3:] == ("", "", "")
 
 
+def axes_of(figures):
+    return [axis for picture in figures.values() for axis in picture.axes]
+
+
 def test_pictures_show_the_rows():
-    fronts = language_figures.fronts_figure(ROWS).axes
+    fronts = axes_of(language_figures.fronts_figures(ROWS))
     lines = {x.get_label(): x.lines[0].get_xdata() for x in fronts[0].containers}
     assert {name: list(x) for name, x in lines.items()} == {
         "acts": [4.0, 8.0],
         "pca": [4.0],
     }
-    fvu, dead, unexplained = language_figures.curves_figure(CURVES).axes
+    fvu, dead = axes_of(language_figures.curves_figures(CURVES))
     assert [list(line.get_ydata()) for line in fvu.lines] == [
         [0.25, 0.5],
         [0.125, 0.25],
     ]
-    assert [len(axis.lines) for axis in (dead, unexplained)] == [2, 0]
-    drawn = language_figures.faithfulness_figure(ROWS).axes
+    assert len(dead.lines) == 2
+    drawn = axes_of(language_figures.faithfulness_figures(ROWS))
     np.testing.assert_allclose(
         drawn[0].collections[0].get_offsets(), [[0.1, 0.2], [-0.3, -0.2]]
     )
-    kept, spectrum = language_figures.decomposition_figure(BASES).axes
+    kept, spectrum = axes_of(language_figures.decomposition_figures(BASES))
     assert list(kept.lines[0].get_xdata()) == [1.0, 4.0]
     assert list(spectrum.lines[0].get_ydata()) == [1.0, 0.5]
 
@@ -136,7 +140,7 @@ def test_seeds_are_one_line_and_one_point_with_their_range():
     assert [x["seeds"] for x in found] == ["3", "3"]
     assert found[0]["recovered"] == "0.600 (0.500 to 0.900)"
     assert found[0]["correlation"] == "0.700"
-    bars = language_figures.fronts_figure(rows).axes[0].containers[0]
+    bars = axes_of(language_figures.fronts_figures(rows))[0].containers[0]
     assert bars.lines[0].get_ydata().tolist() == [0.6]
     np.testing.assert_allclose(
         bars.lines[2][0].get_segments()[0][:, 1], [0.5, 0.9], atol=1e-12
@@ -149,7 +153,7 @@ def test_a_seed_without_a_score_is_said_and_not_drawn():
     ]
     head, line = language.score_lines(rows)
     assert dict(zip(head, line, strict=True))["recovered"] == "0.500, 1 missing"
-    bars = language_figures.fronts_figure(rows).axes[0].containers[0]
+    bars = axes_of(language_figures.fronts_figures(rows))[0].containers[0]
     assert bars.lines[0].get_ydata().tolist() == [0.5]
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from penzai import pz
 
 import toyfeat as ft
 
@@ -30,7 +31,7 @@ def _layer():
 UP, DOWN = [_layer(), _layer()], [_layer(), _layer()]
 SHARED, HEAD = _layer(), _layer()
 STYLES = ("plain", "remat", "scan")
-LIBRARIES = ("linen", "nnx", "equinox", "haiku")
+LIBRARIES = ("linen", "nnx", "equinox", "haiku", "penzai")
 
 
 class Case(NamedTuple):
@@ -274,7 +275,80 @@ def _haiku(style):
     return Case(ft.from_haiku(transformed), params, sites)
 
 
+# penzai: named axes, whose order is given to the adapter
+
+
+@pz.pytree_dataclass
+class PzLinear(pz.nn.Layer):
+    kernel: Any
+    bias: Any
+
+    def __call__(self, x, /, **_):
+        apply = pz.nx.nmap(lambda kernel, bias, x: x @ kernel + bias)
+        named = self.kernel.value.untag("in", "features")
+        x = apply(named, self.bias.value.untag("features"), x.untag("features"))
+        return x.tag("features")
+
+
+@pz.pytree_dataclass
+class PzBlock(pz.nn.Layer):
+    up: Any
+    down: Any
+
+    def __call__(self, x, /, **_):
+        return x + self.down(pz.nx.nmap(jnp.tanh)(self.up(x)))
+
+
+@pz.pytree_dataclass(has_implicitly_inherited_fields=True)
+class PzRemat(PzBlock):
+    def __call__(self, x, /, **_):
+        return jax.checkpoint(super().__call__)(x)
+
+
+@pz.pytree_dataclass
+class PzNet(pz.nn.Layer):
+    block: Any
+    shared: Any
+    head: Any
+
+    def __call__(self, x, /, **_):
+        for block in self.block if isinstance(self.block, list) else [self.block]:
+            x = block(x)
+        return self.head(self.shared(pz.nx.nmap(jnp.tanh)(self.shared(x))))
+
+
+def _pz_linear(name, layer, *axes):
+    kernel = pz.nx.wrap(jnp.asarray(layer[0]), *axes, "in", "features")
+    bias = pz.nx.wrap(jnp.asarray(layer[1]), *axes, "features")
+    return PzLinear(
+        pz.Parameter(value=kernel, label=f"{name}.kernel"),
+        pz.Parameter(value=bias, label=f"{name}.bias"),
+    )
+
+
+def _penzai(style):
+    if style == "scan":
+        up, down = (
+            tuple(np.stack(x) for x in zip(*both, strict=True)) for both in (UP, DOWN)
+        )
+        inner = PzBlock(_pz_linear("up", up, "i"), _pz_linear("down", down, "i"))
+        block = pz.nn.LayerStack(inner, "i", 2)
+    else:
+        kind = PzRemat if style == "remat" else PzBlock
+        block = [
+            kind(_pz_linear(f"up{i}", UP[i]), _pz_linear(f"down{i}", DOWN[i]))
+            for i in range(2)
+        ]
+    net = PzNet(block, _pz_linear("shared", SHARED), _pz_linear("head", HEAD))
+    name = "block/stacked_sublayers" if style == "scan" else "block/{}"
+    sites = _names(style, name, ("/up", "/down"), "shared", "head")
+    if style == "scan":  # the stack itself is a layer
+        sites = (*sites[:6], "block", *sites[6:])
+    return Case(*ft.from_penzai(net, ("batch", "features")), sites)
+
+
 _MAKERS = {"linen": _linen, "nnx": _nnx, "equinox": _equinox, "haiku": _haiku}
+_MAKERS["penzai"] = _penzai
 
 
 def make_case(library, style):

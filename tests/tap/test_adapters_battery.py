@@ -36,8 +36,8 @@ def sites_of(library, style):
     """Names of the sites of the steps in a library."""
     sites = case_of(library, style).sites
     if style == "scan":
-        return dict(zip(STEPS, (*sites[4:6], *sites[6:9]), strict=True))
-    return dict(zip(STEPS, (sites[2], sites[5], *sites[6:9]), strict=True))
+        return dict(zip(STEPS, (*sites[4:6], *sites[-4:-1]), strict=True))
+    return dict(zip(STEPS, (sites[2], sites[5], *sites[-4:-1]), strict=True))
 
 
 @functools.cache
@@ -302,10 +302,18 @@ def test_bad_arguments_of_the_adapters_are_explained(monkeypatch):
         ft.from_equinox(jnp.tanh)
     with pytest.raises(TypeError, match=r"from_haiku: wanted what hk.transform"):
         ft.from_haiku(jnp.tanh)
+    network = hk.transform(lambda x: hk.dropout(hk.next_rng_key(), 0.5, x))
+    with pytest.raises(ValueError, match=r"from_haiku: params must be .*got NoneType;"):
+        ft.from_haiku(network)(None, jnp.asarray(X), {})
+    with pytest.raises(ValueError, match=r"non-None PRNGKey") as caught:
+        ft.from_haiku(network)({}, jnp.asarray(X), {})
+    assert "rng=key), or have it" in "".join(caught.value.__notes__)
     with pytest.raises(TypeError, match=r"key must be"):
         ft.from_equinox(model, key="a")
     # Without the libraries, the line that installs them.
-    for name, adapter in (("equinox", ft.from_equinox), ("haiku", ft.from_haiku)):
+    adapters = {"equinox": ft.from_equinox, "haiku": ft.from_haiku}
+    adapters["penzai"] = lambda model: ft.from_penzai(model, ("batch",))
+    for name, adapter in adapters.items():
         monkeypatch.setitem(__import__("sys").modules, name, None)
         with pytest.raises(ImportError, match=rf'pip install "toyfeat\[{name}\]"'):
             adapter(model)

@@ -1097,3 +1097,15 @@ def test_arguments_of_tap_are_named(changes, match):
 @pytest.mark.parametrize("size", [np.int64(3), jnp.int32(3), np.uint8(3)])
 def test_batch_size_may_be_an_integer_of_numpy_or_jax(size):
     assert_close(tap_of(batch_size=size)["acts"].grads, np.ones((B, 1, WIDTHS[0])))
+
+
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one():
+    layers = {"params": {"layers_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}}
+    probed = ft.from_linen(nn.Sequential([nn.Dense(3)]))
+    readout = ft.readouts.scalar(jnp.sum)
+    with pytest.raises(
+        ValueError, match=r"Likely: the path is misspelt, 'layers_0' was meant"
+    ):
+        ft.tap(probed, layers, jnp.ones((4, 2)), sites="layers/0", readout=readout)
+    with pytest.raises(TypeError, match=r"inputs: wanted arrays, got the text 'Hi'"):
+        ft.tap(probed, layers, "Hi", sites="layers_0", readout=readout)

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,15 @@ _JOBS = {
     f"{_TIMES}",
     "evaluate": f"score the dictionaries on held-out text; half an hour {_TIMES}",
     "finetune": "train dictionaries further by what they do to the model, and score "
-    "them; finetune.steps sets the time",
+    "them; minutes per dictionary, as finetune.steps says",
     "report": f"write the page and records of latents; a minute {_TIMES}",
-    "lens": "fit a Jacobian lens and write what it reads in a text",
+    "lens": "fit a Jacobian lens and write what it reads in a text; four minutes with "
+    "examples/smollm2_lens.toml on one free core",
+}
+_COMMANDS = {
+    "fetch": "fetch models, texts and dictionaries; the only command that downloads",
+    **_JOBS,
+    "doctor": "versions, devices, memory, missing extras",
 }
 
 
@@ -40,44 +47,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
       SystemExit: with the message of an error that a user can mend.
     """
-    args = _parser().parse_args(arguments)
-    try:
-        args.run(args)
-    except _ERRORS as error:
-        sys.exit(f"toyfeat {args.command}: {error}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    """Make the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="toyfeat",
         description="Features of a model, from its activations and their gradients.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    # Fetching is the only command that downloads.
-    fetch = _add(commands, "fetch", "fetch models, texts and dictionaries", _fetch)
-    fetch.add_argument(
-        "names",
-        nargs="*",
-        help="such as smollm2, or hub:OWNER/NAME or a folder of it, "
-        "hub:OWNER/NAME/FOLDER; without names: lists what there is",
+    for name, text in _COMMANDS.items():
+        _add_arguments(name, commands.add_parser(name, help=text, description=text))
+    args = parser.parse_args(arguments)
+    _run(args, f"toyfeat {args.command}: ")
+
+
+def run_script(name: str, description: str | None) -> None:
+    """Run one command as a script of its own.
+
+    Args:
+      name: of the command.
+      description: printed by ``--help``, as it stands.
+
+    Raises:
+      SystemExit: with the message of an error that a user can mend.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, text in _JOBS.items():
-        job = _add(commands, name, text, _run_job)
-        job.add_argument(
+    _add_arguments(name, parser)
+    _run(parser.parse_args(), "")
+
+
+def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a command, and the function that runs it."""
+    run: Callable[[Any], None] = _doctor
+    if name == "fetch":
+        run = _fetch
+        parser.add_argument(
+            "names",
+            nargs="*",
+            help="such as smollm2, or hub:OWNER/NAME or a folder of it, "
+            "hub:OWNER/NAME/FOLDER; without names: lists what there is",
+        )
+    elif name in _JOBS:
+        run = partial(_run_job, name)
+        parser.add_argument(
             "job", type=Path, help="a TOML file, such as examples/smollm2.toml"
         )
-    _add(commands, "doctor", "versions, devices, memory, missing extras", _doctor)
-    return parser
-
-
-def _add(
-    commands: Any, name: str, text: str, run: Callable[[Any], None]
-) -> argparse.ArgumentParser:
-    """Add a command with the function that runs it."""
-    parser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
-    return parser
+
+
+def _run(args: Any, prefix: str) -> None:
+    """Run a command; what a user can mend is one line."""
+    try:
+        args.run(args)
+    except _ERRORS as error:
+        sys.exit(f"{prefix}{error}")
 
 
 def _keep_programs() -> None:
@@ -95,12 +117,12 @@ def _fetch(args: Any) -> None:
     steps.fetch_all(args.names)
 
 
-def _run_job(args: Any) -> None:
+def _run_job(name: str, args: Any) -> None:
     """Run one step of the job in a file."""
     from toyfeat.cli import steps
 
     _keep_programs()
-    getattr(steps, args.command)(read_job(args.job))
+    getattr(steps, name)(read_job(args.job))
 
 
 def _doctor(args: Any) -> None:

@@ -52,6 +52,29 @@ def library(who: str, *, extra: str = "sae") -> Any:
         ) from error
 
 
+def saver(who: str, *, extra: str = "sae") -> Callable[..., None]:
+    """Return ``save(tensors, path, **options)``, for files that others can read.
+
+    The library makes files for their owner alone; these have the mode of any new file.
+
+    Args:
+      who: function to name in errors.
+      extra: the extra of this package to name in errors.
+
+    Raises:
+      ImportError: if safetensors is not installed; it names the extra to install.
+    """
+    save_file = library(who, extra=extra).save_file
+
+    def save(tensors: Mapping[str, np.ndarray], path: Path, **options: Any) -> None:
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(tensors, path, **options)
+        path.chmod(mode)
+
+    return save
+
+
 def open_tensors(path: Path, who: str, *, extra: str = "sae") -> TensorFile:
     """Open a file, whose tensors are read when they are asked for.
 

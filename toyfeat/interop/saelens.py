@@ -14,7 +14,7 @@ from toyfeat.dictionary.table import ARCHITECTURES
 from toyfeat.dictionary.types import Architecture, Config, Dictionary, SavedAs
 from toyfeat.files.atomic import replace_files
 from toyfeat.files.json import check_keys, field, read_json
-from toyfeat.files.safetensors import library, tensors_of
+from toyfeat.files.safetensors import saver, tensors_of
 from toyfeat.interop import extra_tensors, files, gemma_scope
 from toyfeat.interop.hooks import in_their_words
 from toyfeat.interop.legacy_saelens import is_legacy, upgrade
@@ -84,7 +84,7 @@ def save_saelens(
     References:
       SAELens 6, ``save_inference_model``.
     """
-    save_file = library("save_saelens").save_file
+    save_file: Any = saver("save_saelens")
     architecture, config = dictionary.architecture, dictionary.config
     saved_as = _saved_as(architecture, config)
     # Check the tensors.

@@ -19,6 +19,7 @@ from toyfeat.decompose import (
 from toyfeat.interop import load_saelens
 from toyfeat.jobs.kinds import KINDS
 from toyfeat.jobs.results import Rows, Run
+from toyfeat.jobs.windows import full_batches
 from toyfeat.jobs.workspace import Log, Site, probed_from
 from toyfeat.linalg.precision import norm
 from toyfeat.lm.collect import make_readout
@@ -71,12 +72,9 @@ def _interaction_basis(site: Site) -> Basis:
     weights = weights.reshape(tokens.shape)
 
     def batches() -> Iterator[tuple[Array, Array]]:
-        for start in range(0, len(tokens), batch):
-            # The last batch is filled up with windows of weight 0.
-            rows = np.arange(start, start + batch)
-            is_window = (rows < len(tokens))[:, None]
-            rows = rows % len(tokens)
-            yield jnp.asarray(tokens[rows]), jnp.asarray(weights[rows] * is_window)
+        for rows, counts in full_batches(len(tokens), batch):
+            inside = weights[rows] * counts[:, None]
+            yield jnp.asarray(tokens[rows]), jnp.asarray(inside)
 
     def probed_tokens(params: Params, inputs: Any, probes: Any) -> tuple[Any, Acts]:
         return probed(params, inputs[0], probes)

@@ -9,6 +9,7 @@ import numpy as np
 
 from toyfeat.jobs.config import Job
 from toyfeat.jobs.results import claim_folder
+from toyfeat.jobs.windows import full_batches
 from toyfeat.jobs.workspace import Workspace
 from toyfeat.lens import (
     Estimate,
@@ -135,12 +136,12 @@ def _prompts(job: Job, tokens: np.ndarray) -> np.ndarray:
 
 
 def _batches(tokens: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Cut windows into batches of one shape; rows that fill the last do not count."""
-    filled = np.resize(tokens, (-(-len(tokens) // size) * size, tokens.shape[1]))
-    mask = (np.arange(len(filled)) < len(tokens))[:, None]
-    mask = np.broadcast_to(mask, filled.shape).astype(np.float32)
-    starts = range(0, len(filled), size)
-    return [(filled[i : i + size], mask[i : i + size]) for i in starts]
+    """Cut windows into batches with masks of the tokens that count."""
+    ones = np.ones(tokens.shape[1], np.float32)
+    return [
+        (tokens[rows], counts[:, None] * ones)
+        for rows, counts in full_batches(len(tokens), size)
+    ]
 
 
 def _tokens_to_read(work: Workspace) -> np.ndarray:

@@ -19,6 +19,7 @@ from toyfeat.files.atomic import write_whole
 from toyfeat.files.json import field, read_json
 from toyfeat.jobs.config import Job
 from toyfeat.jobs.results import moments_path, require_collected, store_path
+from toyfeat.jobs.windows import full_batches
 from toyfeat.lm.collect import accumulate_moments, read_chunks
 from toyfeat.types import Array, Moments, Params, Taps
 
@@ -158,12 +159,10 @@ def _model_chunks(
     tap_windows: TapWindows, params: Params, tokens: np.ndarray, batch: int
 ) -> Iterator[Taps]:
     """Tap the windows in order; the rows that fill up the last batch are dropped."""
-    batch = min(batch, len(tokens))
-    for first in range(0, len(tokens), batch):
-        part = tokens[first : first + batch]
-        full = jnp.asarray(np.resize(part, (batch, part.shape[1])))
-        taps = tap_windows(params, full, first)
-        yield jax.tree.map(lambda x, n=part.size: np.asarray(x, np.float32)[:n], taps)
+    for rows, counts in full_batches(len(tokens), min(batch, len(tokens))):
+        taps = tap_windows(params, jnp.asarray(tokens[rows]), int(rows[0]))
+        num = int(counts.sum()) * tokens.shape[1]
+        yield jax.tree.map(lambda x, n=num: np.asarray(x, np.float32)[:n], taps)
 
 
 def _model_batches(

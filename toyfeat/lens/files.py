@@ -10,7 +10,7 @@ import numpy as np
 
 from toyfeat.checks import check_type
 from toyfeat.files.atomic import replace_files
-from toyfeat.files.safetensors import library, metadata_of, tensors_of
+from toyfeat.files.safetensors import metadata_of, saver, tensors_of
 from toyfeat.files.tensors import finite_tensors
 from toyfeat.files.torch_pickle import saved_dict
 from toyfeat.files.torch_writing import save_dict
@@ -78,7 +78,7 @@ def save_maps(
             f"{who}: about must hold JSON values, got {error}; convert them"
         ) from error
     metadata = {"format": _FORMAT, "kind": kind, "about": text}
-    save_file = library(who).save_file
+    save_file = saver(who)
 
     def write(part: Path) -> None:
         save_file(tensors, part, metadata=metadata)

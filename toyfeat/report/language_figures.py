@@ -16,8 +16,7 @@ _COLOURS = {
     "gradients": GREEN,
     "paired": ORANGE,
 }
-_CURVES = ("fvu", "dead", "unexplained_share")
-_ACROSS = 4  # panels side by side
+_SIZE = (5.2, 3.8)  # inches of a panel
 _MARGIN = 1.05  # of an axis beyond the largest effect
 _LEAST_EFFECT = 1e-12  # nats, below rounding, so that no axis is empty
 _RANGE = 300  # the axes of effects are logarithmic over this range, about 2.5 decades
@@ -39,20 +38,18 @@ def group_seeds(
     return groups
 
 
-def fronts_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
+def fronts_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Draw cross-entropy recovered and attribution L0 by activation L0.
 
     Medians over seeds, with bars from the least to the largest.
 
     Returns:
-      A matplotlib figure.
+      Title to matplotlib figure.
 
     Raises:
       ImportError: without matplotlib.
     """
     scores = [row for row in rows if row.get("what") == "scores"]
-    picture = figure(15, 4)
-    axes = picture.subplots(1, 4)
     kinds = list(dict.fromkeys(kind_of(row["method"]) for row in scores))
     panels = {
         "recovered": "cross-entropy recovered (mean ablation)",
@@ -60,6 +57,8 @@ def fronts_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
         "attribution_l0_explained": "attribution L0, error left out",
         "unexplained": "first-order effect that no latent has",
     }
+    pictures = {title: figure(*_SIZE) for title in panels.values()}
+    axes = [picture.subplots() for picture in pictures.values()]
     for kind in kinds:
         of_kind = [row for row in scores if kind_of(row["method"]) == kind]
         groups = [*group_seeds(of_kind).values()]
@@ -69,12 +68,12 @@ def fronts_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
         for axis, name in zip(axes, panels, strict=True):
             medians, bars = _medians_and_bars(groups, name)
             axis.errorbar(x, medians, bars, label=label(kind), **_style(kind, kinds))
-    for axis, name in zip(axes, panels.values(), strict=True):
+    for axis, title in zip(axes, pictures, strict=True):
         axis.set_xlabel("latents per token")
-        axis.set_ylabel(name)
+        axis.set_ylabel(title)
         axis.set_xscale("log", base=2)
-    add_legend(axes[0], fontsize=6)
-    return picture
+    add_legend(axes[0], fontsize=7)
+    return pictures
 
 
 def _median_l0(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -123,14 +122,14 @@ def _marker(kind: str, kinds: Sequence[str]) -> str:
     return "sv^Dxp*"[list(kinds).index(kind) % 7]
 
 
-def curves_figure(curves: Mapping[str, Mapping[str, Any]]) -> Any:
+def curves_figures(curves: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Draw the metrics of training, a line per dictionary.
 
     Args:
       curves: of :func:`toyfeat.jobs.train.load_curves`.
 
     Returns:
-      A matplotlib figure.
+      Title to matplotlib figure, of those metrics that a dictionary has.
 
     Raises:
       ImportError: without matplotlib.
@@ -140,46 +139,48 @@ def curves_figure(curves: Mapping[str, Mapping[str, Any]]) -> Any:
         "dead": "dead latents",
         "unexplained_share": "first-order effect that no latent has",
     }
-    picture = figure(12, 3.6)
-    # A kind has one entry in the legend, however many dictionaries it has.
-    axes, labelled = picture.subplots(1, 3), set()
-    for run, metrics in curves.items():
-        kind = kind_of(run)
-        colour, line = _colour(kind)
-        for axis, metric in zip(axes, _CURVES, strict=True):
-            if metric in metrics:
-                name = None if (kind, metric) in labelled else label(kind)
-                labelled.add((kind, metric))
-                style = {"color": colour, "linestyle": line, "linewidth": 0.8}
-                axis.plot(metrics["step"], metrics[metric], label=name, **style)
-    for axis, metric in zip(axes, _CURVES, strict=True):
+    pictures = {}
+    for metric, title in titles.items():
+        runs = {run: x for run, x in curves.items() if metric in x}
+        if not runs:
+            continue
+        pictures[title] = figure(*_SIZE)
+        axis, labelled = pictures[title].subplots(), set()
+        for run, metrics in runs.items():
+            # A kind has one entry in the legend, however many dictionaries it has.
+            kind = kind_of(run)
+            name = None if kind in labelled else label(kind)
+            labelled.add(kind)
+            colour, line = _colour(kind)
+            style = {"color": colour, "linestyle": line, "linewidth": 0.8}
+            axis.plot(metrics["step"], metrics[metric], label=name, **style)
         axis.set_xlabel("step")
-        axis.set_ylabel(titles[metric])
-    add_legend(axes[0], fontsize=6)
-    return picture
+        axis.set_ylabel(title)
+        add_legend(axis, fontsize=7)
+    return pictures
 
 
-def faithfulness_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Draw predicted and true effects of leaving a latent out, a panel per dictionary.
+def faithfulness_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Draw predicted and true effects of leaving a latent out, for every method.
 
     Returns:
-      A matplotlib figure.
+      Title to matplotlib figure.
 
     Raises:
       ImportError: without matplotlib.
     """
-    # A grid of panels, filled line by line.
-    checked = [row for row in rows if row.get("what") == "faithfulness"]
-    across = min(_ACROSS, max(1, len(checked)))
-    down = -(-len(checked) // across)
-    picture = figure(3.2 * across, 3 * down)
-    axes = np.atleast_1d(picture.subplots(down, across)).ravel()
-    for axis, row in zip(axes, checked, strict=False):
+    pictures = {}
+    for row in rows:
+        if row.get("what") != "faithfulness":
+            continue
+        title = f"{row['method']}: r {_number(row.get('correlation')):.2f}"
+        pictures[title] = figure(*_SIZE)
+        axis = pictures[title].subplots()
         effects = np.asarray(row["effects"], float).reshape(-1, 2)
         effects = effects[np.isfinite(effects).all(axis=1)]
         predicted, true = effects.T
         colour, _ = _colour(kind_of(row["method"]))
-        axis.scatter(predicted, true, s=4, alpha=0.4, color=colour, linewidths=0)
+        axis.scatter(predicted, true, s=9, alpha=0.5, color=colour, linewidths=0)
         # A margin around the largest effect; effects span orders of magnitude, so that
         # the axes are linear near zero only.
         limit = _MARGIN * np.abs(effects).max(initial=_LEAST_EFFECT)
@@ -190,21 +191,17 @@ def faithfulness_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
         axis.set_xticks(ticks)
         axis.set_yticks(ticks)
         axis.minorticks_off()
-        title = label(f"{row['method']}: r {_number(row.get('correlation')):.2f}")
-        axis.set_title(title, size=9)
-        axis.tick_params(labelsize=6)
-    for axis in axes[len(checked) :]:
-        axis.set_visible(False)
-    picture.supxlabel("predicted change of the loss, nats")
-    picture.supylabel("true change")
-    return picture
+        axis.set_title(label(title), size=9)
+        axis.set_xlabel("predicted change of the loss, nats")
+        axis.set_ylabel("true change")
+    return pictures
 
 
-def decomposition_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
+def decomposition_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Draw cross-entropy recovered by number of directions, and spectra, by site.
 
     Returns:
-      A matplotlib figure.
+      Title to matplotlib figure.
 
     Raises:
       ImportError: without matplotlib.
@@ -212,12 +209,13 @@ def decomposition_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     scores = [row for row in rows if row.get("what") == "scores"]
     spectra = [row for row in rows if "spectrum" in row]
     sites = list(dict.fromkeys(row["site"] for row in (*scores, *spectra)))
-    picture = figure(10.4, 3.8 * max(1, len(sites)))
-    axes = picture.subplots(max(1, len(sites)), 2, squeeze=False)
-    for (left, right), site in zip(axes, sites, strict=True):
-        _draw_recovered(left, [row for row in scores if row["site"] == site], site)
-        _draw_spectra(right, [row for row in spectra if row["site"] == site], site)
-    return picture
+    pictures = {}
+    for site in sites:
+        parts = (("kept", _draw_recovered, scores), ("spectra", _draw_spectra, spectra))
+        for name, draw, of_all in parts:
+            picture = pictures[f"{site}: {name}"] = figure(*_SIZE)
+            draw(picture.subplots(), [x for x in of_all if x["site"] == site], site)
+    return pictures
 
 
 def _draw_recovered(axis: Any, rows: Sequence[Mapping[str, Any]], site: str) -> None:

@@ -146,7 +146,7 @@ def latent_html(
         ("Top attributions", latent.attributed),
     ):
         rows = "".join(f"<li>{show(example)}</li>" for example in examples)
-        parts.append(f'<p>{title}</p><ul class="{layout}">{rows}</ul>')
+        parts.append(f'<h4>{title}</h4><ul class="{layout}">{rows}</ul>')
     return "\n".join(parts)
 
 

@@ -12,9 +12,11 @@ from toyfeat.jobs.lens import LensReading, LensRun
 from toyfeat.report import page
 
 _STYLE = """<style>
+body { max-width: 90rem; }
 table.lens { width: auto; border-collapse: separate; border-spacing: 1px; }
 table.lens td, table.lens th { text-align: left; padding: .15rem .35rem; border: 0;
-  white-space: pre; font: 12px/1.4 ui-monospace, monospace; }
+  white-space: pre; font: 12px/1.4 ui-monospace, monospace;
+  max-width: 6.5rem; overflow: hidden; text-overflow: ellipsis; }
 table.lens th { color: var(--soft); font-weight: 400; }
 table.lens th[scope=row] { position: sticky; left: 0; background: var(--paper); }
 </style>"""
@@ -91,8 +93,10 @@ def _cell(tops: Sequence[str], shares: np.ndarray) -> str:
 
 
 def _shown(token: Any) -> str:
-    """Escape a token; breaks and tabs are shown as such."""
+    """Escape a token; breaks, tabs and tokens of spaces are shown as such."""
     text = str(token).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    if not text.strip():  # hard spaces too
+        text = "␣" * len(text)
     return html.escape(text, quote=True)
 
 

@@ -28,13 +28,18 @@ summary:focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; width: 100%;
   font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid var(--rule); }
+th, td { text-align: left; padding: .2rem .45rem;
+  border-bottom: 1px solid var(--rule); }
 .num { text-align: right; white-space: nowrap; }
+th.num { white-space: normal; vertical-align: bottom; }
+td:first-child:not(.num) { min-width: 9rem; }
+.scroll td:first-child, .scroll th:first-child { position: sticky; left: 0;
+  background: var(--paper); }
+h4 { margin: 1rem 0 .3rem; }
 th[scope=rowgroup] { padding-top: 1.2rem; color: var(--mark); }
 td.ok { color: var(--good); } td.missed { color: var(--bad); font-weight: 600; }
 @media (max-width: 40rem) { body { margin: 1rem auto; } h1 { font-size: 1.6rem; }
-  th, td { padding: .2rem .35rem; } .detail { display: none; }
-  td:first-child:not(.num) { min-width: 7.5rem; } }
+  th, td { padding: .2rem .35rem; } .detail { display: none; } }
 footer { margin: 3rem 0; color: var(--soft); font-size: .85rem; }
 """
 

@@ -8,6 +8,7 @@ from toyfeat.tap.haiku import from_haiku
 from toyfeat.tap.linen import from_linen
 from toyfeat.tap.mixing import check_no_mixing
 from toyfeat.tap.nnx import from_nnx
+from toyfeat.tap.penzai import from_penzai
 from toyfeat.tap.probes import site_shapes
 from toyfeat.tap.taps import tap
 
@@ -19,6 +20,7 @@ __all__ = [
     "from_haiku",
     "from_linen",
     "from_nnx",
+    "from_penzai",
     "from_split",
     "readouts",
     "site_shapes",

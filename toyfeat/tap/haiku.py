@@ -35,7 +35,8 @@ def from_haiku(transformed: Any, *, rng: Any = None, **apply_kwargs: Any) -> Pro
       ImportError: without the ``haiku`` extra.
       TypeError: if ``transformed`` is no transform.
       ValueError: when called, if a probe names a site that does not exist, if a
-        function is given for one layer of a scan, or if two values have one name.
+        function is given for one layer of a scan, if two values have one name, or if
+        ``params`` are not what ``init`` returned.
 
     Example:
       >>> import haiku as hk, jax, jax.numpy as jnp
@@ -76,10 +77,30 @@ def from_haiku(transformed: Any, *, rng: Any = None, **apply_kwargs: Any) -> Pro
     def probed(
         params: Params, inputs: Inputs, probes: Mapping[str, Probe]
     ) -> tuple[Outputs, Acts]:
+        _check_params(params, has_state)
         options = {"batch": infer_batch_size(inputs), "batched": True}
-        return run_marked("from_haiku", call, params, inputs, probes, **options)
+        try:
+            return run_marked("from_haiku", call, params, inputs, probes, **options)
+        except Exception as error:
+            if type(error).__name__ == "MissingRNGError":  # of haiku, not public
+                error.add_note(
+                    "from_haiku: the model draws random numbers; give "
+                    "from_haiku(transformed, rng=key), or have it draw none"
+                )
+            raise
 
     return probed
+
+
+def _check_params(params: Params, has_state: bool) -> None:
+    """Refuse what ``init`` cannot have returned."""
+    pair = isinstance(params, tuple) and len(params) == 2
+    if (has_state and not pair) or not (has_state or isinstance(params, Mapping)):
+        wanted = "the pair of parameters and state" if has_state else "the parameters"
+        raise ValueError(
+            f"from_haiku: params must be {wanted} that transformed.init returned, got "
+            f"{type(params).__name__}; give params = transformed.init(key, inputs)"
+        )
 
 
 def _one_argument(module: Any, inputs: Any) -> None:

@@ -134,7 +134,8 @@ def _draw_noise(
         act = np.abs(np.asarray(acts[site], np.float32))
         largest = np.max(act, initial=0.0, where=np.isfinite(act))
         draw = rng.standard_normal(act.shape, np.float32)
-        noise[site] = (1 + largest) * draw
+        # Masked scores may be as large as the type goes; a draw is less than 8.
+        noise[site] = np.minimum(1 + largest, np.finfo(np.float32).max / 16) * draw
     return noise
 
 

@@ -242,5 +242,6 @@ def _clone(model: _Model, params: Params) -> Any:
         raise ValueError(
             "from_nnx: params must be the whole state of the module, as from_nnx and "
             f"nnx.state(model) return it, got {type(params).__name__} of another "
-            "structure; merge partial states with nnx.merge_state"
+            "structure; give what from_nnx returned (probed, params = "
+            "from_nnx(model)), partial states merged with nnx.merge_state"
         ) from error

@@ -1,5 +1,6 @@
 """Site names and the application of probes, shared by every adapter."""
 
+import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -153,9 +154,8 @@ def check_params(params: Params, who: str) -> None:
             raise TypeError(
                 f"{who}: params must be a pytree of arrays, got a "
                 f"{type(leaf).__name__} at {jax.tree_util.keystr(path) or 'the top'}; "
-                "keep it out of params (of an equinox model: probed, params = "
-                "from_equinox(model), where params are eqx.filter(model, "
-                "eqx.is_array))"
+                "keep it out of params; from_equinox, from_nnx and from_penzai return "
+                "them (of equinox they are eqx.filter(model, eqx.is_array))"
             )
 
 
@@ -191,14 +191,22 @@ def infer_batch_size(inputs: Inputs) -> int:
     """Return the leading axis ``B`` that all leaves of the inputs share.
 
     Raises:
+      TypeError: if a leaf is text.
       ValueError: if there is no leaf, a leaf without axes, or leaves that differ.
     """
+    for leaf in jax.tree.leaves(inputs):
+        if isinstance(leaf, str):
+            raise TypeError(
+                f"inputs: wanted arrays, got the text {leaf!r:.40}; give numbers of "
+                "tokens [B, T], as the tokenizer of the model makes them"
+            )
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
     sizes = {shape[0] for shape in shapes if shape}
     if len(sizes) != 1 or () in shapes:
         raise ValueError(
             "inputs: every leaf needs the same leading batch axis, got the shapes "
-            f"{shapes}; put constants into params"
+            f"{shapes}; give arrays with that axis in front (tokens [B, T], no list "
+            "of numbers), and put constants into params"
         )
     return sizes.pop()
 
@@ -213,9 +221,12 @@ def check_sites(sites: Iterable[str], known: Iterable[str], *, who: str) -> None
 
 def unknown_sites_message(missing: list[str], known: list[str], *, who: str) -> str:
     """Format an error: the missing sites, the known ones, the usual reason."""
+    near = [m for name in missing for m in difflib.get_close_matches(name, known, 1)]
     trees = [m for m in missing if any(k.startswith(m + "[") for k in known)]
     if trees:
         reason = f"{trees[0]!r} is a tuple or dict: ask for one of its parts"
+    elif near:
+        reason = f"the path is misspelt, {near[0]!r} was meant"
     else:
         reason = (
             "the path is misspelt, the module was not called for these inputs, or it "

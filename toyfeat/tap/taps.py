@@ -74,7 +74,7 @@ def tap(
       ((4, 3), (4, 1, 3), [6.0, 6.0, 6.0])
     """
     names = _check_names(sites)
-    hint = "pass one; from_nnx and from_equinox return it with the parameters: "
+    hint = "pass one; from_nnx, from_equinox and from_penzai return a pair, "
     hint += "probed, params = from_nnx(model)"
     where = "from ft.from_linen, ft.from_function, ..."
     check_function("tap", "probed", probed, where, hint=hint)
@@ -132,7 +132,15 @@ def _check_names(sites: Any) -> tuple[str, ...]:
 def _model_shapes(probed: Probed, params: Params, inputs: Inputs) -> tuple[Any, Any]:
     """Return the shapes of the outputs and of the sites of a model."""
     check_params(params, "tap")
-    result = jax.eval_shape(lambda p, x: probed(p, x, {}), params, inputs)
+    order: list[str] = []  # of the sites, which a dict that leaves a trace loses
+
+    def run(params: Params, inputs: Inputs) -> Any:
+        result = probed(params, inputs, {})
+        if isinstance(result, tuple) and isinstance(result[-1], dict):
+            order[:] = result[-1]
+        return result
+
+    result = jax.eval_shape(run, params, inputs)
     pair = isinstance(result, tuple) and len(result) == 2
     if not pair or not isinstance(result[1], dict):
         raise TypeError(
@@ -140,7 +148,7 @@ def _model_shapes(probed: Probed, params: Params, inputs: Inputs) -> tuple[Any, 
             f"{jax.tree.structure(result)}; make it with ft.from_linen, ft.from_nnx or "
             "ft.from_function"
         )
-    return result
+    return result[0], {site: result[1][site] for site in order}
 
 
 def _check_readout(readout: Any, size: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from toyfeat.files.atomic import replace_files
 from toyfeat.files.json import check_keys, field, list_field, read_json
-from toyfeat.files.safetensors import library, tensors_of
+from toyfeat.files.safetensors import saver, tensors_of
 from toyfeat.files.tensors import finite_tensors
 from toyfeat.worlds.config import (
     ConstantMagnitude,
@@ -74,7 +74,7 @@ def save_synthetic_model(path: str | Path, world: World) -> None:
     References:
       SAELens 6, ``SyntheticModel.save``.
     """
-    save_file = library("save_synthetic_model").save_file
+    save_file = saver("save_synthetic_model")
     config = _check_config(world)
     # Arrays that no configuration determines.
     tensors = {

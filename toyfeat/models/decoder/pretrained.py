@@ -72,7 +72,8 @@ def load_decoder(
     if not path.exists():
         raise FileNotFoundError(
             f"load_decoder: there is no {path}; give a folder with config.json and "
-            "model.safetensors, or a .gguf file"
+            "model.safetensors, or a .gguf file (of the hub: toyfeat fetch "
+            "hub:OWNER/NAME says where it is)"
         )
     # A folder of transformers, or a file of llama.cpp.
     is_folder = path.is_dir()

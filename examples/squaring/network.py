@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from toyfeat.models.planted import training
+from toyfeat.loops import train_chunk, train_in_chunks
+from toyfeat.models.planted.targets import untapped
 from toyfeat.models.planted.task import Truth
 from toyfeat.tap import from_function
 from toyfeat.types import Array, Params
@@ -229,14 +230,14 @@ def train(
             x = random_inputs(jax.random.fold_in(key, step + 1), task, batch)
             return x, targets(rotation, x)
 
-        return training.train_chunk(
+        return train_chunk(
             _error, state, sample, steps=chunk, optimizer=optimizer, first=first
         )
 
     # All networks train side by side: ``vmap`` over keys, rotations and states.
     rotation, state = jax.jit(jax.vmap(start))(keys)
     run_chunk = jax.jit(jax.vmap(run, in_axes=(0, 0, 0, None)), donate_argnums=2)
-    state, losses = training.train_in_chunks(
+    state, losses = train_in_chunks(
         lambda state, first: run_chunk(keys, rotation, state, first),
         state,
         steps=steps,
@@ -307,7 +308,7 @@ def _half_moment(task: Squaring, power: int, sign: int) -> float:
 
 def _error(params: Params, pair: tuple[Array, Array]) -> Array:
     x, y = pair
-    return jnp.mean((forward(params, x, training.untapped) - y) ** 2)
+    return jnp.mean((forward(params, x, untapped) - y) ** 2)
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -11,10 +11,12 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 ADDRESS = "JAX_COORDINATOR_ADDRESS"
 """Variable: ``host:port`` of the process 0."""
@@ -133,6 +135,19 @@ def process_index() -> int:
     return state.process_id if jax.distributed.is_initialized() else 0
 
 
+def versions() -> dict[str, str]:
+    """Versions that processes have to share."""
+    names = "toyfeat", "jax", "jaxlib", "numpy"
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # run from a folder
+        return "unknown"
+
+
 def gather(value: Any) -> list[Any]:
     """Exchange a JSON value, which every process has to do.
 
@@ -210,6 +225,28 @@ def together(who: str) -> Iterator[None]:
                 )
     if fault is not None:
         raise fault
+
+
+def is_global(tree: Any) -> bool:
+    """Tell whether arrays of a tree are spread over several processes."""
+    leaves = jax.tree.leaves(tree)
+    return any(
+        isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in leaves
+    )
+
+
+def to_host(array: Any) -> np.ndarray:
+    """Copy an array to the host, all of it in every process."""
+    if not is_global(array):
+        return np.asarray(array)
+    if not array.is_fully_replicated:
+        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+        array = jax.jit(_identity, out_shardings=everywhere)(array)
+    return np.asarray(array)
+
+
+def _identity(array: Any) -> Any:
+    return array
 
 
 def leave(message: str) -> NoReturn:

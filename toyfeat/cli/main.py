@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import jax
 
 from toyfeat.cli.doctor import describe_installation
 from toyfeat.jobs import cache_folder, read_job
+from toyfeat.processes import join_processes, leave, together
 
 # What a user can mend, so that a line says enough; a traceback is for anything else.
 _ERRORS = (ValueError, OSError, ImportError, FloatingPointError, RuntimeError)
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         args.run(args)
     except _ERRORS as error:
-        sys.exit(f"toyfeat {args.command}: {error}")
+        leave(f"toyfeat {args.command}: {error}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,7 +100,10 @@ def _run_job(args: Any) -> None:
     from toyfeat.cli import steps
 
     _keep_programs()
-    getattr(steps, args.command)(read_job(args.job))
+    join_processes()
+    with together("job"):
+        job = read_job(args.job)
+    getattr(steps, args.command)(job)
 
 
 def _doctor(args: Any) -> None:

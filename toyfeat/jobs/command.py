@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toyfeat.jobs.config import Job, read_job
+from toyfeat.processes import leave
 
 # What a user can mend, so that a line says enough; a traceback is for anything else.
 JOB_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
@@ -54,7 +55,7 @@ def run_script(
         tyro = _import_tyro()
         tyro.cli(main, description=description, config=(tyro.conf.Positional,))
     except errors as error:
-        raise SystemExit(str(error)) from None
+        leave(str(error))
 
 
 def _import_tyro() -> Any:

@@ -17,6 +17,7 @@ from toyfeat.data.shares import Share
 from toyfeat.data.writing import StoreWriter, store_writer
 from toyfeat.processes import (
     check_same,
+    gather,
     num_processes,
     process_index,
     together,
@@ -111,6 +112,7 @@ def write_together(
             writers = _open_writers(left, closing, share)
         # A process that fails here ends, and does not wait for the others.
         _write_windows(tap_batch, tokens, batch, writers, rows, report)
+    gather("written")  # all of them
     with together("collect"):
         if index == 0:
             for store in left.values():

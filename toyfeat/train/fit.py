@@ -73,13 +73,20 @@ def fit(
     finished and saved, and the process exits with status 0; inside another ``fit``
     the inner one saves, and the outer one goes back to its last checkpoint.
 
+    A state of several processes (``jax.jit(trainer.init)`` of a dictionary that
+    :func:`toyfeat.dictionaries.shard` put on a mesh of all devices) is trained by all of
+    them: each calls this, the first writes metrics and shows the bar, all write
+    checkpoints, and SIGTERM to one stops all.
+
     Args:
       trainer: from :func:`toyfeat.trainer` or :func:`toyfeat.population`.
       state: the initial state, of one member or a population; it stays usable.
       batches: :func:`toyfeat.data.array_batches` or :class:`toyfeat.data.Batches`,
         made on the device inside the compiled loop, or a function of the step on the
         host that returns arrays of the same shapes at every step; it is called for
-        the next chunk while the device works on this one.  If it has ``state()`` and
+        the next chunk while the device works on this one; of several processes it
+        returns arrays of all (:func:`toyfeat.data.store_batches` with ``mesh``).  If it
+        has ``state()`` and
         ``restore(state)`` with JSON values, these go into checkpoints.
       steps: the total number of updates, those before the start included.
       directory: of the run, with ``checkpoint/`` and ``metrics.jsonl``, one line per
@@ -110,11 +117,13 @@ def fit(
       FileExistsError: with ``resume=False`` and a directory that holds a run.
       ValueError: if sizes, shapes, the state's tree or the settings do not fit, a
         weight of the first batch is negative, all checkpoints of the directory
-        are damaged, or its run had other settings or batches.
+        are damaged, or its run had other settings or batches; in several processes
+        if they have different work.
       BlockingIOError: if another call of ``fit`` uses the directory.
       TypeError: if an argument has the wrong type.
       OSError: if the disk is full; the last checkpoint is undamaged.
-      ImportError: with ``tensorboard`` and without tensorboardX.
+      ImportError: with ``tensorboard`` and without tensorboardX; in several processes
+        with a ``directory`` and without orbax.
 
     Warns:
       UserWarning: for a damaged checkpoint that is skipped, for a directory whose run

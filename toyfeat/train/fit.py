@@ -74,8 +74,8 @@ def fit(
     the inner one saves, and the outer one goes back to its last checkpoint.
 
     A state of several processes (``jax.jit(trainer.init)`` of a dictionary that
-    :func:`toyfeat.dictionaries.shard` put on a mesh of all devices) is trained by all of
-    them: each calls this, the first writes metrics and shows the bar, all write
+    :func:`toyfeat.dictionaries.shard` put on a mesh of all devices) is trained by all
+    of them: each calls this, the first writes metrics and shows the bar, all write
     checkpoints, and SIGTERM to one stops all.
 
     Args:

@@ -1,6 +1,7 @@
 """Training on arrays of several processes: one of them reports, and all agree."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def _copy_to(leaf: Any, sharding: NamedSharding) -> Any:
 def hold(folder: Path | None, several: bool) -> Iterator[None]:
     """Hold the lock of a folder of a run, in the first of several processes.
 
+    Warnings of the others are not shown, as they are the same.
+
     Raises:
       BlockingIOError: if another run uses it; in the other processes a RuntimeError.
     """
@@ -70,6 +73,9 @@ def hold(folder: Path | None, several: bool) -> Iterator[None]:
         with together("fit") if several else contextlib.nullcontext():
             if folder is not None and reports(several):
                 stack.enter_context(locked(folder, "fit"))
+        if not reports(several):
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", UserWarning)
         yield
 
 

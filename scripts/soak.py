@@ -6,7 +6,7 @@ The job collects a store and trains two dictionaries on it, at tiny sizes.  In t
 of its processes gets SIGKILL, or both get SIGTERM; then the same command starts again.
 Prints a line for every hit, and at the end how many there were, the largest difference
 of a parameter to an undisturbed run and the longest time that the processes took to
-stop.  One to two minutes for each hit on two busy cores.
+stop.  Two to three minutes for each hit on two busy cores.
 """
 
 import argparse

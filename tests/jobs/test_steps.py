@@ -29,7 +29,8 @@ from toyfeat.jobs import (
 from toyfeat.jobs.evaluate import compute_bases
 from toyfeat.jobs.results import Rows
 from toyfeat.jobs.workspace import model_taps, open_job, open_site, open_taps
-from toyfeat.lm.collect import fingerprint, read_chunks, site_folder
+from toyfeat.lm.collect import fingerprint, read_chunks
+from toyfeat.lm.windows import site_folder
 from toyfeat.models.decoder import Decoder
 
 SITE = "blocks_1/resid_post"

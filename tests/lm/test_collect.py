@@ -25,9 +25,9 @@ from toyfeat.lm.collect import (
     exclude_massive,
     fingerprint,
     make_readout,
-    site_folder,
     store_moments,
 )
+from toyfeat.lm.windows import site_folder
 
 
 @partial(jax.jit, static_argnums=0)

@@ -35,7 +35,7 @@ def write_file(path: Path, tree: Any, about: dict[str, Any], who: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_draft(path) as file:
             _write_members(file, leaves, about)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -63,7 +63,7 @@ def _write_members(file: Any, leaves: list[Any], about: dict[str, Any]) -> None:
         members.writestr(_MANIFEST, text)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Flush a folder, so that a new name survives a loss of power, where possible."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.processes import is_global
 
-def check_leaf(path: Any, leaf: Any, who: str) -> None:
-    """Raise if a leaf cannot be saved to a file."""
+
+def check_leaf(path: Any, leaf: Any, who: str, *, local: bool = True) -> None:
+    """Raise if a leaf cannot be saved to a file, one that is ``local`` to a process."""
     kind, name = type(leaf).__name__, jax.tree_util.keystr(path) or "the tree"
     if not (_is_number(leaf) or (hasattr(leaf, "dtype") and hasattr(leaf, "shape"))):
         raise TypeError(
@@ -24,7 +26,7 @@ def check_leaf(path: Any, leaf: Any, who: str) -> None:
             f"{who}: {name} must be an int of at most 64 bits, got {leaf:.3e}; save it "
             "as a float, or as several numbers"
         )
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    if local and is_global(leaf):
         raise ValueError(
             f"{who}: {name} is spread over several processes; gather it first with "
             "jax.experimental.multihost_utils.process_allgather"
@@ -128,6 +130,15 @@ def decode_leaf(leaf: Any, entry: dict[str, Any], value: np.ndarray) -> Any:
     if isinstance(leaf, np.ndarray | np.generic):
         return value.astype(leaf.dtype)[() if isinstance(leaf, np.generic) else ...]
     # JAX arrays and keys; then put them where the leaf is.
+    if is_global(leaf):
+        is_key = "impl" in entry
+        data = jax.random.key_data(leaf) if is_key else leaf
+        value = value.astype(data.dtype)
+        result = jax.make_array_from_callback(
+            data.shape, data.sharding, lambda index: value[index]
+        )
+        impl = entry.get("impl")
+        return jax.random.wrap_key_data(result, impl=impl) if is_key else result
     if "impl" in entry:
         result = jax.random.wrap_key_data(jnp.array(value), impl=entry["impl"])
     else:

@@ -4,18 +4,22 @@ import contextlib
 import os
 import re
 import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from toyfeat.checkpoint import parallel
 from toyfeat.checkpoint.files import (
     DamagedFileError,
     read_about,
     read_file,
     write_file,
 )
-from toyfeat.checkpoint.trees import unflatten_like
+from toyfeat.checkpoint.trees import check_fits, unflatten_like
+from toyfeat.processes import gather, is_global, process_index, together
 
-_NAME = re.compile(r"step_(\d+)\.npz")
+_NAME = re.compile(r"step_(\d+)(\.npz)?")
 
 
 class Restored(NamedTuple):
@@ -33,39 +37,73 @@ class Restored(NamedTuple):
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """List the checkpoints of a folder, step and file, the oldest first."""
+    """List the checkpoints of a folder, step and path, the oldest first.
+
+    Those of one process are files, those of several processes are folders.
+    """
     paths = folder.iterdir() if folder.is_dir() else ()
     matches = [(_NAME.fullmatch(path.name), path) for path in paths]
     steps = [(int(match[1]), path) for match, path in matches if match]
-    return sorted(pair for pair in steps if pair[1].name == _file_name(pair[0]))
+    return sorted(pair for pair in steps if pair[1].stem == _name(pair[0]))
 
 
-def _file_name(step: int) -> str:
-    """Return the name of the checkpoint of a step."""
-    return f"step_{step:08d}.npz"
+def _name(step: int) -> str:
+    """Return the name of the checkpoint of a step, without its suffix."""
+    return f"step_{step:08d}"
 
 
 def save_checkpoint(
     folder: Path, step: int, state: Any, about: dict[str, Any], *, keep: int
-) -> Path:
+) -> Callable[[], None]:
     """Write a checkpoint, then remove all but the ``keep`` newest of the same run.
 
     Checkpoints are of one run if they have the same ``about["start"]``; others, and
-    files that only have such a name, stay.
+    files that only have such a name, stay.  A state of several processes is written by
+    all of them, while they go on.
+
+    Returns:
+      Function that waits for the end of all this, for every process to call; more
+      calls of it do nothing.
     """
-    path = folder / _file_name(step)
-    write_file(path, state, about, "fit")
-    # Of this run the new one stays, and as many older ones as make ``keep`` with it.
+    if not is_global(state):
+        write_file(folder / f"{_name(step)}.npz", state, about, "fit")
+        _remove_older(folder, step, about, keep)
+        return _nothing
+    wait = parallel.start_write(folder / _name(step), state, about, "fit")
+
+    @cache
+    def finish() -> None:
+        wait()
+        with together("fit"):
+            if process_index() == 0:
+                _remove_older(folder, step, about, keep)
+
+    return finish
+
+
+def _nothing() -> None:
+    """Do nothing, as what is to be waited for is done."""
+
+
+def _remove_older(folder: Path, step: int, about: dict[str, Any], keep: int) -> None:
+    """Keep the new checkpoint of a run, and as many older ones as make ``keep``."""
     older = [old for at, old in checkpoints(folder) if at < step]
     own = [old for old in older if _is_of_run(old, about)]
     for old in own[: max(0, len(own) - keep + 1)]:
-        old.unlink()
-    return path
+        if old.suffix:
+            old.unlink()
+        else:
+            parallel.remove(old)
 
 
 def _is_of_run(path: Path, about: dict[str, Any]) -> bool:
     """Tell whether a checkpoint has the start of a run; a damaged one has none."""
-    saved = read_about(path)
+    saved = None
+    if path.suffix:
+        saved = read_about(path)
+    else:
+        with contextlib.suppress(DamagedFileError):
+            saved = parallel.read_manifest(path, "fit")["about"]
     return saved is not None and saved.get("start") == about.get("start")
 
 
@@ -80,16 +118,19 @@ def newest_checkpoint(folder: Path, like: Any) -> Restored | None:
       ValueError: if the newest undamaged one holds another tree.
     """
     damaged: list[tuple[Path, Exception]] = []
-    for step, path in reversed(checkpoints(folder)):
+    several = is_global(like)
+    found = [(step, path.name) for step, path in checkpoints(folder)]
+    if several:  # as process 0 sees the folder, which they share
+        found = gather(found)[0]
+    for step, name in reversed(found):
+        path = folder / name
         # Remember a damaged file and go on to the one before it.
         try:
-            leaves, about = read_file(path, "fit")
+            state, about = _load(path, like, several)
         except (DamagedFileError, OSError) as error:
             damaged.append((path, error))
             continue
         # The first undamaged one must fit; older ones would not either.
-        try:
-            state = unflatten_like(leaves, like, path, "fit")
         except ValueError as error:
             hint = "choose another directory, or the same settings"
             raise ValueError(f"{error}; {hint}") from None
@@ -101,7 +142,8 @@ def newest_checkpoint(folder: Path, like: Any) -> Restored | None:
                 stacklevel=4,
             )
             aside = damaged_path.with_name(damaged_path.name + ".damaged")
-            if not os.path.lexists(aside):
+            is_first = not several or process_index() == 0
+            if is_first and not os.path.lexists(aside):
                 with contextlib.suppress(OSError):
                     damaged_path.rename(aside)
         return Restored(step=step, state=state, about=about)
@@ -112,3 +154,31 @@ def newest_checkpoint(folder: Path, like: Any) -> Restored | None:
             f"{reasons}. Copy a whole one there, or move the folder away to start anew"
         )
     return None
+
+
+def _load(path: Path, like: Any, several: bool) -> tuple[Any, dict[str, Any]]:
+    """Read a checkpoint of either kind, in this process or in all of them.
+
+    Raises:
+      DamagedFileError: if it is damaged, for any of the processes.
+      ValueError: if it holds another tree.
+    """
+    body: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
+    fault = None
+    try:
+        if path.suffix:
+            leaves, body["about"] = read_file(path, "fit")
+        else:
+            body = parallel.read_manifest(path, "fit")
+            leaves = {entry["path"]: (entry, None) for entry in body["leaves"]}
+    except (DamagedFileError, OSError) as error:
+        fault = str(error)
+    for other in gather(fault) if several else [fault]:
+        if other is not None:
+            raise DamagedFileError(other)
+    if path.suffix:
+        return unflatten_like(leaves, like, path, "fit"), body["about"]
+    check_fits(leaves, like, path, "fit")
+    parallel.verify_files(path, body, "fit", several)
+    return parallel.read_arrays(path, body, like, "fit", several), body["about"]

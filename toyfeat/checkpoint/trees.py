@@ -84,9 +84,36 @@ def load_tree(path: str | Path, like: Any) -> Any:
 
 def unflatten_like(leaves: dict[str, Any], like: Any, path: Path, who: str) -> Any:
     """Build a tree with the structure of ``like``, or raise with what differs."""
+    check_fits(leaves, like, path, who)
     wanted, treedef = jax.tree_util.tree_flatten_with_path(like)
+    named = {jax.tree_util.keystr(leaf_path): leaf for leaf_path, leaf in wanted}
+    try:
+        values = [decode_leaf(leaf, *leaves[name]) for name, leaf in named.items()]
+    except (TypeError, ValueError, KeyError) as error:  # shapes and dtypes are right
+        raise ValueError(
+            f"{who}: {path} has keys of an implementation that is not known here: "
+            f"{error}"
+        ) from error
+    return jax.tree.unflatten(treedef, values)
+
+
+def check_fits(leaves: dict[str, Any], like: Any, path: Path, who: str) -> None:
+    """Raise unless a file has the leaves of a tree.
+
+    Args:
+      leaves: path of a leaf to its entry and value; the value of an array may be
+        ``None``.
+      like: the tree.
+      path: of the file.
+      who: the function, for messages.
+
+    Raises:
+      ValueError: with the leaves that differ.
+      TypeError: if a leaf of the tree is not an array.
+    """
+    wanted, _ = jax.tree_util.tree_flatten_with_path(like)
     for leaf_path, leaf in wanted:
-        check_leaf(leaf_path, leaf, who)
+        check_leaf(leaf_path, leaf, who, local=False)
     named = {jax.tree_util.keystr(leaf_path): leaf for leaf_path, leaf in wanted}
     # Collect all differences before raising: missing, extra and unlike leaves.
     wrong = [f"{p or 'it'} is not in the file" for p in named if p not in leaves]
@@ -110,11 +137,3 @@ def unflatten_like(leaves: dict[str, Any], like: Any, path: Path, who: str) -> A
         raise ValueError(
             f"{who}: {path} holds another tree: {listed}; load it like that"
         )
-    try:
-        values = [decode_leaf(leaf, *leaves[name]) for name, leaf in named.items()]
-    except (TypeError, ValueError, KeyError) as error:  # shapes and dtypes are right
-        raise ValueError(
-            f"{who}: {path} has keys of an implementation that is not known here: "
-            f"{error}"
-        ) from error
-    return jax.tree.unflatten(treedef, values)

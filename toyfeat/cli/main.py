@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 
 from toyfeat.cli.doctor import describe_installation
 from toyfeat.jobs import cache_folder, read_job
+from toyfeat.processes import join_processes, leave, together
 
 # What a user can mend, so that a line says enough; a traceback is for anything else.
 _ERRORS = (ValueError, OSError, ImportError, FloatingPointError, RuntimeError)
@@ -99,7 +99,7 @@ def _run(args: Any, prefix: str) -> None:
     try:
         args.run(args)
     except _ERRORS as error:
-        sys.exit(f"{prefix}{error}")
+        leave(f"{prefix}{error}")
 
 
 def _keep_programs() -> None:
@@ -122,7 +122,10 @@ def _run_job(name: str, args: Any) -> None:
     from toyfeat.cli import steps
 
     _keep_programs()
-    getattr(steps, name)(read_job(args.job))
+    join_processes()
+    with together("job"):
+        job = read_job(args.job)
+    getattr(steps, name)(job)
 
 
 def _doctor(args: Any) -> None:

@@ -1,8 +1,9 @@
 """Steps of a job as the command line and the scripts run them, with what they print."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
@@ -13,9 +14,11 @@ from toyfeat.jobs.hub import hub_licence
 from toyfeat.jobs.lens import run_lens
 from toyfeat.jobs.memory import keep_memory
 from toyfeat.jobs.results import Rows, require_store
+from toyfeat.jobs.several import check_same_job
 from toyfeat.jobs.taps import count_massive
 from toyfeat.jobs.train import load_curves
 from toyfeat.lens import FitProgress
+from toyfeat.processes import NUM, join_processes, num_processes, process_index
 from toyfeat.report.language import write_language
 from toyfeat.report.lens import write_lens
 from toyfeat.report.records import write_records
@@ -37,51 +40,80 @@ def fetch_all(names: Sequence[str]) -> None:
 
 def collect(job: Job) -> None:
     """Estimate what it takes, then store activations and gradients."""
+    say = _begin("collect", job)
     keep_memory()
     require_store(job)
     work = open_job(job)
     minutes = steps.measure_seconds_per_token(work) * work.tokens.size / 60
-    print(f"{steps.describe_size(work)}, about {minutes:.0f} minutes", flush=True)
+    minutes /= num_processes()
+    say(f"{steps.describe_size(work)}, about {minutes:.0f} minutes")
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
     speed = TextColumn("{task.fields[speed]}")
-    with Progress(*columns, speed) as bar:
+    is_first = process_index() == 0
+    with Progress(*columns, speed, disable=not is_first) as bar:
         task = bar.add_task("tokens", total=work.tokens.size, speed="")
         start, printed = time.perf_counter(), [0]
 
         def report(done: int, total: int) -> None:
-            bar.update(task, completed=done)
+            bar.update(task, completed=done, total=total)
             rate = bar.tasks[0].speed
             bar.update(task, speed=f"{rate:,.0f} tokens/s" if rate else "")
             # Without a terminal there is no bar: a line for every tenth.
             if not bar.console.is_terminal and done * 10 // total > printed[-1]:
                 printed.append(done * 10 // total)
                 left = (time.perf_counter() - start) * (total / max(done, 1) - 1)
-                print(f"{done:,} of {total:,} tokens, {left:.0f} s left", flush=True)
+                say(f"{done:,} of {total:,} tokens, {left:.0f} s left")
 
-        stores = steps.collect_taps(work, report)
+        stores = steps.collect_taps(work, report, log=say)
     for site, store in stores.items():
-        print(f"{site}: {store.rows:,} tokens in {store.path}")
+        say(f"{site}: {store.rows:,} tokens in {store.path}")
         if num := count_massive(store):
-            print(f"  {num} tokens with massive activations do not count")
+            say(f"  {num} tokens with massive activations do not count")
+
+
+def _begin(command: str, job: Job, *, several: bool = True) -> Callable[[str], None]:
+    """Join the other processes of a job, if there are any, and compare the jobs.
+
+    Returns:
+      Function that prints a line, in the first process.
+
+    Raises:
+      ValueError: for jobs that differ, or a step that is for one process.
+    """
+    join_processes()
+    if num_processes() > 1 and not several:
+        raise ValueError(
+            f"{command} runs in one process, got {num_processes()}; start it once, "
+            f"with {NUM}=1 on a cluster"
+        )
+    check_same_job(job)
+    return partial(print, flush=True) if process_index() == 0 else _say_nothing
+
+
+def _say_nothing(line: str) -> None:
+    """Leave a line to the first process."""
 
 
 def decompose(job: Job) -> None:
     """Open the job and decompose its sites."""
+    _begin("decompose", job, several=False)
     steps.decompose_job(open_job(job))
 
 
 def train(job: Job) -> None:
     """Train the dictionaries that are not finished."""
-    steps.train_job(job)
+    steps.train_job(job, _begin("train", job))
 
 
 def evaluate(job: Job) -> None:
     """Open the job and evaluate its dictionaries."""
+    _begin("evaluate", job, several=False)
     steps.evaluate_job(open_job(job))
 
 
 def report(job: Job) -> None:
     """Gather the results of the job; write the page and the records of latents."""
+    _begin("report", job, several=False)
     work = open_job(job)
     folder = Path(job.out)
     evaluation = Rows(folder / "evaluation.jsonl").rows
@@ -110,11 +142,13 @@ def report(job: Job) -> None:
 
 def finetune(job: Job) -> None:
     """Open the job and fine-tune the dictionaries that it names."""
+    _begin("finetune", job, several=False)
     finetune_job(open_job(job))
 
 
 def lens(job: Job) -> None:
     """Open the job, fit its lens and write the page."""
+    _begin("lens", job, several=False)
 
     def show(progress: FitProgress) -> None:
         print(f"batch {progress.step} of {progress.steps}: {progress.prompts} prompts")

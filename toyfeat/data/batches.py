@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from toyfeat.checks import check_flag, check_int
 from toyfeat.data.checks import check_taps
+from toyfeat.data.parts import batch_part
 from toyfeat.data.permutation import LARGEST, epoch_words, host_words, permute_index
 from toyfeat.data.store import ALIGN, Store, check_shard, shard_taps
 from toyfeat.types import Array, Taps
@@ -34,7 +36,13 @@ class Batches(NamedTuple):
 
 
 def store_batches(
-    store: Store, *, batch: int, seed: int, window: int | None = 16
+    store: Store,
+    *,
+    batch: int,
+    seed: int,
+    window: int | None = 16,
+    mesh: Mesh | None = None,
+    axis: str = "data",
 ) -> Callable[[int], Taps]:
     """Read shuffled batches from a store, as a pure function of the step.
 
@@ -54,14 +62,17 @@ def store_batches(
       batch: rows per step.
       seed: seed of the order, an int of at least 0.
       window: shards that are shuffled together, or ``None`` for all.
+      mesh: of devices, of all processes if there are several.
+      axis: of the mesh.
 
     Returns:
       ``step -> Taps``: ``acts [batch, D]`` and ``grads [batch, K, D]`` in the dtype of
       the store, ``weights [batch]`` float32.  The step must be concrete.
 
     Raises:
-      ValueError: if the batch is larger than the store, or the seed or window is
-        out of range; from the function that is returned, if a shard was cut short.
+      ValueError: if the batch is larger than the store or the axis does not divide it,
+        or the seed or window is out of range; from the function that is returned, if a
+        shard was cut short.
     """
     if not isinstance(store, Store):
         raise TypeError(
@@ -79,6 +90,7 @@ def store_batches(
             f"store_batches: a window must have 1 .. {LARGEST} rows, got {window} "
             f"shards of {store.rows_per_shard}; make the window smaller"
         )
+    part = None if mesh is None else batch_part("store_batches", batch, mesh, axis)
     # A batch may cross the border of two windows and of two epochs.
     map_shard = lru_cache(maxsize=2 * window)(partial(shard_taps, store))
     epoch_order = lru_cache(maxsize=2)(partial(_epoch_order, store, seed, window))
@@ -95,9 +107,39 @@ def store_batches(
         if count < batch:  # fill the batch from the next epoch
             following = epoch_order(epoch + 1)
             ids += _row_ids(following, seed, epoch + 1, 0, batch - count)
-        return _read_rows(open_shard, np.sort(np.concatenate(ids)))
+        sorted_ids = np.sort(np.concatenate(ids))
+        if part is None:
+            return jax.tree.map(jax.device_put, _read_rows(open_shard, sorted_ids))
+        return part.assemble(_read_rows(open_shard, sorted_ids[part.rows]))
 
     return batches
+
+
+def row_reader(store: Store) -> Callable[[np.ndarray], Taps]:
+    """Make a reader of single rows of a store.
+
+    Args:
+      store: from :func:`open_store`.
+
+    Returns:
+      ``rows [n] -> Taps``, arrays of the host; rows are numbered in the order of the
+      store, and may be in any order.
+    """
+    map_shard = cache(partial(shard_taps, store))
+    starts = np.cumsum([0, *(shard.rows for shard in store.shards)])
+
+    def open_shard(index: int) -> Taps:
+        check_shard(store, store.shards[index], "row_reader")
+        return map_shard(index)
+
+    def read(rows: np.ndarray) -> Taps:
+        order = np.argsort(rows, kind="stable")
+        shards = np.searchsorted(starts, rows[order], side="right") - 1
+        ids = (shards << 32) + rows[order] - starts[shards]
+        back = np.argsort(order)
+        return jax.tree.map(lambda x: x[back], _read_rows(open_shard, ids))
+
+    return read
 
 
 def array_batches(
@@ -267,7 +309,7 @@ def _row_ids(
 
 
 def _read_rows(open_shard: Callable[[int], Taps], ids: np.ndarray) -> Taps:
-    """Copy the rows of sorted ids from their shards to the device."""
+    """Copy the rows of sorted ids from their shards."""
     # Split the ids into runs of one shard.
     shards, rows = ids >> 32, ids & (2**32 - 1)
     cuts = np.flatnonzero(np.diff(shards)) + 1
@@ -280,7 +322,7 @@ def _read_rows(open_shard: Callable[[int], Taps], ids: np.ndarray) -> Taps:
     for low, high in pairwise(bounds):
         gather = partial(_gather, rows[low:high], slice(low, high))
         jax.tree.map(gather, open_shard(int(shards[low])), batch)
-    return jax.tree.map(jax.device_put, batch)
+    return batch
 
 
 def _gather(rows: np.ndarray, part: slice, block: np.ndarray, out: np.ndarray) -> None:

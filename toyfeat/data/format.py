@@ -16,6 +16,7 @@ from toyfeat.files.json import field, read_json
 from toyfeat.files.paths import inside
 from toyfeat.types import Taps
 
+RECORD = "store.json"
 VERSION = 1  # of the format of store.json
 ALIGN = 64  # bytes; JAX on a CPU uses host memory of this alignment without a copy
 AGAIN = "restore the store from a copy, or collect it again in another folder"
@@ -116,15 +117,23 @@ def _json_copy(who: str, metadata: Any) -> dict[str, Any]:
     return copy
 
 
-def read_store(path: str | Path, who: str) -> Store:
-    """Read ``store.json``, without looking at the shards.
+def read_store(path: str | Path, who: str, record: str = RECORD) -> Store:
+    """Read the record of a store, without looking at the shards.
+
+    Args:
+      path: the folder.
+      who: the function, for messages.
+      record: name of the file, another one for what one of several processes wrote.
+
+    Returns:
+      :class:`Store`.
 
     Raises:
       FileNotFoundError: if there is no ``store.json``.
       ValueError: if it is damaged, of another format, or names files outside.
     """
     # The format first: other versions may have other fields.
-    file = Path(path) / "store.json"
+    file = Path(path) / record
     saved = read_json(file, who, advice=AGAIN)
     if saved.get("format") != "toyfeat store" or saved.get("version") != VERSION:
         raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 
 from toyfeat.data.checks import check_appended
 from toyfeat.data.format import (
+    RECORD,
     Shard,
     Store,
     empty_store,
@@ -20,6 +21,7 @@ from toyfeat.data.format import (
     split_blocks,
     store_json,
 )
+from toyfeat.data.shares import Share, check_count
 from toyfeat.data.store import check_shards, file_sha256, shard_taps
 from toyfeat.files.paths import lock_folder
 from toyfeat.types import Taps
@@ -33,6 +35,7 @@ def store_writer(
     dtype: str = "float32",
     rows_per_shard: int = 65536,
     metadata: dict[str, Any] | None = None,
+    share: Share | None = None,
 ) -> "StoreWriter":
     """Open a store of activations and gradients for writing, or for appending.
 
@@ -53,6 +56,8 @@ def store_writer(
       dtype: ``"float32"`` or ``"bfloat16"``, of activations and gradients.
       rows_per_shard: rows of a full shard, which are held in memory.
       metadata: JSON values that describe model, site, readout and text.
+      share: of one of several processes that write a store together; its rows alone
+        are appended, and :func:`toyfeat.data.merging.merge_shares` joins all of them.
 
     Returns:
       :class:`StoreWriter`: ``append(taps)``, ``rows``, ``close()``; a context manager.
@@ -87,16 +92,25 @@ def store_writer(
             dtype=dtype,
             rows_per_shard=rows_per_shard,
             metadata={} if metadata is None else metadata,
-        )
+        ),
+        share,
     )
 
 
 class StoreWriter:
     """Writer of a store: collects rows and writes a shard whenever one is full."""
 
-    def __init__(self, wanted: Store):
+    def __init__(self, wanted: Store, share: Share | None = None):
         wanted.path.mkdir(parents=True, exist_ok=True)
-        self._release = lock_folder(wanted.path, self, "store_writer")
+        # The first of several processes holds the lock for all of them.
+        self._release = _no_lock
+        if share is None or share.index == 0:
+            self._release = lock_folder(wanted.path, self, "store_writer")
+        self._record, self._first_shard = RECORD, 0
+        if share is not None:
+            self._record = share.record
+            self._first_shard = share.first_shard(wanted.rows_per_shard)
+            wanted = share.mark(wanted)
         try:
             self._open(wanted)
         except BaseException:
@@ -106,13 +120,14 @@ class StoreWriter:
     def _open(self, wanted: Store) -> None:
         """Create the store or continue the one in the folder, and allocate a shard."""
         store, path = wanted, wanted.path
-        if os.path.lexists(path / "store.json"):  # also a link that leads nowhere
-            store = read_store(path, "store_writer")
-            _check_settings(store, wanted)
+        if os.path.lexists(path / self._record):  # also a link that leads nowhere
+            store = read_store(path, "store_writer", self._record)
+            check_settings(store, wanted)
             check_shards(store, "store_writer")
         else:
-            _check_no_shards(path)
-            _replace_json(store, store)
+            if self._record == RECORD:
+                _check_no_shards(path)
+            replace_record(store, self._record)
         self._store, self._closed = store, False
         # The bytes of a full shard, and the arrays that they are views of.
         self._raw = np.zeros(shard_bytes(store, store.rows_per_shard), np.uint8)
@@ -202,7 +217,7 @@ class StoreWriter:
     def _write_shard(self) -> None:
         """Write the buffered rows as a shard, then record it in ``store.json``."""
         store, rows, raw = self._store, self._num_buffered, self._raw
-        name = f"shard-{len(store.shards):06d}-{rows}.bin"
+        name = f"shard-{self._first_shard + len(store.shards):06d}-{rows}.bin"
         if rows < store.rows_per_shard:  # a short shard has its blocks elsewhere
             raw = np.zeros(shard_bytes(store, rows), np.uint8)
             short = split_blocks(store, rows, raw)
@@ -212,7 +227,7 @@ class StoreWriter:
             file = _write_file(store, name, raw)
             shard = Shard(file.name, rows, hashlib.sha256(raw.data).hexdigest())
             new = store._replace(shards=(*store.shards, shard))
-            _replace_json(store, new)
+            replace_record(new, self._record)
         except OSError:
             self._closed = True
             self._release()
@@ -255,10 +270,10 @@ def _write_file(store: Store, name: str, content: Any) -> Path:
     return file
 
 
-def _replace_json(store: Store, new: Store) -> None:
-    """Replace ``store.json`` atomically by that of a store with other shards."""
-    draft = _write_file(store, "store.json.tmp", store_json(new))
-    draft.replace(store.path / "store.json")
+def replace_record(store: Store, record: str) -> None:
+    """Replace the record of a store atomically."""
+    draft = _write_file(store, f"{record}.tmp", store_json(store))
+    draft.replace(store.path / record)
     _sync_folder(store.path)
 
 
@@ -293,7 +308,7 @@ def _sync_folder(path: Path) -> None:
             os.close(folder)
 
 
-def _check_settings(store: Store, wanted: Store) -> None:
+def check_settings(store: Store, wanted: Store) -> None:
     """Raise a ValueError if the settings of an existing store are not those wanted."""
     for name in Store._fields[1:-1]:
         old, new = getattr(store, name), getattr(wanted, name)
@@ -306,12 +321,17 @@ def _check_settings(store: Store, wanted: Store) -> None:
 
 def _check_no_shards(path: Path) -> None:
     """Raise a ValueError for shards without the ``store.json`` that records them."""
+    check_count(path, 1, "store_writer")
     shards = [file.name for file in path.iterdir() if is_shard_name(file.name)]
     if shards:
         raise ValueError(
             f"store_writer: {path} has {len(shards)} shards, such as {min(shards)}, "
             "and no store.json that records them; restore it, or give another folder"
         )
+
+
+def _no_lock() -> None:
+    """Release the lock that another process holds."""
 
 
 def _assign(block: np.ndarray, values: np.ndarray) -> None:

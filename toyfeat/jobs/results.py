@@ -13,7 +13,7 @@ from toyfeat.files.atomic import write_whole
 from toyfeat.files.json import read_json, read_json_lines
 from toyfeat.jobs.config import BASES, Attribution, Job, Train
 from toyfeat.jobs.kinds import KINDS
-from toyfeat.lm.collect import site_folder
+from toyfeat.lm.windows import site_folder
 
 # Entries that may be extended in a folder that has results already.
 _EXTENDABLE = {

@@ -34,6 +34,7 @@ from toyfeat.jobs.results import (
     require_collected,
     require_store,
 )
+from toyfeat.jobs.several import claim_together, training_mesh
 from toyfeat.jobs.taps import (
     MAX_BYTES_IN_MEMORY,
     TapSource,
@@ -55,6 +56,7 @@ from toyfeat.jobs.workspace import (
 )
 from toyfeat.lm.collect import collect, store_moments, tap_windows
 from toyfeat.lm.contexts import find_contexts
+from toyfeat.processes import gather, num_processes, process_index, together
 
 _BASELINES = "pca", "gradient pca", "joint pca", "random"
 _CHECKED_BASELINES = "pca", "random"  # an upper and a lower bound of what is linear
@@ -86,7 +88,7 @@ def collect_taps(
         work.model.params,
         work.tokens,
         settings.sites,
-        claim_folder(job, "collect") / "stores",
+        claim_together(job, "collect") / "stores",
         readout=readout_from(job),
         batch=settings.batch,
         dtype=settings.dtype,
@@ -94,11 +96,13 @@ def collect_taps(
         massive=settings.massive,
         metadata=provenance(work),
         report=report,
+        several=num_processes() > 1,
     )
     # Shards of earlier calls may have been damaged since: moments are of whole ones.
-    for site, store in stores.items():
-        verify_once(store)
-        open_moments(job, site, store.dim, partial(store_moments, store), log)
+    with together("job"):
+        for site, store in stores.items() if process_index() == 0 else ():
+            verify_once(store)
+            open_moments(job, site, store.dim, partial(store_moments, store), log)
     return stores
 
 
@@ -212,11 +216,15 @@ def train_job(
       FileNotFoundError: if nothing was collected.
       ValueError: for a batch of a job without a store that is not of whole windows.
     """
+    training_mesh(job)  # raises if there can be none
     folder = Path(job.out) / "train"
     runs = [r for r in list_runs(job.train) if not is_finished(folder, r)]
+    # As the first of several processes sees the folder.
+    names = gather([run.name for run in runs])[0]
+    runs = [run for run in list_runs(job.train) if run.name in names]
     # A damaged store is refused even if nothing is left to train.
     source = open_source(job) if runs or job.source == "store" else None
-    claim_folder(job, "collect", "train")
+    claim_together(job, "collect", "train")
     if source is None or not runs:
         return
     folder.mkdir(exist_ok=True)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from toyfeat.checkpoint import load_tree, save_tree
 from toyfeat.checkpoint.files import DamagedFileError
@@ -18,6 +19,7 @@ from toyfeat.data.store import Store, open_store, shard_taps, verify_store
 from toyfeat.files.atomic import write_whole
 from toyfeat.files.json import field, read_json
 from toyfeat.jobs.config import Job
+from toyfeat.jobs.part_batches import grads_as_acts, part_batches
 from toyfeat.jobs.results import moments_path, require_collected, store_path
 from toyfeat.jobs.windows import full_batches
 from toyfeat.lm.collect import accumulate_moments, read_chunks
@@ -42,6 +44,7 @@ class TapSource(NamedTuple):
       batches: ``(seed, of_gradients) -> Batches`` for :func:`toyfeat.fit`, in random
         order; with ``of_gradients`` the gradients take the place of the activations.
       chunks: iterate over all taps in the order of the text, ``[rows, ...]`` at a time.
+      mesh: that batches are split over, of all processes, or ``None``.
     """
 
     dim: int
@@ -49,6 +52,7 @@ class TapSource(NamedTuple):
     metadata: Mapping[str, Any]
     batches: Callable[[int, bool], Batches]
     chunks: Callable[[], Iterator[Taps]]
+    mesh: Mesh | None = None
 
     @property
     def bytes_per_token(self) -> int:
@@ -60,12 +64,13 @@ class TapSource(NamedTuple):
         return accumulate_moments(self.chunks())
 
 
-def from_store(store: Store, batch: int) -> TapSource:
+def from_store(store: Store, batch: int, mesh: Mesh | None = None) -> TapSource:
     """Make a source from collected taps.
 
     Args:
       store: of a site.
       batch: tokens per training step.
+      mesh: with an axis ``data``, of the devices of all processes.
 
     Returns:
       :class:`TapSource`.
@@ -74,36 +79,44 @@ def from_store(store: Store, batch: int) -> TapSource:
         dim=store.dim,
         readouts=store.readouts or 0,
         metadata=store.metadata,
-        batches=partial(shuffled_batches, store, batch),
+        batches=partial(shuffled_batches, store, batch, mesh=mesh),
         chunks=partial(read_chunks, store),
+        mesh=mesh,
     )
 
 
 def shuffled_batches(
-    store: Store, batch: int, seed: int, of_gradients: bool
+    store: Store, batch: int, seed: int, of_gradients: bool, mesh: Mesh | None = None
 ) -> Batches:
     """Shuffle the tokens of a store into batches.
 
     A store that fits into memory is held there, without the tokens of weight 0; a
-    larger one is read during training, tokens of weight 0 included.
+    larger one is read during training, tokens of weight 0 included.  Several processes
+    never hold it, and each reads its part of the same batches.
 
     Args:
       store: of a site.
       batch: tokens per training step.
       seed: of the order.
       of_gradients: whether gradients take the place of the activations.
+      mesh: with an axis ``data``, of the devices of all processes.
 
     Returns:
       Batches for :func:`toyfeat.fit`.
+
+    Raises:
+      ValueError: if the devices do not divide the tokens of a step.
     """
     size = sum((store.path / shard.file).stat().st_size for shard in store.shards)
     if size <= MAX_BYTES_IN_MEMORY:
+        if mesh is not None:
+            return part_batches(store, batch, seed, of_gradients, mesh)
         shards = (shard_taps(store, i) for i in range(len(store.shards)))
         parts = [_nonzero_weight(shard) for shard in shards]
         taps = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         taps = grads_as_acts(taps) if of_gradients else taps
         return array_batches(taps, batch=min(batch, len(taps.weights)), seed=seed)
-    batches = store_batches(store, batch=batch, seed=seed)
+    batches = store_batches(store, batch=batch, seed=seed, mesh=mesh)
     return lambda step: grads_as_acts(batches(step)) if of_gradients else batches(step)
 
 
@@ -188,21 +201,6 @@ def _model_batches(
         return grads_as_acts(taps) if of_gradients else taps
 
     return DeviceBatches(take, (params, order))
-
-
-def grads_as_acts(taps: Taps) -> Taps:
-    """Put gradients in the place of activations, every draw an example of its own.
-
-    Raises:
-      ValueError: if there are no gradients.
-    """
-    if taps.grads is None:
-        raise ValueError("train: a dictionary of gradients wants a store with some")
-    num, draws, dim = taps.grads.shape
-    rows: Any = taps.grads.reshape(num * draws, dim)
-    rows = rows * np.sqrt(draws).astype(rows.dtype)  # draws are scaled by 1 / sqrt(K)
-    weights: Array = taps.weights
-    return Taps(rows, None, weights.repeat(draws))
 
 
 def _nonzero_weight(taps: Taps) -> Taps:

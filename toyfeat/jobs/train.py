@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from toyfeat.dictionary.sharding import shard
 from toyfeat.dictionary.types import Dictionary, Objective
 from toyfeat.files.atomic import write_whole
 from toyfeat.files.json import parse_json, read_bytes, read_json_lines
@@ -17,7 +19,9 @@ from toyfeat.interop import save_saelens
 from toyfeat.jobs.config import Attribution, Train
 from toyfeat.jobs.kinds import KINDS
 from toyfeat.jobs.results import Run, finished_runs
+from toyfeat.jobs.several import to_local
 from toyfeat.jobs.taps import TapSource
+from toyfeat.processes import process_index, together
 from toyfeat.train import denormalized, fit, population, trainer
 from toyfeat.train.types import Trainer, TrainState
 
@@ -66,8 +70,8 @@ def train_one(
       on_chunk: as of :func:`toyfeat.fit`.
     """
     run_trainer = _make_trainer(run, train, source, run.k)
-    state = run_trainer.init(
-        jax.random.key(run.seed), learning_rate=train.learning_rate
+    state = _start(
+        run_trainer, source, jax.random.key(run.seed), learning_rate=train.learning_rate
     )
     state = fit(
         run_trainer,
@@ -104,13 +108,16 @@ def train_together(
     Raises:
       FloatingPointError: if a member diverged; those that did not are saved.
     """
+    with together("train"):  # the first process writes who its members are
+        if process_index() == 0:
+            _find_population(runs, folder)
     shared, members = _find_population(runs, folder)
     # One trainer for all: members keep fewer codes than the largest k, by their own.
     largest = max(run.k for run in members)
     run_trainer = population(_make_trainer(members[0], train, source, largest))
     keys = jax.vmap(jax.random.key)(jnp.array([run.seed for run in members]))
     ks = jnp.array([float(run.k) for run in members])
-    state = run_trainer.init(keys, k=ks, learning_rate=train.learning_rate)
+    state = _start(run_trainer, source, keys, k=ks, learning_rate=train.learning_rate)
     state = fit(
         run_trainer,
         state,
@@ -123,13 +130,16 @@ def train_together(
         check_data=False,
     )
     # Save the members that are wanted and finite.
+    state = to_local(state)
     diverged = []
     for i, run in enumerate(members):
         member = jax.tree.map(lambda x, i=i: x[i], state)
         if not all(bool(jnp.isfinite(x).all()) for x in member.params.values()):
             diverged.append(run.name)
         elif run in runs:
-            _save_metrics(i, shared, folder / run.name)
+            with together("train"):
+                if process_index() == 0:
+                    _save_metrics(i, shared, folder / run.name)
             _save_features(run, train, source, folder, member)
     if diverged:
         raise FloatingPointError(
@@ -224,6 +234,8 @@ def _make_trainer(run: Run, train: Train, source: TapSource, k: int) -> Trainer:
     """Make the trainer of a run."""
     kind = KINDS[run.kind]
     sae, objective = design(run.kind, source.dim, train.latents, k, run.loss)
+    if source.mesh is not None:
+        sae = shard(sae, source.mesh, latents=None)
     # Shares of the training: a tenth warms up, a latent that was active nowhere in a
     # tenth counts as dead.  The lower bounds are for trainings of a few steps.
     return trainer(
@@ -237,6 +249,19 @@ def _make_trainer(run: Run, train: Train, source: TapSource, k: int) -> Trainer:
     )
 
 
+def _start(
+    run_trainer: Trainer, source: TapSource, keys: Any, **hyper: Any
+) -> TrainState:
+    """Start a state, on the devices of all processes if there are several."""
+    if source.mesh is None:
+        return run_trainer.init(keys, **hyper)
+    return jax.jit(partial(_init, run_trainer))(keys, hyper)
+
+
+def _init(run_trainer: Trainer, keys: Any, hyper: dict[str, Any]) -> TrainState:
+    return run_trainer.init(keys, **hyper)
+
+
 def _save_features(
     run: Run, train: Train, source: TapSource, folder: Path, state: TrainState
 ) -> None:
@@ -245,5 +270,7 @@ def _save_features(
     metadata: dict[str, Any] = {"kind": run.kind, "seed": run.seed, **source.metadata}
     if run.loss:
         metadata["loss"] = asdict(run.loss)
-    path = folder / run.name / "features"
-    save_saelens(path, sae, denormalized(sae, state), metadata=metadata)
+    path, state = folder / run.name / "features", to_local(state)
+    with together("train"):
+        if process_index() == 0:
+            save_saelens(path, sae, denormalized(sae, state), metadata=metadata)

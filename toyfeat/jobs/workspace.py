@@ -16,6 +16,7 @@ from toyfeat.files.json import field, read_json
 from toyfeat.jobs.config import Job
 from toyfeat.jobs.hub import hub_commit, is_hub
 from toyfeat.jobs.results import list_runs
+from toyfeat.jobs.several import open_together
 from toyfeat.jobs.sources import locate, read_texts
 from toyfeat.jobs.taps import (
     TapSource,
@@ -249,7 +250,7 @@ def open_training_taps(job: Job) -> TapSource:
       ValueError: if a shard is damaged, and as :func:`open_job` and :func:`open_taps`.
     """
     if job.source == "store":
-        return from_store(open_collected(job, job.site), job.train.batch)
+        return open_together(job)
     return open_taps(open_job(job), job.site)
 
 

@@ -3,10 +3,7 @@
 import dataclasses
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,16 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.checks import check_int
+from toyfeat.data.format import empty_store
 from toyfeat.data.store import Store, check_shard, open_store, shard_taps
-from toyfeat.data.writing import StoreWriter, store_writer
 from toyfeat.lm.label_gradients import HeadReadout, bind_readout
+from toyfeat.lm.windows import site_folder, write_alone, write_together
 from toyfeat.moments import moments
 from toyfeat.tap import random_rules, readouts, rules, tap
 from toyfeat.tap.readouts import Readout
 from toyfeat.types import Array, Moments, Outputs, Params, Probed, Taps
-
-_PLAIN_SITE = re.compile(r"\w+([./]\w+)*", re.ASCII)
-_MAX_NAME = 200  # letters; file systems allow 255 bytes
 
 ReadoutOf = Callable[[Array, Array], Readout] | HeadReadout
 """``(tokens [B, T], index of the first window [], or of each [B]) -> Readout``, or a
@@ -98,6 +93,7 @@ def collect(
     massive: float = 10.0,
     metadata: Mapping[str, Any] | None = None,
     report: Callable[[int, int], None] = lambda done, rows: None,
+    several: bool = False,
 ) -> dict[str, Store]:
     """Tap windows of tokens at several sites and store all of it.
 
@@ -121,14 +117,19 @@ def collect(
         length").  ``inf`` keeps all weights.
       metadata: JSON values that describe the model and the text; a store with other
         values is refused.
-      report: called with the tokens done and all of them, after every batch.
+      report: called with the tokens done and all of them, after every batch; of
+        several processes with those of its own.
+      several: whether all processes of this job collect together, in a folder that they
+        share.  Each writes shards of its own, and the stores are those that one process
+        makes, bit for bit.
 
     Returns:
       Site to :class:`Store`, rows window by window.
 
     Raises:
       ValueError: for tokens that are not ``[num, T]`` with ``T >= 2``, unknown sites,
-        or a store that exists with other settings or metadata.
+        a store that exists with other settings or metadata, one that another number
+        of processes began, or processes with different work.
       OSError: if the disk is full; complete shards stay.
     """
     # The shapes of the taps, and a record of what they are of.
@@ -143,13 +144,22 @@ def collect(
         "length": tokens.shape[1],
         "massive": str(float(massive)),
     }
-    # Taps of all windows, appended to the stores of all sites.
-    options = {"dtype": dtype, "rows_per_shard": rows_per_shard}
-    with ExitStack() as closing:  # all writers, even if one of them fails
-        writers = _open_writers(Path(folder), shapes, provenance, closing, **options)
-        _write_windows(partial(tap_batch, params), tokens, batch, writers, report)
-    report(tokens.size, tokens.size)
-    return {site: open_store(Path(folder) / site_folder(site)) for site in shapes}
+    # Taps of all windows, or of those of this process, appended to the stores.
+    stores = {
+        site: empty_store(
+            "store_writer",
+            Path(folder) / site_folder(site),
+            dim=taps.acts.shape[1],
+            readouts=None if taps.grads is None else taps.grads.shape[1],
+            dtype=dtype,
+            rows_per_shard=rows_per_shard,
+            metadata={**provenance, "site": site},
+        )
+        for site, taps in shapes.items()
+    }
+    write = write_together if several else write_alone
+    write(partial(tap_batch, params), tokens, batch, stores, report)
+    return {site: open_store(store.path) for site, store in stores.items()}
 
 
 def _check_tokens(tokens: np.ndarray, batch: int) -> np.ndarray:
@@ -160,73 +170,6 @@ def _check_tokens(tokens: np.ndarray, batch: int) -> np.ndarray:
         )
     check_int("collect", "batch", batch)
     return tokens
-
-
-def _open_writers(
-    folder: Path,
-    shapes: Mapping[str, Taps],
-    provenance: Mapping[str, Any],
-    closing: ExitStack,
-    **options: Any,
-) -> dict[str, StoreWriter]:
-    """Open writers of every site, those of existing stores first.
-
-    So a store with other settings is refused before any new one is begun.
-    """
-
-    def is_new(site: str) -> bool:
-        return not (folder / site_folder(site) / "store.json").exists()
-
-    writers = {}
-    for site in sorted(shapes, key=is_new):
-        taps = shapes[site]
-        writers[site] = store_writer(
-            folder / site_folder(site),
-            dim=taps.acts.shape[1],
-            readouts=None if taps.grads is None else taps.grads.shape[1],
-            metadata={**provenance, "site": site},
-            **options,
-        )
-        closing.enter_context(writers[site])
-    return writers
-
-
-def _write_windows(
-    tap_batch: Callable[[Array, int], dict[str, Taps]],
-    tokens: np.ndarray,
-    batch: int,
-    writers: Mapping[str, StoreWriter],
-    report: Callable[[int, int], None],
-) -> None:
-    """Tap batches of windows, and write each while the next is computed."""
-    length = tokens.shape[1]
-    pending: Future[None] | None = None
-    with ThreadPoolExecutor(1) as disk:
-        # Resume with the batch of the first window that some store does not have.
-        done = min(writer.rows for writer in writers.values()) // length
-        for first in range(done // batch * batch, len(tokens), batch):
-            windows = tokens[first : first + batch]
-            # The last batch is filled up, so that one program serves all batches.
-            filled = np.resize(windows, (batch, length))
-            taps = tap_batch(jnp.asarray(filled), first)
-            # The device computes on its own while the last batch is being written.
-            if pending is not None:
-                pending.result()
-                report(first * length, tokens.size)
-            rows = slice(first * length, (first + len(windows)) * length)
-            pending = disk.submit(_append, writers, taps, rows)
-        if pending is not None:
-            pending.result()
-
-
-def _append(
-    writers: Mapping[str, StoreWriter], taps: Mapping[str, Taps], rows: slice
-) -> None:
-    """Append the rows that a store does not have yet."""
-    for site, writer in writers.items():
-        part = slice(max(0, writer.rows - rows.start), rows.stop - rows.start)
-        if part.start < part.stop:
-            writer.append(jax.tree.map(lambda x, p=part: np.asarray(x)[p], taps[site]))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -279,26 +222,6 @@ def exclude_massive(taps: Taps, length: int, factor: float) -> Taps:
     median = jnp.median(norms, axis=1, keepdims=True)
     counts = (norms <= factor * median).reshape(-1)
     return taps._replace(weights=taps.weights * counts.astype(taps.weights.dtype))
-
-
-def site_folder(site: str) -> str:
-    """Name the folder of a site, another one for every site.
-
-    Slashes become dashes.  A name with anything but letters, digits, underscores,
-    slashes and inner dots gets a checksum behind it, which keeps ``a-b`` apart from
-    ``a/b`` and ``..`` inside the folder.
-
-    Example:
-      >>> site_folder("blocks_15/resid_post")
-      'blocks_15-resid_post'
-      >>> site_folder("blocks/resid_post@15")
-      'blocks-resid_post-15-7f5ab2b3'
-    """
-    # Only plain names keep apart what the dashes would join.
-    name = re.sub(r"[^A-Za-z0-9_.]", "-", site)
-    if _PLAIN_SITE.fullmatch(site) and len(site) <= _MAX_NAME:
-        return name
-    return f"{name[:_MAX_NAME]}-{hashlib.sha256(site.encode()).hexdigest()[:8]}"
 
 
 def read_chunks(store: Store, *, rows: int = 4096) -> Iterator[Taps]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from toyfeat.checks import check_function
 from toyfeat.data.batches import Batches
+from toyfeat.processes import is_global, to_host
 from toyfeat.train.types import TrainState
 from toyfeat.types import Array, Taps
 
@@ -59,8 +60,14 @@ def _call_batches(batches: Callable[[Array], Taps], step: Array) -> Taps:
     return batches(step)
 
 
-def make_feed(batches: Batches | Callable[[int], Taps]) -> Feed:
+def make_feed(
+    batches: Batches | Callable[[int], Taps], *, several: bool = False
+) -> Feed:
     """Make the feed of batches of either kind.
+
+    Args:
+      batches: as of :func:`toyfeat.fit`.
+      several: whether those of the host must be arrays of several processes.
 
     Raises:
       TypeError: if they are not batches.
@@ -88,12 +95,14 @@ def make_feed(batches: Batches | Callable[[int], Taps]) -> Feed:
         )
     return Feed(
         take=None,
-        fetch=partial(_fetch_chunk, batches, save if callable(save) else None),
+        fetch=partial(_fetch_chunk, batches, save if callable(save) else None, several),
         restore=restore if callable(restore) else None,
     )
 
 
-def _fetch_chunk(batches: Any, save: Any, first: int, length: int) -> ChunkBatches:
+def _fetch_chunk(
+    batches: Any, save: Any, several: bool, first: int, length: int
+) -> ChunkBatches:
     """Call host batches for every step of a chunk and stack them."""
     fetched = []
     for step in range(first, first + length):
@@ -103,6 +112,12 @@ def _fetch_chunk(batches: Any, save: Any, first: int, length: int) -> ChunkBatch
             error.add_note(f"fit: raised by batches({step})")
             raise
         fetched.append(_check_taps(taps, f"batches({step})"))
+        if several and not is_global(taps):
+            raise ValueError(
+                f"fit: batches({step}) must be arrays of all processes, as the state "
+                "is, got arrays of one; store_batches(..., mesh=mesh) makes them, and "
+                "jax.make_array_from_process_local_data does"
+            )
         _check_same_shapes(fetched[0], taps, first, step)
     return ChunkBatches(
         source=jax.tree.map(_stack, *fetched),
@@ -206,7 +221,7 @@ def describe_batch(feed: Feed, source: Any, step: int) -> dict[str, Any]:
         at = jnp.asarray(step, jnp.int32)
         shape = jax.eval_shape(feed.take, source, at).acts.shape
         sample = _sample_on_device(feed.take, source, at)
-    values = np.asarray(sample, np.float32).tolist()
+    values = to_host(sample).astype(np.float32).tolist()
     return {"step": step, "shape": list(shape), "values": values}
 
 

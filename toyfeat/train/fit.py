@@ -1,6 +1,5 @@
 """Run the host loop of training: chunks, checkpoints, resumption."""
 
-import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -13,16 +12,16 @@ import numpy as np
 
 from toyfeat.checks import check_int
 from toyfeat.data.batches import Batches
-from toyfeat.files.paths import locked
-from toyfeat.tap.checks import warn_of_lost_grads
+from toyfeat.processes import is_global, to_host
 from toyfeat.train.chunks import check_batch, describe_batch, make_feed, run_chunk
 from toyfeat.train.health import (
     catch_sigterm,
+    check_first_batch,
     check_members,
+    check_step,
     finite_members,
     warn_of_saturation,
 )
-from toyfeat.train.outliers import warn_of_outliers
 from toyfeat.train.progress import Report, open_reports
 from toyfeat.train.run import (
     OnChunk,
@@ -31,9 +30,18 @@ from toyfeat.train.run import (
     check_state,
     describe_trainer,
     fingerprint,
+    nothing_to_finish,
     read_step,
     restore_run,
     save_run,
+)
+from toyfeat.train.several import (
+    agree_to_stop,
+    check_alike,
+    check_same_batch,
+    hold,
+    reports,
+    spread_rest,
 )
 from toyfeat.train.types import Trainer, TrainState
 from toyfeat.types import Taps
@@ -65,13 +73,20 @@ def fit(
     finished and saved, and the process exits with status 0; inside another ``fit``
     the inner one saves, and the outer one goes back to its last checkpoint.
 
+    A state of several processes (``jax.jit(trainer.init)`` of a dictionary that
+    :func:`toyfeat.dictionaries.shard` put on a mesh of all devices) is trained by all
+    of them: each calls this, the first writes metrics and shows the bar, all write
+    checkpoints, and SIGTERM to one stops all.
+
     Args:
       trainer: from :func:`toyfeat.trainer` or :func:`toyfeat.population`.
       state: the initial state, of one member or a population; it stays usable.
       batches: :func:`toyfeat.data.array_batches` or :class:`toyfeat.data.Batches`,
         made on the device inside the compiled loop, or a function of the step on the
         host that returns arrays of the same shapes at every step; it is called for
-        the next chunk while the device works on this one.  If it has ``state()`` and
+        the next chunk while the device works on this one; of several processes it
+        returns arrays of all (:func:`toyfeat.data.store_batches` with ``mesh``).  If it
+        has ``state()`` and
         ``restore(state)`` with JSON values, these go into checkpoints.
       steps: the total number of updates, those before the start included.
       directory: of the run, with ``checkpoint/`` and ``metrics.jsonl``, one line per
@@ -102,11 +117,13 @@ def fit(
       FileExistsError: with ``resume=False`` and a directory that holds a run.
       ValueError: if sizes, shapes, the state's tree or the settings do not fit, a
         weight of the first batch is negative, all checkpoints of the directory
-        are damaged, or its run had other settings or batches.
+        are damaged, or its run had other settings or batches; in several processes
+        if they have different work.
       BlockingIOError: if another call of ``fit`` uses the directory.
       TypeError: if an argument has the wrong type.
       OSError: if the disk is full; the last checkpoint is undamaged.
-      ImportError: with ``tensorboard`` and without tensorboardX.
+      ImportError: with ``tensorboard`` and without tensorboardX; in several processes
+        with a ``directory`` and without orbax.
 
     Warns:
       UserWarning: for a damaged checkpoint that is skipped, for a directory whose run
@@ -137,19 +154,25 @@ def fit(
     run = run._replace(
         on_chunk=on_chunk, check_data=check_data, allow_changes=allow_changes
     )
-    lock = contextlib.nullcontext() if folder is None else locked(folder, "fit")
-    with lock:
+    several = run.several
+    if several:
+        check_alike(run)
+    with hold(folder, several):
         # Go on from the newest checkpoint; a run that was complete stays as it is.
         run, state = restore_run(run, state, resume)
         first = read_step(state)
         if first >= steps:
             return state
-        reports = {"bar": progress, "tensorboard": tensorboard}
+        here = reports(several)
+        shown = {"bar": progress and here, "tensorboard": tensorboard and here}
         with (
-            catch_sigterm(folder is not None) as should_stop,
-            open_reports(folder, first, steps, **reports) as report,
+            catch_sigterm(folder is not None) as came,
+            open_reports(folder if here else None, first, steps, **shown) as report,
         ):
-            return _train(run, state, should_stop, report)
+            state = _train(run, state, agree_to_stop(came, several), report)
+    if read_step(state) < steps:  # SIGTERM came to another process
+        raise SystemExit(0)
+    return state
 
 
 def _make_run(
@@ -160,15 +183,16 @@ def _make_run(
     sizes: Sizes,
 ) -> Run:
     """Collect the constants of a call; what tells runs apart only if it is saved."""
-    saved = folder is not None
+    saved, several = folder is not None, is_global(state)
     return Run(
         trainer=trainer,
-        feed=make_feed(batches),
+        feed=make_feed(batches, several=several),
         folder=folder,
-        hyper={name: np.asarray(x).tolist() for name, x in state.hyper.items()},
+        hyper={name: to_host(x).tolist() for name, x in state.hyper.items()},
         sizes=sizes,
         start=fingerprint(state) if saved else None,
         settings=describe_trainer(trainer) if saved else {},
+        several=several,
     )
 
 
@@ -199,12 +223,14 @@ def _train(
     """Train chunk by chunk; the next batches are fetched while the device works."""
     step, steps = read_step(state), run.sizes.steps
     warned = np.zeros(np.size(state.step), bool)
+    finish_save = nothing_to_finish
     means: dict[str, np.ndarray] = {}
     began = time.perf_counter()
     # The first batches, which a resumed run must share with the one it goes on from.
     next_batches = run.feed.fetch(step, _chunk_end(run, step) - step)
+    check_same_batch(run, next_batches.source, step)
     _check_resumed_batch(run, next_batches.source, step)
-    _check_first_batch(run, next_batches.source, step)
+    check_first_batch(run, next_batches.source, step)
     while step < steps:
         # Start the chunk.
         end = _chunk_end(run, step)
@@ -214,19 +240,23 @@ def _train(
         if end < steps:
             next_batches = run.feed.fetch(end, _chunk_end(run, end) - end)
         # Wait for the metrics, average and report them.
-        metrics = {name: np.asarray(x) for name, x in metrics.items()}
-        finite, now = np.asarray(finite), time.perf_counter()
+        metrics = {name: to_host(x) for name, x in metrics.items()}
+        finite, now = to_host(finite), time.perf_counter()
+        # What several processes save is written while they go on.
+        finish_save()
         means = {name: _mean(x) for name, x in metrics.items()}
         means["finite"] = finite_members(metrics["loss"], finite)
         report(end, now - began, batches.num_examples / (now - began), means)
         began = now
         # Raise if nothing is left to train, before a bad state is saved.
-        _check_step(state, end)
+        check_step(state, end)
         warned |= check_members(run.folder, metrics["loss"], finite, step, warned)
         # Save, call back, and stop if SIGTERM came.
         step, stop = end, should_stop()
         if stop or _is_checkpoint_due(run, step):
-            save_run(run, state, step, batches, next_batches)
+            finish_save = save_run(run, state, step, batches, next_batches)
+        if stop or step == steps:
+            finish_save()
         if run.on_chunk is not None:
             run.on_chunk(step, means)
         if stop:
@@ -254,29 +284,6 @@ def _check_resumed_batch(run: Run, source: Any, step: int) -> None:
     if run.next_batch is not None:
         batch = describe_batch(run.feed, source, step)
         check_batch(run.next_batch, batch, str(run.folder))
-
-
-def _check_first_batch(run: Run, source: Any, step: int) -> None:
-    """Check the weights of the first batch and warn of its outlier dimensions."""
-    recipe = run.trainer.recipe
-    if step or recipe is None or not run.check_data:
-        return
-    # Stacked batches of the host, or data that the first batch is taken from.
-    if run.feed.take is None:
-        taps = jax.tree.map(lambda x: x[0], source)
-    else:
-        taps = jax.jit(run.feed.take)(source, jnp.asarray(step, jnp.int32))
-    weights = np.asarray(taps.weights)
-    if not np.all(weights >= 0):
-        raise ValueError(
-            f"fit: weights must not be negative or NaN, got {weights.min()} in the "
-            f"batch of step {step}"
-        )
-    # Gradients matter only where a term or the architecture reads them.
-    warn_of_outliers(taps, recipe.dictionary.config, recipe.center)
-    reads_grads = recipe.dictionary.architecture.reads_gradients
-    if reads_grads or any(term.needs_grads for term in recipe.objective):
-        warn_of_lost_grads("fit: the first batch", taps, stacklevel=4)
 
 
 def _chunk_end(run: Run, step: int) -> int:
@@ -312,15 +319,16 @@ def _copy_state(trainer: Any, state: Any) -> TrainState:
             )
     # Arrays of strong types: a donated state must keep its own when a file is read.
     copy = jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype, copy=True), state)
+    copy = spread_rest(copy)
     # Members count their steps together, so that one number tells where a run is.
     if (
         copy.step.ndim > 1
         or copy.step.size == 0
-        or not (np.asarray(copy.step) == read_step(copy)).all()
+        or not (to_host(copy.step) == read_step(copy)).all()
     ):
         raise ValueError(
             "fit: state.step must be [], or [P] with the same step for all members, "
-            f"got {np.asarray(copy.step)}; start it with trainer.init"
+            f"got {to_host(copy.step)}; start it with trainer.init"
         )
     check_state(trainer, copy)
     return copy
@@ -330,12 +338,3 @@ def _mean(values: np.ndarray) -> np.ndarray:
     """Average a metric over the updates of a chunk, in double precision."""
     with np.errstate(all="ignore"):
         return np.asarray(values.astype(np.float64).mean(0))
-
-
-def _check_step(state: TrainState, end: int) -> None:
-    """Raise if the updates of a chunk did not count themselves."""
-    if read_step(state) != end:
-        raise ValueError(
-            f"fit: trainer.update must add 1 to state.step; wanted {end} after the "
-            f"chunk, got {read_step(state)}"
-        )

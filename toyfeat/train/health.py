@@ -6,10 +6,18 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.checkpoint import checkpoints
+from toyfeat.processes import is_global, to_host
+from toyfeat.tap.checks import warn_of_lost_grads
+from toyfeat.train.outliers import warn_of_outliers
+from toyfeat.train.run import Run, read_step
+from toyfeat.train.types import TrainState
 
 SATURATED_SHARE = 0.5
 """Share of the updates of a chunk above which a controller counts as saturated."""
@@ -125,3 +133,36 @@ def catch_sigterm(enabled: bool) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
     if signals:
         raise SystemExit(0)
+
+
+def check_first_batch(run: Run, source: Any, step: int) -> None:
+    """Check the weights of the first batch and warn of its outlier dimensions."""
+    recipe = run.trainer.recipe
+    if step or recipe is None or not run.check_data:
+        return
+    # Stacked batches of the host, or data that the first batch is taken from.
+    if run.feed.take is None:
+        taps = jax.tree.map(lambda x: x[0], source)
+    else:
+        taps = jax.jit(run.feed.take)(source, jnp.asarray(step, jnp.int32))
+    taps = jax.tree.map(to_host, taps) if is_global(taps) else taps
+    weights = np.asarray(taps.weights)
+    if not np.all(weights >= 0):
+        raise ValueError(
+            f"fit: weights must not be negative or NaN, got {weights.min()} in the "
+            f"batch of step {step}"
+        )
+    # Gradients matter only where a term or the architecture reads them.
+    warn_of_outliers(taps, recipe.dictionary.config, recipe.center)
+    reads_grads = recipe.dictionary.architecture.reads_gradients
+    if reads_grads or any(term.needs_grads for term in recipe.objective):
+        warn_of_lost_grads("fit: the first batch", taps, stacklevel=4)
+
+
+def check_step(state: TrainState, end: int) -> None:
+    """Raise if the updates of a chunk did not count themselves."""
+    if read_step(state) != end:
+        raise ValueError(
+            f"fit: trainer.update must add 1 to state.step; wanted {end} after the "
+            f"chunk, got {read_step(state)}"
+        )

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.checkpoint import checkpoints, newest_checkpoint, save_checkpoint
+from toyfeat.checkpoint.parallel import checksum
+from toyfeat.processes import is_global, to_host
 from toyfeat.train.chunks import ChunkBatches, Feed, describe_batch
 from toyfeat.train.step import split_learned
 from toyfeat.train.types import Recipe, Trainer, TrainState
@@ -67,6 +69,7 @@ class Run(NamedTuple):
       allow_changes: as given.
       next_batch: the first batch after the checkpoint, as it was when that was saved,
         or ``None``.
+      several: whether the state is of several processes.
     """
 
     trainer: Trainer
@@ -80,6 +83,11 @@ class Run(NamedTuple):
     check_data: bool = True
     allow_changes: bool = False
     next_batch: dict[str, Any] | None = None
+    several: bool = False
+
+
+def nothing_to_finish() -> None:
+    """Do nothing, where no checkpoint is being written."""
 
 
 def save_run(
@@ -88,10 +96,14 @@ def save_run(
     step: int,
     batches: ChunkBatches,
     next_batches: ChunkBatches,
-) -> None:
-    """Write a checkpoint, if the run has a folder."""
+) -> Callable[[], None]:
+    """Write a checkpoint, if the run has a folder.
+
+    Returns:
+      Function that waits until it is written.
+    """
     if run.folder is None:
-        return
+        return nothing_to_finish
     about = {
         "hyper": run.hyper,
         "batches": batches.resume_state,
@@ -102,7 +114,7 @@ def save_run(
     if run.feed.take is not None or step < run.sizes.steps:
         about["next_batch"] = describe_batch(run.feed, next_batches.source, step)
     folder = run.folder / "checkpoint"
-    save_checkpoint(folder, step, state, about, keep=run.sizes.keep)
+    return save_checkpoint(folder, step, state, about, keep=run.sizes.keep)
 
 
 def restore_run(run: Run, state: TrainState, resume: bool) -> tuple[Run, TrainState]:
@@ -131,7 +143,9 @@ def restore_run(run: Run, state: TrainState, resume: bool) -> tuple[Run, TrainSt
         run.feed.restore(json.loads(restored.about["batches"]))
     # A run that began from other parameters goes on, with a warning.
     start = restored.about.get("start", run.start)
-    if start["step"] == first and start != run.start:
+    # Checksums of one process and of several are of two kinds.
+    comparable = run.start is not None and start.keys() == run.start.keys()
+    if comparable and start["step"] == first and start != run.start:
         warnings.warn(
             f"fit: {run.folder} holds a run that began from other parameters (another "
             "key, device or version), and that run goes on; choose another directory "
@@ -173,14 +187,16 @@ def _check_settings(run: Run, about: dict[str, Any]) -> None:
 
 def fingerprint(state: TrainState) -> dict[str, int]:
     """Compute the step and a checksum of the parameters of a state."""
+    if is_global(state):
+        return {"step": read_step(state), "sum": checksum(state.params)}
     # One checksum goes on over the bytes of all leaves, in the order of the tree.
-    checksum = 0
+    total = 0
     for leaf in jax.tree.leaves(state.params):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         values = np.ascontiguousarray(leaf).reshape(-1)  # bfloat16 has no buffer
-        checksum = zlib.crc32(values.view(np.uint8).data, checksum)
-    return {"step": read_step(state), "crc32": checksum}
+        total = zlib.crc32(values.view(np.uint8).data, total)
+    return {"step": read_step(state), "crc32": total}
 
 
 def _check_hyper(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
@@ -199,7 +215,7 @@ def _check_hyper(before: dict[str, Any], now: dict[str, Any], folder: Path) -> N
 
 def read_step(state: TrainState) -> int:
     """Return the step of a state, which all members share."""
-    return int(np.asarray(state.step).flat[0])
+    return int(to_host(state.step).flat[0])
 
 
 def check_state(trainer: Trainer, state: TrainState) -> None:

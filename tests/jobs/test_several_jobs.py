@@ -1,0 +1,259 @@
+"""Jobs in two real processes; the oracle is the same job in one."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from processes import ROOT, run_python
+
+from toyfeat.data import open_store, verify_store
+from toyfeat.interop import load_saelens
+
+LAUNCH = ROOT / "scripts" / "launch_local.py"
+SITE = "blocks_1/resid_post"
+STORE = "stores/blocks_1-resid_post"
+
+
+def write_job(folder, out, **changes):
+    """Write a job file; returns it."""
+    collect = {"sites": [SITE], "readout": "sampled", "draws": 2, "tokens": 512}
+    collect |= {"held_out": 64, "length": 16, "batch": 4, "rows_per_shard": 100}
+    collect |= {"every": 3}
+    train = {"kinds": ["acts", "gradients"], "ks": [2], "latents": 24, "steps": 6}
+    train |= {"batch": 64, "seeds": [0, 1]}
+    lines = [f"model = {json.dumps(str(folder))}"]
+    lines += [f"text = {json.dumps(str(folder / 'texts'))}"]
+    lines += [f"out = {json.dumps(str(out))}"]
+    if "source" in changes:
+        lines += [f"source = {json.dumps(changes['source'])}"]
+    for name, table in (("collect", collect), ("train", train)):
+        lines += [f"[{name}]"]
+        table = table | changes.get(name, {})
+        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    path = out.with_suffix(changes.get("suffix", ".toml"))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def environment(folder):
+    """Variables of every child; programs are compiled once for all of them."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def run(num, folder, command, *jobs, timeout=240, grace=40):
+    """Run a command in ``num`` processes, each with its job if there are several."""
+    if len(jobs) == 1:
+        rest = ["-m", "toyfeat.cli.main", command, str(jobs[0])]
+    else:
+        code = (
+            "import os, sys; from toyfeat.cli.main import main; "
+            "main([sys.argv[1], sys.argv[2 + int(os.environ['JAX_PROCESS_ID'])]])"
+        )
+        rest = ["-c", code, command, *map(str, jobs)]
+    if num > 1:
+        rest = [LAUNCH, "--grace", grace, "-n", num, sys.executable, *rest]
+    return run_python(*rest, env=environment(folder), timeout=timeout)
+
+
+def content(folder):
+    """Record and shards of a store, bit by bit."""
+    names = sorted(path.name for path in folder.iterdir())
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory):
+    """The job in one process: its folder, collected and trained."""
+    out = tmp_path_factory.mktemp("alone") / "job"
+    job = write_job(folder, out)
+    for command in ("collect", "train"):
+        done = run(1, folder, command, job)
+        assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def collected(folder, alone, tmp_path):
+    """A job that two processes collected: its folder and its file."""
+    job = write_job(folder, tmp_path / "job")
+    done = run(2, folder, "collect", job)
+    assert done.returncode == 0, done.stdout
+    return tmp_path / "job", job, done
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_store_of_one_and_train_the_same(
+    folder, alone, collected
+):
+    out, job, done = collected
+    assert content(out / STORE) == content(alone / STORE)
+    assert [line for line in done.stdout.splitlines() if "tokens in" in line]
+    assert not [x for x in done.stdout.splitlines() if x.startswith("[1]") and "%" in x]
+    moments = "moments/blocks_1-resid_post"
+    with np.load(out / moments) as found, np.load(alone / moments) as wanted:
+        for name in sorted(set(wanted) - {"manifest.json"}):
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-6)
+    # A second time there is nothing to do, for any number of processes.
+    for num in (2, 1):
+        again = run(num, folder, "collect", job)
+        assert again.returncode == 0, again.stdout
+        assert content(out / STORE) == content(alone / STORE)
+    done = run(2, folder, "train", job)
+    assert done.returncode == 0, done.stdout
+    assert_same_dictionaries(out, alone)
+    assert all("fvu" not in x for x in done.stdout.splitlines() if x[:3] == "[1]")
+
+
+def assert_same_dictionaries(out, alone):
+    names = sorted(path.name for path in (alone / "train").iterdir())
+    assert names == ["acts-k2-s0", "acts-k2-s1", "gradients-k2-s0", "gradients-k2-s1"]
+    for name in names:
+        _, wanted = load_saelens(alone / "train" / name / "features")
+        _, params = load_saelens(out / "train" / name / "features")
+        for key, value in wanted.items():
+            np.testing.assert_allclose(params[key], value, rtol=1e-5, atol=1e-5)
+        lines = (out / "train" / name / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [6]
+
+
+@pytest.mark.slow
+def test_a_population_of_two_processes_is_that_of_one(folder, alone, tmp_path):
+    train = {"population": True, "kinds": ["acts"], "ks": [2, 4]}
+    found = []
+    for num in (1, 2):
+        out = tmp_path / f"{num}"
+        job = write_job(folder, out, train=train)
+        for command in ("collect", "train"):
+            done = run(num, folder, command, job)
+            assert done.returncode == 0, done.stdout + done.stderr
+        found.append(
+            [
+                load_saelens(path / "features")[1]
+                for path in sorted((out / "train").glob("acts-*"))
+            ]
+        )
+    assert len(found[0]) == len(found[1]) == 4
+    for one, two in zip(*found, strict=True):
+        for key, value in one.items():
+            np.testing.assert_allclose(two[key], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_and_nothing_is_lost(
+    victim, folder, alone, tmp_path
+):
+    """Without the launcher: the other notices by itself."""
+    job = write_job(folder, tmp_path / "job")
+    port = free_port()
+    children, logs = [], [tmp_path / "log0", tmp_path / "log1"]
+    for index in range(2):
+        own = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
+        own |= {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+        with logs[index].open("w") as log:
+            children.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "toyfeat.cli.main", "collect", str(job)],
+                    env=os.environ | environment(folder) | own,
+                    cwd=ROOT,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        # As soon as it writes: rows of its first shard are in memory.
+        record = tmp_path / "job" / STORE / f"share-{victim}-of-2.json"
+        end = time.monotonic() + 120
+        while not record.exists():
+            assert time.monotonic() < end, logs[victim].read_text()
+            assert children[victim].poll() is None
+            time.sleep(0.01)
+        children[victim].send_signal(signal.SIGKILL)
+        assert children[1 - victim].wait(timeout=90) != 0
+    finally:
+        for child in children:
+            child.kill()
+            child.wait(timeout=10)
+    said = logs[1 - victim].read_text(errors="replace")
+    assert "another process has ended" in said or "another task died" in said
+    assert not (tmp_path / "job" / STORE / "store.json").exists()
+    # No training on a part of a store; then the rest is collected.
+    done = run(2, folder, "train", job)
+    assert done.returncode == 1
+    assert "run toyfeat collect first" in done.stdout
+    done = run(2, folder, "collect", job)
+    assert done.returncode == 0, done.stdout
+    assert content(tmp_path / "job" / STORE) == content(alone / STORE)
+    verify_store(tmp_path / "job" / STORE)
+    assert open_store(tmp_path / "job" / STORE).rows == 512
+
+
+def free_port():
+    return runpy.run_path(str(LAUNCH), run_name="not_main")["free_port"]()
+
+
+@pytest.mark.slow
+def test_stores_that_another_number_of_processes_began_are_named(
+    folder, alone, tmp_path
+):
+    out = tmp_path / "job"
+    job = write_job(folder, out)
+    done = run(1, folder, "collect", job)
+    assert done.returncode == 0, done.stderr
+    # As one process would leave it half way: its first shards.
+    record = json.loads((out / STORE / "store.json").read_text())
+    gone = record["shards"][2:]
+    record["shards"] = record["shards"][:2]
+    for shard in gone:
+        (out / STORE / shard["file"]).unlink()
+    (out / STORE / "store.json").write_text(json.dumps(record))
+    done = run(2, folder, "collect", job)
+    assert done.returncode == 1
+    assert "was begun by one process and has 200 of 512 rows" in done.stdout
+    # As two of three would leave it.
+    (out / STORE / "store.json").rename(out / STORE / "share-0-of-3.json")
+    for num in (1, 2):
+        done = run(num, folder, "collect", job)
+        assert done.returncode == 1
+        said = done.stdout + done.stderr
+        assert f"was begun by 3 processes (share-0-of-3.json), got {num}" in said
+
+
+@pytest.mark.slow
+def test_processes_with_other_work_are_named_before_any(folder, tmp_path):
+    out = tmp_path / "job"
+    first = write_job(folder, out)
+    second = write_job(folder, out, suffix=".2.toml", train={"steps": 7})
+    done = run(2, folder, "collect", first, second)
+    assert done.returncode == 1
+    assert "job: all processes must have the same train" in done.stdout
+    missing = tmp_path / "none.toml"
+    done = run(2, folder, "train", first, missing)
+    assert done.returncode == 1
+    assert (
+        "process 1 of 2 failed (FileNotFoundError: read_job: there is no" in done.stdout
+    )
+    uneven = write_job(folder, out, suffix=".3.toml", train={"batch": 63})
+    done = run(2, folder, "train", uneven)
+    assert done.returncode == 1
+    assert "2 devices of 2 processes must divide train.batch, got 63" in done.stdout
+    model = write_job(folder, out, suffix=".4.toml", source="model")
+    done = run(2, folder, "train", model)
+    assert done.returncode == 1
+    assert "source is 'model', which one process trains on" in done.stdout
+    done = run(2, folder, "evaluate", first)
+    assert done.returncode == 1
+    assert "evaluate runs in one process, got 2" in done.stdout
+    assert not out.exists()

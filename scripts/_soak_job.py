@@ -152,9 +152,11 @@ def run(
         time.sleep(0.05)
         if moment is not None and not hit and time.monotonic() - began > moment:
             kind = signal.SIGTERM if len(victims) > 1 else signal.SIGKILL
-            for index in victims:
-                children[index].send_signal(kind)
-            began, hit = time.monotonic(), True
+            alive = [children[i] for i in victims if children[i].poll() is None]
+            for child in alive:
+                child.send_signal(kind)
+            began, hit = time.monotonic(), bool(alive)
+            moment = None
         if time.monotonic() - began > _LIMIT:
             for child in children:
                 child.kill()

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -60,6 +60,11 @@ def join_processes(*, heartbeat: int = _HEARTBEAT, timeout: int = _JOIN) -> bool
         options = {}
     if options.get("num_processes") == 1:
         return False
+    if _has_backends():
+        raise RuntimeError(
+            "processes: a device was used before this process joined the others; call "
+            "join_processes() first of all, before any array is made"
+        )
     # JAX's own handler of SIGTERM would keep a process alive outside of its loops.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -121,6 +126,12 @@ def _is_cluster() -> bool:
         if not kind.opt_in_only_method and kind.is_env_present():
             return kind.get_process_count() > 1
     return False
+
+
+def _has_backends() -> bool:
+    """Tell whether JAX has looked for devices already."""
+    bridge = importlib.import_module("jax._src.xla_bridge")
+    return bool(bridge.backends_are_initialized())
 
 
 def num_processes() -> int:

@@ -132,6 +132,15 @@ def test_a_run_goes_on_with_other_meshes_and_numbers_of_processes(
 
 
 @pytest.mark.slow
+def test_sigterm_in_the_last_chunk_ends_all_processes(store, tmp_path):
+    settings = {"store": str(store), "folder": str(tmp_path / "run"), "mesh": [2, 1]}
+    done, report = start(2, settings | {"steps": 2, "hits": {"term": [[1, 1]]}})
+    assert (done.returncode, report) == (0, None), done.stdout
+    names = [x.name for x in (tmp_path / "run" / "checkpoint").iterdir()]
+    assert names == ["step_00000002"]
+
+
+@pytest.mark.slow
 def test_a_killed_process_stops_the_other_and_the_run_goes_on(store, alone, tmp_path):
     settings = {"store": str(store), "mesh": [2, 1], "folder": str(tmp_path / "run")}
     began = time.monotonic()

@@ -1,6 +1,7 @@
 """Save the checkpoints of a training run and find the newest that is undamaged."""
 
 import contextlib
+import itertools
 import os
 import re
 import warnings
@@ -141,11 +142,9 @@ def newest_checkpoint(folder: Path, like: Any) -> Restored | None:
                 f"to step {step}, {path}",
                 stacklevel=4,
             )
-            aside = damaged_path.with_name(damaged_path.name + ".damaged")
-            is_first = not several or process_index() == 0
-            if is_first and not os.path.lexists(aside):
+            if not several or process_index() == 0:
                 with contextlib.suppress(OSError):
-                    damaged_path.rename(aside)
+                    damaged_path.rename(_free_name(damaged_path))
         return Restored(step=step, state=state, about=about)
     if damaged:
         reasons = "; ".join(str(error) for _, error in damaged)
@@ -154,6 +153,12 @@ def newest_checkpoint(folder: Path, like: Any) -> Restored | None:
             f"{reasons}. Copy a whole one there, or move the folder away to start anew"
         )
     return None
+
+
+def _free_name(path: Path) -> Path:
+    """Name a damaged checkpoint, so that another one can take its place."""
+    names = (path.with_name(f"{path.name}.damaged{i or ''}") for i in itertools.count())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _load(path: Path, like: Any, several: bool) -> tuple[Any, dict[str, Any]]:

@@ -59,7 +59,9 @@ def collect(job: Job) -> None:
             rate = bar.tasks[0].speed
             bar.update(task, speed=f"{rate:,.0f} tokens/s" if rate else "")
             # Without a terminal there is no bar: a line for every tenth.
-            if not bar.console.is_terminal and done * 10 // total > printed[-1]:
+            if bar.console.is_terminal or not total:  # a share may be empty
+                return
+            if done * 10 // total > printed[-1]:
                 printed.append(done * 10 // total)
                 left = (time.perf_counter() - start) * (total / max(done, 1) - 1)
                 say(f"{done:,} of {total:,} tokens, {left:.0f} s left")

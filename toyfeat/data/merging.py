@@ -1,7 +1,7 @@
 """Join the shares of a store that several processes wrote."""
 
 from toyfeat.data.format import RECORD, Store, read_store
-from toyfeat.data.shares import Share, check_count, records
+from toyfeat.data.shares import Share, check_count, check_no_shards, records
 from toyfeat.data.store import check_shards
 from toyfeat.data.writing import check_settings, replace_record
 
@@ -21,11 +21,13 @@ def is_complete(wanted: Store, total: int, count: int) -> bool:
 
     Raises:
       ValueError: if it was begun with other settings, by one process or by another
-        number of them.
+        number of them, or if there are shards that no record tells of.
     """
     path = wanted.path
     if not (path / RECORD).exists():
         check_count(path, count, "store_writer")
+        if path.is_dir() and not records(path):
+            check_no_shards(path, "store_writer")
         return False
     store = read_store(path, "store_writer")
     check_settings(store, wanted)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from toyfeat.data.format import Store
+from toyfeat.data.format import RECORD, Store, is_shard_name
 
 _KEY = "share"  # entry of the metadata of a record
 _RECORD = re.compile(r"share-(\d+)-of-(\d+)\.json")
@@ -66,3 +66,13 @@ def check_count(path: Path, count: int, who: str) -> None:
                 f"{who}: {path} was begun by {number} processes ({name}), got {count}; "
                 f"go on with {number}, or give another folder"
             )
+
+
+def check_no_shards(path: Path, who: str) -> None:
+    """Raise a ValueError for shards without a record of them."""
+    shards = [file.name for file in path.iterdir() if is_shard_name(file.name)]
+    if shards:
+        raise ValueError(
+            f"{who}: {path} has {len(shards)} shards, such as {min(shards)}, and no "
+            f"{RECORD} that records them; restore it, or give another folder"
+        )

@@ -15,13 +15,12 @@ from toyfeat.data.format import (
     Shard,
     Store,
     empty_store,
-    is_shard_name,
     read_store,
     shard_bytes,
     split_blocks,
     store_json,
 )
-from toyfeat.data.shares import Share, check_count
+from toyfeat.data.shares import Share, check_count, check_no_shards
 from toyfeat.data.store import check_shards, file_sha256, shard_taps
 from toyfeat.files.paths import lock_folder
 from toyfeat.types import Taps
@@ -126,7 +125,8 @@ class StoreWriter:
             check_shards(store, "store_writer")
         else:
             if self._record == RECORD:
-                _check_no_shards(path)
+                check_count(path, 1, "store_writer")
+                check_no_shards(path, "store_writer")
             replace_record(store, self._record)
         self._store, self._closed = store, False
         # The bytes of a full shard, and the arrays that they are views of.
@@ -317,17 +317,6 @@ def check_settings(store: Store, wanted: Store) -> None:
                 f"store_writer: {store.path} was begun with {name} = {old!r}, got "
                 f"{new!r}; use the same settings or another folder"
             )
-
-
-def _check_no_shards(path: Path) -> None:
-    """Raise a ValueError for shards without the ``store.json`` that records them."""
-    check_count(path, 1, "store_writer")
-    shards = [file.name for file in path.iterdir() if is_shard_name(file.name)]
-    if shards:
-        raise ValueError(
-            f"store_writer: {path} has {len(shards)} shards, such as {min(shards)}, "
-            "and no store.json that records them; restore it, or give another folder"
-        )
 
 
 def _no_lock() -> None:

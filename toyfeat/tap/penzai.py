@@ -64,10 +64,16 @@ def from_penzai(
             f"from_penzai: wanted a pz.nn.Layer, got {type(model).__name__}; for a "
             "function use from_function"
         )
-    if isinstance(axes, str) or not all(isinstance(axis, str) for axis in axes):
-        raise TypeError(
-            "from_penzai: axes must be names, that of the batch first, got "
-            f'{axes!r}; give a tuple, such as ("batch", "seq")'
+    for name, given in (("axes", axes), ("order", order)):
+        if isinstance(given, str) or not all(isinstance(axis, str) for axis in given):
+            raise TypeError(
+                f"from_penzai: {name} must be names, of axes that of the batch first, "
+                f'got {given!r}; give a tuple, such as ("batch", "seq")'
+            )
+    if not axes or len({*axes, *order}) < len(axes) + len(order):
+        raise ValueError(
+            "from_penzai: axes must name that of the batch at least, and each name "
+            f"once in axes and order, got {tuple(axes)} and {tuple(order)}"
         )
     (unbound, side), params = pz.unbind_variables((model, side_inputs), freeze=True)
     structure = jax.tree.structure(params)

@@ -305,3 +305,26 @@ def jacobian(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Output
         ]
 
     return pull_to_outputs(options[0], outputs, one_hots)
+
+
+def check_readout(readout: object, size: int) -> None:
+    """Raise if the readout or the leaves of it do not fit the inputs."""
+    if size < 1:
+        raise ValueError(
+            "tap: inputs must hold at least one example, got leading axis 0; leave out "
+            "batches without inputs"
+        )
+    if readout is None:
+        return
+    if not isinstance(readout, Readout):
+        raise TypeError(
+            "tap: readout must come from toyfeat.readouts, got "
+            f"{type(readout).__name__}; None gives activations alone"
+        )
+    for name, tree in (("labels", readout.labels), ("mask", readout.mask)):
+        for leaf in jax.tree.leaves(tree):
+            if jnp.shape(leaf)[:1] != (size,):
+                raise ValueError(
+                    f"tap: the readout's {name} must have leading axis {size} like the "
+                    f"inputs, got shape {jnp.shape(leaf)}; give one row per input"
+                )

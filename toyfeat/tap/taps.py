@@ -14,7 +14,7 @@ from toyfeat.tap.probes import (
     infer_batch_size,
     is_float_array,
 )
-from toyfeat.tap.rules import Chunk, Readout, make_chunk
+from toyfeat.tap.rules import Chunk, Readout, check_readout, make_chunk
 from toyfeat.types import Acts, Array, Inputs, Outputs, Params, Probe, Probed, Taps
 
 
@@ -81,7 +81,7 @@ def tap(
     size = infer_batch_size(inputs)
     if batch_size is not None:
         batch_size = check_int("tap", "batch_size", batch_size)
-    _check_readout(readout, size)
+    check_readout(readout, size)
     # Check sites, mask and outputs by shape, before anything runs.
     outputs, shapes = _model_shapes(probed, params, inputs)
     shapes = _select_sites(names, shapes, size, readout)
@@ -149,29 +149,6 @@ def _model_shapes(probed: Probed, params: Params, inputs: Inputs) -> tuple[Any, 
             "ft.from_function"
         )
     return result[0], {site: result[1][site] for site in order}
-
-
-def _check_readout(readout: Any, size: int) -> None:
-    """Raise if the readout or the leaves of it do not fit the inputs."""
-    if size < 1:
-        raise ValueError(
-            "tap: inputs must hold at least one example, got leading axis 0; leave out "
-            "batches without inputs"
-        )
-    if readout is None:
-        return
-    if not isinstance(readout, Readout):
-        raise TypeError(
-            "tap: readout must come from toyfeat.readouts, got "
-            f"{type(readout).__name__}; None gives activations alone"
-        )
-    for name, tree in (("labels", readout.labels), ("mask", readout.mask)):
-        for leaf in jax.tree.leaves(tree):
-            if jnp.shape(leaf)[:1] != (size,):
-                raise ValueError(
-                    f"tap: the readout's {name} must have leading axis {size} like the "
-                    f"inputs, got shape {jnp.shape(leaf)}; give one row per input"
-                )
 
 
 def _tap_chunk(

@@ -36,8 +36,9 @@ from toyfeat.train.run import (
     save_run,
 )
 from toyfeat.train.several import (
-    agree_to_stop,
+    agreement,
     check_alike,
+    check_options,
     check_same_batch,
     hold,
     reports,
@@ -150,11 +151,18 @@ def fit(
     )
     state = _copy_state(trainer, state)
     folder = None if directory is None else _make_folder(directory)
+    several = is_global(state)
+    if several:
+        check_options(
+            directory=None if folder is None else str(folder),
+            resume=resume,
+            check_data=check_data,
+            allow_changes=allow_changes,
+        )
     run = _make_run(trainer, state, batches, folder, sizes)
     run = run._replace(
         on_chunk=on_chunk, check_data=check_data, allow_changes=allow_changes
     )
-    several = run.several
     if several:
         check_alike(run)
     with hold(folder, several):
@@ -163,15 +171,13 @@ def fit(
         first = read_step(state)
         if first >= steps:
             return state
-        here = reports(several)
+        here, agree = reports(several), agreement(several)
         shown = {"bar": progress and here, "tensorboard": tensorboard and here}
         with (
-            catch_sigterm(folder is not None) as came,
+            catch_sigterm(folder is not None, agree) as came,
             open_reports(folder if here else None, first, steps, **shown) as report,
         ):
-            state = _train(run, state, agree_to_stop(came, several), report)
-    if read_step(state) < steps:  # SIGTERM came to another process
-        raise SystemExit(0)
+            state = _train(run, state, lambda: agree(came()), report)
     return state
 
 
@@ -255,7 +261,7 @@ def _train(
         step, stop = end, should_stop()
         if stop or _is_checkpoint_due(run, step):
             finish_save = save_run(run, state, step, batches, next_batches)
-        if stop or step == steps:
+        if stop or step == steps or run.on_chunk is not None:
             finish_save()
         if run.on_chunk is not None:
             run.on_chunk(step, means)

@@ -108,7 +108,9 @@ def warn_of_saturation(means: dict[str, np.ndarray]) -> None:
 
 
 @contextlib.contextmanager
-def catch_sigterm(enabled: bool) -> Iterator[Callable[[], bool]]:
+def catch_sigterm(
+    enabled: bool, agree: Callable[[bool], bool] = bool
+) -> Iterator[Callable[[], bool]]:
     """Postpone SIGTERM to the end of the block, which then raises ``SystemExit(0)``.
 
     The previous handler is put back.  Outside of the main thread nothing is caught,
@@ -116,6 +118,7 @@ def catch_sigterm(enabled: bool) -> Iterator[Callable[[], bool]]:
 
     Args:
       enabled: whether to catch the signal at all.
+      agree: from whether it came to this process to whether it came to any.
 
     Yields:
       A function that returns whether SIGTERM came.
@@ -131,7 +134,7 @@ def catch_sigterm(enabled: bool) -> Iterator[Callable[[], bool]]:
         yield lambda: bool(signals)
     finally:
         signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
-    if signals:
+    if agree(bool(signals)):
         raise SystemExit(0)
 
 

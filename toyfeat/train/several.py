@@ -84,9 +84,18 @@ def reports(several: bool) -> bool:
     return not several or process_index() == 0
 
 
-def agree_to_stop(came: Callable[[], bool], several: bool) -> Callable[[], bool]:
-    """Make a function that all processes call: whether SIGTERM came to any."""
-    return (lambda: any(gather(came()))) if several else came
+def agreement(several: bool) -> Callable[[bool], bool]:
+    """Make a function that all processes call: whether something is true for any."""
+    return (lambda here: any(gather(here))) if several else bool
+
+
+def check_options(**options: Any) -> None:
+    """Raise in all processes if they call ``fit`` with other options.
+
+    Before anything else that they do together: what one of them leaves out, the others
+    would wait for.
+    """
+    check_same("fit", options, _ADVICE)
 
 
 def check_alike(run: Run) -> None:

@@ -224,6 +224,7 @@ def test_a_cluster_is_joined_and_nothing_else(env, joined, monkeypatch):
         monkeypatch.setenv(processes.INDEX, "0")
     calls = []
     monkeypatch.setattr("jax.distributed.initialize", lambda **x: calls.append(x))
+    monkeypatch.setattr(processes, "_has_backends", lambda: False)
     before = processes.jax.config.jax_enable_preemption_service
     try:
         processes.join_processes()
@@ -232,6 +233,15 @@ def test_a_cluster_is_joined_and_nothing_else(env, joined, monkeypatch):
     assert bool(calls) == joined
     if joined:  # JAX finds the rest itself
         assert "process_id" not in calls[0]
+
+
+def test_a_process_that_has_used_a_device_cannot_join(monkeypatch):
+    set_variables(monkeypatch)
+    for name, value in (SLURM | {"SLURM_NTASKS": "4"}).items():
+        monkeypatch.setenv(name, value)
+    processes.jax.numpy.zeros(())
+    with pytest.raises(RuntimeError, match=r"call join_processes\(\) first of all"):
+        processes.join_processes()
 
 
 def test_one_process_waits_for_nothing():

@@ -49,7 +49,7 @@ def join_processes(*, heartbeat: int = _HEARTBEAT, timeout: int = _JOIN) -> bool
 
     Raises:
       ValueError: if the variables do not fit each other.
-      RuntimeError: if the others do not come in time.
+      RuntimeError: if a device was used before, or the others do not come in time.
     """
     if jax.distributed.is_initialized():
         return num_processes() > 1

@@ -52,6 +52,17 @@ def test_shares_have_every_row_once_in_whole_shards():
         assert all(share.start % size == 0 or share.start == total for share in shares)
 
 
+def test_shards_that_no_record_tells_of_are_refused(tmp_path):
+    """As by one process: they may be of anything."""
+    write_share(tmp_path, Share(0, 2, 45))
+    assert not is_complete(settings(tmp_path), 45, 2)
+    (tmp_path / Share(0, 2, 45).record).unlink()
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match=r"has 3 shards, such as .*no store\.json"):
+        is_complete(settings(tmp_path), 45, 2)
+    assert content(tmp_path) == before
+
+
 @pytest.mark.parametrize("total", [45, 16, 5])
 def test_shares_make_the_store_of_one_writer(total, tmp_path):
     about = {"dim": D, "rows_per_shard": 8, "metadata": {"a": 1}}

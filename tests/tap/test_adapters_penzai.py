@@ -111,3 +111,8 @@ def test_first_mistakes_are_explained():
         ft.from_penzai(lambda x: x, ("batch",))
     with pytest.raises(TypeError, match=r"axes must be names.*got 'batch'"):
         ft.from_penzai(model, "batch")
+    with pytest.raises(TypeError, match=r"order must be names.*got 'heads'"):
+        ft.from_penzai(model, ("batch",), order="heads")
+    for axes in ((), ("batch", "batch")):
+        with pytest.raises(ValueError, match=r"must name that of the batch at least"):
+            ft.from_penzai(model, axes)

@@ -134,7 +134,7 @@ def test_a_run_goes_on_with_other_meshes_and_numbers_of_processes(
 @pytest.mark.slow
 def test_sigterm_in_the_last_chunk_ends_all_processes(store, tmp_path):
     settings = {"store": str(store), "folder": str(tmp_path / "run"), "mesh": [2, 1]}
-    done, report = start(2, settings | {"steps": 2, "hits": {"term": [[1, 1]]}})
+    done, report = start(2, settings | {"steps": 2, "hits": {"term": [[1, 2]]}})
     assert (done.returncode, report) == (0, None), done.stdout
     names = [x.name for x in (tmp_path / "run" / "checkpoint").iterdir()]
     assert names == ["step_00000002"]

@@ -231,10 +231,13 @@ def test_a_task_is_made_with_its_key_and_its_knobs(bench):
 
 
 def test_every_task_is_in_the_list_of_tasks(bench):
-    text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    text, *sections = page.split("\n## ")
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
     listed = {name.strip() for row in rows[1:] for name in row.split(",")}
     assert listed == set(bench("sizes").SIZES["full"].tasks)
+    measured = next(part for part in sections if part.startswith("What the consensus"))
+    assert all(f"\n| {name} |" in measured for name in listed)
 
 
 @pytest.mark.slow

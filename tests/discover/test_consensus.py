@@ -610,7 +610,7 @@ def test_a_model_without_gradients_is_refused(factor, key):
         ft.consensus(key, subject, config=short)
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_any_key_finds_the_readers_of_a_product_space(seed):
     """Smaller products are found with some keys only (docs/research.md, section 14)."""

@@ -94,25 +94,31 @@ def test_a_job_that_is_put_back_goes_on_at_its_checkpoint(cluster):
     folder, env = cluster
     text = _SRUN.splitlines()[:2]
     launch = f'"{sys.executable}" "{ROOT}/scripts/launch_local.py" -n 2'
-    text += [f'exec {launch} "{sys.executable}" -m soak_job "${{@:3}}"']
+    text += [f'exec {launch} "{sys.executable}" -m soak_job "${{@:4}}"']
     (folder / "srun").write_text("\n".join(text))
     (folder / "soak_job.py").write_text(_JOB)
     run = folder / "run"
     env |= {"PYTHONPATH": f"{ROOT}:{folder}", "JAX_PLATFORMS": "cpu"}
     command = ["bash", SLURM / "train.sbatch", run]
-    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as shell:
-        wait_for((run / "metrics.jsonl").exists, 90)
-        shell.send_signal(signal.SIGUSR1)
-        assert shell.wait(timeout=90) == 0
+    options = {"env": env, "cwd": folder, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, **options) as shell:
+        try:
+            wait_for((run / "metrics.jsonl").exists, 90)
+            shell.send_signal(signal.SIGUSR1)
+            assert shell.wait(timeout=90) == 0
+        finally:  # or the block waits for ever
+            shell.terminate()
     assert "scontrol requeue 17" in calls(folder)
     saved = [path.name for path in (run / "checkpoint").glob("step_*")]
     assert len(saved) == 1
     assert 0 < int(saved[0][5:]) < 100_000
     # As after the queue: the same script, to an end that is near now.
     end = int(saved[0][5:]) + 50
-    done = subprocess.run(command, env=env | {"STEPS": str(end)}, timeout=120)
+    options["env"] |= {"STEPS": str(end)}
+    done = subprocess.run(command, **options, timeout=120)
     assert done.returncode == 0
-    steps = [json.loads(x)["step"] for x in (run / "metrics.jsonl").open()]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert steps[-1] == end
     assert sorted(set(steps)) == steps
 

@@ -150,7 +150,7 @@ def run(
     began, hit = time.monotonic(), False
     while any(child.poll() is None for child in children):
         time.sleep(0.05)
-        if moment is not None and not hit and time.monotonic() - began > moment:
+        if moment is not None and time.monotonic() - began > moment:
             kind = signal.SIGTERM if len(victims) > 1 else signal.SIGKILL
             alive = [children[i] for i in victims if children[i].poll() is None]
             for child in alive:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any, NoReturn
 
@@ -236,6 +236,13 @@ def together(who: str) -> Iterator[None]:
                 )
     if fault is not None:
         raise fault
+
+
+def call_in_first(who: str, function: Callable[..., object], *arguments: Any) -> None:
+    """Call a function in the first process alone; if it fails there, all fail."""
+    with together(who):
+        if process_index() == 0:
+            function(*arguments)
 
 
 def is_global(tree: Any) -> bool:

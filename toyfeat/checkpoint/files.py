@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,18 @@ def write_file(path: Path, tree: Any, about: dict[str, Any], who: str) -> None:
     for leaf_path, leaf in leaves:
         check_leaf(leaf_path, leaf, who)
     # Write and flush a draft, then rename it: readers never see a part of a file.
-    try:
+    with writing(path, who):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_draft(path) as file:
             _write_members(file, leaves, about)
         sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def writing(path: Path, who: str) -> Iterator[None]:
+    """Say of an OSError of the block that earlier files stay whole."""
+    try:
+        yield
     except OSError as error:
         raise OSError(
             error.errno,

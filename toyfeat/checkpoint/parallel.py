@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.checkpoint.files import DamagedFileError, sync_folder
+from toyfeat.checkpoint.files import DamagedFileError, sync_folder, writing
 from toyfeat.checkpoint.leaves import leaf_entry
 from toyfeat.files.atomic import open_draft
 from toyfeat.files.json import read_json
@@ -128,15 +128,8 @@ def _finish_write(saver: Any, path: Path, body: dict[str, Any], who: str) -> Non
 @contextlib.contextmanager
 def _all_write(path: Path, who: str) -> Iterator[None]:
     """Run a block in all processes; an error says that earlier checkpoints stay."""
-    with together(who):
-        try:
-            yield
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{who}: could not write {path}: {error.strerror or error}; what was "
-                "saved before is whole. Make room and run the same again",
-            ) from error
+    with together(who), writing(path, who):
+        yield
 
 
 def _list_files(folder: Path) -> list[str]:

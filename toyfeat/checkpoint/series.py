@@ -18,7 +18,7 @@ from toyfeat.checkpoint.files import (
     write_file,
 )
 from toyfeat.checkpoint.trees import check_fits, unflatten_like
-from toyfeat.processes import gather, is_global, process_index, together
+from toyfeat.processes import call_in_first, gather, is_global, process_index
 
 _NAME = re.compile(r"step_(\d+)(\.npz)?")
 
@@ -75,9 +75,7 @@ def save_checkpoint(
     @cache
     def finish() -> None:
         wait()
-        with together("fit"):
-            if process_index() == 0:
-                _remove_older(folder, step, about, keep)
+        call_in_first("fit", _remove_older, folder, step, about, keep)
 
     return finish
 

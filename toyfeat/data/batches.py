@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -92,12 +92,8 @@ def store_batches(
         )
     part = None if mesh is None else batch_part("store_batches", batch, mesh, axis)
     # A batch may cross the border of two windows and of two epochs.
-    map_shard = lru_cache(maxsize=2 * window)(partial(shard_taps, store))
+    open_shard = _shard_opener(store, "store_batches", 2 * window)
     epoch_order = lru_cache(maxsize=2)(partial(_epoch_order, store, seed, window))
-
-    def open_shard(index: int) -> Taps:
-        check_shard(store, store.shards[index], "store_batches")
-        return map_shard(index)
 
     def batches(step: int) -> Taps:
         step = check_int("store_batches", "step", step, least=0)
@@ -115,6 +111,17 @@ def store_batches(
     return batches
 
 
+def _shard_opener(store: Store, who: str, most: int | None) -> Callable[[int], Taps]:
+    """Make a function that maps a shard of a store; ``most`` of them stay mapped."""
+    map_shard = lru_cache(maxsize=most)(partial(shard_taps, store))
+
+    def open_shard(index: int) -> Taps:
+        check_shard(store, store.shards[index], who)
+        return map_shard(index)
+
+    return open_shard
+
+
 def row_reader(store: Store) -> Callable[[np.ndarray], Taps]:
     """Make a reader of single rows of a store.
 
@@ -125,12 +132,8 @@ def row_reader(store: Store) -> Callable[[np.ndarray], Taps]:
       ``rows [n] -> Taps``, arrays of the host; rows are numbered in the order of the
       store, and may be in any order.
     """
-    map_shard = cache(partial(shard_taps, store))
+    open_shard = _shard_opener(store, "row_reader", None)
     starts = np.cumsum([0, *(shard.rows for shard in store.shards)])
-
-    def open_shard(index: int) -> Taps:
-        check_shard(store, store.shards[index], "row_reader")
-        return map_shard(index)
 
     def read(rows: np.ndarray) -> Taps:
         order = np.argsort(rows, kind="stable")

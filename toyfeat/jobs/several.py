@@ -12,12 +12,11 @@ from toyfeat.jobs.config import Job
 from toyfeat.jobs.results import claim_folder
 from toyfeat.jobs.taps import TapSource, from_store, open_collected
 from toyfeat.processes import (
+    call_in_first,
     check_same,
     is_global,
     num_processes,
-    process_index,
     to_host,
-    together,
     versions,
 )
 
@@ -36,9 +35,7 @@ def check_same_job(job: Job) -> None:
 
 def claim_together(job: Job, *parts: str) -> Path:
     """Claim the folder of a job, as :func:`claim_folder` does, in the first process."""
-    with together("job"):
-        if process_index() == 0:
-            claim_folder(job, *parts)
+    call_in_first("job", claim_folder, job, *parts)
     return Path(job.out)
 
 
@@ -72,9 +69,7 @@ def open_together(job: Job) -> TapSource:
       ValueError: if a shard is damaged, or as :func:`training_mesh`.
     """
     mesh = training_mesh(job)
-    with together("job"):
-        if process_index() == 0:
-            open_collected(job, job.site)
+    call_in_first("job", open_collected, job, job.site)
     return from_store(open_collected(job, job.site), job.train.batch, mesh)
 
 

@@ -21,7 +21,7 @@ from toyfeat.jobs.kinds import KINDS
 from toyfeat.jobs.results import Run, finished_runs
 from toyfeat.jobs.several import to_local
 from toyfeat.jobs.taps import TapSource
-from toyfeat.processes import process_index, together
+from toyfeat.processes import call_in_first, process_index, together
 from toyfeat.train import denormalized, fit, population, trainer
 from toyfeat.train.types import Trainer, TrainState
 
@@ -108,9 +108,7 @@ def train_together(
     Raises:
       FloatingPointError: if a member diverged; those that did not are saved.
     """
-    with together("train"):  # the first process writes who its members are
-        if process_index() == 0:
-            _find_population(runs, folder)
+    call_in_first("train", _find_population, runs, folder)  # writes who its members are
     shared, members = _find_population(runs, folder)
     # One trainer for all: members keep fewer codes than the largest k, by their own.
     largest = max(run.k for run in members)
@@ -137,9 +135,7 @@ def train_together(
         if not all(bool(jnp.isfinite(x).all()) for x in member.params.values()):
             diverged.append(run.name)
         elif run in runs:
-            with together("train"):
-                if process_index() == 0:
-                    _save_metrics(i, shared, folder / run.name)
+            call_in_first("train", _save_metrics, i, shared, folder / run.name)
             _save_features(run, train, source, folder, member)
     if diverged:
         raise FloatingPointError(

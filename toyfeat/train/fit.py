@@ -152,17 +152,11 @@ def fit(
     state = _copy_state(trainer, state)
     folder = None if directory is None else _make_folder(directory)
     several = is_global(state)
+    options = {"check_data": check_data, "allow_changes": allow_changes}
     if several:
-        check_options(
-            directory=None if folder is None else str(folder),
-            resume=resume,
-            check_data=check_data,
-            allow_changes=allow_changes,
-        )
+        check_options(directory=folder and str(folder), resume=resume, **options)
     run = _make_run(trainer, state, batches, folder, sizes)
-    run = run._replace(
-        on_chunk=on_chunk, check_data=check_data, allow_changes=allow_changes
-    )
+    run = run._replace(on_chunk=on_chunk, **options)
     if several:
         check_alike(run)
     with hold(folder, several):

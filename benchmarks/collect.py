@@ -3,14 +3,16 @@
     python benchmarks/collect.py [--tiny] [--json PATH]
 
 Llamas of random weights, a small one and one of SmolLM2's shape, one and five sites;
-the same windows are tapped without a disk and with one, in turns.  Bar: collecting
-takes at most 1.1 x as long.  What is stored is compared with what was tapped first.
+the same windows are tapped without a disk and with one, in turns, and activations are
+collected alone.  Bar: collecting takes at most 1.1 x as long as tapping.  What is kept
+is compared with what was tapped first.
 """
 
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def measure(name: str, size: dict[str, int], sites: list[str]) -> dict[str, Any]
     tokens = rng.integers(0, config.vocab, (BATCH * BATCHES, LENGTH)).astype(np.int32)
     example = jnp.asarray(tokens[:BATCH])
     params = jax.jit(Decoder(config).init)(jax.random.key(0), example)
-    readout = make_readout("loss")
+    readouts = {kind: make_readout(kind) for kind in ("loss", "none")}
     tapped = jax.jit(
         lambda p, x: ft.tap(
             probed, p, x, sites=sites, readout=ft.readouts.next_token_loss(x)
@@ -57,16 +59,24 @@ def measure(name: str, size: dict[str, int], sites: list[str]) -> dict[str, Any]
             )
         return taps
 
-    def stored(folder: Path) -> Any:
+    def stored(folder: Path, kind: str = "loss") -> Any:
         options: dict[str, Any] = {"batch": BATCH, "rows_per_shard": 1024}
         return collect(
-            probed, params, tokens, sites, folder, readout=readout, **options
+            probed, params, tokens, sites, folder, readout=readouts[kind], **options
         )
 
     with tempfile.TemporaryDirectory() as folder:
         # The first call of each compiles; what it returns is compared.
         error = largest_error(stored(Path(folder) / "first"), alone())
-        seconds = time_in_turns(alone, stored, Path(folder))
+        error_acts = largest_error(stored(Path(folder) / "acts", "none"), alone())
+        seconds = time_in_turns(
+            {
+                "alone": lambda folder: alone(),
+                "stored": stored,
+                "acts": partial(stored, kind="none"),
+            },
+            Path(folder),
+        )
     return row(
         name,
         {**size, "sites": len(sites), "tokens": tokens.size},
@@ -75,6 +85,9 @@ def measure(name: str, size: dict[str, int], sites: list[str]) -> dict[str, Any]
         peer_s=seconds["alone"],
         ratio=seconds["stored"] / seconds["alone"],
         error=error,
+        acts_s=seconds["acts"],
+        acts_gain=seconds["stored"] / seconds["acts"],
+        acts_error=error_acts,
     )
 
 
@@ -88,17 +101,15 @@ def largest_error(stores: Any, taps: Any) -> float:
 
 
 def time_in_turns(
-    alone: Callable[[], Any], stored: Callable[[Path], Any], folder: Path
+    runs: dict[str, Callable[[Path], Any]], folder: Path
 ) -> dict[str, float]:
-    """Median seconds of both, which take turns so that noise is shared."""
-    times: dict[str, list[float]] = {"alone": [], "stored": []}
+    """Median seconds of each, which take turns so that noise is shared."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(ROUNDS):
-        start = time.perf_counter()
-        alone()
-        times["alone"].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        stored(folder / f"{i}")
-        times["stored"].append(time.perf_counter() - start)
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(folder / f"{name}{i}")
+            times[name].append(time.perf_counter() - start)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
@@ -114,7 +125,8 @@ def main() -> None:
             rows.append(line)
             print(
                 f"{case:8} {line['size']['sites']} sites: {line['peer_s']:.2f} s "
-                f"tapped, {line['ours_s']:.2f} s stored, {line['ratio']:.2f} x",
+                f"tapped, {line['ours_s']:.2f} s stored, {line['ratio']:.2f} x, "
+                f"activations alone {line['acts_gain']:.2f} x as fast",
                 flush=True,
             )
     missed = [

@@ -38,10 +38,10 @@ KS = (1, 10)
 class OpenConfig(BenchmarkConfig):
     """What is opened."""
 
-    folder: Path = Path("out/lens/whole")
+    folder: Path | None = None
     """Jacobians of single prompts, of ``lens_prompts.py``."""
-    second: Path | None = None
-    """Lens file of second moments, read too."""
+    files: str = ""
+    """Lens files, separated by commas, read too."""
     job: Path = Path("examples/smollm2_lens.toml")
     """Model and text."""
     batch: int = 16
@@ -118,17 +118,25 @@ def turned(key: Any, estimate: ft.lenses.Estimate) -> ft.lenses.Estimate:
 def open_lenses(
     config: OpenConfig, work: Workspace, model: Any, *, every_lens: bool
 ) -> dict[str, Lens]:
-    """Make the logit lens, the Jacobian lens and its control, or every lens."""
+    """Make the logit lens, those of files, the Jacobian lens and its control, or all.
+
+    A tuned lens of one of so many layers is read where it has maps.
+    """
     params, sites = work.model.params, model.sites[:-1]
+    lenses = {"logit": ft.lenses.logit_lens(model, params)}
+    for path in filter(None, config.files.split(",")):
+        lens = ft.lenses.load(path, model, params)
+        lenses[lens.kind + ", frozen" * bool(lens.about.get("frozen"))] = lens
+    if config.folder is None:
+        return lenses
     state = read_state(config.folder, sites, list_prompts(config.folder))
     acc = ft.lenses.mean_jacobian(model, work.model.config.dim)
     estimate = jax.jit(acc.finish)(state)
-    lenses = {
-        "logit": ft.lenses.logit_lens(model, params),
-        "jacobian": ft.lenses.jacobian_lens(model, params, estimate),
-    }
     random = turned(jax.random.key(0), estimate)
-    lenses["jacobian, turned"] = ft.lenses.jacobian_lens(model, params, random)
+    lenses |= {
+        "jacobian": ft.lenses.jacobian_lens(model, params, estimate),
+        "jacobian, turned": ft.lenses.jacobian_lens(model, params, random),
+    }
     if every_lens:
         shrunken = ft.lenses.shrunken(state)
         lenses |= {
@@ -136,8 +144,6 @@ def open_lenses(
             "least squares": least_squares_lens(model, params, work.tokens, 8),
             **clustered_lenses(config.folder, model, params),
         }
-    if every_lens and config.second is not None:
-        lenses["second moment"] = ft.lenses.load(config.second, model, params)
     return lenses
 
 
@@ -273,7 +279,8 @@ def main() -> None:
     rows, compiled = [], compile_reading(setup)
     for kind, items in setup.sets.items():
         ranks = measure_ranks(setup, compiled, config, items)
-        size = {"items": len(items.at), "prompts": len(list_prompts(config.folder))}
+        prompts = len(list_prompts(config.folder)) if config.folder else 0
+        size = {"items": len(items.at), "prompts": prompts}
         rows += recall_rows(kind, ranks, {**size, "every": config.every})
         for line in rows[-len(ranks) * len(KS) :]:
             names = "case", "method", "k", "recall", "interval", "other_answers"

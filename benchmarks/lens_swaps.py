@@ -32,6 +32,8 @@ class SwapsConfig(OpenConfig):
     """First layer of the swaps, and the one behind their last."""
     strength: float = 1.0
     """Of the swaps."""
+    lenses: str = ""
+    """Names of lenses, separated by commas; all but the one turned at random."""
 
 
 def partners(items: Items, known: np.ndarray) -> list[tuple[int, int]]:
@@ -145,7 +147,8 @@ def swap_rows(
         "stop": stop,
     }
     rows = []
-    for name in ("logit", "jacobian") if pairs else ():
+    names = config.lenses.split(",") if config.lenses else list(setup.lenses)
+    for name in (x for x in names if pairs and x != "jacobian, turned"):
         for control in (False, True):
             outcomes = [
                 swap_outcome(

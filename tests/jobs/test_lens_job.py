@@ -1,7 +1,7 @@
 """The command that fits a lens, reads a text and writes a page."""
 
+import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,8 +9,8 @@ import pytest
 
 from toyfeat import lens as lenses
 from toyfeat.jobs import open_job, read_job
-from toyfeat.jobs.lens import FILE, LensReading, LensRun, run_lens
-from toyfeat.report.lens import _error_table, heat_map, write_lens
+from toyfeat.jobs.lens import FILE, LensReading, run_lens
+from toyfeat.report.lens import _errors, heat_map, write_lens
 
 
 def job_of(folder, out, *lines):
@@ -100,13 +100,55 @@ def test_rows_of_the_heat_map_are_in_the_order_of_the_depth():
 
 
 def test_errors_are_listed_in_the_order_of_the_depth():
-    sites = tuple(f"blocks_{i}/resid_post" for i in range(12))
-    tops = np.full((12, 1, 1), "a", object)
-    reading = LensReading("jacobian", sites, tops, np.ones((12, 1, 1)))
-    figures = {site: np.float32(0.5) for site in sorted(sites[:-1])}
+    sites = [f"blocks_{i}/resid_post" for i in range(11)]
+    figures = {site: np.float32(0.5) for site in sorted(sites)}
     estimate = lenses.Estimate({}, figures, figures, figures, np.int32(2))
-    lens = SimpleNamespace(about={})
-    run = LensRun(lens=lens, estimate=estimate, tokens=["a"], readings=[reading])
-    text = _error_table(run)
+    text = _errors(sites, estimate)
     places = [text.index(f"<td>layer {i}</td>") for i in range(11)]
     assert places == sorted(places)
+
+
+def test_a_tuned_lens_is_trained_saved_and_shown(folder, tmp_path):
+    lines = "kind = 'tuned'\nsteps = 40\nlearning_rate = 0.02\n[read]\ntext = 'w1 w2'"
+    work = job_of(folder, tmp_path, lines)
+    seen = []
+    run = run_lens(work, seen.append)
+    assert [x.step for x in seen][-1] == 40
+    assert [x.name for x in run.readings] == ["tuned", "logit"]
+    assert run.estimate is None
+    # Nearer to the output than the logit lens is, on the text that it was trained on.
+    model, params = lenses.from_decoder(work.model.config), work.model.params
+    mask = np.arange(8) % 7 >= 2  # without two tokens at the start and one at the end
+    batch = (work.tokens[:5], np.broadcast_to(mask, (5, 8)))
+    plain = lenses.logit_lens(model, params)
+    near = lenses.output_divergence(model, params, run.lens, [batch])
+    far = lenses.output_divergence(model, params, plain, [batch])
+    assert all(near[site] < 0.5 * far[site] for site in model.sites[:-1])
+    # The page has the divergences on the text that is held out.
+    held_out = work.held_out
+    batch = (held_out, np.broadcast_to(mask, held_out.shape))
+    wanted = lenses.output_divergence(model, params, run.lens, [batch])
+    assert run.divergences is not None
+    tuned = run.divergences["tuned"]
+    for site in model.sites[:-1]:
+        assert abs(tuned[site] - wanted[site]) < 1e-4 * wanted[site]
+    saved = lenses.load(tmp_path / "out" / FILE, model, work.model.params)
+    assert saved.kind == "tuned"
+    assert saved.about["prompts"] == 5
+    text = Path(write_lens(tmp_path / "out", run)).read_text()
+    assert "How far from the output" in text
+    assert f"{tuned['blocks_0/resid_post']:.3f}" in text
+    with pytest.raises(ValueError, match=r"held_out must be tokens .* got 8"):
+        run_lens(work._replace(held_out=work.held_out[:0]))
+    long = work.job.lens
+    job = dataclasses.replace(work.job, lens=dataclasses.replace(long, skip_first=7))
+    with pytest.raises(
+        ValueError, match=r"collect.length must be more than the 7 \+ 1"
+    ):
+        run_lens(work._replace(job=job))
+
+
+def test_one_of_so_many_layers_has_a_lens(folder, tmp_path):
+    run = run_lens(job_of(folder, tmp_path, "layer_step = 2\n[read]\ntext = 'w1'"))
+    assert list(run.lens.maps) == ["blocks_0/resid_post"]
+    assert run.readings[0].sites == ("blocks_0/resid_post", "blocks_2/resid_post")

@@ -118,6 +118,34 @@ def test_the_tuned_lens_learns_what_the_model_will_say():
     said, final = map(np.asarray, logits(params, tokens))
     divergence = (np.exp(final) * (final - said)).sum(-1).mean()
     np.testing.assert_allclose(history[0], divergence, rtol=1e-4)
+    # The divergence of both lenses, over all tokens and over those of a mask.
+    plain = lenses.logit_lens(model(), params)
+    found = lenses.output_divergence(model(), params, plain, [(tokens, None)])
+    np.testing.assert_allclose(found[site], divergence, rtol=1e-4)
+    mask = (np.arange(tokens.size).reshape(tokens.shape) % 3 == 0).astype(float)
+    parts = [(tokens[:3], mask[:3]), (tokens[3:], mask[3:])]
+    found = lenses.output_divergence(model(), params, plain, parts)
+    each = (np.exp(final) * (final - said)).sum(-1)
+    wanted = (each * mask).sum() / mask.sum()
+    np.testing.assert_allclose(found[site], wanted, rtol=1e-4)
+    # Training goes on from a lens.
+    again: list = []
+    lenses.tuned_lens(
+        model(),
+        params,
+        [(tokens, None)],
+        steps=1,
+        start=tuned,
+        report=lambda step, found: again.append(float(found[site])),
+    )
+    found = lenses.output_divergence(model(), params, tuned, [(tokens, None)])
+    np.testing.assert_allclose(again[0], found[site], rtol=1e-4)
+    assert again[0] < history[-2]
+    other = tuned._replace(maps={})
+    with pytest.raises(ValueError, match=r"start must have one map of \[\d+, \d+\]"):
+        lenses.tuned_lens(model(), params, [(tokens, None)], steps=1, start=other)
+    with pytest.raises(ValueError, match="output_divergence: batches must be one"):
+        lenses.output_divergence(model(), params, plain, [])
     assert tuned.kind == "tuned"
     with pytest.raises(ValueError, match="tuned_lens: batches must be one"):
         lenses.tuned_lens(model(), params, [], steps=1)

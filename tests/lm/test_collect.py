@@ -302,7 +302,7 @@ def test_sampled_gradients_are_residuals_of_tokens_that_are_drawn_anew():
 
 def test_an_unknown_readout_is_refused():
     with pytest.raises(
-        ValueError, match="must be 'loss', 'sampled', 'labels' or 'signs', got"
+        ValueError, match="must be 'loss', 'sampled', 'labels', 'signs' or 'none', got"
     ):
         make_readout("logits")
     with pytest.raises(ValueError, match="num must be an int of at least 1, got 0"):

@@ -28,7 +28,7 @@ _JOBS = {
     "finetune": "train dictionaries further by what they do to the model, and score "
     "them; minutes per dictionary, as finetune.steps says",
     "report": f"write the page and records of latents; a minute {_TIMES}",
-    "lens": "fit a Jacobian lens and write what it reads in a text; four minutes with "
+    "lens": "fit or train a lens and write what it reads in a text; four minutes with "
     "examples/smollm2_lens.toml on one free core",
 }
 _COMMANDS = {

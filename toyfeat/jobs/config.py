@@ -29,6 +29,9 @@ BasisName = Literal["pca", "gradient pca", "joint pca", "lib", "random"]
 
 BASES: tuple[str, ...] = typing.get_args(BasisName)
 
+# Bases of the gradients that are collected; "lib" takes its own from the model.
+GRADIENT_BASES = ("gradient pca", "joint pca")
+
 
 @dataclass(frozen=True)
 class Collect:
@@ -37,9 +40,10 @@ class Collect:
     Attributes:
       sites: of the decoder.
       readout: ``"loss"``, the cross-entropy of the next token summed over a window,
-        ``"sampled"``, the same with tokens drawn from the model's own prediction, or
-        ``"labels"`` and ``"signs"``, :class:`toyfeat.lm.label_gradients.HeadReadout`.
-      draws: of all but ``"loss"``.
+        ``"sampled"``, the same with tokens drawn from the model's own prediction,
+        ``"labels"`` and ``"signs"``, :class:`toyfeat.lm.label_gradients.HeadReadout`,
+        or ``"none"``, activations alone, several times as fast.
+      draws: of all but ``"loss"`` and ``"none"``.
       temperature: of the prediction, of ``"labels"`` and ``"signs"``.
       tokens: for training.
       skip: tokens in front of those, which another job has trained on.
@@ -173,7 +177,8 @@ class FitLens:
     """Settings of the fit of a lens.
 
     Attributes:
-      kind: ``"jacobian"`` or ``"second moment"``.
+      kind: ``"jacobian"``, ``"second moment"`` or ``"tuned"``, which is trained and
+        takes no directions.
       prompts: windows of the training text.
       batch: windows at a time.
       every: batches between checkpoints, and between lines of progress.
@@ -183,10 +188,13 @@ class FitLens:
       chunk: directions at a time.
       chain: whether to pull back block by block.
       frozen: whether attention patterns and norms are held fixed.
+      layer_step: one of so many layers has a lens, from the first on.
+      steps: batches that a tuned lens is trained on.
+      learning_rate: of its training.
       seed: of the directions.
     """
 
-    kind: Literal["jacobian", "second moment"] = "jacobian"
+    kind: Literal["jacobian", "second moment", "tuned"] = "jacobian"
     prompts: Count = 100
     batch: Count = 1
     every: Count = 1
@@ -196,6 +204,9 @@ class FitLens:
     chunk: Count = 16
     chain: bool = False
     frozen: bool = False
+    layer_step: Count = 1
+    steps: Count = 200
+    learning_rate: Positive = 1e-3
     seed: Seed = 0
 
 

@@ -16,6 +16,7 @@ class Kind(NamedTuple):
       objective: ``(dictionary, **loss) -> Objective``; the fields of an attribution
         loss, where the kind has one.
       of_gradients: whether gradients take the place of the activations.
+      needs_gradients: whether there have to be some.
       revive: whether dead latents start anew: half of a paired dictionary dies early,
         and its auxiliary loss, which only looks at activations, does not bring it back.
     """
@@ -23,12 +24,13 @@ class Kind(NamedTuple):
     make: Callable[[int, int, int], Dictionary]
     objective: Callable[..., Objective]
     of_gradients: bool = False
+    needs_gradients: bool = True
     revive: bool = False
 
 
 KINDS: dict[str, Kind] = {
     # TopK of activations.
-    "acts": Kind(topk, losses.default),
+    "acts": Kind(topk, losses.default, needs_gradients=False),
     # The same, trained with the four-term attribution loss.
     "attribution": Kind(topk, partial(losses.attribution, dead_latents=1.0)),
     # Signed TopK of gradients.

@@ -1,6 +1,7 @@
 """Fit a lens to the model of a job, and read a text with it."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +22,10 @@ from toyfeat.lens import (
     jacobian_lens,
     logit_lens,
     mean_jacobian,
+    output_divergence,
     second_moment,
     second_moment_lens,
+    tuned_lens,
 )
 from toyfeat.types import Accumulator
 
@@ -53,15 +56,18 @@ class LensRun(NamedTuple):
 
     Attributes:
       lens: the lens.
-      estimate: the fit, with its errors.
+      estimate: the fit, with its errors; ``None`` of a tuned lens.
       tokens: ``T`` texts of the prompt.
       readings: by the lens, and by the logit lens beside it.
+      divergences: of a tuned lens and the logit lens from the model's output, by site,
+        on held-out windows; ``None`` of the other lenses.
     """
 
     lens: Lens
-    estimate: Estimate
+    estimate: Estimate | None
     tokens: list[str]
     readings: list[LensReading]
+    divergences: dict[str, dict[str, float]] | None = None
 
 
 def run_lens(
@@ -69,7 +75,7 @@ def run_lens(
 ) -> LensRun:
     """Fit the lens of a job, save it, and read the job's text.
 
-    The fit goes on where it was stopped.
+    A fit goes on where it was stopped; the training of a tuned lens starts anew.
 
     Args:
       work: from :func:`toyfeat.jobs.open_job`.
@@ -80,32 +86,87 @@ def run_lens(
 
     Raises:
       ValueError: for a job with fewer windows than prompts, windows that are not
-        longer than what is skipped, or a folder with a lens of other settings.
+        longer than what is skipped, a tuned lens without held-out windows, or a folder
+        with a lens of other settings.
     """
     settings, params = work.job.lens, work.model.params
     # Check the texts before the work.
     tokens, prompt = _prompts(work.job, work.tokens), _tokens_to_read(work)
+    held_out = _held_out(work) if settings.kind == "tuned" else []
     dtype = jnp.dtype(work.job.collect.compute)
     model = from_decoder(work.model.config, dtype=dtype, frozen=settings.frozen)
+    fitted = model.sites[:-1][:: settings.layer_step]
+    model = model._replace(sites=(*fitted, model.sites[-1]))
     folder = claim_folder(work.job, "collect", "lens")
-    acc = _accumulator(work.job, model, work.model.config.dim)
-    batches = _batches(tokens, settings.batch)
-    saved = {"folder": folder / "lens", "every": settings.every}
-    state = fit(model, acc, params, batches, report=report, **saved)
-    # Save the lens, and read the prompt with it and with the logit lens.
-    estimate = acc.finish(state)
-    about = {"model": work.model.name, "revision": work.weights}
-    about |= {"frozen": settings.frozen, "cotangents": settings.cotangents}
-    make_lens = jacobian_lens if settings.kind == "jacobian" else second_moment_lens
-    lens = make_lens(model, params, estimate, about=about)
-    lens.save(folder / FILE)
     plain = logit_lens(model, params)
+    if settings.kind == "tuned":
+        lens, estimate = _train(work, model, tokens, report), None
+        divergences = {
+            x.kind: output_divergence(model, params, x, held_out) for x in (lens, plain)
+        }
+    else:
+        lens, estimate = _fit(work, model, tokens, folder / "lens", report)
+        divergences = None
+    lens.save(folder / FILE)
     return LensRun(
         lens=lens,
         estimate=estimate,
         tokens=[_text(work, token) for token in prompt],
         readings=[_read(work, model, x, prompt) for x in (lens, plain)],
+        divergences=divergences,
     )
+
+
+def _fit(
+    work: Workspace,
+    model: LensModel,
+    tokens: np.ndarray,
+    folder: Path,
+    report: Callable[[FitProgress], Any],
+) -> tuple[Lens, Estimate]:
+    """Fit a lens by derivatives, with checkpoints."""
+    settings, params = work.job.lens, work.model.params
+    acc = _accumulator(work.job, model, work.model.config.dim)
+    batches = _batches(tokens, settings.batch)
+    saved = {"folder": folder, "every": settings.every}
+    state = fit(model, acc, params, batches, report=report, **saved)
+    estimate = acc.finish(state)
+    about = _about(work) | {
+        "frozen": settings.frozen,
+        "cotangents": settings.cotangents,
+    }
+    make_lens = jacobian_lens if settings.kind == "jacobian" else second_moment_lens
+    return make_lens(model, params, estimate, about=about), estimate
+
+
+def _train(
+    work: Workspace,
+    model: LensModel,
+    tokens: np.ndarray,
+    report: Callable[[FitProgress], Any],
+) -> Lens:
+    """Train a tuned lens on the tokens that no fit skips."""
+    settings = work.job.lens
+
+    def show(step: int, losses: Any) -> None:
+        if step % settings.every == 0 or step == settings.steps:
+            jax.block_until_ready(losses)  # so that the progress is what is done
+            report(FitProgress(step, settings.steps, step * settings.batch))
+
+    return tuned_lens(
+        model,
+        work.model.params,
+        _batches(tokens, settings.batch, settings.skip_first, settings.skip_last),
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        about=_about(work) | {"prompts": settings.prompts},
+        report=show,
+    )
+
+
+def _about(work: Workspace) -> dict[str, Any]:
+    """What a file says of the model of its lens."""
+    return {"model": work.model.name, "revision": work.weights}
 
 
 def _accumulator(job: Job, model: LensModel, dim: int) -> Accumulator:
@@ -135,11 +196,33 @@ def _prompts(job: Job, tokens: np.ndarray) -> np.ndarray:
     return tokens[:num]
 
 
-def _batches(tokens: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _held_out(work: Workspace) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Batches of the held-out windows, with which a tuned lens is checked."""
+    settings = work.job.lens
+    if not len(work.held_out):
+        raise ValueError(
+            "job: collect.held_out must be tokens of one window or more for a tuned "
+            f"lens, got {work.job.collect.held_out}; raise it"
+        )
+    skips = settings.skip_first, settings.skip_last
+    return _batches(work.held_out, settings.batch, *skips)
+
+
+def _batches(
+    tokens: np.ndarray, size: int, skip_first: int = 0, skip_last: int = 0
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Cut windows into batches with masks of the tokens that count."""
-    ones = np.ones(tokens.shape[1], np.float32)
+    places = np.arange(tokens.shape[1])
+    stop = len(places) - skip_last
+    counted = ((places >= skip_first) & (places < stop)).astype(np.float32)
+    if not counted.any():
+        raise ValueError(
+            f"job: collect.length must be more than the {skip_first} + {skip_last} "
+            f"tokens that lens.skip_first and lens.skip_last leave out, got "
+            f"{len(places)}; raise it, or lower these"
+        )
     return [
-        (tokens[rows], counts[:, None] * ones)
+        (tokens[rows], counts[:, None] * counted)
         for rows, counts in full_batches(len(tokens), size)
     ]
 

@@ -28,6 +28,9 @@ _FORMER_TRAIN_DEFAULTS = {
     "train.attribution.attribution": asdict(Attribution()),
 }
 
+# Values that older folders of lenses do not have.
+_FORMER_LENS_DEFAULTS = {"lens.layer_step": 1}
+
 _FORMER_DEFAULTS = {"weights": "float32"}
 
 _OTHER_FOLDER = "give another folder as out, or move it away"
@@ -191,6 +194,8 @@ def claim_folder(job: Job, *parts: str) -> Path:
         saved = _FORMER_DEFAULTS | saved
     if "train.steps" in saved:
         saved = _FORMER_TRAIN_DEFAULTS | saved
+    if "lens.kind" in saved:
+        saved = _FORMER_LENS_DEFAULTS | saved
     # Refuse other settings, add those of steps that were not taken before.
     settings = _flat_settings(job, parts)
     for name in sorted(saved.keys() & settings.keys()):
@@ -217,6 +222,22 @@ def _flat_settings(job: Job, parts: Iterable[str]) -> dict[str, Any]:
     for part in parts:
         flat |= {f"{part}.{name}": value for name, value in settings[part].items()}
     return json.loads(json.dumps(flat))  # turns tuples into lists, as in the file
+
+
+def check_gradients(job: Job) -> None:
+    """Refuse dictionaries that need gradients in a job that collects none.
+
+    Raises:
+      ValueError: if there are such.
+    """
+    needing = [kind for kind in job.train.kinds if KINDS[kind].needs_gradients]
+    if job.collect.readout == "none" and needing:
+        free = [kind for kind in KINDS if not KINDS[kind].needs_gradients]
+        raise ValueError(
+            f"job: train.kinds must be of {free} where collect.readout is 'none', got "
+            f"{needing[0]!r}, which needs gradients; name the kinds, or collect with "
+            "another readout"
+        )
 
 
 class Rows:

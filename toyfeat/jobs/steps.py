@@ -14,7 +14,7 @@ import numpy as np
 from toyfeat.data.store import Store, store_size
 from toyfeat.dictionary.latents import Latent, from_acts, from_grads
 from toyfeat.interop import load_saelens
-from toyfeat.jobs.config import Job
+from toyfeat.jobs.config import GRADIENT_BASES, Job
 from toyfeat.jobs.evaluate import (
     check_attributions,
     compute_bases,
@@ -27,6 +27,7 @@ from toyfeat.jobs.kinds import KINDS
 from toyfeat.jobs.results import (
     Rows,
     Run,
+    check_gradients,
     claim_folder,
     finished_runs,
     is_finished,
@@ -46,6 +47,7 @@ from toyfeat.jobs.workspace import (
     Log,
     Site,
     Workspace,
+    held_out_taps,
     num_readouts,
     open_site,
     open_training_taps,
@@ -113,7 +115,7 @@ def describe_size(work: Workspace) -> str:
         store_size(
             work.tokens.size,
             dim=site_width(config, site),
-            readouts=num_readouts(work.job),
+            readouts=num_readouts(work.job) or None,
             dtype=settings.dtype,
             rows_per_shard=settings.rows_per_shard,
         )
@@ -160,6 +162,13 @@ def decompose_job(work: Workspace, log: Log = print) -> list[dict[str, Any]]:
       ValueError: if a store is of other weights.
     """
     job = work.job
+    missing = [name for name in job.decompose.bases if name in GRADIENT_BASES]
+    if missing and not num_readouts(job):
+        raise ValueError(
+            f"job: decompose.bases must be without {' and '.join(GRADIENT_BASES)} "
+            f"where collect.readout is 'none', got {missing[0]!r}; name the bases, or "
+            "collect with another readout"
+        )
     for name in job.collect.sites:
         require_collected(job, name)
     folder = claim_folder(job, "collect", "decompose", "evaluate")
@@ -216,6 +225,7 @@ def train_job(
       FileNotFoundError: if nothing was collected.
       ValueError: for a batch of a job without a store that is not of whole windows.
     """
+    check_gradients(job)
     training_mesh(job)  # raises if there can be none
     folder = Path(job.out) / "train"
     runs = [r for r in list_runs(job.train) if not is_finished(folder, r)]
@@ -289,7 +299,7 @@ def evaluate_job(work: Workspace, log: Log = print) -> list[dict[str, Any]]:
     for run, features in runs.items():
         methods |= methods_from_run(run, features, site)
     ranks = {f"-k{k}": k for k in job.train.ks if k <= site.width}
-    methods |= methods_from_bases(compute_bases(site, _BASELINES), ranks)
+    methods |= methods_from_bases(compute_bases(site, _baselines(job)), ranks)
     score_methods(held, methods, rows, log)
     # Attributions, which take longest, of the middle k first.
     middle = job.train.ks[len(job.train.ks) // 2]
@@ -302,8 +312,17 @@ def evaluate_job(work: Workspace, log: Log = print) -> list[dict[str, Any]]:
     return rows.rows
 
 
+def _baselines(job: Job) -> list[str]:
+    """Name the bases that dictionaries are compared with, of what was collected."""
+    without = () if num_readouts(job) else GRADIENT_BASES
+    return [name for name in _BASELINES if name not in without]
+
+
 def inspect_latents(work: Workspace, *, num: int = 24) -> dict[str, list[Latent]]:
     """Describe latents of the finished dictionaries of the first seed and middle k.
+
+    Effects are by the gradients that were collected, or, where activations were
+    collected alone, by those of the loss on held-out text.
 
     Args:
       work: a job with trained dictionaries.
@@ -313,11 +332,14 @@ def inspect_latents(work: Workspace, *, num: int = 24) -> dict[str, list[Latent]
       Name to :class:`toyfeat.dictionary.latents.Latent`, the largest effects first.
     """
     job = work.job
-    site = open_site(work, job.site)
-    chunks = site.taps.chunks
-    size = site.taps.bytes_per_token * work.tokens.size
+    site, tokens = open_site(work, job.site), work.tokens
+    source = site.taps
+    if not source.readouts:
+        source, tokens = held_out_taps(work, job.site), work.held_out
+    chunks = source.chunks
+    size = source.bytes_per_token * tokens.size
     if job.source == "model" and size <= MAX_BYTES_IN_MEMORY:
-        taps = [*site.taps.chunks()]  # the model is run once for all dictionaries
+        taps = [*source.chunks()]  # the model is run once for all dictionaries
         chunks = partial(iter, taps)
     seed, k = job.train.seeds[0], job.train.ks[len(job.train.ks) // 2]
     latents = {}
@@ -332,7 +354,7 @@ def inspect_latents(work: Workspace, *, num: int = 24) -> dict[str, list[Latent]
         latents[run.name] = find_contexts(
             described,
             chunks,
-            work.tokens,
+            tokens,
             work.model,
             residual=not site.name.endswith("mlp_hidden"),
             num=num,

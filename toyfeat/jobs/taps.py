@@ -209,12 +209,13 @@ def _nonzero_weight(taps: Taps) -> Taps:
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x[index], np.float32)), taps)
 
 
-def load_moments(path: Path, dim: int) -> Moments:
+def load_moments(path: Path, dim: int, *, grads: bool = True) -> Moments:
     """Read the saved second moments of a site of width ``dim``."""
 
     def zero_moments() -> Moments:
         zeros = jnp.zeros((dim, dim))
-        return Moments(jnp.zeros(()), zeros[0], zeros, zeros[0], zeros)
+        of_grads = (zeros[0], zeros) if grads else (None, None)
+        return Moments(jnp.zeros(()), zeros[0], zeros, *of_grads)
 
     return load_tree(path, jax.eval_shape(zero_moments))
 
@@ -303,7 +304,7 @@ def open_moments(
     path = moments_path(job, site)
     if path.exists():
         try:
-            return load_moments(path, dim)
+            return load_moments(path, dim, grads=job.collect.readout != "none")
         except DamagedFileError as error:
             log(f"{error}: computed again")
     stats = compute()

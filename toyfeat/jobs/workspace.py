@@ -15,7 +15,7 @@ from toyfeat.files.atomic import write_whole
 from toyfeat.files.json import field, read_json
 from toyfeat.jobs.config import Job
 from toyfeat.jobs.hub import hub_commit, is_hub
-from toyfeat.jobs.results import list_runs
+from toyfeat.jobs.results import check_gradients, list_runs
 from toyfeat.jobs.several import open_together
 from toyfeat.jobs.sources import locate, read_texts
 from toyfeat.jobs.taps import (
@@ -127,6 +127,7 @@ def _check_job(job: Job, model: Pretrained) -> None:
             f"{', '.join(settings.sites)}"
         )
     list_runs(job.train)
+    check_gradients(job)
     if settings.readout in ("labels", "signs") and model.config.logit_cap is not None:
         raise ValueError(
             f"job: collect.readout must be 'loss' or 'sampled', got "
@@ -256,9 +257,29 @@ def open_training_taps(job: Job) -> TapSource:
 
 def model_taps(work: Workspace, name: str) -> TapSource:
     """Make taps of the training text straight from the model of a job."""
+    readout, num = readout_from(work.job), num_readouts(work.job)
+    return _taps_of(work, name, work.tokens, readout, num)
+
+
+def held_out_taps(work: Workspace, name: str) -> TapSource:
+    """Make taps of the held-out text, with gradients of the loss, from the model."""
+    if not len(work.held_out):
+        raise ValueError(
+            "job: collect.held_out must be tokens of one window or more where "
+            f"activations are collected alone, got {work.job.collect.held_out}; raise "
+            "it, or collect with another readout"
+        )
+    readout = _cached_readout("loss", 1, 0, 1.0)
+    return _taps_of(work, name, work.held_out, readout, 1)
+
+
+def _taps_of(
+    work: Workspace, name: str, tokens: np.ndarray, readout: ReadoutOf, num: int
+) -> TapSource:
+    """Make taps of windows straight from the model of a job."""
     job = work.job
     tap_site = partial(
-        tap_windows, probed_from(work), (name,), readout_from(job), job.collect.massive
+        tap_windows, probed_from(work), (name,), readout, job.collect.massive
     )
 
     def tap_one(params: Params, tokens: Array, index: Array | int) -> Taps:
@@ -267,9 +288,9 @@ def model_taps(work: Workspace, name: str) -> TapSource:
     return from_model(
         tap_one,
         work.model.params,
-        work.tokens,
+        tokens,
         dim=site_width(work.model.config, name),
-        readouts=num_readouts(job),
+        readouts=num,
         metadata=provenance(work, name),
         train_batch=job.train.batch,
         chunk_windows=job.collect.batch,
@@ -341,8 +362,9 @@ def _cached_readout(kind: str, draws: int, seed: int, temperature: float) -> Rea
 
 
 def num_readouts(job: Job) -> int:
-    """``K``, gradients per token."""
-    return 1 if job.collect.readout == "loss" else job.collect.draws
+    """``K``, gradients per token; 0 for activations alone."""
+    fixed = {"loss": 1, "none": 0}
+    return fixed.get(job.collect.readout, job.collect.draws)
 
 
 def site_width(config: DecoderConfig, site: str) -> int:

@@ -18,7 +18,7 @@ from toyfeat.lens.model import LensModel, check_model, from_decoder, from_probed
 from toyfeat.lens.reading import Lens
 from toyfeat.lens.shrinkage import shrunken
 from toyfeat.lens.sketches import sketched_jacobian
-from toyfeat.lens.tuned import tuned_lens
+from toyfeat.lens.tuned import output_divergence, tuned_lens
 
 __all__ = [
     "Estimate",
@@ -38,6 +38,7 @@ __all__ = [
     "load",
     "logit_lens",
     "mean_jacobian",
+    "output_divergence",
     "random_control",
     "second_moment",
     "second_moment_lens",

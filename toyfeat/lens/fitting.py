@@ -23,13 +23,14 @@ class FitProgress(NamedTuple):
       step: batches that are done.
       steps: batches in all.
       prompts: prompts so far.
-      state: so far; ``accumulator.finish(state)`` is the estimate up to here.
+      state: so far; ``accumulator.finish(state)`` is the estimate up to here.  ``None``
+        of a lens that is trained.
     """
 
     step: int
     steps: int
     prompts: int
-    state: JacobianState
+    state: JacobianState | None = None
 
 
 def fit(

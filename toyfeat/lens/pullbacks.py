@@ -42,7 +42,7 @@ def valid_positions(mask: Array, skip_first: int, skip_last: int) -> Array:
       >>> valid_positions(jnp.array([[0, 1, 1, 1, 1]]), 1, 1).tolist()
       [[0.0, 0.0, 1.0, 1.0, 0.0]]
     """
-    is_token = mask != 0
+    is_token = mask.astype(bool)
     index = jnp.cumsum(is_token, axis=1) - 1
     end = jnp.sum(is_token, axis=1, keepdims=True) - skip_last
     valid = is_token & (index >= skip_first) & (index < end)

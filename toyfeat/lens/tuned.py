@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from toyfeat.checks import check_function, check_int, check_number
+from toyfeat.checks import check_function, check_int, check_number, check_type
 from toyfeat.lens.maps import LensMap
 from toyfeat.lens.model import LensModel, check_model, residual_shape
 from toyfeat.lens.reading import Lens, make_lens
@@ -21,6 +21,7 @@ def tuned_lens(
     *,
     steps: int,
     learning_rate: float = 1e-3,
+    start: Lens | None = None,
     about: Mapping[str, Any] | None = None,
     report: Callable[[int, dict[str, Array]], Any] = lambda step, losses: None,
 ) -> Lens:
@@ -28,7 +29,7 @@ def tuned_lens(
 
     :math:`KL(p_L \| p_l)` of the next token, :math:`p_l` the softmax of
     ``unembed(norm(A h + b))``, over all tokens of a batch.  Maps start from the
-    identity, the logit lens, and are trained by Adam.
+    identity, the logit lens, or from another lens, and are trained by Adam.
 
     Args:
       model: from :func:`from_decoder` or :func:`from_probed`.
@@ -36,6 +37,7 @@ def tuned_lens(
       batches: ``(inputs, mask)`` of one shape, gone through in turn, again and again.
       steps: batches in all.
       learning_rate: of Adam.
+      start: lens of the same sites, one map each, from which the training goes on.
       about: JSON values for the file.
       report: called with the step and the losses by site, arrays of the device.
 
@@ -43,8 +45,8 @@ def tuned_lens(
       :class:`Lens` of the kind ``"tuned"``.
 
     Raises:
-      ValueError: if there are no batches, a number is out of range, or the model
-        cannot have a lens.
+      ValueError: if there are no batches, a number is out of range, the lens to start
+        from has other sites or several maps per site, or the model cannot have a lens.
       TypeError: if an argument has the wrong type.
 
     References:
@@ -55,14 +57,10 @@ def tuned_lens(
     steps = check_int(who, "steps", steps)
     check_number(who, "learning_rate", learning_rate, above=0)
     check_function(who, "report", report, "of a step and losses")
-    if not len(batches):
-        raise ValueError(
-            f"{who}: batches must be one (inputs, mask) or more, got none; give prompts"
-        )
+    _check_batches(who, batches)
     check_model(model, params, batches[0][0])
     dim = residual_shape(model, params, batches[0][0], who)[-1]
-    eye, zero = jnp.eye(dim)[None], jnp.zeros(dim)
-    maps: Any = {s: LensMap(matrices=eye, bias=zero) for s in model.sites[:-1]}
+    maps: Any = _first_maps(who, model, dim, start)
     adam = optax.adam(learning_rate)
     state = adam.init(maps)
 
@@ -83,6 +81,83 @@ def tuned_lens(
     return make_lens(model, params, "tuned", maps, known)
 
 
+def output_divergence(
+    model: LensModel,
+    params: Params,
+    lens: Lens,
+    batches: Sequence[tuple[Inputs, Any]],
+) -> dict[str, float]:
+    r"""Measure how far what a lens says is from what the model says, by site.
+
+    Args:
+      model: from :func:`from_decoder` or :func:`from_probed`.
+      params: its parameters.
+      lens: a lens of the model.
+      batches: ``(inputs, mask)`` of one shape; held-out ones for a lens of a fit.
+
+    Returns:
+      Mean of :math:`KL(p_L \| p_l)` over tokens, in nats, by site.
+
+    Raises:
+      ValueError: if there are no batches.
+      TypeError: if the lens is none.
+    """
+    who = "output_divergence"
+    check_type(who, "lens", lens, Lens, hint="make one with ft.lenses")
+    _check_batches(who, batches)
+
+    @jax.jit
+    def measure(maps: Any, params: Params, inputs: Inputs, mask: Any) -> Any:
+        acts = model.probed(params, inputs, {})[1]
+        return _total_divergence(maps, model, params, acts, mask)[1], _weight(
+            mask, acts[model.sites[-1]].shape[:2]
+        ).sum()
+
+    # Batches count by their tokens.
+    parts = [measure(lens.maps, params, *batch) for batch in batches]
+    total = sum(float(weight) for _, weight in parts)
+    return {
+        site: sum(float(x[site]) * float(weight) for x, weight in parts) / total
+        for site in lens.maps
+    }
+
+
+def _check_batches(who: str, batches: Sequence[Any]) -> None:
+    """Raise unless there is a batch."""
+    if not len(batches):
+        raise ValueError(
+            f"{who}: batches must be one (inputs, mask) or more, got none; give prompts"
+        )
+
+
+def _first_maps(
+    who: str, model: LensModel, dim: int, start: Lens | None
+) -> dict[str, LensMap]:
+    """Maps that the training starts from: the identity, or those of a lens."""
+    sites = model.sites[:-1]
+    if start is None:
+        eye, zero = jnp.eye(dim)[None], jnp.zeros(dim)
+        return {site: LensMap(matrices=eye, bias=zero) for site in sites}
+    check_type(who, "start", start, Lens, hint="make one with ft.lenses")
+    shapes = {site: x.matrices.shape for site, x in start.maps.items()}
+    if shapes != dict.fromkeys(sites, (1, dim, dim)):
+        raise ValueError(
+            f"{who}: start must have one map of [{dim}, {dim}] at each of "
+            f"{list(sites)}, got {shapes}; start from a lens of this model"
+        )
+    zero = jnp.zeros(dim)
+    return {
+        site: LensMap(x.matrices, bias=zero if x.bias is None else x.bias)
+        for site, x in start.maps.items()
+    }
+
+
+def _weight(mask: Any, shape: tuple[int, ...]) -> Array:
+    """Weight of every token: 1 where the mask is not 0, or everywhere."""
+    counts = jnp.ones(shape) if mask is None else jnp.asarray(mask).astype(bool)
+    return counts.astype(jnp.result_type(float))
+
+
 def _total_divergence(
     maps: dict[str, LensMap],
     model: LensModel,
@@ -92,8 +167,7 @@ def _total_divergence(
 ) -> tuple[Array, dict[str, Array]]:
     """Sum of the mean divergences of all sites, and each of them."""
     final = jax.nn.log_softmax(model.unembed(params, acts[model.sites[-1]]))
-    weights = jnp.ones(final.shape[:2]) if mask is None else jnp.asarray(mask) != 0
-    weights = weights.astype(final.dtype)
+    weights = _weight(mask, final.shape[:2]).astype(final.dtype)
     losses = {}
     # One lens for all of them, as it is read later.
     lens = make_lens(model, params, "tuned", maps)

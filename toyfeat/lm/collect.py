@@ -23,9 +23,10 @@ from toyfeat.tap import random_rules, readouts, rules, tap
 from toyfeat.tap.readouts import Readout
 from toyfeat.types import Array, Moments, Outputs, Params, Probed, Taps
 
-ReadoutOf = Callable[[Array, Array], Readout] | HeadReadout
+ReadoutOf = Callable[[Array, Array], Readout] | HeadReadout | None
 """``(tokens [B, T], index of the first window [], or of each [B]) -> Readout``, or a
-:class:`HeadReadout`, which needs the parameters of a decoder too."""
+:class:`HeadReadout`, which needs the parameters of a decoder too; ``None`` for
+activations alone."""
 
 
 def make_readout(
@@ -36,8 +37,9 @@ def make_readout(
     Args:
       kind: ``"loss"``, :func:`toyfeat.readouts.next_token_loss`; ``"sampled"``,
         :func:`toyfeat.readouts.sampled_labels` with the same weights; ``"labels"`` or
-        ``"signs"``, :class:`HeadReadout`, which is faster and for decoders alone.
-      draws: of all but ``"loss"``; gives ``K``.
+        ``"signs"``, :class:`HeadReadout`, which is faster and for decoders alone;
+        ``"none"``, activations alone, for which nothing behind the sites is run.
+      draws: of all but ``"loss"`` and ``"none"``; gives ``K``.
       seed: of the draws.
       temperature: of ``"labels"`` and ``"signs"``.
 
@@ -48,13 +50,15 @@ def make_readout(
     Raises:
       ValueError: for another kind.
     """
+    if kind == "none":
+        return None
     if kind == "loss":
         return lambda tokens, _: readouts.next_token_loss(tokens)
     if kind in ("labels", "signs"):
         return HeadReadout(draws, kind, temperature, seed)  # type: ignore[arg-type]
     if kind != "sampled":
         raise ValueError(
-            "readout: must be 'loss', 'sampled', 'labels' or 'signs', got "
+            "readout: must be 'loss', 'sampled', 'labels', 'signs' or 'none', got "
             f"{kind!r}; choose one of these"
         )
 
@@ -194,12 +198,28 @@ def tap_windows(
       index: of the first window ``[]``, or of each ``[B]``.
 
     Returns:
-      Site to taps, rows window by window.
+      Site to taps, rows window by window.  The first and the last token of a window
+      have weight 0, with gradients and without.
     """
+    if readout is None:
+        # Under jit what is behind the last site is left out.
+        taps = tap(probed, params, tokens, sites=sites, readout=None)
+        counts = jnp.asarray(readouts.next_token_loss(tokens).mask).reshape(-1)
+        taps = {
+            site: x._replace(weights=x.weights * counts.astype(x.weights.dtype))
+            for site, x in taps.items()
+        }
+        return _without_massive(taps, tokens.shape[1], massive)
     probed, at_batch = bind_readout(probed, readout, params, tokens, index)
     taps = tap(probed, params, tokens, sites=sites, readout=at_batch)
-    length = tokens.shape[1]
-    return {site: exclude_massive(x, length, massive) for site, x in taps.items()}
+    return _without_massive(taps, tokens.shape[1], massive)
+
+
+def _without_massive(
+    taps: Mapping[str, Taps], length: int, factor: float
+) -> dict[str, Taps]:
+    """Set the weights of massive activations to 0, at every site."""
+    return {site: exclude_massive(x, length, factor) for site, x in taps.items()}
 
 
 def exclude_massive(taps: Taps, length: int, factor: float) -> Taps:

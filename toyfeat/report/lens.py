@@ -2,13 +2,14 @@
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from toyfeat.jobs.lens import LensReading, LensRun
+from toyfeat.lens import Estimate
 from toyfeat.report import page
 
 _STYLE = """<style>
@@ -44,11 +45,11 @@ def write_lens(folder: Path, run: LensRun) -> Path:
     for reading in run.readings:
         heat = page.table(heat_map(run.tokens, reading))
         sections.append(page.section(f"{reading.name} lens".capitalize(), [heat]))
-    errors = page.table(_error_table(run))
-    about = "Error by the jackknife over prompts, and cosine of two halves of them."
-    sections.append(
-        page.section("How sure the fit is", [page.paragraph(about), errors])
-    )
+    sites = run.readings[0].sites[:-1]  # in the order of the depth
+    if run.estimate is not None:
+        sections.append(_errors(sites, run.estimate))
+    if run.divergences is not None:
+        sections.append(_divergences(sites, run.divergences))
     footer = ", ".join(f"{name}: {value}" for name, value in run.lens.about.items())
     page.write_page(path, "What the layers say", sections, footer)
     return path
@@ -100,16 +101,36 @@ def _shown(token: Any) -> str:
     return html.escape(text, quote=True)
 
 
-def _error_table(run: LensRun) -> str:
-    """Table of the errors of a fit by site."""
+def _errors(sites: Sequence[str], estimate: Estimate) -> str:
+    """Section with the errors of a fit by site."""
+    about = "Error by the jackknife over prompts, and cosine of two halves of them."
     heads = '<th class="num">relative error</th><th class="num">cosine of halves</th>'
     lines = [f"<tr><th>layer</th>{heads}</tr>"]
-    for site in run.readings[0].sites[:-1]:  # in the order of the depth
-        error = run.estimate.relative_error[site]
-        cosine = float(run.estimate.refit_cosine[site])
-        name = _layer(site)
+    for site in sites:
+        error = float(estimate.relative_error[site])
+        cosine = float(estimate.refit_cosine[site])
         lines.append(
-            f'<tr><td>{name}</td><td class="num">{float(error):.3f}</td>'
+            f'<tr><td>{_layer(site)}</td><td class="num">{error:.3f}</td>'
             f'<td class="num">{cosine:.4f}</td></tr>'
         )
-    return f"<table>{''.join(lines)}</table>"
+    return _section("How sure the fit is", about, lines)
+
+
+def _divergences(sites: Sequence[str], found: Mapping[str, dict[str, float]]) -> str:
+    """Section with the divergences of lenses from the output by site."""
+    about = (
+        "Divergence of what a lens says of the next token from what the model says, "
+        "in nats, mean over held-out tokens."
+    )
+    heads = "".join(f'<th class="num">{name} lens</th>' for name in found)
+    lines = [f"<tr><th>layer</th>{heads}</tr>"]
+    for site in sites:
+        cells = "".join(f'<td class="num">{x[site]:.3f}</td>' for x in found.values())
+        lines.append(f"<tr><td>{_layer(site)}</td>{cells}</tr>")
+    return _section("How far from the output", about, lines)
+
+
+def _section(title: str, about: str, lines: Sequence[str]) -> str:
+    """Section of a sentence and a table."""
+    table = page.table(f"<table>{''.join(lines)}</table>")
+    return page.section(title, [page.paragraph(about), table])

@@ -27,6 +27,7 @@ from toyfeat.data.store import shard_taps
 from toyfeat.jobs.memory import keep_memory
 from toyfeat.lm.collect import collect, make_readout
 from toyfeat.models.decoder import SITES, Decoder, llama
+from toyfeat.types import Params, Probed
 
 SIZES = {
     "small": {"layers": 6, "dim": 512, "heads": 8, "hidden": 1024, "vocab": 4096},
@@ -38,13 +39,7 @@ BATCH, LENGTH, BATCHES, ROUNDS, BAR = 8, 128, 8, 3, 1.1
 
 def measure(name: str, size: dict[str, int], sites: list[str]) -> dict[str, Any]:
     """Time both on a model; returns a row."""
-    options: dict[str, Any] = {"tied": False, **size}
-    config = llama(**options)
-    probed = ft.from_linen(Decoder(config))
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab, (BATCH * BATCHES, LENGTH)).astype(np.int32)
-    example = jnp.asarray(tokens[:BATCH])
-    params = jax.jit(Decoder(config).init)(jax.random.key(0), example)
+    probed, params, tokens = make_model(size)
     readouts = {kind: make_readout(kind) for kind in ("loss", "none")}
     tapped = jax.jit(
         lambda p, x: ft.tap(
@@ -65,18 +60,16 @@ def measure(name: str, size: dict[str, int], sites: list[str]) -> dict[str, Any]
             probed, params, tokens, sites, folder, readout=readouts[kind], **options
         )
 
+    runs = {
+        "alone": lambda folder: alone(),
+        "stored": stored,
+        "acts": partial(stored, kind="none"),
+    }
     with tempfile.TemporaryDirectory() as folder:
         # The first call of each compiles; what it returns is compared.
         error = largest_error(stored(Path(folder) / "first"), alone())
         error_acts = largest_error(stored(Path(folder) / "acts", "none"), alone())
-        seconds = time_in_turns(
-            {
-                "alone": lambda folder: alone(),
-                "stored": stored,
-                "acts": partial(stored, kind="none"),
-            },
-            Path(folder),
-        )
+        seconds = time_in_turns(runs, Path(folder))
     return row(
         name,
         {**size, "sites": len(sites), "tokens": tokens.size},
@@ -89,6 +82,17 @@ def measure(name: str, size: dict[str, int], sites: list[str]) -> dict[str, Any]
         acts_gain=seconds["stored"] / seconds["acts"],
         acts_error=error_acts,
     )
+
+
+def make_model(size: dict[str, int]) -> tuple[Probed, Params, np.ndarray]:
+    """Make a llama of random weights, and windows of random tokens."""
+    options: dict[str, Any] = {"tied": False, **size}
+    config = llama(**options)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab, (BATCH * BATCHES, LENGTH)).astype(np.int32)
+    example = jnp.asarray(tokens[:BATCH])
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), example)
+    return ft.from_linen(Decoder(config)), params, tokens
 
 
 def largest_error(stores: Any, taps: Any) -> float:

@@ -1,7 +1,6 @@
 """Taps of a study in files, part by part."""
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import toyfeat as ft
 from toyfeat.jobs.workspace import Workspace, probed_from
-from toyfeat.lm.collect import exclude_massive, make_readout, tap_windows
-from toyfeat.types import Array, Params
+from toyfeat.lm.collect import make_readout, tap_windows
+from toyfeat.types import Array
 
 MASSIVE = 10.0  # as of jobs
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def tap_acts(probed: Any, site: str, params: Params, tokens: Array) -> Any:
-    """Activations and weights alone; the blocks behind the site are not run."""
-    taps = ft.tap(probed, params, tokens, sites=(site,), readout=None)[site]
-    weights = ft.readouts.next_token_loss(tokens).mask
-    taps = taps._replace(weights=jnp.asarray(weights).reshape(-1))
-    return exclude_massive(taps, tokens.shape[1], MASSIVE)
 
 
 def stored_taps(
@@ -59,13 +48,10 @@ def tap_part(
 ) -> dict[str, np.ndarray]:
     """Tap a batch of windows; gradients are the bits of bfloat16."""
     probed, params = probed_from(work), work.model.params
-    if name == "acts":
-        taps = tap_acts(probed, site, params, windows)
-    else:
-        kind, _, draws = name.partition(" ")
-        readout = make_readout(kind, draws=int(draws or 1), seed=seed)
-        taps = tap_windows(probed, (site,), readout, MASSIVE, params, windows, index)
-        taps = taps[site]
+    kind, _, draws = name.partition(" ")
+    kind = "none" if kind == "acts" else kind
+    readout = make_readout(kind, draws=int(draws or 1), seed=seed)
+    taps = tap_windows(probed, (site,), readout, MASSIVE, params, windows, index)[site]
     rows = {"weights": taps.weights, "acts": taps.acts}
     if taps.grads is not None:
         grads = taps.grads.astype(jnp.bfloat16)

@@ -191,6 +191,27 @@ def test_expanded_kl_is_the_expansion_where_it_stands(draws):
     np.testing.assert_allclose(step, weights[:, None] * slope * UNIT, rtol=1e-9)
 
 
+def test_expanded_kl_of_windows_squares_what_their_tokens_do_together():
+    rng = np.random.default_rng(8)
+    weights = problem()[3]
+    point, slope = rng.normal(size=(2, N, D))
+    grads = rng.normal(size=(N, K, D))
+    near = losses.Expansion(point, rng.normal(size=N), slope, grads)
+    inputs = inputs_with(recon_of())._replace(context=near)
+    change = recon_of() * UNIT - point
+    wanted = weights @ (near.value + (slope * change).sum(1))
+    for window in np.arange(N).reshape(B, T):
+        counted = [n for n in window if weights[n]]
+        for k in range(K):
+            together = sum(grads[n, k] @ change[n] for n in counted)
+            wanted += weights[window].sum() / len(counted) * together**2 / 2
+    with jax.enable_x64(True):
+        found = losses.expanded_kl(length=T).loss(inputs)
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    with pytest.raises(ValueError, match="expanded_kl: length must be"):
+        losses.expanded_kl(length=-1)
+
+
 def test_terms_of_windows_refuse_other_taps():
     with pytest.raises(ValueError, match=r"spliced_kl: wanted taps with a context"):
         losses.spliced_kl(behind).loss(inputs_with(recon_of(), context=False))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from toyfeat.jobs import Collect, Decompose, Evaluate, Job, Train, steps
+from toyfeat.jobs.latents import inspect_latents
 from toyfeat.jobs.workspace import open_job, probed_from, readout_from
 from toyfeat.lm.collect import read_chunks, tap_windows
 
@@ -80,7 +81,7 @@ def test_a_job_goes_from_the_text_to_its_latents(folder, tmp_path, source):
     }
     scored = [row for row in steps.evaluate_job(work) if row["what"] == "scores"]
     assert {row["method"] for row in scored} == {"acts-k2-s0", "pca-k2", "random-k2"}
-    (latents,) = steps.inspect_latents(work, num=3).values()
+    (latents,) = inspect_latents(work, num=3).values()
     assert len(latents) == 3
     # Effects are by the gradients of the loss on held-out text.
     assert all(abs(x.effect) > 0 for latent in latents for x in latent.attributed)

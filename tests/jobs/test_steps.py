@@ -27,8 +27,10 @@ from toyfeat.jobs import (
     steps,
 )
 from toyfeat.jobs.evaluate import compute_bases
+from toyfeat.jobs.latents import inspect_latents
 from toyfeat.jobs.results import Rows
-from toyfeat.jobs.workspace import model_taps, open_job, open_site, open_taps
+from toyfeat.jobs.sites import model_taps, open_site, open_taps
+from toyfeat.jobs.workspace import open_job
 from toyfeat.lm.collect import fingerprint, read_chunks
 from toyfeat.lm.windows import site_folder
 from toyfeat.models.decoder import Decoder
@@ -526,7 +528,7 @@ def test_a_job_without_a_store_goes_straight_to_the_model(done, tmp_path):
     )
     for name in ("ce", "kl", "explained", "attribution_l0", "unexplained"):
         assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4)
-    latents = steps.inspect_latents(run, num=3)
+    latents = inspect_latents(run, num=3)
     assert latents.keys() == {f"{name}-k2-s0" for name in names}
     before = {p: p.read_bytes() for p in Path(job.out).rglob("*") if p.is_file()}
     for step, given in (

@@ -11,6 +11,7 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from toyfeat.jobs import PACKAGES, Job, fetch, open_job, steps
 from toyfeat.jobs.finetune import finetune_job
 from toyfeat.jobs.hub import hub_licence
+from toyfeat.jobs.latents import inspect_latents
 from toyfeat.jobs.lens import run_lens
 from toyfeat.jobs.memory import keep_memory
 from toyfeat.jobs.results import Rows, require_store
@@ -122,7 +123,7 @@ def report(job: Job) -> None:
     decomposition = Rows(folder / "decompose.jsonl").rows
     if not evaluation and not decomposition:
         raise ValueError(f"{folder} has no scores yet; run toyfeat evaluate first")
-    latents = steps.inspect_latents(work)
+    latents = inspect_latents(work)
     header = {
         "model": work.model.name,
         **asdict(job.collect),

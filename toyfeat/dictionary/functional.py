@@ -123,21 +123,29 @@ def fisher(form: str = "square", *, limit: float = 1.0, length: int = 0) -> Term
     def loss(inputs: Inputs) -> Array:
         units = jnp.reshape(jnp.asarray(inputs.effect_units), (1, -1))
         effect = unexplained_effect(inputs) * units  # [N, K], in nats
-        if not length:
-            kl = jnp.sum(effect**2, axis=1) / 2
-            return weighted_mean(inputs, bend(kl, limit))
-        # The joint effect of the tokens of a window that count, and its share of each.
-        counts = (inputs.weights > 0).astype(effect.dtype)
-        by_window = (effect * counts[:, None]).reshape(-1, length, effect.shape[1])
-        num = jnp.maximum(jnp.sum(counts.reshape(-1, length), axis=1), 1)
-        kl = jnp.sum(jnp.sum(by_window, axis=1) ** 2, axis=1) / 2 / num
-        weights = jnp.sum(inputs.weights.reshape(-1, length), axis=1)
+        kl, weights = _half_squares(inputs, effect, length)
         return jnp.sum(weights * bend(kl, limit))
 
     return Term("fisher", loss, needs_grads=True)
 
 
-def expanded_kl() -> Term:
+def _half_squares(inputs: Inputs, effect: Array, length: int) -> tuple[Array, Array]:
+    """Halve the squares of effects ``[N, K]``, of tokens or of whole windows.
+
+    Returns:
+      Nats per token, and weights: ``[N]`` both, or of ``N / length`` windows.
+    """
+    if not length:
+        return jnp.sum(effect**2, axis=1) / 2, inputs.weights
+    # The joint effect of the tokens of a window that count, and its share of each.
+    counts = (inputs.weights > 0).astype(effect.dtype)
+    by_window = (effect * counts[:, None]).reshape(-1, length, effect.shape[1])
+    num = jnp.maximum(jnp.sum(counts.reshape(-1, length), axis=1), 1)
+    kl = jnp.sum(jnp.sum(by_window, axis=1) ** 2, axis=1) / 2 / num
+    return kl, jnp.sum(inputs.weights.reshape(-1, length), axis=1)
+
+
+def expanded_kl(*, length: int = 0) -> Term:
     r"""Penalize the KL's expansion around a reconstruction, in nats per token.
 
     .. math:: \mathrm{KL}(\hat x_0) + s \cdot \delta
@@ -149,12 +157,20 @@ def expanded_kl() -> Term:
     the target of the reconstruction error, :math:`|x - c s / 2 - \hat x|^2` for a
     coefficient :math:`c`.
 
+    Args:
+      length: tokens of a window, for taps that are whole windows in order: the changes
+        :math:`g_k \cdot \delta` are summed over a window before they are squared, as
+        tokens move together where a dictionary moves.  0 squares every token's own,
+        which ends the move of one token and not that of all.
+
     Returns:
       :class:`Term` for taps with a context of :class:`Expansion`.
 
     Raises:
+      TypeError: for a length that is not a number of tokens.
       ValueError: from the term, for taps with another context.
     """
+    check_int("expanded_kl", "length", length, least=0)
 
     def loss(inputs: Inputs) -> Array:
         near = inputs.context
@@ -165,10 +181,12 @@ def expanded_kl() -> Term:
             )
         change = inputs.out.recon * inputs.unit - near.point
         kl = near.value + jnp.sum(near.slope * change, axis=1)
-        if near.draws is not None:
-            effect = jnp.einsum("nkd,nd->nk", near.draws, change)
-            kl = kl + jnp.sum(effect**2, axis=1) / 2
-        return weighted_mean(inputs, kl)
+        total = weighted_mean(inputs, kl)
+        if near.draws is None:
+            return total
+        effect = jnp.einsum("nkd,nd->nk", near.draws, change)
+        kl, weights = _half_squares(inputs, effect, length)
+        return total + jnp.sum(weights * kl)
 
     return Term("expanded_kl", loss)
 

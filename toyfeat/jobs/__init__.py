@@ -9,15 +9,16 @@ from toyfeat.jobs.config import (
     Train,
     read_job,
 )
+from toyfeat.jobs.latents import inspect_latents
+from toyfeat.jobs.sites import open_site
 from toyfeat.jobs.sources import PACKAGES, cache_folder, fetch, locate, read_texts
 from toyfeat.jobs.steps import (
     collect_taps,
     decompose_job,
     evaluate_job,
-    inspect_latents,
     train_job,
 )
-from toyfeat.jobs.workspace import open_job, open_site
+from toyfeat.jobs.workspace import open_job
 
 __all__ = [
     "PACKAGES",

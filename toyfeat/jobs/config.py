@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from toyfeat.jobs.kinds import KINDS
+from toyfeat.jobs.lens_settings import FitLens, ReadLens
 from toyfeat.jobs.limits import (
     Coefficient,
     Count,
@@ -170,57 +171,6 @@ class Evaluate:
     largest: CountOrZero = 500
     pair_batch: Count = 16
     seed: Seed = 0
-
-
-@dataclass(frozen=True)
-class FitLens:
-    """Settings of the fit of a lens.
-
-    Attributes:
-      kind: ``"jacobian"``, ``"second moment"`` or ``"tuned"``, which is trained and
-        takes no directions.
-      prompts: windows of the training text.
-      batch: windows at a time.
-      every: batches between checkpoints, and between lines of progress.
-      skip_first: tokens left out at the start of a window.
-      skip_last: tokens left out at its end.
-      cotangents: directions per window, or 0 for all of them.
-      chunk: directions at a time.
-      chain: whether to pull back block by block.
-      frozen: whether attention patterns and norms are held fixed.
-      layer_step: one of so many layers has a lens, from the first on.
-      steps: batches that a tuned lens is trained on.
-      learning_rate: of its training.
-      seed: of the directions.
-    """
-
-    kind: Literal["jacobian", "second moment", "tuned"] = "jacobian"
-    prompts: Count = 100
-    batch: Count = 1
-    every: Count = 1
-    skip_first: CountOrZero = 16
-    skip_last: CountOrZero = 1
-    cotangents: CountOrZero = 0
-    chunk: Count = 16
-    chain: bool = False
-    frozen: bool = False
-    layer_step: Count = 1
-    steps: Count = 200
-    learning_rate: Positive = 1e-3
-    seed: Seed = 0
-
-
-@dataclass(frozen=True)
-class ReadLens:
-    """Text that a lens reads for the page.
-
-    Attributes:
-      text: of one prompt; the first held-out window if it is empty.
-      top: tokens to show of each position.
-    """
-
-    text: str = ""
-    top: Count = 5
 
 
 @dataclass(frozen=True)

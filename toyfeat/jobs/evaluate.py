@@ -19,8 +19,9 @@ from toyfeat.decompose import (
 from toyfeat.interop import load_saelens
 from toyfeat.jobs.kinds import KINDS
 from toyfeat.jobs.results import Rows, Run
+from toyfeat.jobs.sites import Site
 from toyfeat.jobs.windows import full_batches
-from toyfeat.jobs.workspace import Log, Site, probed_from
+from toyfeat.jobs.workspace import Log, probed_from
 from toyfeat.linalg.precision import norm
 from toyfeat.lm.collect import make_readout
 from toyfeat.lm.evaluate import evaluate_replacements, reference_losses
@@ -44,7 +45,7 @@ def compute_bases(site: Site, names: Sequence[str]) -> dict[str, Basis]:
     """Compute bases of a site, with as many directions as it has.
 
     Args:
-      site: from :func:`toyfeat.jobs.workspace.open_site`.
+      site: from :func:`toyfeat.jobs.sites.open_site`.
       names: of :data:`toyfeat.jobs.config.BASES`.
 
     Returns:
@@ -94,7 +95,7 @@ class HeldOutSite(NamedTuple):
     """A site with the held-out text that methods are scored on.
 
     Attributes:
-      site: from :func:`toyfeat.jobs.workspace.open_site`.
+      site: from :func:`toyfeat.jobs.sites.open_site`.
       split: the decoder, split at the site.
       taps: taps of the held-out text, computed at the first call.
     """

@@ -17,9 +17,10 @@ from toyfeat.interop import load_saelens, save_saelens
 from toyfeat.jobs.config import Job
 from toyfeat.jobs.evaluate import open_held_out, score_methods
 from toyfeat.jobs.results import Rows, claim_folder, require_store
+from toyfeat.jobs.sites import open_site
 from toyfeat.jobs.taps import MAX_BYTES_IN_MEMORY, open_collected
 from toyfeat.jobs.tuning import Tuning
-from toyfeat.jobs.workspace import Log, Workspace, open_site
+from toyfeat.jobs.workspace import Log, Workspace
 from toyfeat.lm.expansion import expand_kl, reconstruct
 from toyfeat.lm.finetune import WindowTaps, finetune, window_batches, window_order
 from toyfeat.lm.replacements import Replacement, from_dictionary

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.data.store import Store, store_size
-from toyfeat.dictionary.latents import Latent, from_acts, from_grads
-from toyfeat.interop import load_saelens
 from toyfeat.jobs.config import GRADIENT_BASES, Job
 from toyfeat.jobs.evaluate import (
     check_attributions,
@@ -23,7 +21,6 @@ from toyfeat.jobs.evaluate import (
     open_held_out,
     score_methods,
 )
-from toyfeat.jobs.kinds import KINDS
 from toyfeat.jobs.results import (
     Rows,
     Run,
@@ -36,8 +33,8 @@ from toyfeat.jobs.results import (
     require_store,
 )
 from toyfeat.jobs.several import claim_together, training_mesh
+from toyfeat.jobs.sites import Site, open_site, open_training_taps
 from toyfeat.jobs.taps import (
-    MAX_BYTES_IN_MEMORY,
     TapSource,
     open_moments,
     verify_once,
@@ -45,19 +42,14 @@ from toyfeat.jobs.taps import (
 from toyfeat.jobs.train import train_one, train_together
 from toyfeat.jobs.workspace import (
     Log,
-    Site,
     Workspace,
-    held_out_taps,
     num_readouts,
-    open_site,
-    open_training_taps,
     probed_from,
     provenance,
     readout_from,
     site_width,
 )
 from toyfeat.lm.collect import collect, store_moments, tap_windows
-from toyfeat.lm.contexts import find_contexts
 from toyfeat.processes import gather, num_processes, process_index, together
 
 _BASELINES = "pca", "gradient pca", "joint pca", "random"
@@ -316,47 +308,3 @@ def _baselines(job: Job) -> list[str]:
     """Name the bases that dictionaries are compared with, of what was collected."""
     without = () if num_readouts(job) else GRADIENT_BASES
     return [name for name in _BASELINES if name not in without]
-
-
-def inspect_latents(work: Workspace, *, num: int = 24) -> dict[str, list[Latent]]:
-    """Describe latents of the finished dictionaries of the first seed and middle k.
-
-    Effects are by the gradients that were collected, or, where activations were
-    collected alone, by those of the loss on held-out text.
-
-    Args:
-      work: a job with trained dictionaries.
-      num: latents of each.
-
-    Returns:
-      Name to :class:`toyfeat.dictionary.latents.Latent`, the largest effects first.
-    """
-    job = work.job
-    site, tokens = open_site(work, job.site), work.tokens
-    source = site.taps
-    if not source.readouts:
-        source, tokens = held_out_taps(work, job.site), work.held_out
-    chunks = source.chunks
-    size = source.bytes_per_token * tokens.size
-    if job.source == "model" and size <= MAX_BYTES_IN_MEMORY:
-        taps = [*source.chunks()]  # the model is run once for all dictionaries
-        chunks = partial(iter, taps)
-    seed, k = job.train.seeds[0], job.train.ks[len(job.train.ks) // 2]
-    latents = {}
-    for run, features in finished_runs(job.train, Path(job.out) / "train"):
-        if (run.seed, run.k) != (seed, k):
-            continue
-        sae, params = load_saelens(features)
-        if KINDS[run.kind].of_gradients:
-            described = from_grads(sae, params, site.mean, site.covariance)
-        else:
-            described = from_acts(sae, params)
-        latents[run.name] = find_contexts(
-            described,
-            chunks,
-            tokens,
-            work.model,
-            residual=not site.name.endswith("mlp_hidden"),
-            num=num,
-        )
-    return latents

@@ -24,11 +24,12 @@ LOSSES = (
     Tuning(name="kl", term="kl"),
     Tuning(name="near", term="expanded_kl", draws=2),
     Tuning(name="near mean", term="expanded_kl", draws=2, at="mean"),
+    Tuning(name="shared", term="shared_kl"),
 )
 
 
-def saved(path, width=WIDTH, key=0, **about):
-    sae = ft.dictionaries.topk(width, 24, 2)
+def saved(path, width=WIDTH, key=0, latents=24, **about):
+    sae = ft.dictionaries.topk(width, latents, 2)
     save_saelens(path, sae, sae.init(jax.random.key(key)), metadata=about)
     return str(path)
 
@@ -167,8 +168,29 @@ def test_what_cannot_be_tuned_is_said_before(done, tmp_path, changes, message):
         finetune_job(work)
 
 
+def test_members_of_a_population_have_one_size(done, tmp_path):
+    job = done[0].job
+    others = saved(tmp_path / "one"), saved(tmp_path / "larger", latents=32)
+    losses = (Tuning(name="all", term="shared_kl"),)
+    changed = replace(job.finetune, dictionaries=others, losses=losses)
+    work = done[0]._replace(job=replace(job, finetune=changed))
+    with pytest.raises(ValueError, match=r"all trains dictionaries side by side.*32"):
+        finetune_job(work)
+
+
+def test_dictionaries_are_trained_side_by_side_once(done):
+    """Both are of one run, whose checkpoints have an axis of members."""
+    work, folder = done[0], f"{done[0].job.out}/finetune"
+    tuned = [load_saelens(f"{folder}/shared {i}/features")[1] for i in (0, 1)]
+    plain = [load_saelens(f"{folder}/mse {i}/features")[1] for i in (0, 1)]
+    for mine, theirs in zip(tuned, plain, strict=True):
+        assert np.abs(mine["W_dec"] - theirs["W_dec"]).max() > 1e-6
+    assert np.abs(tuned[0]["W_dec"] - tuned[1]["W_dec"]).max() > 1e-3
+    assert len(work.job.finetune.dictionaries) == 2
+
+
 def test_the_example_is_a_job():
     job = read_job(ROOT / "examples/smollm2_finetune.toml")
     terms = [loss.term for loss in job.finetune.losses]
-    assert terms == ["mse", "fisher", "kl", "expanded_kl"]
+    assert terms == ["mse", "fisher", "kl", "shared_kl", "expanded_kl"]
     assert job.finetune.steps * job.finetune.windows * 64 <= job.collect.tokens

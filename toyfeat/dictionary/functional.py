@@ -229,7 +229,7 @@ def spliced_kl(
     check_number("spliced_kl", "temperature", temperature, above=0)
 
     def loss(inputs: Inputs) -> Array:
-        windows = _require_windows("spliced_kl", inputs)
+        windows = require_windows("spliced_kl", inputs)
         value = _splice(inputs, windows)
         logits = run(windows.params, windows.entry, windows.acts)
         clean = jax.nn.log_softmax(jax.lax.stop_gradient(logits) / temperature)
@@ -270,7 +270,7 @@ def downstream_error(
     check_function("downstream_error", "run", run, "(params, entry, value)")
 
     def loss(inputs: Inputs) -> Array:
-        windows = _require_windows("downstream_error", inputs)
+        windows = require_windows("downstream_error", inputs)
         clean = run(windows.params, windows.entry, windows.acts)
         spliced = run(windows.params, windows.entry, _splice(inputs, windows))
         errors = []
@@ -285,8 +285,16 @@ def downstream_error(
     return Term("downstream_error", loss)
 
 
-def _require_windows(who: str, inputs: Inputs) -> Windows:
-    """Return the windows of the taps, or raise."""
+def require_windows(who: str, inputs: Inputs) -> Windows:
+    """Return the windows of the taps.
+
+    Args:
+      who: name of the term, for the error.
+      inputs: of the term.
+
+    Raises:
+      ValueError: if the taps have no context of :class:`Windows`, or one of other rows.
+    """
     windows = inputs.context
     if not isinstance(windows, Windows):
         raise ValueError(

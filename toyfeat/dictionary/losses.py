@@ -29,6 +29,7 @@ from toyfeat.dictionary.functional import (
 from toyfeat.dictionary.gated import gate
 from toyfeat.dictionary.jump_relu import quadratic_l0
 from toyfeat.dictionary.paired import gradient_reconstruction
+from toyfeat.dictionary.shared_kl import shared_kl
 from toyfeat.dictionary.types import Dictionary, Inputs, Objective, Term
 from toyfeat.types import Array
 
@@ -48,6 +49,7 @@ __all__ = [
     "gradient_reconstruction",
     "quadratic_l0",
     "reconstruction",
+    "shared_kl",
     "sparsity",
     "spliced_kl",
     "unexplained",

@@ -130,6 +130,10 @@ class SavedAs(NamedTuple):
     fold: Callable[[Config, dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None
 
 
+MEMBERS = "members"
+"""Name of the axis over which :func:`toyfeat.population` maps a trainer."""
+
+
 class Inputs(NamedTuple):
     """Arguments of a loss: a batch and its reconstruction, in normalized units.
 

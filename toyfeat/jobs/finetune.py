@@ -1,6 +1,6 @@
 """Fine-tune the dictionaries of a job on its store, and score them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -30,6 +30,12 @@ from toyfeat.types import Params
 _DRAWS = 4
 """Labels of an expansion by default; one has .8 of their gain (docs/research.md)."""
 
+_SHARED_DRAWS = 1
+"""Labels of a KL that a population shares, by default."""
+
+_RUN_MODEL = "kl", "shared_kl"
+"""Terms that run the model at every step."""
+
 _MAX_LATENTS = 64
 """Latents of a token with parts in scores where the architecture has no ``k``: parts
 take memory, and reconstructions are of all latents in any case."""
@@ -48,14 +54,16 @@ def finetune_job(work: Workspace, log: Log = print) -> list[dict[str, Any]]:
     Raises:
       FileNotFoundError: if nothing was collected, or a dictionary does not exist.
       ValueError: before anything is trained: for a dictionary of another site or width,
-        a loss that the store has too few readouts for or that wants a residual site,
-        too few windows, or a store that does not fit into memory.
+        a loss that the store has too few readouts for or that wants a residual site or
+        dictionaries of one size, too few windows, or a store that does not fit into
+        memory.
     """
     job = work.job
     require_store(job)
     store = open_collected(job, job.site)
     _check_losses(job, store)
     starts = [_load_dictionary(path, job, store) for path in job.finetune.dictionaries]
+    _check_members(job, starts)
     folder = claim_folder(job, "collect", "finetune")
     taps = _read_windows(store, job)
     expand = _expander(work, taps, starts)
@@ -65,44 +73,59 @@ def finetune_job(work: Workspace, log: Log = print) -> list[dict[str, Any]]:
         score_methods(held, {f"start {i}": _method(sae, params)}, rows, log)
         for loss in job.finetune.losses:
             name = f"{loss.name} {i}"
-            path = folder / "finetune" / name
-            if not (path / "features" / "cfg.json").exists():
+            features = folder / "finetune" / name / "features"
+            if not (features / "cfg.json").exists():
                 chosen = _choose_taps(taps, loss, partial(expand, i, loss))
-                tuned = _tune(work, sae, params, loss, chosen, path)
+                together = loss.term == "shared_kl"
+                members = range(len(starts)) if together else [i]
+                tuned = _tune(work, [starts[m] for m in members], loss, chosen, members)
                 about = {"tuned": asdict(loss), "site": job.site, **store.metadata}
-                save_saelens(path / "features", sae, tuned, metadata=about)
-            tuned = load_saelens(path / "features")
+                for member, found in zip(members, tuned, strict=True):
+                    path = folder / "finetune" / f"{loss.name} {member}" / "features"
+                    save_saelens(path, sae, found, metadata=about)
+            tuned = load_saelens(features)
             score_methods(held, {name: _method(*tuned)}, rows, log)
     return rows.rows
 
 
 def _tune(
     work: Workspace,
-    sae: Dictionary,
-    params: Params,
+    starts: Sequence[tuple[Dictionary, Params]],
     loss: Tuning,
     taps: WindowTaps,
-    folder: Path,
-) -> Params:
-    """Fine-tune one dictionary with one loss, on taps that have what it takes."""
+    numbers: Sequence[int],
+) -> list[Params]:
+    """Fine-tune one dictionary with one loss, or several of one size side by side.
+
+    Args:
+      work: the job.
+      starts: the dictionaries.
+      loss: how.
+      taps: that have what the loss takes.
+      numbers: of the dictionaries, for the folder.
+    """
     settings = work.job.finetune
+    several = loss.term == "shared_kl"
+    name = loss.name if several else f"{loss.name} {numbers[0]}"
     batches = window_batches(
         taps,
         windows=settings.windows,
         seed=settings.seed,
         steps=settings.steps,
-        params=work.model.params if loss.term == "kl" else None,
+        params=work.model.params if loss.term in _RUN_MODEL else None,
     )
-    return finetune(
-        sae,
-        params,
+    params = [tensors for _, tensors in starts]
+    tuned = finetune(
+        starts[0][0],
+        params if several else params[0],
         batches,
         _make_term(work, loss),
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         weight=loss.weight,
-        directory=folder,
+        directory=Path(work.job.out) / "finetune" / name,
     )
+    return tuned if several else [tuned]
 
 
 def _make_term(work: Workspace, loss: Tuning) -> Term | None:
@@ -114,6 +137,8 @@ def _make_term(work: Workspace, loss: Tuning) -> Term | None:
     if loss.term == "expanded_kl":
         return losses.expanded_kl()
     split = split_at(work.model.config, work.job.site)
+    if loss.term == "shared_kl":
+        return losses.shared_kl(split.run, draws=loss.draws or _SHARED_DRAWS)
     alone = split.run_alone if loss.clean_prefix else None
     return losses.spliced_kl(split.run, run_spliced=alone)
 
@@ -231,18 +256,36 @@ def _check_losses(job: Job, store: Store) -> None:
             "not seen twice: collect more, or lower finetune.steps"
         )
     for loss in settings.losses:
-        wanted = max(loss.draws, 1) if loss.term == "fisher" else 0
-        if wanted > (store.readouts or 0):
-            raise ValueError(
-                f"finetune: {loss.name} wants {wanted} draws, got a store with "
-                f"{store.readouts or 0}; raise collect.draws (in another folder)"
-            )
-        is_residual = job.site.endswith(("resid_pre", "resid_post"))
-        if loss.term in ("kl", "expanded_kl") and not is_residual:
-            raise ValueError(
-                f"finetune: {loss.name} runs the model from a residual site, got "
-                f"{job.site}; leave it out, or take another site"
-            )
+        _check_loss(loss, job.site, store)
+
+
+def _check_loss(loss: Tuning, site: str, store: Store) -> None:
+    """Refuse a loss that wants more draws, or another site."""
+    wanted = max(loss.draws, 1) if loss.term == "fisher" else 0
+    if wanted > (store.readouts or 0):
+        raise ValueError(
+            f"finetune: {loss.name} wants {wanted} draws, got a store with "
+            f"{store.readouts or 0}; raise collect.draws (in another folder)"
+        )
+    is_residual = site.endswith(("resid_pre", "resid_post"))
+    if loss.term in (*_RUN_MODEL, "expanded_kl") and not is_residual:
+        raise ValueError(
+            f"finetune: {loss.name} runs the model from a residual site, got "
+            f"{site}; leave it out, or take another site"
+        )
+
+
+def _check_members(job: Job, starts: Sequence[tuple[Dictionary, Params]]) -> None:
+    """Refuse dictionaries that cannot be trained side by side, where a loss does so."""
+    configs = [sae.config for sae, _ in starts]
+    shared = [loss.name for loss in job.finetune.losses if loss.term == "shared_kl"]
+    if shared and any(config != configs[0] for config in configs):
+        sizes = [(config.architecture, config.d_sae, config.k) for config in configs]
+        raise ValueError(
+            f"finetune: {shared[0]} trains dictionaries side by side, which must be of "
+            f"one architecture, size and k, got {sizes}; name those in a job of their "
+            "own"
+        )
 
 
 def _load_dictionary(path: str, job: Job, store: Store) -> tuple[Dictionary, Params]:

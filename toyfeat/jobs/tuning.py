@@ -14,12 +14,15 @@ class Tuning:
       name: of the folders of its dictionaries.
       term: ``"mse"`` for none; ``"fisher"``, :func:`toyfeat.losses.fisher`;
         ``"kl"``, :func:`toyfeat.losses.spliced_kl`, which runs the model at every
-        step; ``"expanded_kl"``, :func:`toyfeat.losses.expanded_kl`, which runs it
-        once, before the first.
+        step; ``"shared_kl"``, :func:`toyfeat.losses.shared_kl`, which trains all
+        dictionaries of the job side by side and runs the model once for all of them at
+        every step; ``"expanded_kl"``, :func:`toyfeat.losses.expanded_kl`, which runs
+        it once, before the first.
       form: of ``"fisher"``.
       limit: of ``"fisher"``, in nats.
       draws: readouts that ``"fisher"`` takes, the first of the collected ones, 0 for
-        all; labels that ``"expanded_kl"`` draws at a reconstruction, 0 for 4.
+        all; labels that ``"expanded_kl"`` and ``"shared_kl"`` draw at a
+        reconstruction, 0 for 4 and 1.
       at: where ``"expanded_kl"`` expands: at the reconstruction of the dictionary
         itself, ``"own"``, or at the mean one of all dictionaries of the job,
         ``"mean"``, where one expansion serves all.
@@ -29,7 +32,7 @@ class Tuning:
     """
 
     name: str = "mse"
-    term: Literal["mse", "fisher", "kl", "expanded_kl"] = "mse"
+    term: Literal["mse", "fisher", "kl", "shared_kl", "expanded_kl"] = "mse"
     form: Literal["square", "huber", "log"] = "square"
     limit: Positive = 1.0
     draws: CountOrZero = 0

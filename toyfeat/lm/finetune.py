@@ -15,6 +15,7 @@ from toyfeat.dictionary import losses
 from toyfeat.dictionary.types import Dictionary, Term
 from toyfeat.train.fit import fit
 from toyfeat.train.normalization import denormalized, warm_start
+from toyfeat.train.population import population
 from toyfeat.train.trainer import trainer
 from toyfeat.train.types import Trainer, TrainState
 from toyfeat.types import Array, ArrayLike, Params, Taps
@@ -123,8 +124,8 @@ def _flatten_rows(num: int, values: Array) -> Array:
 
 def finetune(
     dictionary: Dictionary,
-    params: Params,
-    batches: Batches | Callable[[Params], Batches],
+    params: Any,
+    batches: Batches | Callable[[Any], Batches],
     term: Term | None = None,
     *,
     steps: int,
@@ -134,8 +135,11 @@ def finetune(
     reconstruction: float = 1.0,
     directory: str | Path | None = None,
     on_chunk: Callable[..., None] | None = None,
-) -> Params:
+) -> Any:
     """Fine-tune a dictionary by its reconstruction error and one term more.
+
+    Or several of one architecture and size, side by side on the same batches, as a
+    population: for :func:`toyfeat.losses.shared_kl`.
 
     The learning rate falls to 0 in a line.  The term's coefficient is such that it
     weighs ``weight`` times the reconstruction error in the first batch.
@@ -143,7 +147,8 @@ def finetune(
     Args:
       dictionary: of any architecture.
       params: for taps in their own units, as :func:`toyfeat.denormalized` and
-        :func:`toyfeat.interop.load_saelens` return.
+        :func:`toyfeat.interop.load_saelens` return; or a list of those of several
+        dictionaries.
       batches: from :func:`window_batches`; or a function of the parameters so far (for
         taps in their own units) that makes them, each time for all ``steps``, for
         terms of what a dictionary does, such as :func:`toyfeat.losses.expanded_kl`.
@@ -158,11 +163,11 @@ def finetune(
       on_chunk: as of :func:`toyfeat.fit`.
 
     Returns:
-      Parameters for taps in their own units.
+      Parameters for taps in their own units, a list of them if a list was given.
 
     Raises:
-      ValueError: for parameters of another width or number of latents; for batches of
-        fewer steps; for refreshes
+      ValueError: for parameters of another width or number of latents, or none; for
+        batches of fewer steps; for refreshes
         of batches that are no function, or in a directory, where a run that was cut
         off would need the batches of its own past.
     """
@@ -182,18 +187,41 @@ def finetune(
         schedule=lambda step: 1 - step / steps,
     )
 
-    bare, key = first._replace(context=None), jax.random.key(0)
-    start = partial(warm_start, run, key, params, bare, learning_rate=learning_rate)
+    bare = first._replace(context=None)
+    start = partial(_start, run, params, bare, learning_rate=learning_rate)
+    run = population(run) if isinstance(params, list) else run
     state = _balance(run, start, first, term, weight)
     options: dict[str, Any] = {"chunk": min(_CHUNK, steps), "checkpoint_every": 4}
     options |= {"directory": directory, "on_chunk": on_chunk}
     options |= {"check_data": False, "progress": False}
     for part in range(refreshes):
         if part:
-            now = _made(make, denormalized(dictionary, state), steps)
+            now = _made(make, _in_own_units(dictionary, state, params), steps)
         end = (part + 1) * steps // refreshes
         state = fit(run, state, now, steps=end, **options)
-    return denormalized(dictionary, state)
+    return _in_own_units(dictionary, state, params)
+
+
+def _start(run: Trainer, params: Any, taps: Taps, **hyper: Any) -> TrainState:
+    """Start the state of a dictionary, or of a list of them with a leading axis."""
+    key = jax.random.key(0)
+    if not isinstance(params, list):
+        return warm_start(run, key, params, taps, **hyper)
+    if not params:
+        raise ValueError(
+            "finetune: params must be of one dictionary or more, got an empty list; "
+            "give the parameters of each"
+        )
+    states = [warm_start(run, key, member, taps, **hyper) for member in params]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def _in_own_units(dictionary: Dictionary, state: TrainState, params: Any) -> Any:
+    """Return parameters for taps in their own units, in a list as ``params`` is."""
+    if not isinstance(params, list):
+        return denormalized(dictionary, state)
+    members = (jax.tree.map(lambda x, i=i: x[i], state) for i in range(len(params)))
+    return [denormalized(dictionary, member) for member in members]
 
 
 def _made(make: Callable[[Params], Batches], params: Params, steps: int) -> Batches:
@@ -233,7 +261,9 @@ def _balance(
     state = start()
     if term is None:
         return state
-    # Terms are metrics, so that one update that is thrown away tells their sizes.
+    # Terms are metrics, so that one update that is thrown away tells their sizes: of a
+    # population the means over its members, which share a coefficient.
     _, sizes = jax.jit(run.update)(state, first)
-    ratio = weight * float(sizes["reconstruction"]) / float(sizes[term.name])
+    error, size = (float(jnp.mean(sizes[n])) for n in ("reconstruction", term.name))
+    ratio = weight * error / size
     return start(**{term.name: float(f"{ratio:.3g}")})

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.checks import check_int, check_type
+from toyfeat.dictionary.types import MEMBERS
 from toyfeat.train.types import Trainer, TrainState
 from toyfeat.types import Array, Taps
 
@@ -112,7 +113,9 @@ def _update_members(
     update: Callable[..., Any], group: int | None, state: TrainState, taps: Taps
 ) -> tuple[TrainState, dict[str, Array]]:
     """Update every member, all at once or group by group."""
-    update_all: Callable[..., Any] = jax.vmap(update, in_axes=(0, None))
+    update_all: Callable[..., Any] = jax.vmap(
+        update, in_axes=(0, None), axis_name=MEMBERS
+    )
     if group is None:
         return update_all(state, taps)
     num = len(state.step)

@@ -1,0 +1,113 @@
+r"""The KL of a population at its mean reconstruction: one run of the model for all.
+
+End-to-end training runs the model behind a site forward and backward for every
+dictionary.  Dictionaries that are trained side by side see the same tokens, and their
+reconstructions :math:`\hat x_i` are near their mean :math:`\bar x`.  So the model is
+run at the mean, once a step, and every member has the expansion around it:
+
+.. math:: \mathrm{KL}(\hat x_i) \approx \mathrm{KL}(\bar x) + s \cdot \delta_i
+   + \tfrac12 \sum_k (g_k \cdot \delta_i)^2, \qquad \delta_i = \hat x_i - \bar x
+
+with the slope :math:`s = \nabla \mathrm{KL}(\bar x)` and :math:`g_k` gradients at
+labels that the model draws there, divided by :math:`\sqrt K`.  Unlike an expansion that
+is made before training (:func:`toyfeat.losses.expanded_kl`) it is never out of date.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from toyfeat.checks import check_function, check_int
+from toyfeat.dictionary.base import weighted_mean
+from toyfeat.dictionary.functional import RunBehind, Windows, require_windows
+from toyfeat.dictionary.types import MEMBERS, Inputs, Term
+from toyfeat.types import Array
+
+
+def shared_kl(run: RunBehind, *, draws: int = 1) -> Term:
+    r"""Penalize the KL of every member of a population, expanded at their mean.
+
+    A step runs the model behind the site twice forward and ``1 + draws`` times
+    backward, for all members together; :func:`toyfeat.losses.spliced_kl` runs it twice
+    forward and once backward for each.  Alone, a member has the gradient of that.
+
+    Args:
+      run: the model behind the site.
+      draws: ``K``, labels per token, of the curvature: what a member does beside the
+        mean.  0 leaves it out.
+
+    Returns:
+      :class:`Term` for taps with a context of :class:`Windows`, in a trainer of
+      :func:`toyfeat.population`.  In nats, mean over the tokens that count.
+
+    Raises:
+      TypeError: if ``run`` is no function, or ``draws`` no number.
+      ValueError: from the term, outside of a population, and for taps without windows.
+    """
+    check_function("shared_kl", "run", run, "(params, entry, value)")
+    check_int("shared_kl", "draws", draws, least=0)
+
+    def loss(inputs: Inputs) -> Array:
+        windows = require_windows("shared_kl", inputs)
+        own = inputs.out.recon * inputs.unit
+        point = jax.lax.stop_gradient(_mean_over_members(own))
+        # No member has an axis in what follows, so that the model is run once.
+        value, slope, grads = _expand(run, draws, windows, inputs.weights > 0, point)
+        change = own - point
+        kl = value + jnp.sum(slope * change, axis=1)
+        effect = jnp.einsum("knd,nd->kn", grads, change)
+        return weighted_mean(inputs, kl + jnp.sum(effect**2, axis=0) / 2)
+
+    return Term("shared_kl", loss)
+
+
+def _mean_over_members(values: Array) -> Array:
+    """Average over the members of a population."""
+    try:
+        return jax.lax.pmean(values, MEMBERS)
+    except NameError:
+        raise ValueError(
+            "shared_kl: wanted a trainer of a population, got one of a single "
+            "dictionary; make it by toyfeat.population, or take losses.spliced_kl"
+        ) from None
+
+
+def _expand(
+    run: RunBehind, draws: int, windows: Windows, counted: Array, point: Array
+) -> tuple[Array, Array, Array]:
+    """Compute the KL ``[N]``, its slope ``[N, E]`` and draws ``[K, N, E]``."""
+    shape = windows.acts.shape
+    counts = counted.reshape(*shape[:2], 1)
+    behind = partial(run, windows.params, windows.entry)
+    clean = jax.nn.log_softmax(behind(windows.acts))
+
+    def splice(value: Array) -> Array:
+        return behind(jnp.where(counts, value.reshape(shape), windows.acts))
+
+    logits, pull = jax.vjp(splice, point)
+    spliced = jax.nn.log_softmax(logits)
+    kl = jnp.sum(jnp.exp(clean) * (clean - spliced), axis=2).reshape(-1)
+    # Backward from q - p of the tokens that count, and from q - onehot of labels.
+    (slope,) = pull(jnp.where(counts, jnp.exp(spliced) - jnp.exp(clean), 0))
+    grads = jnp.zeros((0, *point.shape), point.dtype)
+    if draws:
+        keys = jax.random.split(_key_of(windows.acts), draws)
+        draw = partial(_draw, pull, spliced, counts)
+        grads = jax.lax.map(draw, keys) / draws**0.5
+    return jax.lax.stop_gradient((kl, slope, grads))
+
+
+def _draw(pull: Any, log_probs: Array, counts: Array, key: Array) -> Array:
+    """Compute the gradients of the loss at a label drawn for every token."""
+    labels = jax.random.categorical(key, log_probs)
+    hits = jax.nn.one_hot(labels, log_probs.shape[2], dtype=log_probs.dtype)
+    return pull(jnp.where(counts, jnp.exp(log_probs) - hits, 0))[0]
+
+
+def _key_of(acts: Array) -> Array:
+    """Make a key of the bits of a batch: other tokens, other draws."""
+    total = jnp.sum(acts.astype(jnp.float32))
+    bits = jax.lax.bitcast_convert_type(total, jnp.uint32)
+    return jax.random.fold_in(jax.random.key(0), bits)

@@ -118,6 +118,11 @@ def test_a_layer_of_gemma_scope_2_has_writers_to_all_layers(tmp_path):
     safetensors.save_file(stored, file)
     with pytest.raises(ValueError, match=r"W_dec of \[latents, layers, D\], got"):
         load_dictionary(file)
+    crosscoder = tmp_path / "crosscoder" / "layer_7_13_17_22_width_262k_l0_medium"
+    crosscoder.mkdir(parents=True)
+    file.rename(crosscoder / file.name)
+    with pytest.raises(ValueError, match=r"wanted a cross-layer .* got a crosscoder"):
+        load_dictionary(crosscoder, layer=1)
 
 
 LLAMA_SCOPE = {

@@ -111,7 +111,16 @@ def load_second_layer(folder: Path, layer: int) -> Loaded:
 
     Its writers are ``w_dec [M, layers, D]``, of all layers of the model; those to
     layers before its own are never used.
+
+    Raises:
+      ValueError: for crosscoders, whose files have the same names, and if tensors are
+        missing or of other shapes.
     """
+    if "crosscoder" in _place(folder):
+        raise ValueError(
+            f"{WHO}: wanted a cross-layer transcoder, got a crosscoder in {folder}, "
+            "whose layers are some of the model's; load it with its own library"
+        )
     source = folder / f"params_layer_{layer}.safetensors"
     tensors = renamed(source)
     if "W_dec" in tensors and tensors["W_dec"].ndim == 3:

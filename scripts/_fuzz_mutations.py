@@ -29,8 +29,8 @@ _INFLATED = 2**32  # bytes of a member that was deflated
 
 
 def mutate_folder(rng: np.random.Generator, folder: Path) -> str:
-    """Mutate one file of a folder in place, and describe what was done."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    """Mutate one file below a folder in place, and describe what was done."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     path = files[rng.integers(len(files))]
     data, is_structured = path.read_bytes(), rng.random() < 0.6
     if is_structured and path.suffix in (".pt", ".npz"):

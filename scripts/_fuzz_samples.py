@@ -1,4 +1,4 @@
-"""Small valid inputs of the eight formats that the library reads, and their readers."""
+"""Small valid inputs of the formats that the library reads, and their readers."""
 
 import importlib
 import json
@@ -20,6 +20,7 @@ from toyfeat.types import Taps
 from toyfeat.worlds import load_synthetic_model
 
 _GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+_FOLDER_PER_LAYER = ("gemma-scope", "gemma-scope-2")  # as circuit-tracer has them
 _VOCAB, _DIM, _HEADS, _HIDDEN, _LAYERS = 24, 16, 4, 24, 2  # of the language model
 
 
@@ -32,6 +33,7 @@ def write_samples(folder: Path) -> None:
     ):
         ignored = shutil.ignore_patterns(omitted)
         shutil.copytree(_GOLDEN / source, folder / name, ignore=ignored)
+    _copy_published(folder / "published")
     for path in folder.rglob("*"):  # golden files may be read-only
         path.chmod(0o755 if path.is_dir() else 0o644)
     _write_dictionaries(folder / "saelens")
@@ -41,6 +43,15 @@ def write_samples(folder: Path) -> None:
     tree = _tree()
     save_tree(folder / "checkpoint" / "tree" / "tree.npz", tree)
     save_checkpoint(folder / "checkpoint" / "run", 3, tree, {"seed": 0}, keep=1)
+
+
+def _copy_published(folder: Path) -> None:
+    """Copy dictionaries of the formats that only ``load_dictionary`` reads."""
+    for i, run in enumerate(sorted((_GOLDEN / "published").rglob("run.npz"))):
+        if any(part in run.parts for part in ("saelens5", *_FOLDER_PER_LAYER)):
+            continue
+        ignored = shutil.ignore_patterns("run.npz")
+        shutil.copytree(run.parent, folder / str(i), ignore=ignored)
 
 
 def _write_dictionaries(folder: Path) -> None:
@@ -177,10 +188,16 @@ def _read_checkpoint(folder: Path) -> None:
         newest_checkpoint(folder, _tree())
 
 
+def _layer(folder: Path) -> int | None:
+    """Look up a layer that a folder has files of."""
+    return next((layer for layer in (1, 5) if any(folder.glob(f"*_{layer}.*"))), None)
+
+
 READERS: dict[str, Callable[[Path], object]] = {
     "saelens": interop.load_saelens,
     "sparsify": interop.load_sparsify,
     "dictionary_learning": interop.load_dictionary_learning,
+    "published": lambda folder: interop.load_dictionary(folder, layer=_layer(folder)),
     "world": load_synthetic_model,
     "decoder": load_decoder,
     "gguf": lambda folder: load_decoder(folder / "model.gguf"),

@@ -187,7 +187,9 @@ def test_an_architecture_of_its_own_in_saelens_files(tmp_path):
     params = sae.init(jax.random.key(0))
     ft.interop.save_saelens(tmp_path, sae, params)
     again, _ = ft.interop.load_saelens(tmp_path, architectures=(double,))
-    assert again.architecture is double
+    loaded = ft.interop.load_dictionary(tmp_path, architectures=(double,))
+    assert again.architecture is loaded.dictionary.architecture is double
+    assert loaded.metadata["training_architecture"] == "double"
     match = "'double' is not known here; .* pass records of your own"
     with pytest.raises(ValueError, match=match):
         ft.interop.load_saelens(tmp_path)

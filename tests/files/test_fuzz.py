@@ -19,7 +19,7 @@ def test_no_damaged_file_crashes_hangs_or_fills_the_memory(tmp_path):
     faults = out / "faults.jsonl"
     report = faults.read_text() if faults.exists() else done.stderr
     counts = json.loads((out / "counts.json").read_text())
-    assert len(counts) == 8
+    assert len(counts) == 9
     for name, row in counts.items():
         ends = [row[key] for key in ("crashes", "hangs", "memory")]
         assert ends == [0, 0, 0], (name, report)

@@ -1,7 +1,7 @@
 """Published dictionaries of every format, written here from the definitions.
 
 The oracles are the formulas in numpy, float64, on random tensors in the layout of each
-format; SAELens' own loaders were read for the layouts.
+format (``test_reference_readers.py`` has what each format's own reader computes).
 """
 
 import json
@@ -90,7 +90,51 @@ def test_gemma_scope_of_the_stream_knows_its_hook(tmp_path):
     tree_map(np.testing.assert_array_equal, again.params, loaded.params)
 
 
-def test_llama_scope(tmp_path):
+@pytest.mark.parametrize(
+    ("repository", "hook"),
+    [
+        ("gemma-scope-2b-pt-att", "blocks.20.attn.hook_z"),
+        ("gemma-scope-9b-pt-mlp", "blocks.20.hook_mlp_out"),
+        ("gemma-scope-2b-pt-transcoders", None),
+    ],
+)
+def test_names_of_folders_of_gemma_scope_say_the_hook(tmp_path, repository, hook):
+    folder = tmp_path / "my-res" / repository / "layer_20/width_16k/average_l0_71"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **tensors(), threshold=np.abs(draw(F)))
+    loaded = load_dictionary(folder)
+    assert loaded.metadata.get("hook_name") == hook
+    assert loaded.dictionary.config.d_out == (D if hook is None else None)
+
+
+def test_a_layer_of_gemma_scope_2_has_writers_to_all_layers(tmp_path):
+    file = tmp_path / "params_layer_1.safetensors"
+    stored = {name.lower(): x for name, x in tensors().items()}
+    stored["threshold"] = np.abs(draw(F))
+    safetensors.save_file({**stored, "w_dec": draw(F, 3, D)}, file)
+    loaded = load_dictionary(file)
+    assert loaded.metadata["layers"] == [1, 2]
+    assert loaded.dictionary.config.d_out == 2 * D
+    safetensors.save_file(stored, file)
+    with pytest.raises(ValueError, match=r"W_dec of \[latents, layers, D\], got"):
+        load_dictionary(file)
+    crosscoder = tmp_path / "crosscoder" / "layer_7_13_17_22_width_262k_l0_medium"
+    crosscoder.mkdir(parents=True)
+    file.rename(crosscoder / file.name)
+    with pytest.raises(ValueError, match=r"wanted a cross-layer .* got a crosscoder"):
+        load_dictionary(crosscoder, layer=1)
+
+
+LLAMA_SCOPE = {
+    "d_model": D,
+    "d_sae": F,
+    "jump_relu_threshold": 0.3,
+    "dataset_average_activation_norm": {"in": 5.0, "out": 4.0},
+    "hook_point_in": "blocks.3.hook_resid_post",
+}
+
+
+def llama_scope(folder, **changes):
     t = tensors()
     stored = {
         "encoder.weight": np.ascontiguousarray(t["W_enc"].T),
@@ -98,24 +142,50 @@ def test_llama_scope(tmp_path):
         "decoder.weight": np.ascontiguousarray(t["W_dec"].T),
         "decoder.bias": t["b_dec"],
     }
-    (tmp_path / "checkpoints").mkdir()
-    safetensors.save_file(stored, tmp_path / "checkpoints" / "final.safetensors")
-    settings = {
-        "d_model": D,
-        "d_sae": F,
-        "jump_relu_threshold": 0.3,
-        "dataset_average_activation_norm": {"in": 5.0, "out": 5.0},
-        "hook_point_in": "blocks.3.hook_resid_post",
-    }
-    (tmp_path / "hyperparams.json").write_text(json.dumps(settings))
-    scale = D**0.5 / 5.0
-    codes = jump(scale * X @ t["W_enc"] + t["b_enc"], 0.3 * scale)
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    safetensors.save_file(stored, folder / "checkpoints" / "final.safetensors")
+    (folder / "hyperparams.json").write_text(json.dumps({**LLAMA_SCOPE, **changes}))
+    return t
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_llama_scope(tmp_path, by_length):
+    t = llama_scope(tmp_path, sparsity_include_decoder_norm=by_length)
+    read, written = D**0.5 / 5.0, D**0.5 / 4.0
+    threshold = 0.3 * read
+    if by_length:
+        threshold = 0.3 * written / np.linalg.norm(t["W_dec"], axis=1)
+    codes = jump(read * X @ t["W_enc"] + t["b_enc"], threshold)
     loaded = load_dictionary(tmp_path)
-    check(loaded, codes, (codes @ t["W_dec"] + t["b_dec"]) / scale)
+    check(loaded, codes, (codes @ t["W_dec"] + t["b_dec"]) / written)
     assert site_name(loaded.metadata["hook_name"]) == "blocks_3/resid_post"
-    settings["dataset_average_activation_norm"] = {"in": 0.0}
-    (tmp_path / "hyperparams.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="mean length above 0"):
+    assert loaded.dictionary.config.d_out is None
+
+
+def test_llama_scope_of_mlps_is_a_transcoder(tmp_path):
+    llama_scope(tmp_path, hook_point_out="blocks.3.hook_mlp_out")
+    loaded = load_dictionary(tmp_path)
+    assert loaded.dictionary.config.d_out == D
+    assert loaded.metadata["hook_name_out"] == "blocks.3.hook_mlp_out"
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"dataset_average_activation_norm": {"in": 0.0}}, "mean length above 0"),
+        ({"act_fn": "silu"}, "act_fn in .* must be one of jumprelu, topk, relu, got"),
+        ({"norm_activation": "token-wise"}, "norm_activation in .* 'token-wise'; load"),
+        ({"use_glu_encoder": True}, "wanted an encoder that is a matrix, got use_glu"),
+        ({"act_fn": "topk"}, "top_k"),
+    ],
+)
+def test_settings_of_llama_scope_that_are_not_known(tmp_path, changes, match):
+    llama_scope(tmp_path, **changes)
+    with pytest.raises(ValueError, match=match):
+        load_dictionary(tmp_path)
+    safetensors.save_file({}, tmp_path / "checkpoints" / "final.safetensors")
+    (tmp_path / "hyperparams.json").write_text(json.dumps(LLAMA_SCOPE))
+    with pytest.raises(ValueError, match="weights and biases of encoder and decoder"):
         load_dictionary(tmp_path)
 
 
@@ -148,6 +218,22 @@ def test_transcoders_of_circuit_tracer(tmp_path, has_skip):
         load_dictionary(tmp_path, layer=3)
 
 
+@pytest.mark.parametrize(
+    ("lines", "k"),
+    [("activation: topk  # of the k\nk: 3", 3), ("activation: relu", None)],
+)
+def test_settings_of_transcoders_say_which_codes_are_kept(tmp_path, lines, k):
+    safetensors.save_file(
+        {**tensors(), "W_enc": draw(F, D)}, tmp_path / "layer_0.safetensors"
+    )
+    (tmp_path / "config.yaml").write_text(lines + "\n")
+    assert load_dictionary(tmp_path, layer=0).dictionary.config.k == k
+    for wrong in ("activation: topk\nk: null", "activation: gelu"):
+        (tmp_path / "config.yaml").write_text(wrong)
+        with pytest.raises(ValueError, match=r"config.yaml in .* must have relu, jump"):
+            load_dictionary(tmp_path, layer=0)
+
+
 def test_a_layer_of_a_cross_layer_transcoder_writes_to_all_later_ones(tmp_path):
     t, writers = tensors(), draw(F, 3, D)
     encoder = {"W_enc_1": np.ascontiguousarray(t["W_enc"].T), "b_enc_1": t["b_enc"]}
@@ -160,6 +246,8 @@ def test_a_layer_of_a_cross_layer_transcoder_writes_to_all_later_ones(tmp_path):
     out[:, 0] += t["b_dec"]
     check(loaded, codes, out.reshape(N, -1))
     assert loaded.metadata["layers"] == [1, 2, 3]
+    of_file = load_dictionary(tmp_path / "W_enc_1.safetensors")
+    tree_map(np.testing.assert_array_equal, of_file.params, loaded.params)
 
 
 OLD = {

@@ -28,7 +28,9 @@ def hook_name(site: str) -> str:
       site: such as ``"blocks_3/resid_post"``.
 
     Returns:
-      Such as ``"blocks.3.hook_resid_post"``.
+      Such as ``"blocks.3.hook_resid_post"``.  ``"embed"`` is ``"hook_embed"``; of
+      Gemma the latter is ``sqrt(D)`` times as large, as TransformerLens multiplies the
+      weights by it.
 
     Raises:
       ValueError: if TransformerLens has no hook of the same value.

@@ -16,6 +16,8 @@ _METADATA = (
     *("prepend_bos", "dataset_path", "context_size", "neuronpedia_id", "seqpos_slice"),
     *("sae_lens_training_version", "model_from_pretrained_kwargs"),
 )
+# A file of a version before 6 has one of them, which 6 keeps among the metadata or not.
+_OLD_KEYS = ("activation_fn", "activation_fn_str", "hook_point", "hook_name")
 _KEPT = ("d_in", "d_sae", "d_out", "dtype", "device", "apply_b_dec_to_input")
 
 
@@ -31,7 +33,7 @@ def is_legacy(settings: dict[str, Any]) -> bool:
     version = str(settings.get("sae_lens_version", "0"))
     number = re.match(r"\d{1,4}", version)
     is_old = number is None or int(number[0]) < 6
-    return is_old and ("activation_fn" in settings or "activation_fn_str" in settings)
+    return is_old and any(key in settings for key in _OLD_KEYS)
 
 
 def upgrade(settings: dict[str, Any], source: Path) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def load_saelens(
 ) -> tuple[Dictionary, Params]:
     """Read a dictionary of SAELens, of :func:`save_saelens` or of Gemma Scope.
 
-    :func:`load_dictionary` reads other formats too, and returns the metadata.
+    :func:`load_dictionary` reads other formats too, and returns the metadata as well.
 
     Dictionaries of :func:`save_saelens` are restored as they were, but for
     :func:`toyfeat.dictionaries.batch_topk` and :func:`toyfeat.dictionaries.matryoshka`,

@@ -29,69 +29,92 @@ def moments_from_rows(who: str, acts: RowMoments, grads: RowMoments | None) -> M
     Raises:
       ValueError: outside of a trace, if they are not finite.
     """
-    stats, sums = _round(acts, grads)
+    return check_rounded(who, round_rows(acts, grads))
+
+
+def check_rounded(
+    who: str, rounded: tuple[Moments, dict[str, tuple[ArrayLike, ...]]]
+) -> Moments:
+    """Check moments by what :func:`round_rows` returns of them.
+
+    Raises:
+      ValueError: outside of a trace, if they are not finite.
+    """
+    stats, sums = rounded
     if isinstance(stats.scatter, Tracer):
         return stats
     # One transfer for all checks.
     for name, values in jax.device_get(sums).items():
-        _check_finite(who, name, acts.unit.dtype, *values)
+        _check_finite(who, name, stats.mean.dtype, *values)
     return stats
 
 
 @jax.jit
-def _round(
+def round_rows(
     acts: RowMoments, grads: RowMoments | None
-) -> tuple[Moments, dict[str, tuple[Array, ...]]]:
+) -> tuple[Moments, dict[str, tuple[ArrayLike, ...]]]:
     """Round and take out of units; returns the moments and what is checked of them."""
-    # Activations out of units.
+    # Activations, and their scatter in units.
     weight, scatter = to_float(acts.weight), to_float(acts.scatter)
     mean = to_float(acts.mean)
     root = acts.unit * jnp.sqrt(acts.mass)
-    rounding = (jnp.finfo(mean.dtype).eps * jnp.max(jnp.abs(mean))) ** 2 * weight
-    scatter = _in_range(scatter, root, rounding)
     stats = Moments(weight * acts.mass, mean * acts.unit, scatter)
-    sums = {"activations": _summary(acts, stats.weight, scatter)}
+    looked_at = [jnp.abs(mean), *_diagonals(scatter, root, acts)]
+    # Gradients, per example, not per row: each example has a row per readout.
+    if grads is not None:
+        share = grads.mass / acts.mass
+        readouts = ratio(to_float(grads.weight), weight) * share
+        centred = ratio(to_float(grads.scatter), weight) * share
+        slope = to_float(grads.mean)
+        second = centred + readouts * outer(slope)
+        looked_at += _diagonals(second, grads.unit, grads)
+    # One reduction of each kind: a first call is as long as there are kernels.
+    size, *sizes = jnp.max(jnp.stack(looked_at), axis=1)
+    rounding = (jnp.finfo(mean.dtype).eps * size) ** 2 * weight
+    squares = [_in_range(scatter, root, rounding, *sizes[:2])]
+    if grads is not None:
+        squares += [_in_range(second, grads.unit, jnp.zeros(()), *sizes[3:5])]
+    finite = [jnp.isfinite(x).all() for x in squares]
+    stats = stats._replace(scatter=squares[0])
+    sums = {"activations": (stats.weight, finite[0], sizes[2], acts.unit)}
     if grads is None:
         return stats, sums
-    # Per example, not per row: each example has a row per readout.
-    share = grads.mass / acts.mass
-    readouts = ratio(to_float(grads.weight), weight) * share
-    centred = ratio(to_float(grads.scatter), weight) * share
-    mean = to_float(grads.mean)
-    second = centred + readouts * outer(mean)
-    second = _in_range(second, grads.unit, jnp.zeros(()))
-    sums["gradients"] = _summary(grads, stats.weight, second)
+    sums["gradients"] = (stats.weight, finite[1], sizes[5], grads.unit)
     stats = stats._replace(
-        grad_mean=mean * grads.unit, grad_second=second, readouts=readouts
+        grad_mean=slope * grads.unit, grad_second=squares[1], readouts=readouts
     )
     return stats, sums
 
 
-def _in_range(squares: Array, root: Array, rounding: Array) -> Array:
+def _diagonals(squares: Array, root: Array, rows: RowMoments) -> list[Array]:
+    """Diagonals ``[D]`` of squares, of squares out of units, of the sums themselves."""
+    diagonal = _diagonal(squares)
+    return [diagonal, diagonal * root * root, jnp.abs(_diagonal(rows.scatter.high))]
+
+
+def _diagonal(matrix: Array) -> Array:
+    """Diagonal as a slice, which takes no kernel of its own as a gather does."""
+    return matrix.reshape(-1)[:: matrix.shape[-1] + 1]
+
+
+def _in_range(
+    squares: Array, root: Array, rounding: Array, top: Array, size: Array
+) -> Array:
     """Take squares out of units; NaN if they become too small for the float.
 
     Args:
       squares: ``[D, D]``, in units.
       root: ``[]``, the root of their unit.
       rounding: ``[]``, the level in units below which squares are rounding.
+      top: ``[]``, the largest of the diagonal in units.
+      size: ``[]``, that out of units.
     """
     info = jnp.finfo(squares.dtype)
     out = squares * root * root
     # Entries smaller than the largest by the rounding must not be flushed either.
-    top, size = jnp.max(jnp.diagonal(squares)), jnp.max(jnp.diagonal(out))
     least = float(info.tiny) / float(info.eps)
     vanished = (top > rounding.astype(top.dtype) * _ROUNDING) & (size < least)
     return jnp.where(vanished, jnp.full((), jnp.nan, out.dtype), out)
-
-
-def _summary(rows: RowMoments, weight: ArrayLike, squares: Array) -> tuple[Array, ...]:
-    """Summarize moments for checks.
-
-    Returns:
-      The weight; whether squares are finite; the largest in units; the unit.
-    """
-    top = jnp.max(jnp.abs(jnp.diagonal(rows.scatter.high, axis1=-2, axis2=-1)))
-    return jnp.asarray(weight), jnp.isfinite(squares).all(), top, jnp.max(rows.unit)
 
 
 def _check_finite(

@@ -15,7 +15,7 @@ from toyfeat.linalg.compensated import (
     merge_moments,
     row_moments,
 )
-from toyfeat.linalg.finished import moments_from_rows
+from toyfeat.linalg.finished import check_rounded, moments_from_rows, round_rows
 from toyfeat.linalg.streams import check_state
 from toyfeat.moments.batches import check_batch, check_types
 from toyfeat.types import Accumulator, Array, Moments, Taps
@@ -157,7 +157,7 @@ def moments_of(taps: Taps | Mapping[str, Taps]) -> Moments:
     # One batch of a stream, which is a state of its own.
     dim, grads = jnp.shape(taps.acts)[1], taps.grads is not None
     taps = check_batch("moments", taps, check_int("moments", "dim", dim), grads)
-    return moments_from_rows("moments", *_batch_moments(*_batch_arrays(taps)))
+    return check_rounded("moments", _finished_batch(*_batch_arrays(taps)))
 
 
 # Each of these is one program: a first call compiles that, not every operation.
@@ -195,6 +195,12 @@ def _batch_moments(acts: Array, grads: Array | None, weights: Array) -> MomentsS
     _, num, dim = grads.shape
     rows = grads.astype(_dtype()).reshape(-1, dim)
     return MomentsState(acts_rows, row_moments(rows, jnp.repeat(weights, num)))
+
+
+@jax.jit
+def _finished_batch(acts: Array, grads: Array | None, weights: Array) -> Any:
+    """Moments of one batch, and what is checked of them."""
+    return round_rows(*_batch_moments(acts, grads, weights))
 
 
 def _batch_arrays(taps: Taps) -> tuple[Any, Any, Any]:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from functional_expansion import EXPANSIONS, Expansions, compare_errors
+from functional_shared import population_tuner
 from functional_taps import stored_taps
 from functional_tools import error_sizes, quadratic, scorer
 from harness import parse_command
@@ -76,8 +77,9 @@ SMALL_ROWS = (
     "mse, kl, labels 8, labels 1, true 1, labels 4, quadratic, signs 8, "
     "labels 8 huber, window 8, labels 8 log, kl alone, kl clean prefix, expand 0, "
     "expand 4, expand 4 x4, mixed 4, borrowed 4, mean 4, mean 1, path slope 8, "
-    "path value 8, expand 0 x4"
+    "path value 8, expand 0 x4, shared 0, shared 1, shared 2"
 )
+SMOLLM2_ROWS = "mse, kl, shared 0, shared 1, shared 2, mean 2 w.03, mean 4 w.03, mean 4"
 STUDIES = {
     "small": Sizes(
         model="out/small_decoder",
@@ -109,7 +111,7 @@ STUDIES = {
         tap_batch=8,
         draws=4,
         seeds=(0, 1),
-        rows=("mse", "kl", "mean 2 w.03", "mean 4 w.03", "mean 4", "expand 4 w.03"),
+        rows=tuple(SMOLLM2_ROWS.split(", ")),
     ),
 }
 
@@ -208,6 +210,7 @@ class Study(NamedTuple):
     tapped: Callable[[str], dict[str, np.ndarray]]
     expansions: Expansions
     score: Callable[[Any, Params], dict[str, float]]
+    tune_member: Callable[..., Any]
 
 
 def score(
@@ -252,6 +255,8 @@ def tune(
     steps = sizes.tune // sizes.batch
     options = {"windows": sizes.batch, "seed": 100 + seed, "steps": steps}
     refreshes, tapping = 1, {}
+    if kind == "shared":
+        return study.tune_member(name, seed, rate, weight_of(name))
     if kind in EXPANSIONS:
         plan = study.expansions(name, seed, start, options)
         batches, term, refreshes, tapping = plan
@@ -327,6 +332,7 @@ def main(settings: Settings) -> None:
         tapped,
         Expansions(split.run, work.model.params, tapped, sizes.draws, starts),
         scorer(split, work.model.params, held, sizes.tap_batch),
+        population_tuner(split.run, work.model.params, tapped, starts, sizes.batch),
     )
     # Rows of the main question at all seeds before those that isolate a fault.
     for names in (rows_of[:NUM_MAIN], rows_of[NUM_MAIN:]):

@@ -24,6 +24,7 @@ from toyfeat.models.decoder import (
     parse_config,
     stack_blocks,
 )
+from toyfeat.models.decoder.attention import rotary_angles
 
 pytest.importorskip("safetensors")
 
@@ -78,6 +79,24 @@ def test_logits_sites_gradients_and_patterns_are_those_of_transformers(name):
     groups = np.repeat(acts[f"{block}/v"], config.heads // config.kv_heads, axis=2)
     mixed = np.einsum("bhts,bshd->bthd", acts[f"{block}/pattern"], groups)
     close(acts[f"{block}/z"], mixed)
+
+
+# 1 / 100 ** (arange(0, 32, 2) / 32) in float32, by torch 2.14 as in transformers 5.24.
+RATES = (
+    "0x1p+0 0x1.7ff222p-1 0x1.1feb34p-1 0x1.afd136p-2 0x1.43d136p-2 0x1.e5a846p-3 "
+    "0x1.6c310ep-3 0x1.111aeep-3 0x1.99999ap-4 0x1.33281ap-4 0x1.ccab84p-5 "
+    "0x1.59742ap-5 0x1.030dc6p-5 0x1.84869ep-6 0x1.235a72p-6 0x1.b4f7e4p-7"
+)
+
+
+def test_rates_of_rotations_have_the_bits_of_transformers():
+    """One bit more turns position 1000 by 6e-5, which attention then sees."""
+    config = llama(vocab=5, layers=1, dim=32, heads=1, hidden=8, rotary_base=100.0)
+    rates = np.array([float.fromhex(rate) for rate in RATES.split()], np.float32)
+    angles = np.float32(1000) * rates
+    cos, sin = rotary_angles(config, 1001)
+    np.testing.assert_array_equal(cos[0, 1000], np.cos(angles))
+    np.testing.assert_array_equal(sin[0, 1000], np.sin(angles))
 
 
 def test_a_part_of_a_decoder_keeps_the_windows_of_its_layers():

@@ -268,7 +268,10 @@ def rotary_angles(
         growth = config.rotary_growth * num / config.context - config.rotary_growth + 1
         base *= growth ** (width / (width - 2))
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    rates = np.float32(base) ** -exponents
+    # The reciprocal of a rounded power, as transformers has it: the last bit of a rate
+    # is 6e-5 of an angle at position 1000.
+    powers = np.float64(base) ** exponents.astype(np.float64)
+    rates = np.float32(1) / powers.astype(np.float32)
     if config.rotary_divisors is not None:
         rates = rates / np.asarray(config.rotary_divisors, np.float32)
     angles = np.outer(np.arange(num, dtype=np.float32), rates)

@@ -23,6 +23,7 @@ from toyfeat.lens.fits import (
 )
 from toyfeat.lens.model import LensModel
 from toyfeat.lens.pullbacks import Pulled, Reduce, pull_back
+from toyfeat.meshes import everywhere, run_automatic
 from toyfeat.types import Accumulator, Array, Inputs, Params
 
 _CHUNK = 16
@@ -115,7 +116,7 @@ def mean_jacobian(
     experts = 1 if centres is None else len(next(iter(centres.values())))
     return Accumulator(
         init=partial(init_state, options, experts),
-        update=partial(_update_mean, options, centres),
+        update=partial(_update, partial(_update_mean, options), centres),
         merge=merge_states,
         finish=partial(finish_state, squeeze=centres is None),
     )
@@ -177,10 +178,22 @@ def second_moment(
 
     return Accumulator(
         init=partial(init_state, options, 1, groups=1),  # prompts give whole matrices
-        update=partial(_update_second, options),
+        update=partial(_update, partial(_update_second, options), None),
         merge=merge_states,
         finish=_finish_second,
     )
+
+
+def _update(
+    update: Callable[..., JacobianState],
+    centres: Mapping[str, Array] | None,
+    state: JacobianState,
+    params: Params,
+    inputs: Inputs,
+    mask: Any = None,
+) -> JacobianState:
+    """Add a batch; the state is on every device of a mesh."""
+    return run_automatic(update, everywhere, centres, state, params, inputs, mask)
 
 
 def _update_mean(
@@ -189,7 +202,7 @@ def _update_mean(
     state: JacobianState,
     params: Params,
     inputs: Inputs,
-    mask: Any = None,
+    mask: Any,
 ) -> JacobianState:
     """Add the rows of a batch's Jacobians, averaged over positions."""
     valid, pull = _prepare("mean_jacobian", options, params, inputs, mask)
@@ -222,12 +235,14 @@ def _update_mean(
 
 def _update_second(
     options: FitOptions,
+    centres: None,
     state: JacobianState,
     params: Params,
     inputs: Inputs,
-    mask: Any = None,
+    mask: Any,
 ) -> JacobianState:
     """Add the second moments of a batch's Jacobians, averaged over positions."""
+    del centres
     valid, pull = _prepare("second_moment", options, params, inputs, mask)
     total = jnp.sum(valid, axis=1)
     # M directions stand for all D.

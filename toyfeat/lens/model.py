@@ -7,15 +7,17 @@ for the decoders of this library, :func:`from_probed` makes them for any probed 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from toyfeat.checks import check_flag, check_function, check_type
 from toyfeat.lens.frozen import freeze_backward
+from toyfeat.meshes import everywhere, run_automatic, shapes_of
 from toyfeat.models.decoder import Decoder, DecoderConfig
+from toyfeat.processes import to_host
 from toyfeat.tap import from_linen
 from toyfeat.tap.probes import check_params, check_sites
 from toyfeat.types import Array, Inputs, Params, Probed
@@ -205,6 +207,11 @@ def check_model(model: Any, params: Params, inputs: Inputs) -> None:
       Traceback (most recent call last):
       ValueError: lenses: the model must be causal, got a position that depends on ...
     """
+    run_automatic(partial(_check_model, model), everywhere, params, inputs)
+
+
+def _check_model(model: Any, params: Params, inputs: Inputs) -> None:
+    """Check a model where products need no sharding of their results."""
     who = "lenses"
     residual_shape(model, params, inputs, who)
     check_evaluation(who, model, params, inputs)
@@ -244,7 +251,8 @@ def residual_shape(
         who, "model", model, LensModel, hint="make it with ft.lenses.from_probed"
     )
     check_params(params, who)
-    acts = jax.eval_shape(lambda p, x: model.probed(p, x, {})[1], params, inputs)
+    shapes = shapes_of((params, inputs))
+    acts = jax.eval_shape(lambda p, x: model.probed(p, x, {})[1], *shapes)
     check_sites(model.sites, acts, who=who)
     shapes = {site: acts[site].shape for site in model.sites}
     if len(set(shapes.values())) > 1 or len(shapes[model.sites[-1]]) != 3:
@@ -290,7 +298,7 @@ def _check_causal(who: str, model: LensModel, params: Params, inputs: Inputs) ->
         still = model.run(params, inputs, acts[first], first, final)
         return jnp.max(jnp.abs((moved - still).astype(jnp.float32)), axis=(0, 2))
 
-    change = np.asarray(final_change(params, inputs))
+    change = to_host(final_change(params, inputs))
     if change[:-1].max(initial=0.0) > _LEAK * change[-1]:
         raise ValueError(
             f"{who}: the model must be causal, got a position that depends on a later "

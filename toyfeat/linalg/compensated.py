@@ -20,6 +20,7 @@ from toyfeat.linalg.precision import (
     power_of_four,
     power_of_two,
 )
+from toyfeat.meshes import everywhere, run_automatic
 from toyfeat.types import Array
 
 _WEIGHTED_ROWS = 512
@@ -122,9 +123,14 @@ def row_moments(rows: Array, weights: Array) -> RowMoments:
       weights: ``[n]``.
 
     Returns:
-      Moments of the batch; weight and scatter are NaN if a weight is negative or not
-      finite, or if a row that counts is not finite.
+      Moments of the batch, on every device of a mesh; weight and scatter are NaN if a
+      weight is negative or not finite, or if a row that counts is not finite.
     """
+    return run_automatic(_row_moments, everywhere, rows, weights)
+
+
+def _row_moments(rows: Array, weights: Array) -> RowMoments:
+    """Compute :func:`row_moments` where products need no sharding of their results."""
     rows, weights, unit, mass = units_of_rows(rows, weights)
     total = jnp.sum(weights)
     # Centre by a rounded mean, then by the mean of what is left.
@@ -172,8 +178,13 @@ def unweighted_moments(rows: Array) -> RowMoments:
       rows: ``[n, D]``.
 
     Returns:
-      Moments of the rows.
+      Moments of the rows, on every device of a mesh.
     """
+    return run_automatic(_unweighted_moments, everywhere, rows)
+
+
+def _unweighted_moments(rows: Array) -> RowMoments:
+    """Compute :func:`unweighted_moments` where products need no sharding."""
     # The shift, averaged in the unit of the first rows.
     first = power_of_two(largest_size(rows[:_SHIFT_ROWS]))
     shift = drop_last_bits(jnp.mean(rows[:_SHIFT_ROWS] / first, axis=0)) * first

@@ -18,6 +18,7 @@ from toyfeat.partition.importance import Importance, importances
 from toyfeat.partition.losses import Term, weight_error
 from toyfeat.partition.sources import Distance, LossInputs, mean_squared_error
 from toyfeat.train import Trainer, TrainState
+from toyfeat.train.placement import run_update
 from toyfeat.types import Array, Params, Taps
 
 _WARM_UP_RATE, _WARM_UP_DECAY = 0.01, 0.1
@@ -118,7 +119,8 @@ def trainer(
         inputs_from=inputs_from,
     )
     hyper = _default_hyper(recipe, learning_rate)
-    return Trainer(partial(_init, recipe, hyper), partial(_update, recipe))
+    update = partial(run_update, partial(_update, recipe))
+    return Trainer(partial(_init, recipe, hyper), update)
 
 
 def _default_hyper(recipe: PartitionRecipe, learning_rate: float) -> dict[str, float]:

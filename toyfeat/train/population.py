@@ -10,6 +10,7 @@ import numpy as np
 
 from toyfeat.checks import check_int, check_type
 from toyfeat.dictionary.types import MEMBERS
+from toyfeat.train.placement import run_update
 from toyfeat.train.types import Trainer, TrainState
 from toyfeat.types import Array, Taps
 
@@ -117,14 +118,18 @@ def _update_members(
         update, in_axes=(0, None), axis_name=MEMBERS
     )
     if group is None:
-        return update_all(state, taps)
+        return run_update(update_all, state, taps)
     num = len(state.step)
     if num % group:
         raise ValueError(
             f"population: group must divide the number of members, got group {group} "
             f"of {num} members; choose another group"
         )
+
     # Members [P, ...] as groups [P / group, group, ...], one group after another.
-    split = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), state)
-    updated = jax.lax.map(lambda part: update_all(part, taps), split)
-    return jax.tree.map(lambda x: x.reshape(num, *x.shape[2:]), updated)
+    def update_groups(state: TrainState, taps: Taps) -> Any:
+        split = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), state)
+        updated = jax.lax.map(lambda part: update_all(part, taps), split)
+        return jax.tree.map(lambda x: x.reshape(num, *x.shape[2:]), updated)
+
+    return run_update(update_groups, state, taps)

@@ -119,8 +119,7 @@ def trainer(
         inputs_from=inputs_from,
     )
     hyper = _default_hyper(recipe, learning_rate)
-    update = partial(run_update, partial(_update, recipe))
-    return Trainer(partial(_init, recipe, hyper), update)
+    return Trainer(partial(_init, recipe, hyper), partial(_update, recipe))
 
 
 def _default_hyper(recipe: PartitionRecipe, learning_rate: float) -> dict[str, float]:
@@ -222,7 +221,14 @@ def _fit_weights(
 def _update(
     recipe: PartitionRecipe, state: TrainState, taps: Taps
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Do one update, ``(state, taps) -> (state, metrics)``."""
+    """Do one update, ``(state, taps) -> (state, metrics)``, on any devices."""
+    return run_update(partial(_update_once, recipe), state, taps)
+
+
+def _update_once(
+    recipe: PartitionRecipe, state: TrainState, taps: Taps
+) -> tuple[TrainState, dict[str, Array]]:
+    """Do one update where products need no sharding of their results."""
     running: dict[str, Any] = dict(state.running)
     prepare = partial(_loss_inputs, recipe, state, taps)
     # Terms that keep an adversary let it ascend first, against fixed parameters.

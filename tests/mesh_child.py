@@ -90,7 +90,7 @@ def case_tap(layout):
     ]
     taps = [tap_one(layout, readout) for readout in readouts]
     ft.check_taps(taps[0])
-    return taps, tap_one(layout, batch_size=8)
+    return taps, tap_one(layout, batch_size=8), tap_one(layout, batch_size=3)
 
 
 def case_compiled_tap(layout):
@@ -145,6 +145,19 @@ def case_singular_values(layout):
     stream = ft.linalg.stream_svd(12, 3)
     state = stream.update(stream.init(), rows)
     return ft.linalg.randomized_svd(key, rows, rank=3).s, stream.finish(state).s
+
+
+def case_many_rows(layout):
+    """More rows than are summed at once, the scales of the devices far apart."""
+    num = 8 * 640
+    acts = (
+        draw(num, DIM, seed=5) * np.geomspace(1e-3, 1e3, num, dtype=np.float32)[:, None]
+    )
+    weights = np.ones(num, np.float32)
+    state = ft.moments_of(layout.rows(ft.Taps(acts, acts[:, None], weights)))
+    stream = ft.linalg.stream_svd(DIM, 3)
+    sums = stream.update(stream.init(), layout.rows(acts))
+    return state.mean, state.scatter / 1e6, state.grad_second, stream.finish(sums).s
 
 
 def fit_lens(layout, family=ft.lenses.mean_jacobian, **options):

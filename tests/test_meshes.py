@@ -22,6 +22,7 @@ CASES = [
     "bases",
     "interaction",
     "singular_values",
+    "many_rows",
     "lenses",
     "lens_in_parts",
     "lens_goes_on",

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -79,6 +80,55 @@ def like(tree: Any) -> Shardings:
         return jax.tree.map(lambda x: NamedSharding(mesh, _spec_of(x)), tree)
 
     return shardings
+
+
+def row_parts(num: int, array: Any) -> int:
+    """In how many parts rows are cut so that each part lies on one device.
+
+    A loop over rows that lie on several devices would gather them.  A loop within each
+    part, under ``vmap``, leaves them where they are.
+
+    Args:
+      num: of rows.
+      array: on a mesh or not; in a trace its type says on which.
+
+    Returns:
+      Number of devices of the axis that rows are split over, ``"data"`` or else the
+      first; 1 without a mesh, or if it does not divide the rows.
+    """
+    where = _row_sharding(array)
+    parts = 1 if where is None else where.mesh.shape[where.spec[0]]
+    return parts if num % parts == 0 else 1
+
+
+def cut_rows(array: Array, parts: int) -> Array:
+    """Cut ``[n, ...]`` to ``[parts, n / parts, ...]``, a part for each device."""
+    cut = array.reshape(parts, -1, *array.shape[1:])
+    where = _row_sharding(array)
+    return cut if where is None else jax.lax.with_sharding_constraint(cut, where)
+
+
+def split_like(array: Array, tree: Any) -> Array:
+    """Split the rows of an array as those of a tree, in a trace on a mesh.
+
+    Gradients of what lies nowhere in particular, such as zeros, lie nowhere either.
+    """
+    for leaf in jax.tree.leaves(tree):
+        where = _row_sharding(leaf) if isinstance(leaf, Tracer) else None
+        if where is not None and row_parts(len(array), leaf) > 1:
+            return jax.lax.with_sharding_constraint(array, where)
+    return array
+
+
+def _row_sharding(array: Any) -> NamedSharding | None:
+    """Sharding of the first axis of an array on a mesh with automatic axes."""
+    mesh = _mesh_of(array)
+    if mesh is None or mesh.empty:
+        return None
+    axis = "data" if "data" in mesh.axis_names else mesh.axis_names[0]
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return None
+    return NamedSharding(mesh, PartitionSpec(axis))
 
 
 def shapes_of(tree: Any) -> Any:

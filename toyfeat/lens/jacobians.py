@@ -23,7 +23,7 @@ from toyfeat.lens.fits import (
 )
 from toyfeat.lens.model import LensModel
 from toyfeat.lens.pullbacks import Pulled, Reduce, pull_back
-from toyfeat.meshes import everywhere, run_automatic
+from toyfeat.meshes import everywhere, run_automatic, split_like
 from toyfeat.types import Accumulator, Array, Inputs, Params
 
 _CHUNK = 16
@@ -223,12 +223,13 @@ def _update_mean(
 
     turn = take_turn(state, options, total > 0)
     pulled = pull(turn.directions, reduce, summed=False)
+    split = partial(split_like, tree=inputs)
     # The mean of a cluster weighs as much as its share of the prompt.
     rows, weights = {}, {}
     for site, grads in pulled.grads.items():
         share = jnp.sum(position_weights(site, pulled.acts[site]), axis=1)
         divisor = jnp.where(share > 0, share, 1)[None, :, :, None]
-        rows[site] = jnp.moveaxis(grads / divisor, 0, 2)
+        rows[site] = split(jnp.moveaxis(grads / divisor, 0, 2))
         weights[site] = share
     return add_batch(state, turn, rows, weights)
 
@@ -256,7 +257,7 @@ def _update_second(
 
     turn = take_turn(state, options, total > 0)
     pulled = pull(turn.directions, reduce, summed=True)
-    rows = {site: grads[:, None] for site, grads in pulled.grads.items()}
+    rows = {s: split_like(x[:, None], inputs) for s, x in pulled.grads.items()}
     weights = dict.fromkeys(rows, (total > 0).astype(shares.dtype)[:, None])
     whole = turn._replace(group=jnp.zeros_like(turn.group))
     return add_batch(state, whole, rows, weights)

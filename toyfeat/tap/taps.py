@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.checks import check_function, check_int
-from toyfeat.meshes import by_rows, run_automatic
+from toyfeat.meshes import by_rows, run_automatic, split_like
 from toyfeat.tap.chunks import check_chunks, map_chunks
 from toyfeat.tap.probes import (
     check_params,
@@ -203,12 +203,15 @@ def _tap_chunk(
         else:
             acts = run({})[1]
             grads = _path_gradients(run, zeros, cotangents, readout.scales)
+    split = partial(split_like, tree=inputs)
     # Flatten inputs and positions to examples; the K readouts go before the width.
     return {
         site: Taps(
-            acts=_flatten(acts[site]),
-            grads=_flatten(jnp.moveaxis(grads[site], 0, -2), 2) if grads else None,
-            weights=_example_weights(mask, zeros[site].shape),
+            acts=split(_flatten(acts[site])),
+            grads=split(_flatten(jnp.moveaxis(grads[site], 0, -2), 2))
+            if grads
+            else None,
+            weights=split(_example_weights(mask, zeros[site].shape)),
         )
         for site in sites
     }

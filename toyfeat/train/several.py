@@ -57,7 +57,7 @@ def hold(folder: Path | None, several: bool) -> Iterator[None]:
     Warnings of the others are not shown, as they are the same.
 
     Raises:
-      BlockingIOError: if another run uses it; in the other processes a RuntimeError.
+      BlockingIOError: if another run uses it; in the other processes a ProcessError.
     """
     with contextlib.ExitStack() as stack:
         with together("fit") if several else contextlib.nullcontext():

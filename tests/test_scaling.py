@@ -44,7 +44,7 @@ def test_a_plan_is_the_arithmetic_of_its_figures(benchmarks):
         hours = 1e9 / 8192 * (products + 2 * row["bytes"] / 50e9) / 3600
         assert row["hours"]["TF32"] == pytest.approx(hours, rel=1e-4)
         assert row["dollars"]["TF32"] == pytest.approx(hours * devices * 3, rel=1e-4)
-        # Two matrices and two moments of each, and the batch, are most of the arguments.
+        # Two matrices, two moments of each, and the batch are most of the arguments.
         state = 6 * options.dim * options.latents * 4 / row["size"]["latents_axis"]
         state += options.examples * options.dim * 4 / row["size"]["data"]
         assert state < row["state"] < 1.001 * state

@@ -288,20 +288,21 @@ def mark_positions(
 
 def _check_causal(who: str, model: LensModel, params: Params, inputs: Inputs) -> None:
     """Raise if a change of the first stream at the last position moves earlier ones."""
-    first, final = model.sites[0], model.sites[-1]
-
-    @jax.jit
-    def final_change(params: Params, inputs: Inputs) -> Array:
-        acts = model.probed(params, inputs, {})[1]
-        resid = acts[first].at[:, -1].add(1.0)
-        moved = model.run(params, inputs, resid, first, final)
-        still = model.run(params, inputs, acts[first], first, final)
-        return jnp.max(jnp.abs((moved - still).astype(jnp.float32)), axis=(0, 2))
-
-    change = to_host(final_change(params, inputs))
+    change = to_host(_final_change(model, params, inputs))
     if change[:-1].max(initial=0.0) > _LEAK * change[-1]:
         raise ValueError(
             f"{who}: the model must be causal, got a position that depends on a later "
             f"one (position {int(change[:-1].argmax())}); a lens sums over the later "
             "positions that a stream acts on, which is for causal attention only"
         )
+
+
+@partial(jax.jit, static_argnums=0)
+def _final_change(model: LensModel, params: Params, inputs: Inputs) -> Array:
+    """Largest change ``[T]`` of the final stream by one of the first at the end."""
+    first, final = model.sites[0], model.sites[-1]
+    acts = model.probed(params, inputs, {})[1]
+    resid = acts[first].at[:, -1].add(1.0)
+    moved = model.run(params, inputs, resid, first, final)
+    still = model.run(params, inputs, acts[first], first, final)
+    return jnp.max(jnp.abs((moved - still).astype(jnp.float32)), axis=(0, 2))

@@ -82,6 +82,12 @@ def like(tree: Any) -> Shardings:
     return shardings
 
 
+def lies_on_mesh(array: Any) -> bool:
+    """Tell whether an array lies on a mesh of several devices, in a trace too."""
+    mesh = _mesh_of(array)
+    return mesh is not None and not mesh.empty and mesh.size > 1
+
+
 def row_parts(num: int, array: Any) -> int:
     """In how many parts rows are cut so that each part lies on one device.
 

@@ -69,7 +69,11 @@ def population(trainer: Trainer, *, group: int | None = None) -> Trainer:
         per_member = {n: jnp.broadcast_to(v, (num,)) for n, v in values.items()}
         return jax.vmap(lambda key, hyper: trainer.init(key, **hyper))(keys, per_member)
 
-    update = partial(_update_members, trainer.update, group)
+    update: Any = partial(_update_members, trainer.update, group)
+    # A dictionary that knows its mesh lays out by itself what belongs to a latent.
+    knows_mesh = trainer.recipe is not None and trainer.recipe.dictionary.split
+    if not knows_mesh:
+        update = partial(run_update, update)
     return Trainer(init, update, trainer.recipe)
 
 
@@ -118,18 +122,14 @@ def _update_members(
         update, in_axes=(0, None), axis_name=MEMBERS
     )
     if group is None:
-        return run_update(update_all, state, taps)
+        return update_all(state, taps)
     num = len(state.step)
     if num % group:
         raise ValueError(
             f"population: group must divide the number of members, got group {group} "
             f"of {num} members; choose another group"
         )
-
     # Members [P, ...] as groups [P / group, group, ...], one group after another.
-    def update_groups(state: TrainState, taps: Taps) -> Any:
-        split = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), state)
-        updated = jax.lax.map(lambda part: update_all(part, taps), split)
-        return jax.tree.map(lambda x: x.reshape(num, *x.shape[2:]), updated)
-
-    return run_update(update_groups, state, taps)
+    split = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), state)
+    updated = jax.lax.map(lambda part: update_all(part, taps), split)
+    return jax.tree.map(lambda x: x.reshape(num, *x.shape[2:]), updated)

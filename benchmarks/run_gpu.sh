@@ -33,17 +33,17 @@ part() { # NAME SECONDS COMMAND...
 # torch runs on the same device, beside JAX.
 export XLA_PYTHON_CLIENT_PREALLOCATE=${XLA_PYTHON_CLIENT_PREALLOCATE:-false}
 
-part precision 80 benchmarks/accelerator.py --only precision
+part precision 70 benchmarks/accelerator.py --only precision
 part cached 50 benchmarks/accelerator.py --only cached
 part ways 30 benchmarks/accelerator.py --only ways
-part populations 80 benchmarks/accelerator.py --only populations
+part populations 70 benchmarks/accelerator.py --only populations
 part svd 40 benchmarks/accelerator_svd.py
 part linalg 60 benchmarks/linalg.py
 part tap 50 benchmarks/tap.py
 part lens 80 benchmarks/lens.py
-part partition 40 benchmarks/partition.py --speed
+part partition 70 benchmarks/partition.py --speed
 part world 30 benchmarks/world.py
-part collect 60 benchmarks/collect.py
+part collect 50 benchmarks/collect.py
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed or missed a bar (124: out of time):"

@@ -6,6 +6,8 @@
   products, as a share of the product of two matrices measured in the same precision;
 - *cached*: TopK and BatchTopK with 24,576 latents and k = 32 on activations in memory,
   activations per second;
+- *ways*: decoding k codes, with its gradients, by rows that are gathered and by the
+  dense product with zeros, of which the library takes one or the other;
 - *populations*: 1 to 4096 dictionaries of a toy model in one program, seeds per second
   against one alone.
 
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 from harness import BenchmarkConfig, finish, medians, parse_command, program, row
 
 import toyfeat as ft
+from toyfeat.dictionary.gather import scatter
 from toyfeat.train.chunks import run_chunk
 from toyfeat.types import Array
 
@@ -47,7 +50,7 @@ class AcceleratorConfig(BenchmarkConfig):
     """Options of this benchmark."""
 
     only: str | None = None
-    """One part: precision, cached or populations."""
+    """One part: precision, cached, ways or populations."""
 
 
 class Size(NamedTuple):
@@ -76,7 +79,8 @@ K = 32, 4  # codes of a row, of the true and of the tiny size
 def main() -> None:
     """Measure every part."""
     config = parse_command(AcceleratorConfig, __doc__)
-    parts = {"precision": precision, "cached": cached, "populations": populations}
+    parts = {"precision": precision, "cached": cached, "ways": ways}
+    parts |= {"populations": populations}
     if config.only is not None and config.only not in parts:
         raise SystemExit(f"accelerator: --only is one of {[*parts]}, got {config.only}")
     rows, missed = [], []
@@ -144,6 +148,48 @@ def cached(tiny: bool) -> tuple[list[dict], list[str]]:
     best = max(rates.values())
     missed = [f"cached: {best:.3g} activations/s"] if best < CACHED_RATE else []
     return rows, missed
+
+
+def ways(tiny: bool) -> tuple[list[dict], list[str]]:
+    """Time both ways of decoding, with the gradients of codes and rows."""
+    size, k = CACHED[tiny], K[tiny]
+    rows_key, value_key, index_key = jax.random.split(jax.random.key(0), 3)
+    rows = jax.random.normal(rows_key, (size.latents, size.dim))
+    values = jax.random.normal(value_key, (size.batch, k))
+    scores = jax.random.normal(index_key, (size.batch, size.latents))
+    index = jax.lax.top_k(scores, k)[1]
+    results, sums = [], {}
+    for name in ("gathered", "dense"):
+        decode = DECODERS[name]
+
+        def step(values: Array, rows: Array, decode: Any = decode) -> Any:
+            products, pull = decode(values, index, rows)
+            return jnp.sum(products), pull(products)
+
+        compiled = program(step, values, rows)
+        sums[name] = compiled.run()[0]
+        seconds = medians({name: compiled.run})[name]
+        figures = {"step_s": seconds, "compile_s": compiled.compile_s}
+        figures["sum"] = float(sums[name])
+        results.append(row("ways", size._asdict() | {"k": k}, name, **figures))
+    return results, []
+
+
+def decode_gathered(values: Array, index: Array, rows: Array) -> tuple[Array, Any]:
+    """Decode by the rows of each example; the products, and their pull-back."""
+    return jax.vjp(
+        lambda values, rows: jnp.einsum("nk,nkd->nd", values, rows[index]), values, rows
+    )
+
+
+def decode_dense(values: Array, index: Array, rows: Array) -> tuple[Array, Any]:
+    """Decode by a product with codes that are zeros but for k."""
+    return jax.vjp(
+        lambda values, rows: scatter(values, index, len(rows)) @ rows, values, rows
+    )
+
+
+DECODERS = {"gathered": decode_gathered, "dense": decode_dense}
 
 
 def populations(tiny: bool) -> tuple[list[dict], list[str]]:

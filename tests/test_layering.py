@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "toyfeat"
 LEVELS = {
     "types": 0,
     "checks": 0,
+    "meshes": 0,
     "processes": 0,
     "files": 0,
     "loops": 1,

@@ -32,6 +32,10 @@ _JOIN = 300
 """Seconds that a process waits for the others to start: JAX's default."""
 
 
+class ProcessError(RuntimeError):
+    """Processes that cannot work together; the message says what to do."""
+
+
 def join_processes(*, heartbeat: int = _HEARTBEAT, timeout: int = _JOIN) -> bool:
     """Join the other processes of a job, if that is asked for or on a cluster.
 
@@ -49,7 +53,7 @@ def join_processes(*, heartbeat: int = _HEARTBEAT, timeout: int = _JOIN) -> bool
 
     Raises:
       ValueError: if the variables do not fit each other.
-      RuntimeError: if a device was used before, or the others do not come in time.
+      ProcessError: if a device was used before, or the others do not come in time.
     """
     if jax.distributed.is_initialized():
         return num_processes() > 1
@@ -61,7 +65,7 @@ def join_processes(*, heartbeat: int = _HEARTBEAT, timeout: int = _JOIN) -> bool
     if options.get("num_processes") == 1:
         return False
     if _has_backends():
-        raise RuntimeError(
+        raise ProcessError(
             "processes: a device was used before this process joined the others; call "
             "join_processes() first of all, before any array is made"
         )
@@ -74,7 +78,7 @@ def join_processes(*, heartbeat: int = _HEARTBEAT, timeout: int = _JOIN) -> bool
             heartbeat_timeout_seconds=heartbeat,
         )
     except RuntimeError as error:
-        raise RuntimeError(
+        raise ProcessError(
             f"processes: could not join the others within {timeout} s ({error}); see "
             f"that all are started, with the same {ADDRESS} and {NUM}"
         ) from error
@@ -218,7 +222,7 @@ def together(who: str) -> Iterator[None]:
       who: the function, for messages.
 
     Raises:
-      RuntimeError: if the block failed in another process, with its message; a
+      ProcessError: if the block failed in another process, with its message; a
         process whose own block failed raises what it raised.
     """
     fault: Exception | None = None
@@ -231,7 +235,7 @@ def together(who: str) -> Iterator[None]:
         faults = gather(text)
         for index, other in enumerate(faults):
             if fault is None and other is not None:
-                raise RuntimeError(
+                raise ProcessError(
                     f"{who}: process {index} of {len(faults)} failed ({other})"
                 )
     if fault is not None:

@@ -9,7 +9,9 @@ from toyfeat.cli import main as command
 from toyfeat.cli.doctor import describe_installation
 from toyfeat.cli.main import main
 from toyfeat.dictionary.latents import Latent
+from toyfeat.jobs.hub import FetchError
 from toyfeat.lm.contexts import Context
+from toyfeat.processes import ProcessError
 from toyfeat.report.records import latent_record, write_records
 
 
@@ -46,6 +48,23 @@ def test_the_help_lists_the_commands(capsys):
 def test_what_a_user_can_mend_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"^toyfeat collect: .*nothing.toml"):
         main(["collect", str(tmp_path / "nothing.toml")])
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised"),
+    [
+        (FetchError("no such model"), SystemExit),
+        (ProcessError("another one failed"), SystemExit),
+        (RuntimeError("of the program"), RuntimeError),
+    ],
+)
+def test_a_fault_of_the_program_keeps_its_traceback(fault, raised, monkeypatch):
+    def fail(names):
+        raise fault
+
+    monkeypatch.setattr("toyfeat.cli.steps.fetch_all", fail)
+    with pytest.raises(raised, match=str(fault)):
+        main(["fetch", "smollm2"])
 
 
 def test_fetch_without_names_lists_what_there_is(capsys):

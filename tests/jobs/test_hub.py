@@ -187,9 +187,9 @@ def test_a_model_is_fetched_once_with_nothing_that_is_not_wanted(hub, home):
     gguf, again, none, no_file, odd, file = more
     assert gguf == ["mit", ["tiny-Q8_0.gguf"]]
     assert again == ["mit", sorted([*wanted, "tiny-Q8_0.gguf"])]
-    assert none[0] == "RuntimeError"
+    assert none[0] == "FetchError"
     assert none[1].startswith("fetch: hub:them/none cannot be had: 404")
-    assert no_file[0] == "RuntimeError"
+    assert no_file[0] == "FetchError"
     assert no_file[1].endswith("them/tiny has no small.gguf")
     assert file == gguf
     assert odd[0] == "ValueError"
@@ -205,7 +205,7 @@ def test_what_was_fetched_is_there_without_a_network(hub, home):
     user(hub[0], home)
     found = user("http://127.0.0.1:9", home, ("fetch", "hub:them/other"))
     assert found[0][0] == "mit"  # locate
-    assert found[5][0] == "RuntimeError"
+    assert found[5][0] == "FetchError"
     assert found[5][1].startswith("fetch: hub:them/other cannot be had: ")
 
 

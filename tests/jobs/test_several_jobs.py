@@ -248,7 +248,7 @@ def test_processes_with_other_work_are_named_before_any(folder, tmp_path):
     uneven = write_job(folder, out, suffix=".3.toml", train={"batch": 63})
     done = run(2, folder, "train", uneven)
     assert done.returncode == 1
-    assert "2 devices of 2 processes must divide train.batch, got 63" in done.stdout
+    assert "2 devices of the axis 'data' must divide the batch, got 63" in done.stdout
     model = write_job(folder, out, suffix=".4.toml", source="model")
     done = run(2, folder, "train", model)
     assert done.returncode == 1

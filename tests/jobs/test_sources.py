@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from toyfeat.jobs import PACKAGES, fetch, locate, read_texts, sources
+from toyfeat.jobs.hub import FetchError
 
 PART = "words_pkg/data"
 FILES = {
@@ -134,7 +135,7 @@ def test_a_download_that_fails_leaves_nothing(
     package, cache, monkeypatch, command, message
 ):
     replace(monkeypatch, package[0], command=command)
-    with pytest.raises(RuntimeError, match=f"fetch: .*{message}"):
+    with pytest.raises(FetchError, match=f"fetch: .*{message}"):
         fetch("words")
     assert left_in(cache) == set()
 

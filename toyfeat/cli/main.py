@@ -11,10 +11,18 @@ import jax
 
 from toyfeat.cli.doctor import describe_installation
 from toyfeat.jobs import cache_folder, read_job
-from toyfeat.processes import join_processes, leave, together
+from toyfeat.jobs.hub import FetchError
+from toyfeat.processes import ProcessError, join_processes, leave, together
 
 # What a user can mend, so that a line says enough; a traceback is for anything else.
-_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, RuntimeError)
+_ERRORS = (
+    ValueError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    FetchError,
+    ProcessError,
+)
 # Measured once on two cores beside other work (docs/smollm2.md).
 _TIMES = "with examples/smollm2.toml on two cores"
 _JOBS = {

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.core import Tracer
 from toyfeat.checks import check_function
 from toyfeat.decompose.basis import encode
 from toyfeat.decompose.interaction import Batches, required_grads, truncate_model
+from toyfeat.meshes import everywhere, run_automatic
 from toyfeat.tap import readouts, tap
 from toyfeat.types import Array, Basis, Inputs, Params, Probed
 
@@ -125,6 +127,24 @@ def _squared_effects(
     batch_size: int | None,
 ) -> Array:
     """Sum squared effects over inputs and positions of the next site, ``[R', R]``."""
+
+    def effects(*args: Any) -> Array:
+        return _batch_effects(probed, site, next_site, batch_size, *args)
+
+    return run_automatic(effects, everywhere, params, inputs, basis, next_basis)
+
+
+def _batch_effects(
+    probed: Probed,
+    site: str,
+    next_site: str,
+    batch_size: int | None,
+    params: Params,
+    inputs: Inputs,
+    basis: Basis,
+    next_basis: Basis | None,
+) -> Array:
+    """Compute the effects where products need no sharding of their results."""
     # The full Jacobian of the next site's codes.
     model = truncate_model(probed, next_site, next_basis)
     readout = readouts.jacobian()

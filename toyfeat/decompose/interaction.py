@@ -17,7 +17,10 @@ from toyfeat.linalg.compensated import (
     row_moments,
 )
 from toyfeat.linalg.finished import moments_from_rows
+from toyfeat.meshes import everywhere, run_automatic
+from toyfeat.moments.batches import gradient_rows
 from toyfeat.tap import readouts, site_shapes, tap
+from toyfeat.tap.probes import check_sites
 from toyfeat.types import Array, Basis, Inputs, Params, Probed, Taps
 
 Batches = Callable[[], Iterator[Inputs]]
@@ -217,21 +220,11 @@ def _acts_moments(
         # The first batch shows the widths, and whether the sites exist.
         if states is None:
             shapes = site_shapes(probed, params, inputs)
-            unknown = [site for site in sites if site not in shapes]
-            if unknown:
-                raise ValueError(
-                    f"local_interaction_basis: no site {unknown[0]!r}; the model has "
-                    f"{sorted(shapes)}"
-                )
+            check_sites(sites, shapes, who=_WHO)
             states = {site: empty_moments(shapes[site].shape[-1]) for site in sites}
+        options = {"mask": mask, "batch_size": batch_size}
         states = _add_acts(
-            states,
-            params,
-            inputs,
-            probed=probed,
-            sites=sites,
-            mask=mask,
-            batch_size=batch_size,
+            states, params, inputs, probed=probed, sites=sites, **options
         )
         count += 1
     if states is None:
@@ -292,22 +285,24 @@ def _add_gradients(
     sampling: _Sampling,
 ) -> RowMoments:
     """Fold the gradients of one batch into running moments."""
-    # A readout of the next site's codes, exact or along random directions.
-    sources, over, mask, batch_size = sampling
-    weights = None if mask is None else mask(inputs)
-    readout = readouts.jacobian(mask=weights)
-    if sources is not None:
-        readout = readouts.random_directions(key, sources, over=over, mask=weights)
-    model = truncate_model(probed, next_site, basis)
-    taps = tap(
-        model, params, inputs, sites=site, readout=readout, batch_size=batch_size
-    )[site]
-    # One row per readout, each with the weight of its example.
-    grads = required_grads(taps)
-    rows = grads.reshape(-1, grads.shape[-1])
-    weights = jnp.repeat(taps.weights, grads.shape[1])
-    dtype = jnp.result_type(float)
-    return merge_moments(state, row_moments(rows.astype(dtype), weights.astype(dtype)))
+
+    def add(state: RowMoments, params: Any, inputs: Any, key: Array, basis: Any) -> Any:
+        # A readout of the next site's codes, exact or along random directions.
+        sources, over, mask, batch_size = sampling
+        weights = None if mask is None else mask(inputs)
+        readout = readouts.jacobian(mask=weights)
+        if sources is not None:
+            readout = readouts.random_directions(key, sources, over=over, mask=weights)
+        model = truncate_model(probed, next_site, basis)
+        taps = tap(
+            model, params, inputs, sites=site, readout=readout, batch_size=batch_size
+        )[site]
+        rows, weights = gradient_rows(required_grads(taps), taps.weights)
+        dtype = jnp.result_type(float)
+        batch = row_moments(rows.astype(dtype), weights.astype(dtype))
+        return merge_moments(state, batch)
+
+    return run_automatic(add, everywhere, state, params, inputs, key, basis)
 
 
 @partial(jax.jit, static_argnames=("probed", "sites", "mask", "batch_size"))
@@ -322,20 +317,24 @@ def _add_acts(
     batch_size: int | None,
 ) -> Any:
     """Fold the activations of one batch into running moments."""
-    # Weights come with a readout; the gradient of this cheapest one is unused.
-    readout = None
-    if mask is not None:
-        readout = readouts.half_squared_norm(mask=mask(inputs))
-    taps = tap(
-        probed, params, inputs, sites=sites, readout=readout, batch_size=batch_size
-    )
-    dtype = jnp.result_type(float)
-    return {
-        site: merge_moments(
-            states[site], row_moments(t.acts.astype(dtype), t.weights.astype(dtype))
+
+    def add(states: Any, params: Params, inputs: Inputs) -> Any:
+        # Weights come with a readout; the gradient of this cheapest one is unused.
+        readout = None
+        if mask is not None:
+            readout = readouts.half_squared_norm(mask=mask(inputs))
+        taps = tap(
+            probed, params, inputs, sites=sites, readout=readout, batch_size=batch_size
         )
-        for site, t in taps.items()
-    }
+        dtype = jnp.result_type(float)
+        return {
+            site: merge_moments(
+                states[site], row_moments(t.acts.astype(dtype), t.weights.astype(dtype))
+            )
+            for site, t in taps.items()
+        }
+
+    return run_automatic(add, everywhere, states, params, inputs)
 
 
 def _scale_by_effect(basis: Basis) -> Basis:

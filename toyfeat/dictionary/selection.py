@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.dictionary.shards import Split, over_shards, split_axes
+from toyfeat.meshes import lies_on_mesh
 from toyfeat.types import Array
 
 _SAMPLED = 128
@@ -253,8 +254,14 @@ def _float(bits: Array, dtype: Any) -> Array:
 
 
 def _top(score: Array, k: int) -> tuple[Array, Array]:
-    """``top_k`` behind a barrier: a slice of its results makes XLA sort whole rows."""
-    return jax.lax.optimization_barrier(tuple(jax.lax.top_k(score, k)))
+    """``top_k`` behind a barrier: a slice of its results makes XLA sort whole rows.
+
+    On a mesh each result has its own: one for both ends the process (jaxlib 0.10.2).
+    """
+    top, index = jax.lax.top_k(score, k)
+    if lies_on_mesh(score):
+        return jax.lax.optimization_barrier(top), jax.lax.optimization_barrier(index)
+    return jax.lax.optimization_barrier((top, index))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from toyfeat.meshes import is_explicit
 
 
 class Split(NamedTuple):
@@ -75,7 +77,7 @@ def lay_out(array: Any, sharding: NamedSharding) -> Any:
     context = jax.sharding.get_abstract_mesh()
     mesh = sharding.mesh if context.empty else context
     where = sharding if context.empty else sharding.spec
-    if _is_explicit(mesh):
+    if is_explicit(mesh):
         return jax.sharding.reshard(array, where)
     return jax.lax.with_sharding_constraint(array, where)
 
@@ -98,13 +100,9 @@ def run_automatic(
       Results of ``fn``.
     """
     context = jax.sharding.get_abstract_mesh()
-    if not _is_explicit(split.mesh if context.empty else context):
+    if not is_explicit(split.mesh if context.empty else context):
         return fn(*args)
     automatic = jax.sharding.auto_axes(
         fn, axes=split.mesh.axis_names, out_sharding=shardings
     )
     return automatic(*args)
-
-
-def _is_explicit(mesh: Any) -> bool:
-    return AxisType.Explicit in mesh.axis_types

@@ -14,6 +14,10 @@ _DICTIONARY_FILES = ["*.json", "*.yaml", "*.safetensors", "*.npz"]
 _CARD = "README.md"
 
 
+class FetchError(RuntimeError):
+    """A download that failed; the message says why."""
+
+
 class HubName(NamedTuple):
     """A model of the hub.
 
@@ -76,7 +80,7 @@ def hub_path(name: str, *, download: bool) -> Path:
     Raises:
       ValueError: for a name of another form.
       FileNotFoundError: if it is missing and not to be downloaded.
-      RuntimeError: if the hub does not have it, does not give it to everyone, or
+      FetchError: if the hub does not have it, does not give it to everyone, or
         cannot be reached.
       ImportError: without the ``lm`` extra.
     """
@@ -97,14 +101,14 @@ def hub_path(name: str, *, download: bool) -> Path:
             raise _not_fetched(name) from None
         message = " ".join(str(error).split()) or type(error).__name__
         message = message[:500]  # of a page of HTML, say
-        raise RuntimeError(f"fetch: {name} cannot be had: {message}") from error
+        raise FetchError(f"fetch: {name} cannot be had: {message}") from error
     weights = "model.safetensors"
     wanted = [[file]] if file else [["config.json"], [weights, f"{weights}.index.json"]]
     for names in wanted:
         if not any((folder / file_name).exists() for file_name in names):
             if not download:
                 raise _not_fetched(name)
-            raise RuntimeError(f"fetch: {name} cannot be had: {repo} has no {names[0]}")
+            raise FetchError(f"fetch: {name} cannot be had: {repo} has no {names[0]}")
     return folder / file if file else folder
 
 

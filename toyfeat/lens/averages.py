@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from toyfeat.meshes import cut_rows, row_parts
 from toyfeat.types import Array
 
 HALVES = 2
@@ -72,7 +73,7 @@ def empty_means(experts: int, groups: int, dim: int) -> RowMeans:
 def add_prompts(
     means: RowMeans, rows: Array, weights: Array, half: Array, group: Array
 ) -> RowMeans:
-    """Add prompts to the means, one after the other.
+    """Add prompts to the means, one after the other on each device.
 
     Args:
       means: so far.
@@ -84,6 +85,21 @@ def add_prompts(
     Returns:
       The means with them.
     """
+    dtype = means.mean.dtype
+    prompts = (rows.astype(dtype), weights.astype(dtype), half, group)
+    parts = row_parts(len(rows), rows)
+    if parts == 1:
+        return _add_in_turn(means, prompts)
+    # Means of each device from none, which are joined by a few sums over the devices.
+    empty = jax.tree.map(jnp.zeros_like, means)
+    cut = jax.tree.map(lambda x: cut_rows(x, parts), prompts)
+    return merge_means(
+        means, _join_parts(jax.vmap(_add_in_turn, (None, 0))(empty, cut))
+    )
+
+
+def _add_in_turn(means: RowMeans, prompts: tuple[Array, ...]) -> RowMeans:
+    """Add prompts, one after the other."""
 
     def add(means: RowMeans, prompt: tuple[Array, ...]) -> tuple[RowMeans, None]:
         row, weight, half, group = prompt
@@ -95,9 +111,22 @@ def add_prompts(
         merged = merge_means(jax.tree.map(lambda x: x[at], means), single)
         return jax.tree.map(lambda x, new: x.at[at].set(new), means, merged), None
 
-    dtype = means.mean.dtype
-    prompts = (rows.astype(dtype), weights.astype(dtype), half, group)
     return jax.lax.scan(add, means, prompts)[0]
+
+
+def _join_parts(parts: RowMeans) -> RowMeans:
+    """Join the means of several sets of prompts, along the first axis."""
+    weight = jnp.sum(parts.weight, axis=0)
+    share = parts.weight / jnp.where(weight > 0, weight, 1)[None]
+    mean = jnp.sum(share[..., None, None] * parts.mean, axis=0)
+    # The distance of a mean from that of all is scatter too.
+    far = jnp.sum((parts.mean - mean[None]) ** 2, axis=(-2, -1))
+    return RowMeans(
+        weight=weight,
+        squares=jnp.sum(parts.squares, axis=0),
+        mean=mean,
+        scatter=jnp.sum(parts.scatter + parts.weight * far, axis=0),
+    )
 
 
 def merge_means(left: RowMeans, right: RowMeans) -> RowMeans:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.checks import check_array, check_int, check_key
+from toyfeat.meshes import everywhere, run_automatic
 from toyfeat.types import Array
 
 
@@ -79,6 +80,12 @@ def cluster_centres(
 
 @partial(jax.jit, static_argnames=("clusters", "steps"))
 def _lloyd(key: Array, acts: Array, *, clusters: int, steps: int) -> Array:
+    """Find the centres, on every device of a mesh."""
+    move = partial(_move_centres, clusters=clusters, steps=steps)
+    return run_automatic(move, everywhere, key, acts)
+
+
+def _move_centres(key: Array, acts: Array, *, clusters: int, steps: int) -> Array:
     """Draw first centres far from each other, and move each to the mean of its own."""
     centres = _first_centres(key, acts, clusters)
 

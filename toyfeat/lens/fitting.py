@@ -11,6 +11,8 @@ from toyfeat.checkpoint import newest_checkpoint, save_checkpoint
 from toyfeat.checks import check_function, check_int, check_type
 from toyfeat.lens.fits import JacobianState
 from toyfeat.lens.model import LensModel, check_model
+from toyfeat.meshes import copy_everywhere, device_mesh, everywhere
+from toyfeat.processes import to_host
 from toyfeat.types import Accumulator, Inputs, Params
 
 _KEEP = 2  # checkpoints: the newest, and the one before in case that is damaged
@@ -51,7 +53,8 @@ def fit(
       accumulator: of :func:`mean_jacobian` or :func:`second_moment`.
       params: parameters of the model.
       batches: ``(inputs, mask)`` by index, ``mask [B, T]`` or ``None``; batches of one
-        shape share one compiled program.
+        shape share one compiled program.  Prompts may be split over a mesh of devices,
+        also of several processes, all of which then call this.
       folder: for checkpoints, or ``None``.  A fit of another model or of other batches
         needs another folder.
       every: batches between checkpoints and reports.
@@ -89,13 +92,18 @@ def fit(
             f"{who}: batches must be one (inputs, mask) or more, got none; give prompts"
         )
     check_model(model, params, batches[0][0])
-    # Go on from the newest checkpoint.
+    # On a mesh the state is on every device.
+    mesh = device_mesh((params, batches[0]))
     state, done = accumulator.init(), 0
+    if mesh is not None:
+        state = copy_everywhere(state, mesh)
+    # Go on from the newest checkpoint.
     if folder is not None:
         restored = newest_checkpoint(Path(folder), state)
         if restored is not None:
             state, done = restored.state, restored.step
-    update = jax.jit(accumulator.update)
+    where = None if mesh is None else everywhere(mesh)
+    update = jax.jit(accumulator.update, out_shardings=where)
     expected = int(state.prompts)
     for step in range(done, steps):
         inputs, mask = batches[step]
@@ -106,7 +114,7 @@ def fit(
             _check_counted(who, int(state.prompts), expected)
             if folder is not None:
                 about = {"start": "lens"}
-                save_checkpoint(Path(folder), step + 1, state, about, keep=_KEEP)
+                save_checkpoint(Path(folder), step + 1, state, about, keep=_KEEP)()
             report(FitProgress(step + 1, steps, int(state.prompts), state))
     return state
 
@@ -115,7 +123,7 @@ def _count_prompts(inputs: Inputs, mask: Any) -> int:
     """Count the prompts of a batch that have a token."""
     if mask is None:
         return jax.tree.leaves(inputs)[0].shape[0]
-    return int(np.any(np.asarray(mask) != 0, axis=1).sum())
+    return int(np.any(to_host(mask) != 0, axis=1).sum())
 
 
 def _check_counted(who: str, counted: int, expected: int) -> None:

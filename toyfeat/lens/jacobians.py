@@ -23,6 +23,7 @@ from toyfeat.lens.fits import (
 )
 from toyfeat.lens.model import LensModel
 from toyfeat.lens.pullbacks import Pulled, Reduce, pull_back
+from toyfeat.meshes import everywhere, run_automatic, split_like
 from toyfeat.types import Accumulator, Array, Inputs, Params
 
 _CHUNK = 16
@@ -115,7 +116,7 @@ def mean_jacobian(
     experts = 1 if centres is None else len(next(iter(centres.values())))
     return Accumulator(
         init=partial(init_state, options, experts),
-        update=partial(_update_mean, options, centres),
+        update=partial(_update, partial(_update_mean, options), centres),
         merge=merge_states,
         finish=partial(finish_state, squeeze=centres is None),
     )
@@ -177,10 +178,22 @@ def second_moment(
 
     return Accumulator(
         init=partial(init_state, options, 1, groups=1),  # prompts give whole matrices
-        update=partial(_update_second, options),
+        update=partial(_update, partial(_update_second, options), None),
         merge=merge_states,
         finish=_finish_second,
     )
+
+
+def _update(
+    update: Callable[..., JacobianState],
+    centres: Mapping[str, Array] | None,
+    state: JacobianState,
+    params: Params,
+    inputs: Inputs,
+    mask: Any = None,
+) -> JacobianState:
+    """Add a batch; the state is on every device of a mesh."""
+    return run_automatic(update, everywhere, centres, state, params, inputs, mask)
 
 
 def _update_mean(
@@ -189,7 +202,7 @@ def _update_mean(
     state: JacobianState,
     params: Params,
     inputs: Inputs,
-    mask: Any = None,
+    mask: Any,
 ) -> JacobianState:
     """Add the rows of a batch's Jacobians, averaged over positions."""
     valid, pull = _prepare("mean_jacobian", options, params, inputs, mask)
@@ -210,24 +223,27 @@ def _update_mean(
 
     turn = take_turn(state, options, total > 0)
     pulled = pull(turn.directions, reduce, summed=False)
+    split = partial(split_like, tree=inputs)
     # The mean of a cluster weighs as much as its share of the prompt.
     rows, weights = {}, {}
     for site, grads in pulled.grads.items():
         share = jnp.sum(position_weights(site, pulled.acts[site]), axis=1)
         divisor = jnp.where(share > 0, share, 1)[None, :, :, None]
-        rows[site] = jnp.moveaxis(grads / divisor, 0, 2)
+        rows[site] = split(jnp.moveaxis(grads / divisor, 0, 2))
         weights[site] = share
     return add_batch(state, turn, rows, weights)
 
 
 def _update_second(
     options: FitOptions,
+    centres: None,
     state: JacobianState,
     params: Params,
     inputs: Inputs,
-    mask: Any = None,
+    mask: Any,
 ) -> JacobianState:
     """Add the second moments of a batch's Jacobians, averaged over positions."""
+    del centres
     valid, pull = _prepare("second_moment", options, params, inputs, mask)
     total = jnp.sum(valid, axis=1)
     # M directions stand for all D.
@@ -241,7 +257,7 @@ def _update_second(
 
     turn = take_turn(state, options, total > 0)
     pulled = pull(turn.directions, reduce, summed=True)
-    rows = {site: grads[:, None] for site, grads in pulled.grads.items()}
+    rows = {s: split_like(x[:, None], inputs) for s, x in pulled.grads.items()}
     weights = dict.fromkeys(rows, (total > 0).astype(shares.dtype)[:, None])
     whole = turn._replace(group=jnp.zeros_like(turn.group))
     return add_batch(state, whole, rows, weights)

@@ -7,15 +7,17 @@ for the decoders of this library, :func:`from_probed` makes them for any probed 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from toyfeat.checks import check_flag, check_function, check_type
 from toyfeat.lens.frozen import freeze_backward
+from toyfeat.meshes import everywhere, run_automatic, shapes_of
 from toyfeat.models.decoder import Decoder, DecoderConfig
+from toyfeat.processes import to_host
 from toyfeat.tap import from_linen
 from toyfeat.tap.probes import check_params, check_sites
 from toyfeat.types import Array, Inputs, Params, Probed
@@ -205,6 +207,11 @@ def check_model(model: Any, params: Params, inputs: Inputs) -> None:
       Traceback (most recent call last):
       ValueError: lenses: the model must be causal, got a position that depends on ...
     """
+    run_automatic(partial(_check_model, model), everywhere, params, inputs)
+
+
+def _check_model(model: Any, params: Params, inputs: Inputs) -> None:
+    """Check a model where products need no sharding of their results."""
     who = "lenses"
     residual_shape(model, params, inputs, who)
     check_evaluation(who, model, params, inputs)
@@ -244,7 +251,8 @@ def residual_shape(
         who, "model", model, LensModel, hint="make it with ft.lenses.from_probed"
     )
     check_params(params, who)
-    acts = jax.eval_shape(lambda p, x: model.probed(p, x, {})[1], params, inputs)
+    shapes = shapes_of((params, inputs))
+    acts = jax.eval_shape(lambda p, x: model.probed(p, x, {})[1], *shapes)
     check_sites(model.sites, acts, who=who)
     shapes = {site: acts[site].shape for site in model.sites}
     if len(set(shapes.values())) > 1 or len(shapes[model.sites[-1]]) != 3:
@@ -280,20 +288,21 @@ def mark_positions(
 
 def _check_causal(who: str, model: LensModel, params: Params, inputs: Inputs) -> None:
     """Raise if a change of the first stream at the last position moves earlier ones."""
-    first, final = model.sites[0], model.sites[-1]
-
-    @jax.jit
-    def final_change(params: Params, inputs: Inputs) -> Array:
-        acts = model.probed(params, inputs, {})[1]
-        resid = acts[first].at[:, -1].add(1.0)
-        moved = model.run(params, inputs, resid, first, final)
-        still = model.run(params, inputs, acts[first], first, final)
-        return jnp.max(jnp.abs((moved - still).astype(jnp.float32)), axis=(0, 2))
-
-    change = np.asarray(final_change(params, inputs))
+    change = to_host(_final_change(model, params, inputs))
     if change[:-1].max(initial=0.0) > _LEAK * change[-1]:
         raise ValueError(
             f"{who}: the model must be causal, got a position that depends on a later "
             f"one (position {int(change[:-1].argmax())}); a lens sums over the later "
             "positions that a stream acts on, which is for causal attention only"
         )
+
+
+@partial(jax.jit, static_argnums=0)
+def _final_change(model: LensModel, params: Params, inputs: Inputs) -> Array:
+    """Largest change ``[T]`` of the final stream by one of the first at the end."""
+    first, final = model.sites[0], model.sites[-1]
+    acts = model.probed(params, inputs, {})[1]
+    resid = acts[first].at[:, -1].add(1.0)
+    moved = model.run(params, inputs, resid, first, final)
+    still = model.run(params, inputs, acts[first], first, final)
+    return jnp.max(jnp.abs((moved - still).astype(jnp.float32)), axis=(0, 2))

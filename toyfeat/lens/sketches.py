@@ -12,6 +12,7 @@ from toyfeat.lens.averages import Estimate
 from toyfeat.lens.model import LensModel, residual_shape
 from toyfeat.lens.pullbacks import valid_positions
 from toyfeat.linalg import LinearMap, randomized_svd
+from toyfeat.meshes import by_rows, everywhere, run_automatic
 from toyfeat.types import Array, Inputs, Params
 
 
@@ -69,7 +70,8 @@ def sketched_jacobian(
     sites = model.sites[:-1] if sites is None else tuple(sites)
     matrices, errors = {}, {}
     for site, site_key in zip(sites, jax.random.split(key, len(sites)), strict=True):
-        decompose = jax.jit(partial(_decompose, model, site, rank))
+        run = partial(run_automatic, partial(_decompose, model, site, rank))
+        decompose = jax.jit(partial(run, everywhere))
         svd = decompose(site_key, params, inputs, valid, centre)
         low = jnp.matmul(svd.u * svd.s[None], svd.vt, precision="highest")
         matrices[site] = centre * jnp.eye(dim, dtype=low.dtype) + low
@@ -88,7 +90,8 @@ def _all_valid(who: str, mask: Array, skip_first: int, skip_last: int) -> Array:
     """Mark the positions that count, ``[B, T]``, of which every prompt needs one."""
     skip_first = check_int(who, "skip_first", skip_first, least=0)
     skip_last = check_int(who, "skip_last", skip_last, least=0)
-    valid = valid_positions(mask, skip_first, skip_last)
+    count = partial(valid_positions, skip_first=skip_first, skip_last=skip_last)
+    valid = run_automatic(count, by_rows(mask), mask)
     if not bool(jnp.all(jnp.sum(valid, axis=1) > 0)):
         raise ValueError(
             f"{who}: every prompt must be longer than the {skip_first + skip_last} "

@@ -1,6 +1,7 @@
 """The tuned lens: an affine map per site, trained to say what the model will say."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from toyfeat.checks import check_function, check_int, check_number, check_type
 from toyfeat.lens.maps import LensMap
 from toyfeat.lens.model import LensModel, check_model, residual_shape
 from toyfeat.lens.reading import Lens, make_lens
+from toyfeat.meshes import everywhere, run_automatic
 from toyfeat.types import Array, Inputs, Params
 
 
@@ -64,8 +66,7 @@ def tuned_lens(
     adam = optax.adam(learning_rate)
     state = adam.init(maps)
 
-    @jax.jit
-    def step(maps: Any, state: Any, params: Params, inputs: Inputs, mask: Any) -> Any:
+    def update(maps: Any, state: Any, params: Params, inputs: Inputs, mask: Any) -> Any:
         acts = model.probed(params, inputs, {})[1]
         gradient = jax.grad(_total_divergence, has_aux=True)
         slopes, losses = gradient(maps, model, params, acts, mask)
@@ -73,6 +74,7 @@ def tuned_lens(
             updates, state = adam.update(slopes, state)
             return optax.apply_updates(maps, updates), state, losses
 
+    step = jax.jit(partial(run_automatic, update, everywhere))
     for number in range(steps):
         inputs, mask = batches[number % len(batches)]
         maps, state, losses = step(maps, state, params, inputs, mask)

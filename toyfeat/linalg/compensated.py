@@ -8,6 +8,7 @@ Rows and weights are held in units, powers of two near the largest so far.  So r
 1e-36 to 1e36 have squares like those of rows of 1.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from toyfeat.linalg.precision import (
     power_of_four,
     power_of_two,
 )
+from toyfeat.meshes import cut_rows, everywhere, row_parts, run_automatic
 from toyfeat.types import Array
 
 _WEIGHTED_ROWS = 512
@@ -122,9 +124,14 @@ def row_moments(rows: Array, weights: Array) -> RowMoments:
       weights: ``[n]``.
 
     Returns:
-      Moments of the batch; weight and scatter are NaN if a weight is negative or not
-      finite, or if a row that counts is not finite.
+      Moments of the batch, on every device of a mesh; weight and scatter are NaN if a
+      weight is negative or not finite, or if a row that counts is not finite.
     """
+    return run_automatic(_row_moments, everywhere, rows, weights)
+
+
+def _row_moments(rows: Array, weights: Array) -> RowMoments:
+    """Compute :func:`row_moments` where products need no sharding of their results."""
     rows, weights, unit, mass = units_of_rows(rows, weights)
     total = jnp.sum(weights)
     # Centre by a rounded mean, then by the mean of what is left.
@@ -172,35 +179,25 @@ def unweighted_moments(rows: Array) -> RowMoments:
       rows: ``[n, D]``.
 
     Returns:
-      Moments of the rows.
+      Moments of the rows, on every device of a mesh.
     """
+    return run_automatic(_unweighted_moments, everywhere, rows)
+
+
+def _unweighted_moments(rows: Array) -> RowMoments:
+    """Compute :func:`unweighted_moments` where products need no sharding."""
     # The shift, averaged in the unit of the first rows.
     first = power_of_two(largest_size(rows[:_SHIFT_ROWS]))
     shift = drop_last_bits(jnp.mean(rows[:_SHIFT_ROWS] / first, axis=0)) * first
     total = jnp.full((), len(rows), rows.dtype)
-    chunks, remainder = divmod(len(rows), _PLAIN_ROWS)
-    dim = rows.shape[1]
-
-    def add(sums: tuple[Pair, Pair, Array], start: Array | int, size: int) -> Any:
-        gram, total, unit = sums
-        new_gram, new_total, new_unit = shifted_gram(rows, shift, start, size)
-        larger = jnp.maximum(unit, new_unit)
-        ours, theirs = unit / larger, new_unit / larger
-        gram = add_float(scale_pair(gram, ours**2), new_gram * theirs**2)
-        total = add_float(scale_pair(total, ours), new_total * theirs)
-        return gram, total, larger
-
-    # The Gram matrix and the sums of shifted rows, chunk by chunk.
-    sums = (_zero_pair(dim, dim), _zero_pair(dim), smallest_unit())
-    if chunks:
-        sums = jax.lax.fori_loop(
-            0, chunks, lambda i, sums: add(sums, i * _PLAIN_ROWS, _PLAIN_ROWS), sums
-        )
-    if remainder:
-        sums = add(sums, chunks * _PLAIN_ROWS, remainder)
-
+    # The Gram matrix and the sums of shifted rows; on a mesh, of those of each device.
+    parts = row_parts(len(rows), rows)
+    if parts == 1:
+        gram, shifted, small = _sum_chunks(rows, shift)
+    else:
+        sum_part = partial(_sum_chunks, shift=shift)
+        gram, shifted, small = _sum_parts(*jax.vmap(sum_part)(cut_rows(rows, parts)))
     # From moments about the shift to moments about the mean, in a unit for both.
-    gram, shifted, small = sums
     unit = jnp.maximum(small, power_of_two(largest_size(shift)))
     drift = to_float(shifted) / total
     scatter = add_float(gram, -total * outer(drift))
@@ -213,8 +210,54 @@ def unweighted_moments(rows: Array) -> RowMoments:
     )
 
 
+def _sum_parts(gram: Pair, total: Pair, unit: Array) -> tuple[Pair, Pair, Array]:
+    """Add up sums of :func:`_sum_chunks`, which come in units of their own."""
+    largest = jnp.max(unit)
+    share = unit / largest
+    gram = scale_pair(gram, share[:, None, None] ** 2)
+    total = scale_pair(total, share[:, None])
+    sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), (gram, total))
+    return *sums, largest
+
+
+def _sum_chunks(rows: Array, shift: Array) -> tuple[Pair, Pair, Array]:
+    """Gram matrix and sum of shifted rows, chunk by chunk, and their unit."""
+    chunks, remainder = divmod(len(rows), _PLAIN_ROWS)
+    dim = rows.shape[1]
+
+    def add(sums: tuple[Pair, Pair, Array], start: Array | int, size: int) -> Any:
+        gram, total, unit = sums
+        new_gram, new_total, new_unit = shifted_gram(rows, shift, start, size)
+        larger = jnp.maximum(unit, new_unit)
+        ours, theirs = unit / larger, new_unit / larger
+        gram = add_float(scale_pair(gram, ours**2), new_gram * theirs**2)
+        total = add_float(scale_pair(total, ours), new_total * theirs)
+        return gram, total, larger
+
+    sums = (_zero_pair(dim, dim), _zero_pair(dim), smallest_unit())
+    if chunks:
+        sums = jax.lax.fori_loop(
+            0, chunks, lambda i, sums: add(sums, i * _PLAIN_ROWS, _PLAIN_ROWS), sums
+        )
+    if remainder:
+        sums = add(sums, chunks * _PLAIN_ROWS, remainder)
+    return sums
+
+
 def _weighted_gram(rows: Array, weights: Array) -> Pair:
-    """Weighted Gram matrix, block by block: a long float32 sum drifts."""
+    """Weighted Gram matrix, block by block: a long float32 sum drifts.
+
+    On a mesh every device sums the blocks of its own rows, and these sums are added.
+    """
+    parts = row_parts(len(rows), rows)
+    if parts == 1:
+        return _sum_blocks(rows, weights)
+    grams = jax.vmap(_sum_blocks)(cut_rows(rows, parts), cut_rows(weights, parts))
+    return Pair(jnp.sum(grams.high, axis=0), jnp.sum(grams.low, axis=0))
+
+
+def _sum_blocks(rows: Array, weights: Array) -> Pair:
+    """Sum the Gram matrices of blocks of rows, one after the other."""
     num, dim = rows.shape
     if num <= _WEIGHTED_ROWS:
         return from_float(dot((rows * weights[:, None]).T, rows))

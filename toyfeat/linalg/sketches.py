@@ -24,6 +24,7 @@ from toyfeat.linalg.orthonormal import choose, deviation, polish_columns
 from toyfeat.linalg.precision import GRAM_CUTOFF, dot, largest_size, nonzero, norm
 from toyfeat.linalg.psd import fix_signs
 from toyfeat.linalg.svd import SVD, SVDInfo, is_accurate
+from toyfeat.meshes import everywhere, run_automatic
 from toyfeat.types import Array
 
 _MIN_FOLD_ROWS, _FOLD_WIDTHS = 512, 4
@@ -100,10 +101,23 @@ def add_to_sketch(
       shrink: whether folding shrinks what is kept (frequent directions).
 
     Returns:
-      The sketch of all rows.
+      The sketch of all rows, on every device of a mesh.
     """
     if not len(rows):
         return state
+    add = partial(_add_to_sketch, center=center, shrink=shrink)
+    return run_automatic(add, everywhere, state, rows, weights)
+
+
+def _add_to_sketch(
+    state: RowSketch,
+    rows: Array,
+    weights: Array | None,
+    *,
+    center: bool,
+    shrink: bool,
+) -> RowSketch:
+    """Fold a batch into a sketch where products need no sharding of their results."""
     # State and batch in the larger of their units.
     weights = jnp.ones_like(rows[:, 0]) if weights is None else weights
     rows, weights, unit, mass = units_of_rows(rows, weights)

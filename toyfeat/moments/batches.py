@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 
+import jax.numpy as jnp
+
 from toyfeat.checks import check_array, check_type
-from toyfeat.types import Taps
+from toyfeat.meshes import by_rows, run_automatic
+from toyfeat.types import Array, Taps
 
 
 def check_types(who: str, taps: Taps) -> None:
@@ -48,3 +51,21 @@ def check_batch(who: str, taps: Taps, dim: int, grads: bool) -> Taps:
             f"{gradients.shape}"
         )
     return taps
+
+
+def gradient_rows(grads: Array, weights: Array) -> tuple[Array, Array]:
+    """Flatten gradients to one row per readout, each with the weight of its example.
+
+    Args:
+      grads: ``[N, K, D]``.
+      weights: ``[N]``.
+
+    Returns:
+      Rows ``[N K, D]``, and their weights ``[N K]``.
+    """
+
+    def flatten(grads: Array, weights: Array) -> tuple[Array, Array]:
+        _, num, dim = grads.shape
+        return grads.reshape(-1, dim), jnp.repeat(weights, num)
+
+    return run_automatic(flatten, by_rows(grads), grads, weights)

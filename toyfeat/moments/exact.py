@@ -17,7 +17,7 @@ from toyfeat.linalg.compensated import (
 )
 from toyfeat.linalg.finished import check_rounded, moments_from_rows, round_rows
 from toyfeat.linalg.streams import check_state
-from toyfeat.moments.batches import check_batch, check_types
+from toyfeat.moments.batches import check_batch, check_types, gradient_rows
 from toyfeat.types import Accumulator, Array, Moments, Taps
 
 
@@ -191,10 +191,8 @@ def _batch_moments(acts: Array, grads: Array | None, weights: Array) -> MomentsS
     acts_rows = row_moments(acts.astype(_dtype()), weights)
     if grads is None:
         return MomentsState(acts_rows, None)
-    # One row per readout, each with the weight of its example.
-    _, num, dim = grads.shape
-    rows = grads.astype(_dtype()).reshape(-1, dim)
-    return MomentsState(acts_rows, row_moments(rows, jnp.repeat(weights, num)))
+    rows = gradient_rows(grads.astype(_dtype()), weights)
+    return MomentsState(acts_rows, row_moments(*rows))
 
 
 @jax.jit

@@ -3,12 +3,10 @@
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from toyfeat.linalg.compensated import to_float
 from toyfeat.linalg.streams import StreamMethod, make_stream
 from toyfeat.linalg.svd import SVD
-from toyfeat.moments.batches import check_batch
+from toyfeat.moments.batches import check_batch, gradient_rows
 from toyfeat.types import Accumulator, ArrayLike, Taps
 
 
@@ -91,10 +89,8 @@ def sketched_moments(
         acts = acts_svd.update(state.acts, taps.acts, taps.weights)
         if not grads or taps.grads is None:
             return SketchState(acts, None)
-        # One row per readout, each with the weight of its example.
-        rows = taps.grads.reshape(-1, dim)
-        weights = jnp.repeat(taps.weights, taps.grads.shape[1])
-        return SketchState(acts, grads_svd.update(state.grads, rows, weights))
+        rows = gradient_rows(taps.grads, taps.weights)
+        return SketchState(acts, grads_svd.update(state.grads, *rows))
 
     def merge(left: SketchState, right: SketchState) -> SketchState:
         acts = acts_svd.merge(left.acts, right.acts)

@@ -18,6 +18,7 @@ from toyfeat.partition.importance import Importance, importances
 from toyfeat.partition.losses import Term, weight_error
 from toyfeat.partition.sources import Distance, LossInputs, mean_squared_error
 from toyfeat.train import Trainer, TrainState
+from toyfeat.train.placement import run_update
 from toyfeat.types import Array, Params, Taps
 
 _WARM_UP_RATE, _WARM_UP_DECAY = 0.01, 0.1
@@ -220,7 +221,14 @@ def _fit_weights(
 def _update(
     recipe: PartitionRecipe, state: TrainState, taps: Taps
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Do one update, ``(state, taps) -> (state, metrics)``."""
+    """Do one update, ``(state, taps) -> (state, metrics)``, on any devices."""
+    return run_update(partial(_update_once, recipe), state, taps)
+
+
+def _update_once(
+    recipe: PartitionRecipe, state: TrainState, taps: Taps
+) -> tuple[TrainState, dict[str, Array]]:
+    """Do one update where products need no sharding of their results."""
     running: dict[str, Any] = dict(state.running)
     prepare = partial(_loss_inputs, recipe, state, taps)
     # Terms that keep an adversary let it ascend first, against fixed parameters.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from toyfeat.processes import to_host
 from toyfeat.types import Taps
 
 # Share of the gradients that are not 0 from which underflow is reported, if that many
@@ -128,7 +129,7 @@ def warn_of_lost_grads(who: str, taps: Taps, *, stacklevel: int) -> None:
     if taps.grads is None or isinstance(taps.grads, Tracer):
         return
     # Magnitudes of the entries that are not 0 in examples that count.
-    grads = np.asarray(taps.grads)[np.asarray(taps.weights) > 0]
+    grads = to_host(taps.grads)[to_host(taps.weights) > 0]
     sizes = np.abs(grads[grads != 0].astype(np.float64))
     if not grads.size:
         return
@@ -163,5 +164,5 @@ def to_numpy(who: str, value: Any) -> np.ndarray:
     """Convert a concrete array to float32 or float64 NumPy."""
     if isinstance(value, Tracer):
         raise TypeError(f"{who}: looks at values, so call it outside of jit and grad")
-    value = jnp.asarray(value)
-    return np.asarray(value, np.float64 if value.dtype == np.float64 else np.float32)
+    value = to_host(jnp.asarray(value))
+    return value.astype(np.float64 if value.dtype == np.float64 else np.float32)

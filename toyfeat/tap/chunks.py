@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from toyfeat.meshes import cut_rows, row_parts
 from toyfeat.tap.probes import RANDOM
 from toyfeat.types import Array, Inputs, Params, Probed, Taps
 
@@ -79,18 +80,32 @@ def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
 def map_chunks(
     taps_of: Callable[[Any], dict[str, Taps]], tree: Any, size: int, batch_size: int
 ) -> dict[str, Taps]:
-    """Map over chunks of the batch; the padding of the last one is cut off."""
-    # The last input is repeated until the chunks are full.
-    chunks = -(-size // batch_size)
-    index = jnp.minimum(jnp.arange(chunks * batch_size), size - 1)
+    """Map over chunks of the batch; the padding of the last one is cut off.
+
+    On a mesh every chunk has inputs of every device.
+    """
+    parts = next((n for x in jax.tree.leaves(tree) if (n := row_parts(size, x)) > 1), 1)
+    if batch_size % parts:
+        parts = 1
+    # The last input of a part is repeated until its chunks are full.
+    length, width = size // parts, batch_size // parts
+    chunks = -(-length // width)
+    index = jnp.minimum(jnp.arange(chunks * width), length - 1)
 
     def split(leaf: Array) -> Array:
         leaf = jnp.asarray(leaf)
-        padded = leaf if size == chunks * batch_size else leaf[index]
-        return padded.reshape((chunks, batch_size, *leaf.shape[1:]))
+        cut = leaf[None] if parts == 1 else cut_rows(leaf, parts)
+        padded = cut if length == chunks * width else cut[:, index]
+        # [parts, chunks * width, ...] to [chunks, parts * width, ...]
+        by_chunk = padded.reshape((parts, chunks, width, *leaf.shape[1:])).swapaxes(
+            0, 1
+        )
+        return by_chunk.reshape((chunks, batch_size, *leaf.shape[1:]))
 
     def join(leaf: Array) -> Array:  # [chunks, batch_size * positions, ...]
-        flat = leaf.reshape((-1, *leaf.shape[2:]))
-        return flat[: size * leaf.shape[1] // batch_size]
+        by_part = leaf.reshape((chunks, parts, -1, *leaf.shape[2:])).swapaxes(0, 1)
+        flat = by_part.reshape((parts, -1, *leaf.shape[2:]))
+        flat = flat[:, : length * leaf.shape[1] // batch_size]
+        return flat.reshape((-1, *leaf.shape[2:]))
 
     return jax.tree.map(join, jax.lax.map(taps_of, jax.tree.map(split, tree)))

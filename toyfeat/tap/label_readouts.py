@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from toyfeat.checks import (
     as_array,
@@ -18,6 +17,7 @@ from toyfeat.checks import (
     check_function,
     check_int,
 )
+from toyfeat.meshes import by_rows, is_known, run_automatic
 from toyfeat.tap import label_rules
 from toyfeat.tap.rules import Readout, Select, check_mask, check_select
 from toyfeat.types import Array, Outputs
@@ -202,10 +202,14 @@ def _weights_of_inputs(counted: Any, mask: Any) -> Any:
     """Set the weight of inputs whose labels are all ignored to 0."""
     # Most often there are none: the readout then keeps its structure, and its program.
     counted = counted.reshape(len(counted), -1).any(axis=1)
-    if not isinstance(counted, Tracer) and np.all(counted):
+    if is_known(counted) and np.all(counted):
         return mask
     weights = jnp.ones(counted.shape) if mask is None else jnp.asarray(mask)
     if weights.shape[:1] != counted.shape:
         return mask  # tap raises, and names both sizes
-    rows = counted.reshape((-1, *(1,) * (weights.ndim - 1)))
-    return jnp.where(rows, weights, jnp.zeros_like(weights))
+
+    def mask_rows(counted: Array, weights: Array) -> Array:
+        rows = counted.reshape((-1, *(1,) * (weights.ndim - 1)))
+        return jnp.where(rows, weights, jnp.zeros_like(weights))
+
+    return run_automatic(mask_rows, by_rows(counted), counted, weights)

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from toyfeat.meshes import is_known
 from toyfeat.tap.rules import (
     Chunk,
     apply_select,
@@ -48,7 +48,7 @@ def loss(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
     fn, ignore = options
     labels = chunk.labels
     # Which labels count; ``None`` where all of them do, which saves the masking.
-    concrete = is_label_array(labels) and not isinstance(labels, Tracer)
+    concrete = is_label_array(labels) and is_known(labels)
     counted = None
     if is_label_array(labels):
         counted = counted_labels(np.asarray(labels) if concrete else labels, ignore)
@@ -117,7 +117,7 @@ def _check_no_wrapping(batched: Any, outputs: Outputs, labels: np.ndarray) -> No
 def _check_defined(labels: Any, undefined: Array, outputs: Outputs) -> None:
     """Raise if the loss of finite outputs is NaN, as that of a label past the end."""
     floats = split_floats(outputs)[0]
-    if any(isinstance(x, Tracer) for x in (undefined, *floats)):
+    if not all(is_known(x) for x in (undefined, *floats)):
         return
     # NaN of an input whose own outputs hold NaN is no fault of the labels.
     wrong = np.asarray(undefined)
@@ -167,7 +167,7 @@ def next_token_loss(
 
 def _check_targets(targets: Array, valid: Array, size: int) -> None:
     """Raise if a concrete target that counts is not among the logits."""
-    if isinstance(targets, Tracer) or isinstance(valid, Tracer):
+    if not (is_known(targets) and is_known(valid)):
         return
     ids = np.asarray(targets)
     wrong = (np.asarray(valid) != 0) & ((ids < 0) | (ids >= size))
@@ -228,7 +228,7 @@ def _take_position(logits: Array, position: int) -> Array:
 def _take_entry(logits: Array, index: Array) -> Array:
     """Select an entry of the last axis, one for all inputs or one per input."""
     size = logits.shape[-1]
-    concrete = None if isinstance(index, Tracer) else np.asarray(index)
+    concrete = np.asarray(index) if is_known(index) else None
     if concrete is not None and not np.all((-size <= concrete) & (concrete < size)):
         raise ValueError(
             f"logit_difference: index {index} is not one of the {size} entries of "

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from toyfeat.meshes import shapes_of
 from toyfeat.types import Array, Inputs, Params, Probe, Probed
 
 
@@ -269,5 +270,5 @@ def site_shapes(
         order[:] = acts
         return acts
 
-    shapes = jax.eval_shape(record, params, inputs)
+    shapes = jax.eval_shape(record, *shapes_of((params, inputs)))
     return {site: shapes[site] for site in order}

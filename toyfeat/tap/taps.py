@@ -1,12 +1,14 @@
 """Activations and gradients at several sites from one forward and backward pass."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from toyfeat.checks import check_function, check_int
+from toyfeat.meshes import by_rows, run_automatic, split_like
 from toyfeat.tap.chunks import check_chunks, map_chunks
 from toyfeat.tap.probes import (
     check_params,
@@ -78,6 +80,20 @@ def tap(
     hint += "probed, params = from_nnx(model)"
     where = "from ft.from_linen, ft.from_function, ..."
     check_function("tap", "probed", probed, where, hint=hint)
+    run = partial(_tap_batch, probed, names, batch_size)
+    taps = run_automatic(run, by_rows(inputs), params, inputs, readout)
+    return {name: taps[name] for name in names}  # a mesh sorts names
+
+
+def _tap_batch(
+    probed: Probed,
+    names: tuple[str, ...],
+    batch_size: int | None,
+    params: Params,
+    inputs: Inputs,
+    readout: Readout | None,
+) -> dict[str, Taps]:
+    """Check what is tapped, and tap it, in chunks if need be."""
     size = infer_batch_size(inputs)
     if batch_size is not None:
         batch_size = check_int("tap", "batch_size", batch_size)
@@ -187,12 +203,15 @@ def _tap_chunk(
         else:
             acts = run({})[1]
             grads = _path_gradients(run, zeros, cotangents, readout.scales)
+    split = partial(split_like, tree=inputs)
     # Flatten inputs and positions to examples; the K readouts go before the width.
     return {
         site: Taps(
-            acts=_flatten(acts[site]),
-            grads=_flatten(jnp.moveaxis(grads[site], 0, -2), 2) if grads else None,
-            weights=_example_weights(mask, zeros[site].shape),
+            acts=split(_flatten(acts[site])),
+            grads=split(_flatten(jnp.moveaxis(grads[site], 0, -2), 2))
+            if grads
+            else None,
+            weights=split(_example_weights(mask, zeros[site].shape)),
         )
         for site in sites
     }

@@ -9,6 +9,7 @@ from jax.core import Tracer
 
 from toyfeat.checks import check_number
 from toyfeat.dictionary.types import Config
+from toyfeat.processes import to_host
 from toyfeat.types import Moments, Taps
 
 # The limits below were chosen by the shares of latents that died in training, see
@@ -181,8 +182,8 @@ def _mean_and_std(data: Taps | Moments) -> tuple[np.ndarray, np.ndarray]:
         raise TypeError("outlier_dims: looks at values, so call it outside of jit")
     if isinstance(data, Taps):
         # Examples without weight may be NaN, so they are left out first.
-        weights = np.asarray(data.weights, np.float64)
-        acts = np.asarray(data.acts, np.float64)[weights > 0]
+        weights = to_host(data.weights).astype(np.float64)
+        acts = to_host(data.acts).astype(np.float64)[weights > 0]
         weights = weights[weights > 0]
         total = weights.sum()
         mean = weights @ acts / total if total > 0 else np.zeros(acts.shape[1:])

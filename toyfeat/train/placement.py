@@ -4,11 +4,14 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 
 from toyfeat.dictionary.shards import Split, lay_out, sharding, tensor_sharding
 from toyfeat.dictionary.tensors import latent_axes
 from toyfeat.dictionary.types import Architecture, Dictionary
+from toyfeat.meshes import everywhere, like, run_automatic
 from toyfeat.train.types import TrainState
+from toyfeat.types import Taps
 
 
 def map_tensors(
@@ -56,6 +59,26 @@ def place_state(dictionary: Dictionary, state: TrainState) -> TrainState:
         return state
     shardings = state_shardings(dictionary.split, dictionary.architecture, state)
     return jax.tree.map(lay_out, state, shardings)
+
+
+def run_update(
+    update: Callable[..., Any], state: TrainState, taps: Taps
+) -> tuple[TrainState, dict[str, Any]]:
+    """Run an update; the next state lies where the last one does, metrics everywhere.
+
+    Args:
+      update: ``(state, taps) -> (state, metrics)``.
+      state: of one member or of a population, on any devices.
+      taps: batch, on any devices.
+
+    Returns:
+      The next state, and the metrics.
+    """
+
+    def shardings(mesh: AbstractMesh) -> Any:
+        return like(state)(mesh), everywhere(mesh)
+
+    return run_automatic(update, shardings, state, taps)
 
 
 def state_shardings(

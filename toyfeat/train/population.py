@@ -10,6 +10,7 @@ import numpy as np
 
 from toyfeat.checks import check_int, check_type
 from toyfeat.dictionary.types import MEMBERS
+from toyfeat.train.placement import run_update
 from toyfeat.train.types import Trainer, TrainState
 from toyfeat.types import Array, Taps
 
@@ -68,7 +69,11 @@ def population(trainer: Trainer, *, group: int | None = None) -> Trainer:
         per_member = {n: jnp.broadcast_to(v, (num,)) for n, v in values.items()}
         return jax.vmap(lambda key, hyper: trainer.init(key, **hyper))(keys, per_member)
 
-    update = partial(_update_members, trainer.update, group)
+    update: Any = partial(_update_members, trainer.update, group)
+    # A dictionary that knows its mesh lays out by itself what belongs to a latent.
+    knows_mesh = trainer.recipe is not None and trainer.recipe.dictionary.split
+    if not knows_mesh:
+        update = partial(run_update, update)
     return Trainer(init, update, trainer.recipe)
 
 

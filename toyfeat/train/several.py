@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from toyfeat.checkpoint.parallel import check_orbax
 from toyfeat.files.paths import locked
+from toyfeat.meshes import copy_everywhere
 from toyfeat.processes import (
     check_same,
     gather,
@@ -47,17 +47,7 @@ def spread_rest(state: TrainState) -> TrainState:
             "start the state by jax.jit(trainer.init) of a dictionary that knows its "
             "mesh (toyfeat.dictionaries.shard)"
         )
-    whole = NamedSharding(meshes.pop(), PartitionSpec())
-    return jax.tree.map(lambda x: x if is_global(x) else _copy_to(x, whole), state)
-
-
-def _copy_to(leaf: Any, sharding: NamedSharding) -> Any:
-    """Copy an array of this process to all devices of a mesh."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = _copy_to(jax.random.key_data(leaf), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    value = np.asarray(leaf)
-    return jax.make_array_from_callback(value.shape, sharding, lambda at: value[at])
+    return copy_everywhere(state, meshes.pop())
 
 
 @contextlib.contextmanager
@@ -67,7 +57,7 @@ def hold(folder: Path | None, several: bool) -> Iterator[None]:
     Warnings of the others are not shown, as they are the same.
 
     Raises:
-      BlockingIOError: if another run uses it; in the other processes a RuntimeError.
+      BlockingIOError: if another run uses it; in the other processes a ProcessError.
     """
     with contextlib.ExitStack() as stack:
         with together("fit") if several else contextlib.nullcontext():

@@ -21,7 +21,7 @@ from toyfeat.train.normalization import (
     NormalizedBatch,
     normalize_batch,
 )
-from toyfeat.train.placement import place_state, state_shardings
+from toyfeat.train.placement import place_state, run_update, state_shardings
 from toyfeat.train.revival import revive_dead
 from toyfeat.train.types import Recipe, TrainState
 from toyfeat.types import Array, Params, Taps
@@ -45,7 +45,7 @@ def update(
     _check(recipe, taps)
     split, architecture = recipe.dictionary.split, recipe.dictionary.architecture
     if split is None:
-        return _update(recipe, state, taps)
+        return run_update(partial(_update, recipe), state, taps)
     # On a mesh the next state lies where the last one does, metrics everywhere.
     shardings = state_shardings(split, architecture, state), sharding(split)
     return run_automatic(split, partial(_update, recipe), shardings, state, taps)

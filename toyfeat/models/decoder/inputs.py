@@ -5,8 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from toyfeat.meshes import is_known
 from toyfeat.models.decoder.config import DecoderConfig
 from toyfeat.types import Array
 
@@ -104,7 +104,7 @@ def _check_mask(mask: Array, shape: tuple[int, int], time: int) -> None:
             f"{time} of the inputs, shape {shape}, got {jnp.shape(mask)}; give 1 at "
             "tokens and 0 at padding"
         )
-    if _is_concrete(mask) and not np.isin(np.asarray(mask), (0, 1)).all():
+    if is_known(mask) and not np.isin(np.asarray(mask), (0, 1)).all():
         raise ValueError(
             "Decoder: the mask must be 1 at tokens and 0 at padding, got values "
             f"{np.unique(np.asarray(mask))[:4]}; a mask that is added to scores is "
@@ -114,7 +114,7 @@ def _check_mask(mask: Array, shape: tuple[int, int], time: int) -> None:
 
 def _check_ids(tokens: Array, mask: Array | None, vocab: int) -> None:
     """Raise for ids outside of the vocabulary, where they can be seen."""
-    if not _is_concrete(tokens) or (mask is not None and not _is_concrete(mask)):
+    if not is_known(tokens) or (mask is not None and not is_known(mask)):
         return
     ids = np.asarray(tokens)
     is_outside = (ids < 0) | (ids >= vocab)
@@ -127,13 +127,6 @@ def _check_ids(tokens: Array, mask: Array | None, vocab: int) -> None:
             f"{ids[row, position]} in row {row} at position {position}; mark padding "
             "with mask=, or give ids of the model's own tokenizer"
         )
-
-
-def _is_concrete(array: Any) -> bool:
-    """Tell whether the values of an array can be read here."""
-    if isinstance(array, Tracer):
-        return False
-    return getattr(array, "is_fully_addressable", True)  # not on other processes
 
 
 def embedding_ids(tokens: Array, mask: Array | None, vocab: int) -> Array:

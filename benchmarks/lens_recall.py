@@ -40,8 +40,8 @@ class OpenConfig(BenchmarkConfig):
 
     folder: Path | None = None
     """Jacobians of single prompts, of ``lens_prompts.py``."""
-    files: str = ""
-    """Lens files, separated by commas, read too."""
+    files: tuple[Path, ...] = ()
+    """Lens files, read too."""
     job: Path = Path("examples/smollm2_lens.toml")
     """Model and text."""
     batch: int = 16
@@ -124,9 +124,9 @@ def open_lenses(
     """
     params, sites = work.model.params, model.sites[:-1]
     lenses = {"logit": ft.lenses.logit_lens(model, params)}
-    for path in filter(None, config.files.split(",")):
+    for path in config.files:
         lens = ft.lenses.load(path, model, params)
-        lenses[lens.kind + ", frozen" * bool(lens.about.get("frozen"))] = lens
+        lenses["frozen " * bool(lens.about.get("frozen")) + lens.kind] = lens
     if config.folder is None:
         return lenses
     state = read_state(config.folder, sites, list_prompts(config.folder))

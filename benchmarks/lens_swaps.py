@@ -32,8 +32,8 @@ class SwapsConfig(OpenConfig):
     """First layer of the swaps, and the one behind their last."""
     strength: float = 1.0
     """Of the swaps."""
-    lenses: str = ""
-    """Names of lenses, separated by commas; all but the one turned at random."""
+    lenses: tuple[str, ...] = ()
+    """Names of lenses; all but the one turned at random by default."""
 
 
 def partners(items: Items, known: np.ndarray) -> list[tuple[int, int]]:
@@ -147,7 +147,7 @@ def swap_rows(
         "stop": stop,
     }
     rows = []
-    names = config.lenses.split(",") if config.lenses else list(setup.lenses)
+    names = config.lenses or list(setup.lenses)
     for name in (x for x in names if pairs and x != "jacobian, turned"):
         for control in (False, True):
             outcomes = [

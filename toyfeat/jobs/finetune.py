@@ -216,7 +216,7 @@ def _read_windows(store: Store, job: Job) -> WindowTaps:
     return WindowTaps(
         by_window(lambda taps: taps.acts),
         by_window(lambda taps: taps.weights),
-        by_window(lambda taps: taps.grads),
+        by_window(lambda taps: taps.grads) if store.readouts else None,
     )
 
 

@@ -3,6 +3,7 @@
 import runpy
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ LOSSES = (
     Tuning(name="kl", term="kl"),
     Tuning(name="near", term="expanded_kl", draws=2),
     Tuning(name="near mean", term="expanded_kl", draws=2, at="mean"),
-    Tuning(name="shared", term="shared_kl"),
+    Tuning(name="mse 0", term="shared_kl"),  # as a folder of the first is named
 )
 
 
@@ -179,14 +180,16 @@ def test_members_of_a_population_have_one_size(done, tmp_path):
 
 
 def test_dictionaries_are_trained_side_by_side_once(done):
-    """Both are of one run, whose checkpoints have an axis of members."""
-    work, folder = done[0], f"{done[0].job.out}/finetune"
-    tuned = [load_saelens(f"{folder}/shared {i}/features")[1] for i in (0, 1)]
-    plain = [load_saelens(f"{folder}/mse {i}/features")[1] for i in (0, 1)]
+    """Both are of one run, in a folder that is not that of another loss."""
+    folder = Path(done[0].job.out) / "finetune"
+    tuned = [load_saelens(folder / f"mse 0 {i}" / "features")[1] for i in (0, 1)]
+    plain = [load_saelens(folder / f"mse {i}" / "features")[1] for i in (0, 1)]
     for mine, theirs in zip(tuned, plain, strict=True):
         assert np.abs(mine["W_dec"] - theirs["W_dec"]).max() > 1e-6
     assert np.abs(tuned[0]["W_dec"] - tuned[1]["W_dec"]).max() > 1e-3
-    assert len(work.job.finetune.dictionaries) == 2
+    trained = {path.parent.name for path in folder.glob("*/metrics.jsonl")}
+    assert {"mse 0", "mse 1", "mse 0 together"} <= trained
+    assert not {"mse 0 0", "mse 0 1"} & trained
 
 
 def test_the_example_is_a_job():

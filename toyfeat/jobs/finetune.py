@@ -106,7 +106,8 @@ def _tune(
     """
     settings = work.job.finetune
     several = loss.term == "shared_kl"
-    name = loss.name if several else f"{loss.name} {numbers[0]}"
+    # No other loss has this folder: theirs end in numbers.
+    name = f"{loss.name} together" if several else f"{loss.name} {numbers[0]}"
     batches = window_batches(
         taps,
         windows=settings.windows,

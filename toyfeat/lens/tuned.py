@@ -120,7 +120,7 @@ def output_divergence(
     def measure(maps: Any, params: Params, inputs: Inputs, mask: Any) -> Any:
         acts = model.probed(params, inputs, {})[1]
         losses = _total_divergence(who, maps, model, params, acts, mask)[1]
-        return losses, _weight(who, mask, acts[model.sites[-1]].shape[:2]).sum()
+        return losses, _weight(who, mask, acts[model.sites[-1]]).sum()
 
     # Batches count by their tokens.
     parts = [measure(lens.maps, params, *batch) for batch in batches]
@@ -166,9 +166,10 @@ def _first_maps(
     }
 
 
-def _weight(who: str, mask: Any, shape: tuple[int, int]) -> Array:
-    """Weight of every token: 1 where the mask is not 0, or everywhere."""
-    counts = mark_positions(who, "mask", mask, shape, "a mask is [B, T]")
+def _weight(who: str, mask: Any, acts: Array) -> Array:
+    """Weight of every token ``[B, T]``: 1 where the mask is not 0, or everywhere."""
+    batch, time, _ = acts.shape
+    counts = mark_positions(who, "mask", mask, (batch, time), "a mask is [B, T]")
     return counts.astype(bool).astype(jnp.result_type(float))
 
 
@@ -182,7 +183,7 @@ def _total_divergence(
 ) -> tuple[Array, dict[str, Array]]:
     """Sum of the mean divergences of all sites, and each of them; 0 of no tokens."""
     final = jax.nn.log_softmax(model.unembed(params, acts[model.sites[-1]]))
-    weights = _weight(who, mask, final.shape[:2]).astype(final.dtype)
+    weights = _weight(who, mask, final).astype(final.dtype)
     weights = weights / jnp.maximum(jnp.sum(weights), 1)
     losses = {}
     # One lens for all of them, as it is read later.

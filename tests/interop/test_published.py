@@ -307,7 +307,9 @@ def test_saelens_before_6(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"activation_fn_str": "tanh-relu"}, "activation_fn must be relu or topk"),
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn must be relu, or topk"),
+        ({"activation_fn_str": "topk"}, "got 'topk' with {}"),
+        ({"finetuning_scaling_factor": True}, "'finetuning_scaling_factor': True"),
         ({"normalize_activations": "layer_norm"}, "takes* activations as they are"),
         ({"architecture": "attention"}, "architecture 'attention' is not known"),
     ],

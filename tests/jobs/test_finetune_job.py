@@ -169,14 +169,20 @@ def test_what_cannot_be_tuned_is_said_before(done, tmp_path, changes, message):
         finetune_job(work)
 
 
-def test_members_of_a_population_have_one_size(done, tmp_path):
+def test_members_of_a_population_are_alike(done, tmp_path):
     job = done[0].job
-    others = saved(tmp_path / "one"), saved(tmp_path / "larger", latents=32)
-    losses = (Tuning(name="all", term="shared_kl"),)
-    changed = replace(job.finetune, dictionaries=others, losses=losses)
-    work = done[0]._replace(job=replace(job, finetune=changed))
-    with pytest.raises(ValueError, match=r"all trains dictionaries side by side.*32"):
-        finetune_job(work)
+    first, larger = saved(tmp_path / "one"), saved(tmp_path / "more", latents=32)
+    alike = ft.dictionaries.topk(WIDTH, 24, 2)
+    other = alike._replace(config=alike.config._replace(apply_b_dec_to_input=False))
+    save_saelens(tmp_path / "raw", other, other.init(jax.random.key(0)))
+    raw = str(tmp_path / "raw")
+    for second, name in ((larger, "d_sae.*24, 32"), (raw, "apply_b_dec.*False")):
+        others = (first, second)
+        losses = (Tuning(name="all", term="shared_kl"),)
+        changed = replace(job.finetune, dictionaries=others, losses=losses)
+        work = done[0]._replace(job=replace(job, finetune=changed))
+        with pytest.raises(ValueError, match=f"all trains .* side by side.*{name}"):
+            finetune_job(work)
 
 
 def test_dictionaries_are_trained_side_by_side_once(done):

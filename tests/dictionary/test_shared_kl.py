@@ -7,6 +7,7 @@ import pytest
 
 import toyfeat as ft
 from toyfeat import losses
+from toyfeat.dictionary.shared_kl import _key_of
 from toyfeat.dictionary.types import MEMBERS, Output
 from toyfeat.lm.finetune import WindowTaps, finetune, window_batches
 
@@ -24,8 +25,7 @@ def problem():
     rng = np.random.default_rng(0)
     params = {"mix": rng.normal(size=(D, D)), "head": rng.normal(size=(D, V))}
     acts = rng.normal(size=(B, T, D))
-    weights = np.ones(N)
-    weights[2] = 0
+    weights = np.array([1, 2, 0, 0.5, 1, 3])
     recons = acts.reshape(1, N, D) + 0.3 * rng.normal(size=(P, N, D))
     return params, acts, weights / weights.sum(), recons
 
@@ -101,7 +101,7 @@ def test_draws_are_unbiased_for_the_curvature_of_a_token():
                 moved = np.asarray(jacobian[b, after, :, b, t]) @ change[b, t]
                 q = p[b, after]
                 spread = q @ moved**2 - (q @ moved) ** 2
-                wanted += weights.reshape(B, T)[b, t] * spread / 2
+                wanted += weights.reshape(B, T)[b, after] * spread / 2
         values = [
             members(losses.shared_kl(behind, draws=draws), jnp.asarray(recons))[0][0]
             for draws in (0, 20_000)
@@ -127,6 +127,13 @@ def test_the_model_has_no_axis_of_members():
     spliced = losses.spliced_kl(behind)
     text = str(jax.make_jaxpr(lambda x: members(spliced, x))(recons))
     assert f"[{P},{B},{T},{V}]" in text
+
+
+def test_draws_are_of_the_batch_and_not_of_the_order_of_its_sum():
+    acts = jnp.asarray(problem()[1], jnp.float32) * 1e4
+    key = jax.random.key_data(_key_of(acts))
+    np.testing.assert_array_equal(key, jax.random.key_data(_key_of(acts[:, ::-1])))
+    assert (key != jax.random.key_data(_key_of(acts + 1))).any()
 
 
 def test_what_it_cannot_do_is_said():
@@ -194,5 +201,3 @@ def test_a_population_lowers_the_kl_of_each_member():
     plain = tuned_by(None, starts, sae, params, acts)
     for mine, theirs in zip(shared, plain, strict=True):
         assert kl_of(mine) < 0.95 * kl_of(theirs)
-    with pytest.raises(ValueError, match="finetune: params must be of one dictionary"):
-        tuned_by(term, [], sae, params, acts)

@@ -12,8 +12,7 @@ import pytest
 from jax.tree_util import tree_map
 
 import toyfeat as ft
-from toyfeat.interop import hook_name, load_dictionary, site_name
-from toyfeat.interop.hooks import HOOKS
+from toyfeat.interop import load_dictionary, site_name
 
 safetensors = pytest.importorskip("safetensors.numpy")
 
@@ -99,7 +98,9 @@ def test_gemma_scope_of_the_stream_knows_its_hook(tmp_path):
     ],
 )
 def test_names_of_folders_of_gemma_scope_say_the_hook(tmp_path, repository, hook):
-    folder = tmp_path / "my-res" / repository / "layer_20/width_16k/average_l0_71"
+    # Folders of one's own around them are named like places.
+    mine = tmp_path / "layer_3-res" / "transcoders"
+    folder = mine / repository / "layer_20/width_16k/average_l0_71"
     folder.mkdir(parents=True)
     np.savez(folder / "params.npz", **tensors(), threshold=np.abs(draw(F)))
     loaded = load_dictionary(folder)
@@ -116,7 +117,11 @@ def test_a_layer_of_gemma_scope_2_has_writers_to_all_layers(tmp_path):
     assert loaded.metadata["layers"] == [1, 2]
     assert loaded.dictionary.config.d_out == 2 * D
     safetensors.save_file(stored, file)
-    with pytest.raises(ValueError, match=r"W_dec of \[latents, layers, D\], got"):
+    with pytest.raises(ValueError, match=r"W_dec of \[latents, layers, D\] up to"):
+        load_dictionary(file)
+    # No writers to its own layer.
+    safetensors.save_file({**stored, "w_dec": draw(F, 1, D)}, file)
+    with pytest.raises(ValueError, match="up to layer 1 or later, got"):
         load_dictionary(file)
     crosscoder = tmp_path / "crosscoder" / "layer_7_13_17_22_width_262k_l0_medium"
     crosscoder.mkdir(parents=True)
@@ -216,17 +221,24 @@ def test_transcoders_of_circuit_tracer(tmp_path, has_skip):
         }
     with pytest.raises(FileNotFoundError, match=r"known format for layer 3.*layer_5"):
         load_dictionary(tmp_path, layer=3)
+    for wrong in ("5", 5.0):
+        with pytest.raises(TypeError, match="load_dictionary: layer must be an int"):
+            load_dictionary(tmp_path, layer=wrong)
 
 
 @pytest.mark.parametrize(
     ("lines", "k"),
-    [("activation: topk  # of the k\nk: 3", 3), ("activation: relu", None)],
+    [
+        ("activation: topk  # of the k\nk: 3", 3),
+        ("\ufeffactivation: topk\nk: 3", 3),  # as editors begin a file
+        ("activation: relu", None),
+    ],
 )
 def test_settings_of_transcoders_say_which_codes_are_kept(tmp_path, lines, k):
     safetensors.save_file(
         {**tensors(), "W_enc": draw(F, D)}, tmp_path / "layer_0.safetensors"
     )
-    (tmp_path / "config.yaml").write_text(lines + "\n")
+    (tmp_path / "config.yaml").write_text(lines + "\n", encoding="utf-8")
     assert load_dictionary(tmp_path, layer=0).dictionary.config.k == k
     for wrong in ("activation: topk\nk: null", "activation: gelu"):
         (tmp_path / "config.yaml").write_text(wrong)
@@ -248,6 +260,9 @@ def test_a_layer_of_a_cross_layer_transcoder_writes_to_all_later_ones(tmp_path):
     assert loaded.metadata["layers"] == [1, 2, 3]
     of_file = load_dictionary(tmp_path / "W_enc_1.safetensors")
     tree_map(np.testing.assert_array_equal, of_file.params, loaded.params)
+    (tmp_path / "config.yaml").write_text("activation: topk\nk: 3\n")
+    with pytest.raises(ValueError, match="of ReLU or JumpReLU codes, got topk"):
+        load_dictionary(tmp_path, layer=1)
 
 
 OLD = {
@@ -292,7 +307,9 @@ def test_saelens_before_6(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"activation_fn_str": "tanh-relu"}, "activation_fn must be relu or topk"),
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn must be relu, or topk"),
+        ({"activation_fn_str": "topk"}, "got 'topk' with {}"),
+        ({"finetuning_scaling_factor": True}, "'finetuning_scaling_factor': True"),
         ({"normalize_activations": "layer_norm"}, "takes* activations as they are"),
         ({"architecture": "attention"}, "architecture 'attention' is not known"),
     ],
@@ -328,14 +345,3 @@ def test_what_is_no_dictionary(tmp_path):
     safetensors.save_file(wrong, tmp_path / "params.safetensors")
     with pytest.raises(ValueError, match=r"jumprelu wants tensors .*b_dec.*\(4,\)"):
         load_dictionary(tmp_path)
-
-
-def test_names_of_sites_and_hooks_are_one_to_one():
-    for site, hook in HOOKS.items():
-        assert hook_name(f"blocks_3/{site}") == f"blocks.3.{hook}"
-        assert site_name(f"blocks.3.{hook}") == f"blocks_3/{site}"
-    assert site_name(hook_name("embed")) == "embed"
-    with pytest.raises(ValueError, match="hook_name: site must be embed or blocks_<i>"):
-        hook_name("layers_0")
-    with pytest.raises(ValueError, match="site_name: hook must be hook_embed"):
-        site_name("blocks.3.hook_mlp_in")

@@ -3,12 +3,16 @@
 from dataclasses import replace
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import toyfeat as ft
 from toyfeat.jobs import Collect, Decompose, Evaluate, Job, Train, steps
+from toyfeat.jobs.finetune import finetune_job
 from toyfeat.jobs.latents import inspect_latents
+from toyfeat.jobs.tuning import Finetune, Tuning
 from toyfeat.jobs.workspace import open_job, probed_from, readout_from
 from toyfeat.lm.collect import read_chunks, tap_windows
 
@@ -30,7 +34,8 @@ def job_of(folder, out, readout="none", **more):
             every=3,
         ),
         decompose=Decompose(bases=("pca", "random"), ranks=(4,)),
-        train=Train(kinds=("acts",), ks=(2,), latents=24, steps=6, batch=64),
+        # More tokens a step than there are held-out ones, which nothing is trained on.
+        train=Train(kinds=("acts",), ks=(2,), latents=24, steps=6, batch=128),
         evaluate=Evaluate(windows=4, batch=2, uniform=0, largest=0),
         **more,
     )
@@ -87,6 +92,23 @@ def test_a_job_goes_from_the_text_to_its_latents(folder, tmp_path, source):
     assert all(abs(x.effect) > 0 for latent in latents for x in latent.attributed)
     held = {work.model.tokenizer.decode([i]) for i in work.held_out.ravel()}
     assert {t for x in latents for c in x.activating for t in c.tokens} <= held
+
+
+@pytest.mark.slow
+def test_dictionaries_are_fine_tuned_on_activations_alone(folder, tmp_path):
+    sae = ft.dictionaries.topk(16, 24, 2)
+    for i in range(2):
+        ft.interop.save_saelens(tmp_path / f"{i}", sae, sae.init(jax.random.key(i)))
+    settings = Finetune(
+        dictionaries=(str(tmp_path / "0"), str(tmp_path / "1")),
+        losses=(Tuning(), Tuning(name="shared", term="shared_kl")),
+        steps=2,
+        windows=2,
+    )
+    work = open_job(job_of(folder, tmp_path / "out", finetune=settings))
+    steps.collect_taps(work)
+    scored = {row["method"] for row in finetune_job(work) if "method" in row}
+    assert scored == {f"{x} {i}" for x in ("start", "mse", "shared") for i in (0, 1)}
 
 
 def test_what_needs_gradients_is_refused_before_work(folder, tmp_path):

@@ -3,6 +3,7 @@
 import runpy
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ LOSSES = (
     Tuning(name="kl", term="kl"),
     Tuning(name="near", term="expanded_kl", draws=2),
     Tuning(name="near mean", term="expanded_kl", draws=2, at="mean"),
-    Tuning(name="shared", term="shared_kl"),
+    Tuning(name="mse 0", term="shared_kl"),  # as a folder of the first is named
 )
 
 
@@ -168,25 +169,33 @@ def test_what_cannot_be_tuned_is_said_before(done, tmp_path, changes, message):
         finetune_job(work)
 
 
-def test_members_of_a_population_have_one_size(done, tmp_path):
+def test_members_of_a_population_are_alike(done, tmp_path):
     job = done[0].job
-    others = saved(tmp_path / "one"), saved(tmp_path / "larger", latents=32)
-    losses = (Tuning(name="all", term="shared_kl"),)
-    changed = replace(job.finetune, dictionaries=others, losses=losses)
-    work = done[0]._replace(job=replace(job, finetune=changed))
-    with pytest.raises(ValueError, match=r"all trains dictionaries side by side.*32"):
-        finetune_job(work)
+    first, larger = saved(tmp_path / "one"), saved(tmp_path / "more", latents=32)
+    alike = ft.dictionaries.topk(WIDTH, 24, 2)
+    other = alike._replace(config=alike.config._replace(apply_b_dec_to_input=False))
+    save_saelens(tmp_path / "raw", other, other.init(jax.random.key(0)))
+    raw = str(tmp_path / "raw")
+    for second, name in ((larger, "d_sae.*24, 32"), (raw, "apply_b_dec.*False")):
+        others = (first, second)
+        losses = (Tuning(name="all", term="shared_kl"),)
+        changed = replace(job.finetune, dictionaries=others, losses=losses)
+        work = done[0]._replace(job=replace(job, finetune=changed))
+        with pytest.raises(ValueError, match=f"all trains .* side by side.*{name}"):
+            finetune_job(work)
 
 
 def test_dictionaries_are_trained_side_by_side_once(done):
-    """Both are of one run, whose checkpoints have an axis of members."""
-    work, folder = done[0], f"{done[0].job.out}/finetune"
-    tuned = [load_saelens(f"{folder}/shared {i}/features")[1] for i in (0, 1)]
-    plain = [load_saelens(f"{folder}/mse {i}/features")[1] for i in (0, 1)]
+    """Both are of one run, in a folder that is not that of another loss."""
+    folder = Path(done[0].job.out) / "finetune"
+    tuned = [load_saelens(folder / f"mse 0 {i}" / "features")[1] for i in (0, 1)]
+    plain = [load_saelens(folder / f"mse {i}" / "features")[1] for i in (0, 1)]
     for mine, theirs in zip(tuned, plain, strict=True):
         assert np.abs(mine["W_dec"] - theirs["W_dec"]).max() > 1e-6
     assert np.abs(tuned[0]["W_dec"] - tuned[1]["W_dec"]).max() > 1e-3
-    assert len(work.job.finetune.dictionaries) == 2
+    trained = {path.parent.name for path in folder.glob("*/metrics.jsonl")}
+    assert {"mse 0", "mse 1", "mse 0 together"} <= trained
+    assert not {"mse 0 0", "mse 0 1"} & trained
 
 
 def test_the_example_is_a_job():

@@ -151,3 +151,33 @@ def test_the_tuned_lens_learns_what_the_model_will_say():
         lenses.tuned_lens(model(), params, [], steps=1)
     with pytest.raises(ValueError, match="learning_rate must be a finite number above"):
         lenses.tuned_lens(model(), params, [(tokens, None)], steps=1, learning_rate=0)
+
+
+def test_masks_of_a_divergence_are_of_every_token_and_may_be_empty():
+    tokens, params = windows(4), weights()
+    plain = lenses.logit_lens(model(), params)
+    far = functools.partial(lenses.output_divergence, model(), params, plain)
+    (site,) = plain.maps
+    wanted = far([(tokens, None)])[site]
+    none = np.zeros(tokens.shape)
+    found = far([(tokens, None), (tokens, none)])[site]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    with pytest.raises(ValueError, match="masks must leave a token or more, got none"):
+        far([(tokens, none)])
+    # One row for all windows would weigh them as one.
+    with pytest.raises(ValueError, match=r"output_divergence: mask must have shape"):
+        far([(tokens, none[0] + 1)])
+    with pytest.raises(ValueError, match=r"tuned_lens: mask must have shape"):
+        lenses.tuned_lens(model(), params, [(tokens, none[0] + 1)], steps=1)
+    with pytest.raises(TypeError, match="output_divergence: model must be"):
+        lenses.output_divergence(None, params, plain, [(tokens, None)])
+    # A batch without a token teaches nothing.
+    seen: list = []
+    lenses.tuned_lens(
+        model(),
+        params,
+        [(tokens, none)],
+        steps=1,
+        report=lambda step, losses: seen.append(float(losses[site])),
+    )
+    assert seen == [0]

@@ -10,7 +10,7 @@ from tiny_lens_model import CONFIG, model, weights, windows
 
 import toyfeat as ft
 from toyfeat import lens as lenses
-from toyfeat.models.decoder import Decoder, gpt2
+from toyfeat.models.decoder import Decoder, gpt2, llama
 
 
 def test_a_decoder_runs_from_every_site_to_every_later_one():
@@ -178,3 +178,11 @@ def test_a_model_without_the_three_functions_is_refused():
         lenses.check_model(probed, 2.0, jnp.ones((2, 3, 4)))
     with pytest.raises(TypeError, match="config must be a DecoderConfig, got Decoder"):
         lenses.from_decoder(Decoder(CONFIG))
+
+
+def test_rounding_of_bfloat16_is_no_later_position():
+    config = llama(vocab=48, layers=3, dim=16, heads=4, hidden=24, tied=True)
+    tokens = np.random.default_rng(0).integers(0, 47, (4, 8))
+    half = lenses.from_decoder(config, dtype=jnp.bfloat16)
+    params = Decoder(config).init(jax.random.key(0), jnp.zeros((1, 2), int))
+    lenses.check_model(half, jax.tree.map(lambda x: 1.5 * x, params), tokens)

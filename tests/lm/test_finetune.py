@@ -106,3 +106,19 @@ def test_a_dictionary_of_another_width_is_refused():
     other = {**PARAMS, "W_dec": PARAMS["W_dec"][:, :4]}
     with pytest.raises(ValueError, match="warm_start: params must have the shapes"):
         finetune(SAE, other, batches_of(), steps=STEPS, learning_rate=0.1)
+
+
+def test_parameters_of_something_else_are_refused():
+    for wrong in (None, [PARAMS, None], (SAE, PARAMS)):
+        with pytest.raises(TypeError, match="finetune: params must be names to arrays"):
+            finetune(SAE, wrong, batches_of(), steps=STEPS, learning_rate=0.1)
+    with pytest.raises(ValueError, match="finetune: params must be of one dictionary"):
+        finetune(SAE, (), batches_of(), steps=STEPS, learning_rate=0.1)
+
+
+def test_a_term_of_nothing_is_refused():
+    """Its size in the first batch is what it is divided by."""
+    nothing = taps()._replace(weights=np.zeros_like(taps().weights))
+    batches = batches_of(taps=nothing)
+    with pytest.raises(ValueError, match="finetune: fisher must be above 0 in the fir"):
+        finetune(SAE, PARAMS, batches, losses.fisher(), steps=STEPS, learning_rate=0.1)

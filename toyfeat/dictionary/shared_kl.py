@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.checks import check_function, check_int
-from toyfeat.dictionary.base import weighted_mean
 from toyfeat.dictionary.functional import RunBehind, Windows, require_windows
 from toyfeat.dictionary.types import MEMBERS, Inputs, Term
 from toyfeat.types import Array
@@ -40,7 +39,9 @@ def shared_kl(run: RunBehind, *, draws: int = 1) -> Term:
 
     Returns:
       :class:`Term` for taps with a context of :class:`Windows`, in a trainer of
-      :func:`toyfeat.population`.  In nats, mean over the tokens that count.
+      :func:`toyfeat.population`.  In nats, mean over the tokens that count; others
+      keep their activations.  With ``population(group=)`` the mean is that of a group,
+      for which the model is run once.
 
     Raises:
       TypeError: if ``run`` is no function, or ``draws`` no number.
@@ -54,11 +55,10 @@ def shared_kl(run: RunBehind, *, draws: int = 1) -> Term:
         own = inputs.out.recon * inputs.unit
         point = jax.lax.stop_gradient(_mean_over_members(own))
         # No member has an axis in what follows, so that the model is run once.
-        value, slope, grads = _expand(run, draws, windows, inputs.weights > 0, point)
+        value, slope, grads = _expand(run, draws, windows, inputs.weights, point)
         change = own - point
-        kl = value + jnp.sum(slope * change, axis=1)
         effect = jnp.einsum("knd,nd->kn", grads, change)
-        return weighted_mean(inputs, kl + jnp.sum(effect**2, axis=0) / 2)
+        return value + jnp.sum(slope * change) + jnp.sum(effect**2) / 2
 
     return Term("shared_kl", loss)
 
@@ -75,11 +75,11 @@ def _mean_over_members(values: Array) -> Array:
 
 
 def _expand(
-    run: RunBehind, draws: int, windows: Windows, counted: Array, point: Array
+    run: RunBehind, draws: int, windows: Windows, weights: Array, point: Array
 ) -> tuple[Array, Array, Array]:
-    """Compute the KL ``[N]``, its slope ``[N, E]`` and draws ``[K, N, E]``."""
+    """Compute the mean KL ``[]``, its slope ``[N, E]`` and draws ``[K, N, E]``."""
     shape = windows.acts.shape
-    counts = counted.reshape(*shape[:2], 1)
+    counts = weights.reshape(*shape[:2], 1) > 0
     behind = partial(run, windows.params, windows.entry)
     clean = jax.nn.log_softmax(behind(windows.acts))
 
@@ -89,25 +89,26 @@ def _expand(
     logits, pull = jax.vjp(splice, point)
     spliced = jax.nn.log_softmax(logits)
     kl = jnp.sum(jnp.exp(clean) * (clean - spliced), axis=2).reshape(-1)
-    # Backward from q - p of the tokens that count, and from q - onehot of labels.
-    (slope,) = pull(jnp.where(counts, jnp.exp(spliced) - jnp.exp(clean), 0))
+    # Backward from q - p, and from q - onehot of labels, each token by its weight.
+    shares = weights.reshape(*shape[:2], 1).astype(logits.dtype)
+    (slope,) = pull(shares * (jnp.exp(spliced) - jnp.exp(clean)))
     grads = jnp.zeros((0, *point.shape), point.dtype)
     if draws:
         keys = jax.random.split(_key_of(windows.acts), draws)
-        draw = partial(_draw, pull, spliced, counts)
+        draw = partial(_draw, pull, spliced, jnp.sqrt(shares))
         grads = jax.lax.map(draw, keys) / draws**0.5
-    return jax.lax.stop_gradient((kl, slope, grads))
+    return jax.lax.stop_gradient((jnp.sum(weights * kl), slope, grads))
 
 
-def _draw(pull: Any, log_probs: Array, counts: Array, key: Array) -> Array:
+def _draw(pull: Any, log_probs: Array, roots: Array, key: Array) -> Array:
     """Compute the gradients of the loss at a label drawn for every token."""
     labels = jax.random.categorical(key, log_probs)
     hits = jax.nn.one_hot(labels, log_probs.shape[2], dtype=log_probs.dtype)
-    return pull(jnp.where(counts, jnp.exp(log_probs) - hits, 0))[0]
+    return pull(roots * (jnp.exp(log_probs) - hits))[0]
 
 
 def _key_of(acts: Array) -> Array:
     """Make a key of the bits of a batch: other tokens, other draws."""
-    total = jnp.sum(acts.astype(jnp.float32))
-    bits = jax.lax.bitcast_convert_type(total, jnp.uint32)
-    return jax.random.fold_in(jax.random.key(0), bits)
+    # Sums of whole numbers are the same in any order, on any number of devices.
+    bits = jax.lax.bitcast_convert_type(acts.astype(jnp.float32), jnp.uint32)
+    return jax.random.fold_in(jax.random.key(0), jnp.sum(bits, dtype=jnp.uint32))

@@ -1,7 +1,6 @@
 """Dictionaries from the files of Gemma Scope 1 and 2, JumpReLU codes all of them."""
 
 import re
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ _PLACES = {
     "mlp_out": "hook_mlp_out",
     "-mlp/": "hook_mlp_out",
 }
+_TRANSCODER = "transcoder"
 _FOLDERS = 6  # from the repository to the file, in the cache of the hub, too
 
 
@@ -77,7 +77,7 @@ def load_params(path: Path, who: str) -> tuple[Dictionary, Params]:
         architecture=JUMP_RELU.name,
         d_in=dim,
         d_sae=latents,
-        d_out=dim if "transcoder" in _place(path.parent) else None,
+        d_out=dim if _innermost(_place(path.parent)) == _TRANSCODER else None,
         apply_b_dec_to_input=False,
         **JUMP_RELU.defaults,
     )
@@ -101,7 +101,7 @@ def load_second(folder: Path) -> Loaded:
     # A transcoder, which the files do not name, reads one place and writes another.
     known = settings(folder)
     transcodes = "W_skip" in tensors or bool(known.get("hf_hook_point_out"))
-    transcodes = transcodes or "transcoder" in _place(folder)
+    transcodes = transcodes or _innermost(_place(folder)) == _TRANSCODER
     about = {"format": "Gemma Scope 2", **hook(folder), **known}
     return make_loaded(source, tensors, about, transcodes=transcodes)
 
@@ -146,14 +146,20 @@ def settings(folder: Path) -> dict[str, Any]:
 def hook(folder: Path) -> dict[str, Any]:
     """Read the hook off the names of folders, as far as they say it."""
     text = _place(folder)
-    layer = re.search(r"layer_(\d+)", text)
-    # The innermost folder that names a place counts.
-    place, at = max(
-        ((place, text.rfind(place)) for place in _PLACES), key=itemgetter(1)
-    )
-    if layer is None or at < 0 or "transcoder" in text:
+    layers, place = re.findall(r"layer_(\d+)", text), _innermost(text)
+    if not layers or place in ("", _TRANSCODER):
         return {}
-    return {"hook_name": f"blocks.{layer[1]}.{_PLACES[place]}"}
+    return {"hook_name": f"blocks.{layers[-1]}.{_PLACES[place]}"}
+
+
+def _innermost(text: str) -> str:
+    """Find the place, or a transcoder, that the innermost folder names, if one does.
+
+    Folders of a reader's own, which the others are in, may be named like them.
+    """
+    names = (*_PLACES, _TRANSCODER)
+    at, name = max((text.rfind(name), name) for name in names)
+    return name if at >= 0 else ""
 
 
 def _place(folder: Path) -> str:

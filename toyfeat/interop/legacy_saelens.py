@@ -63,16 +63,18 @@ def upgrade(settings: dict[str, Any], source: Path) -> dict[str, Any]:
         name, new["k"] = "topk", options["k"]
     elif activation != "relu":
         raise ValueError(
-            f"{_WHO}: activation_fn must be relu or topk, got {activation!r}; it is in "
+            f"{_WHO}: activation_fn must be relu, or topk with k in "
+            f"activation_fn_kwargs, got {activation!r} with {options!r}; it is in "
             f"{source}, load it with SAELens and save it again"
         )
     # Runtime scalings would be needed with every input.
-    scaling = values.get("normalize_activations")
-    if scaling not in (None, False, "none") or values.get("finetuning_scaling_factor"):
+    names = ("normalize_activations", "finetuning_scaling_factor")
+    scalings = {name: values.get(name) for name in names}
+    if any(scaling not in (None, False, "none") for scaling in scalings.values()):
         raise ValueError(
             f"{_WHO}: wanted weights that take activations as they are, got "
-            f"normalize_activations = {scaling!r}; fold it into the weights with "
-            f"SAELens first; it is in {source}"
+            f"{scalings}; fold them into the weights with SAELens first; they are in "
+            f"{source}"
         )
     metadata = {key: values[key] for key in _METADATA if key in values}
     metadata["sae_lens_version"] = "6.0.0"  # of these settings, not of the training

@@ -45,7 +45,8 @@ def load_llama_scope(folder: Path) -> Loaded:
 
     With ``s = sqrt(D) / mean length``, of what is read and of what is written, codes
     are those of ``s_in x``, and what is written is divided by ``s_out``.  Codes are in
-    units of the rows of ``W_dec`` as they are stored, as in SAELens.
+    units of the rows of ``W_dec`` as they are stored, as in SAELens, or of rows of
+    length 1 where lengths count for which are the ``k`` largest.
 
     References:
       He et al. (2024), "Llama Scope"; ``SparseAutoEncoder.from_pretrained`` of

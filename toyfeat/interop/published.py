@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from toyfeat.checks import check_int
 from toyfeat.dictionary.types import Architecture
 from toyfeat.interop.dictionary_learning import load_dictionary_learning
 from toyfeat.interop.gemma_scope import load_first, load_second, load_second_layer
@@ -58,6 +59,7 @@ def load_dictionary(
     Raises:
       FileNotFoundError: if there is no such folder, or no file of a format in it.
       ValueError: if a file is damaged, or is of a kind that is not known here.
+      TypeError: if ``layer`` is no number.
       ImportError: without safetensors (``pip install "toyfeat[sae]"``).
 
     Example:
@@ -74,6 +76,8 @@ def load_dictionary(
       ('SAELens', 'blocks.3.hook_resid_post')
     """
     path = Path(path)
+    if layer is not None:
+        layer = check_int(WHO, "layer", layer, least=0, about=", or None")
     if not path.exists():
         raise FileNotFoundError(
             f"{WHO}: there is no {path}; give a folder on this disk (of the hub: "

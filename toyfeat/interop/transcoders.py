@@ -35,7 +35,11 @@ def load_transcoder(folder: Path, layer: int) -> Loaded:
 
 
 def load_cross_layer(folder: Path, layer: int) -> Loaded:
-    """Read a layer of a cross-layer transcoder, ``W_dec [M, layers, D]``."""
+    """Read a layer of a cross-layer transcoder, ``W_dec [M, layers, D]``.
+
+    Raises:
+      ValueError: if the ``k`` largest codes are kept, over all layers or in each.
+    """
     source = folder / f"W_dec_{layer}.safetensors"
     stored = dict(tensors_of(folder / f"W_enc_{layer}.safetensors", WHO))
     stored |= tensors_of(source, WHO)
@@ -44,7 +48,13 @@ def load_cross_layer(folder: Path, layer: int) -> Loaded:
     }
     if "W_enc" in tensors:
         tensors["W_enc"] = tensors["W_enc"].T
-    about = {"format": "cross-layer transcoder", **_about(_config(folder), layer)}
+    known = _config(folder)
+    if _kept(known, folder) is not None:
+        raise ValueError(
+            f"{WHO}: wanted a cross-layer transcoder of ReLU or JumpReLU codes, got "
+            f"topk in {folder / 'config.yaml'}; load it with its own library"
+        )
+    about = {"format": "cross-layer transcoder", **_about(known, layer)}
     return make_cross_layer(source, tensors, about, layer)
 
 
@@ -63,16 +73,18 @@ def make_cross_layer(
       layer: its own.
 
     Raises:
-      ValueError: if tensors are missing, or writers are not of several layers.
+      ValueError: if tensors are missing, or writers are not of layers.
     """
     names = {"W_enc", "W_dec", "b_enc", "b_dec"}
-    if not names <= set(tensors) or tensors["W_dec"].ndim != 3:
+    decoder = np.shape(tensors.get("W_dec", ()))
+    if not names <= set(tensors) or len(decoder) != 3 or not decoder[1]:
         shapes = {name: x.shape for name, x in tensors.items()}
         raise ValueError(
             f"{WHO}: {source} must have {sorted(names)} of a cross-layer transcoder "
-            f"with W_dec of [latents, layers, D], got {shapes}; others cannot be read"
+            f"with W_dec of [latents, layers, D] up to layer {layer} or later, got "
+            f"{shapes}; others cannot be read"
         )
-    latents, layers, width = tensors["W_dec"].shape
+    latents, layers, width = decoder
     tensors["W_dec"] = tensors["W_dec"].reshape(latents, layers * width)
     later = (layers - 1) * width
     for name in ("b_dec", "W_skip"):
@@ -89,7 +101,7 @@ def _config(folder: Path) -> dict[str, str]:
     source = folder / "config.yaml"
     if not source.is_file():
         return {}
-    text = source.read_text(encoding="utf-8", errors="replace")
+    text = source.read_text(encoding="utf-8-sig", errors="replace")
     pairs = re.findall(_LINE, text)
     return {key: value for key, value in pairs if value not in ("null", "~")}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from toyfeat.data.store import Store, shard_taps
 from toyfeat.dictionary import losses
-from toyfeat.dictionary.types import Dictionary, Term
+from toyfeat.dictionary.types import Config, Dictionary, Term
 from toyfeat.files.json import read_json
 from toyfeat.interop import load_saelens, save_saelens
 from toyfeat.jobs.config import Job
@@ -106,7 +106,8 @@ def _tune(
     """
     settings = work.job.finetune
     several = loss.term == "shared_kl"
-    name = loss.name if several else f"{loss.name} {numbers[0]}"
+    # No other loss has this folder: theirs end in numbers.
+    name = f"{loss.name} together" if several else f"{loss.name} {numbers[0]}"
     batches = window_batches(
         taps,
         windows=settings.windows,
@@ -216,7 +217,7 @@ def _read_windows(store: Store, job: Job) -> WindowTaps:
     return WindowTaps(
         by_window(lambda taps: taps.acts),
         by_window(lambda taps: taps.weights),
-        by_window(lambda taps: taps.grads),
+        by_window(lambda taps: taps.grads) if store.readouts else None,
     )
 
 
@@ -279,12 +280,13 @@ def _check_members(job: Job, starts: Sequence[tuple[Dictionary, Params]]) -> Non
     """Refuse dictionaries that cannot be trained side by side, where a loss does so."""
     configs = [sae.config for sae, _ in starts]
     shared = [loss.name for loss in job.finetune.losses if loss.term == "shared_kl"]
-    if shared and any(config != configs[0] for config in configs):
-        sizes = [(config.architecture, config.d_sae, config.k) for config in configs]
+    values = {name: [getattr(x, name) for x in configs] for name in Config._fields}
+    several = {name: x for name, x in values.items() if len(set(x)) > 1}
+    if shared and several:
         raise ValueError(
             f"finetune: {shared[0]} trains dictionaries side by side, which must be of "
-            f"one architecture, size and k, got {sizes}; name those in a job of their "
-            "own"
+            f"one architecture, size and k, and alike in all else, got {several}; name "
+            "those that are alike in a job of their own"
         )
 
 

@@ -146,20 +146,24 @@ def _train(
     report: Callable[[FitProgress], Any],
 ) -> Lens:
     """Train a tuned lens on the tokens that no fit skips."""
-    settings = work.job.lens
+    settings, num = work.job.lens, len(tokens)
+    batches = _batches(tokens, settings.batch, settings.skip_first, settings.skip_last)
 
     def show(step: int, losses: Any) -> None:
         if step % settings.every == 0 or step == settings.steps:
             jax.block_until_ready(losses)  # so that the progress is what is done
-            report(FitProgress(step, settings.steps, step * settings.batch))
+            rounds, rest = divmod(step, len(batches))
+            prompts = rounds * num + rest * settings.batch
+            report(FitProgress(step, settings.steps, prompts))
 
+    seen = min(num, settings.steps * settings.batch)
     return tuned_lens(
         model,
         work.model.params,
-        _batches(tokens, settings.batch, settings.skip_first, settings.skip_last),
+        batches,
         steps=settings.steps,
         learning_rate=settings.learning_rate,
-        about=_about(work) | {"prompts": settings.prompts},
+        about=_about(work) | {"prompts": seen},
         report=show,
     )
 

@@ -11,8 +11,8 @@ class FitLens:
     """Settings of the fit of a lens.
 
     Attributes:
-      kind: ``"jacobian"``, ``"second moment"`` or ``"tuned"``, which is trained and
-        takes no directions.
+      kind: ``"jacobian"``, ``"second moment"`` or ``"tuned"``, which is trained;
+        it takes no ``cotangents``, ``chunk``, ``chain``, ``frozen`` or ``seed``.
       prompts: windows of the training text.
       batch: windows at a time.
       every: batches between checkpoints, and between lines of progress.
@@ -24,7 +24,7 @@ class FitLens:
       frozen: whether attention patterns and norms are held fixed.
       layer_step: one of so many layers has a lens, from the first on.
       steps: batches that a tuned lens is trained on.
-      learning_rate: of its training.
+      learning_rate: of Adam, for a tuned lens.
       seed: of the directions.
     """
 

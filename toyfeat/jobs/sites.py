@@ -137,8 +137,9 @@ def open_training_taps(job: Job) -> TapSource:
 
 def model_taps(work: Workspace, name: str) -> TapSource:
     """Make taps of the training text straight from the model of a job."""
-    readout, num = readout_from(work.job), num_readouts(work.job)
-    return _taps_of(work, name, work.tokens, readout, num)
+    job = work.job
+    readout, num = readout_from(job), num_readouts(job)
+    return _taps_of(work, name, work.tokens, readout, num, job.train.batch)
 
 
 def held_out_taps(work: Workspace, name: str) -> TapSource:
@@ -149,12 +150,18 @@ def held_out_taps(work: Workspace, name: str) -> TapSource:
             f"activations are collected alone, got {work.job.collect.held_out}; raise "
             "it, or collect with another readout"
         )
-    readout = cached_readout("loss")
-    return _taps_of(work, name, work.held_out, readout, 1)
+    # Nothing is trained on them, whatever train.batch is.
+    tokens = work.held_out
+    return _taps_of(work, name, tokens, cached_readout("loss"), 1, tokens.size)
 
 
 def _taps_of(
-    work: Workspace, name: str, tokens: np.ndarray, readout: ReadoutOf, num: int
+    work: Workspace,
+    name: str,
+    tokens: np.ndarray,
+    readout: ReadoutOf,
+    num: int,
+    train_batch: int,
 ) -> TapSource:
     """Make taps of windows straight from the model of a job."""
     job = work.job
@@ -172,7 +179,7 @@ def _taps_of(
         dim=site_width(work.model.config, name),
         readouts=num,
         metadata=provenance(work, name),
-        train_batch=job.train.batch,
+        train_batch=train_batch,
         chunk_windows=job.collect.batch,
     )
 

@@ -10,7 +10,12 @@ import optax
 
 from toyfeat.checks import check_function, check_int, check_number, check_type
 from toyfeat.lens.maps import LensMap
-from toyfeat.lens.model import LensModel, check_model, residual_shape
+from toyfeat.lens.model import (
+    LensModel,
+    check_model,
+    mark_positions,
+    residual_shape,
+)
 from toyfeat.lens.reading import Lens, make_lens
 from toyfeat.meshes import everywhere, run_automatic
 from toyfeat.types import Array, Inputs, Params
@@ -47,8 +52,9 @@ def tuned_lens(
       :class:`Lens` of the kind ``"tuned"``.
 
     Raises:
-      ValueError: if there are no batches, a number is out of range, the lens to start
-        from has other sites or several maps per site, or the model cannot have a lens.
+      ValueError: if there are no batches, a mask has another shape, a number is out of
+        range, the lens to start from has other sites or several maps per site, or the
+        model cannot have a lens.
       TypeError: if an argument has the wrong type.
 
     References:
@@ -68,7 +74,7 @@ def tuned_lens(
 
     def update(maps: Any, state: Any, params: Params, inputs: Inputs, mask: Any) -> Any:
         acts = model.probed(params, inputs, {})[1]
-        gradient = jax.grad(_total_divergence, has_aux=True)
+        gradient = jax.grad(partial(_total_divergence, who), has_aux=True)
         slopes, losses = gradient(maps, model, params, acts, mask)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
             updates, state = adam.update(slopes, state)
@@ -101,23 +107,29 @@ def output_divergence(
       Mean of :math:`KL(p_L \| p_l)` over tokens, in nats, by site.
 
     Raises:
-      ValueError: if there are no batches.
-      TypeError: if the lens is none.
+      ValueError: if there are no batches or no tokens in them, a mask has another
+        shape, or the lens is of other sites than the model.
+      TypeError: if the lens or the model is none.
     """
     who = "output_divergence"
     check_type(who, "lens", lens, Lens, hint="make one with ft.lenses")
     _check_batches(who, batches)
+    residual_shape(model, params, batches[0][0], who)
 
     @jax.jit
     def measure(maps: Any, params: Params, inputs: Inputs, mask: Any) -> Any:
         acts = model.probed(params, inputs, {})[1]
-        return _total_divergence(maps, model, params, acts, mask)[1], _weight(
-            mask, acts[model.sites[-1]].shape[:2]
-        ).sum()
+        losses = _total_divergence(who, maps, model, params, acts, mask)[1]
+        return losses, _weight(who, mask, acts[model.sites[-1]]).sum()
 
     # Batches count by their tokens.
     parts = [measure(lens.maps, params, *batch) for batch in batches]
     total = sum(float(weight) for _, weight in parts)
+    if not total:
+        raise ValueError(
+            f"{who}: masks must leave a token or more, got none in {len(batches)} "
+            "batches; a mask is 1 where a token counts"
+        )
     return {
         site: sum(float(x[site]) * float(weight) for x, weight in parts) / total
         for site in lens.maps
@@ -154,27 +166,30 @@ def _first_maps(
     }
 
 
-def _weight(mask: Any, shape: tuple[int, ...]) -> Array:
-    """Weight of every token: 1 where the mask is not 0, or everywhere."""
-    counts = jnp.ones(shape) if mask is None else jnp.asarray(mask).astype(bool)
-    return counts.astype(jnp.result_type(float))
+def _weight(who: str, mask: Any, acts: Array) -> Array:
+    """Weight of every token ``[B, T]``: 1 where the mask is not 0, or everywhere."""
+    batch, time, _ = acts.shape
+    counts = mark_positions(who, "mask", mask, (batch, time), "a mask is [B, T]")
+    return counts.astype(bool).astype(jnp.result_type(float))
 
 
 def _total_divergence(
+    who: str,
     maps: dict[str, LensMap],
     model: LensModel,
     params: Params,
     acts: dict[str, Array],
     mask: Any,
 ) -> tuple[Array, dict[str, Array]]:
-    """Sum of the mean divergences of all sites, and each of them."""
+    """Sum of the mean divergences of all sites, and each of them; 0 of no tokens."""
     final = jax.nn.log_softmax(model.unembed(params, acts[model.sites[-1]]))
-    weights = _weight(mask, final.shape[:2]).astype(final.dtype)
+    weights = _weight(who, mask, final).astype(final.dtype)
+    weights = weights / jnp.maximum(jnp.sum(weights), 1)
     losses = {}
     # One lens for all of them, as it is read later.
     lens = make_lens(model, params, "tuned", maps)
     for site in maps:
         said = jax.nn.log_softmax(lens.read(site, acts[site]))
         divergence = jnp.sum(jnp.exp(final) * (final - said), axis=-1)
-        losses[site] = jnp.sum(weights * divergence) / jnp.sum(weights)
+        losses[site] = jnp.sum(weights * divergence)
     return sum(losses.values(), jnp.zeros(())), losses

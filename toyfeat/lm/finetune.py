@@ -166,13 +166,15 @@ def finetune(
       Parameters for taps in their own units, a list of them if a list was given.
 
     Raises:
-      ValueError: for parameters of another width or number of latents, or none; for
-        batches of fewer steps; for refreshes
-        of batches that are no function, or in a directory, where a run that was cut
-        off would need the batches of its own past.
+      TypeError: for parameters that are no dictionary's.
+      ValueError: for parameters of another width or number of latents, or none; for a
+        term that is not above 0 in the first batch; for batches of fewer steps; for
+        refreshes of batches that are no function, or in a directory, where a run that
+        was cut off would need the batches of its own past.
     """
     _check_refreshes(batches, refreshes, steps, directory)
     make = batches if not isinstance(batches, Batches) else lambda _: batches
+    params = _check_params(params)
     now = _made(make, params, steps)
     objective = (losses.reconstruction()._replace(coefficient=reconstruction),)
     if term is not None:
@@ -207,11 +209,6 @@ def _start(run: Trainer, params: Any, taps: Taps, **hyper: Any) -> TrainState:
     key = jax.random.key(0)
     if not isinstance(params, list):
         return warm_start(run, key, params, taps, **hyper)
-    if not params:
-        raise ValueError(
-            "finetune: params must be of one dictionary or more, got an empty list; "
-            "give the parameters of each"
-        )
     states = [warm_start(run, key, member, taps, **hyper) for member in params]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
@@ -222,6 +219,29 @@ def _in_own_units(dictionary: Dictionary, state: TrainState, params: Any) -> Any
         return denormalized(dictionary, state)
     members = (jax.tree.map(lambda x, i=i: x[i], state) for i in range(len(params)))
     return [denormalized(dictionary, member) for member in members]
+
+
+def _check_params(params: Any) -> Any:
+    """Return parameters of a dictionary, or a list of them.
+
+    Raises:
+      TypeError: if they are something else.
+      ValueError: if the list is empty.
+    """
+    several = isinstance(params, list | tuple)
+    for member in params if several else [params]:
+        if not isinstance(member, Mapping):
+            raise TypeError(
+                "finetune: params must be names to arrays of a dictionary, or a list "
+                f"of such, got {type(member).__name__}; give what load_saelens returns "
+                "second"
+            )
+    if several and not params:
+        raise ValueError(
+            "finetune: params must be of one dictionary or more, got an empty list; "
+            "give the parameters of each"
+        )
+    return list(params) if several else params
 
 
 def _made(make: Callable[[Params], Batches], params: Params, steps: int) -> Batches:
@@ -265,5 +285,11 @@ def _balance(
     # population the means over its members, which share a coefficient.
     _, sizes = jax.jit(run.update)(state, first)
     error, size = (float(jnp.mean(sizes[n])) for n in ("reconstruction", term.name))
+    if not size > 0:
+        raise ValueError(
+            f"finetune: {term.name} must be above 0 in the first batch, which sets its "
+            f"coefficient, got {size} beside a reconstruction error of {error}; give "
+            "tokens that count, and dictionaries that change the model"
+        )
     ratio = weight * error / size
     return start(**{term.name: float(f"{ratio:.3g}")})

@@ -20,7 +20,8 @@ def population(trainer: Trainer, *, group: int | None = None) -> Trainer:
 
     ``init(keys [P], **hyper)`` takes one key per member, and for every
     hyper-parameter one value or ``[P]`` of them; ``update`` gives every member the
-    same batch.  A member's result is that of training it alone.
+    same batch.  A member's result is that of training it alone, but
+    for terms of all members together (:func:`toyfeat.losses.shared_kl`).
 
     Args:
       trainer: of one member.

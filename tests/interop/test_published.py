@@ -244,6 +244,9 @@ def test_settings_of_transcoders_say_which_codes_are_kept(tmp_path, lines, k):
         (tmp_path / "config.yaml").write_text(wrong)
         with pytest.raises(ValueError, match=r"config.yaml in .* must have relu, jump"):
             load_dictionary(tmp_path, layer=0)
+    (tmp_path / "config.yaml").write_text('{"activation": "topk"}')
+    with pytest.raises(ValueError, match=r"config.yaml must have a line 'key: value'"):
+        load_dictionary(tmp_path, layer=0)
 
 
 def test_a_layer_of_a_cross_layer_transcoder_writes_to_all_later_ones(tmp_path):

@@ -97,12 +97,22 @@ def make_cross_layer(
 
 
 def _config(folder: Path) -> dict[str, str]:
-    """Read a ``config.yaml``, which has a key per line."""
+    """Read a ``config.yaml``, which has a key per line.
+
+    Raises:
+      ValueError: for a file that has text and no such line: what it says of the
+        activation function must not be missed.
+    """
     source = folder / "config.yaml"
     if not source.is_file():
         return {}
     text = source.read_text(encoding="utf-8-sig", errors="replace")
     pairs = re.findall(_LINE, text)
+    if text.strip() and not pairs:
+        raise ValueError(
+            f"{WHO}: {source} must have a line 'key: value' for every setting, got "
+            "none; write it as YAML, or take the file away for transcoders with ReLU"
+        )
     return {key: value for key, value in pairs if value not in ("null", "~")}
 
 

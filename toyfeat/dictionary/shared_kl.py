@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from toyfeat.checks import check_function, check_int
 from toyfeat.dictionary.functional import RunBehind, Windows, require_windows
 from toyfeat.dictionary.types import MEMBERS, Inputs, Term
+from toyfeat.tap.random_rules import draw_labels
 from toyfeat.types import Array
 
 
@@ -34,8 +35,8 @@ def shared_kl(run: RunBehind, *, draws: int = 1) -> Term:
 
     Args:
       run: the model behind the site.
-      draws: ``K``, labels per token, of the curvature: what a member does beside the
-        mean.  0 leaves it out.
+      draws: ``K``, stratified labels per token, of the curvature: what a member does
+        beside the mean.  0 leaves it out.
 
     Returns:
       :class:`Term` for taps with a context of :class:`Windows`, in a trainer of
@@ -94,17 +95,19 @@ def _expand(
     (slope,) = pull(shares * (jnp.exp(spliced) - jnp.exp(clean)))
     grads = jnp.zeros((0, *point.shape), point.dtype)
     if draws:
-        keys = jax.random.split(_key_of(windows.acts), draws)
-        draw = partial(_draw, pull, spliced, jnp.sqrt(shares))
-        grads = jax.lax.map(draw, keys) / draws**0.5
+        probs = jnp.exp(spliced)
+        keys = jax.random.split(_key_of(windows.acts), len(probs))
+        labels = jax.vmap(draw_labels, (0, 0, None))(keys, probs, draws)
+        by_draw = jnp.moveaxis(labels, 2, 0)
+        pull_label = partial(_pull_label, pull, probs, jnp.sqrt(shares))
+        grads = jax.lax.map(pull_label, by_draw) / draws**0.5
     return jax.lax.stop_gradient((jnp.sum(weights * kl), slope, grads))
 
 
-def _draw(pull: Any, log_probs: Array, roots: Array, key: Array) -> Array:
-    """Compute the gradients of the loss at a label drawn for every token."""
-    labels = jax.random.categorical(key, log_probs)
-    hits = jax.nn.one_hot(labels, log_probs.shape[2], dtype=log_probs.dtype)
-    return pull(roots * (jnp.exp(log_probs) - hits))[0]
+def _pull_label(pull: Any, probs: Array, roots: Array, labels: Array) -> Array:
+    """Compute gradients of the loss at a label of every token, by roots of weights."""
+    hits = jax.nn.one_hot(labels, probs.shape[2], dtype=probs.dtype)
+    return pull(roots * (probs - hits))[0]
 
 
 def _key_of(acts: Array) -> Array:

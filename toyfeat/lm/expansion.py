@@ -26,7 +26,7 @@ from toyfeat.dictionary.functional import RunBehind
 from toyfeat.dictionary.losses import Expansion
 from toyfeat.dictionary.types import Dictionary
 from toyfeat.lm.finetune import WindowTaps
-from toyfeat.lm.label_gradients import draw_labels
+from toyfeat.tap.random_rules import draw_labels
 from toyfeat.types import Array, ArrayLike, Params
 
 _PATHS: dict[str, Callable[[Array], Array]] = {

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from toyfeat.tap import readouts, rules
+from toyfeat.tap.random_rules import draw_labels
 from toyfeat.tap.readouts import Readout
 from toyfeat.types import Acts, Array, Outputs, Params, Probe, Probed
 
@@ -136,22 +137,6 @@ def _pull_labels(key: Array, probs: Array, head: Array, draws: int) -> Array:
     labels = draw_labels(key, probs, draws)
     mean = probs @ head.T
     return mean[None] - jnp.moveaxis(head.T[labels], 1, 0)
-
-
-def draw_labels(key: Array, probs: Array, draws: int) -> Array:
-    """Draw labels ``[T, K]`` of predictions ``[T, V]``, stratified over the draws."""
-    place, order = jax.random.split(key)
-    num = len(probs)
-    # One uniform number in each of K equal parts of [0, 1), the parts turned at random
-    # at every position: each draw alone is uniform, and independent between positions.
-    uniform = jax.random.uniform(place, (num, draws))
-    turn = jax.random.randint(order, (num, 1), 0, draws)
-    strata = (jnp.arange(draws)[None, :] + turn) % draws
-    points = (strata.astype(uniform.dtype) + uniform) / draws
-    # Labels by the inverse of the cumulative distribution, in units of its last value.
-    total = jnp.cumsum(probs, axis=1)
-    find = jax.vmap(lambda sums, x: jnp.searchsorted(sums, x * sums[-1], side="right"))
-    return jnp.minimum(find(total, points), probs.shape[1] - 1)
 
 
 def _pull_signs(key: Array, probs: Array, head: Array, draws: int) -> Array:

@@ -63,6 +63,22 @@ def _draw_per_input(
     return jax.vmap(draw_for_input, out_axes=1)(keys, outputs)
 
 
+def draw_labels(key: Array, probs: Array, draws: int) -> Array:
+    """Draw labels ``[T, K]`` of predictions ``[T, V]``, stratified over the draws."""
+    place, order = jax.random.split(key)
+    num = len(probs)
+    # One uniform number in each of K equal parts of [0, 1), the parts turned at random
+    # at every position: each draw alone is uniform, and independent between positions.
+    uniform = jax.random.uniform(place, (num, draws))
+    turn = jax.random.randint(order, (num, 1), 0, draws)
+    strata = (jnp.arange(draws)[None, :] + turn) % draws
+    points = (strata.astype(uniform.dtype) + uniform) / draws
+    # Labels by the inverse of the cumulative distribution, in units of its last value.
+    total = jnp.cumsum(probs, axis=1)
+    find = jax.vmap(lambda sums, x: jnp.searchsorted(sums, x * sums[-1], side="right"))
+    return jnp.minimum(find(total, points), probs.shape[1] - 1)
+
+
 def sampled_labels(options: tuple[Any, ...], outputs: Outputs, chunk: Chunk) -> Outputs:
     """Differentiate the loss against labels that are drawn from the model."""
     num, family, select = options

@@ -1,4 +1,5 @@
 import atexit
+import builtins
 import gc
 import os
 import shutil
@@ -77,3 +78,8 @@ def few_programs():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+def pytest_runtest_teardown():
+    """Take back the last value that a doctest leaves; tyro hashes all of builtins."""
+    vars(builtins).pop("_", None)

@@ -36,6 +36,10 @@ TASKS = {
     "quiet_and_loud": {"dim": 10, "quiet": 4, "loud": 6, "probability": 0.15},
 }
 
+# Of five colours and shapes the 25 sums explain the gradients of the norm as well, by a
+# code each, and which table moves less depends on the last bits of the training.
+WIDER = {"dim": 20, "colours": 7, "shapes": 7}
+
 EQUIVARIANT = {
     "ignored structure": planted.ignored_structure,
     "product space": planted.product_space,
@@ -286,6 +290,8 @@ def test_five_readers_in_a_plane_of_a_wider_layer_are_found(key):
 
 @functools.cache
 def task(name):
+    if name == "wider_product_space":
+        return planted.product_space(jax.random.key(0), **WIDER)
     return getattr(planted, name)(jax.random.key(0), **TASKS[name])
 
 
@@ -371,7 +377,7 @@ def test_tables_have_white_gradients_of_both_readouts():
 
 
 def test_shared_directions_are_refined_on_the_gradients():
-    name = "product_space"
+    name = "wider_product_space"
     true = np.asarray(task(name).truth.readers)
     tables, dictionaries = first_level(name)
     near, counts = shared_directions(dictionaries)
@@ -381,8 +387,9 @@ def test_shared_directions_are_refined_on_the_gradients():
     # Some directions are left out, of low support.
     near = tables.coordinates.directions(near)
     cosines = np.abs(near @ agreed.rows.T)
-    same = cosines.argmax(0)
     assert cosines.max(0).min() >= 0.95
+    # Of those near a refined one the one of the largest support, which comes first.
+    same = (cosines >= 0.95).argmax(0)
     assert len(set(same)) == len(agreed.rows)
     np.testing.assert_array_equal(counts[same], agreed.supports)
     lost = [

@@ -80,6 +80,6 @@ def key():
     return jax.random.key(0)
 
 
-def pytest_runtest_teardown():
+def pytest_runtest_setup():
     """Take back the last value that a doctest leaves; tyro hashes all of builtins."""
     vars(builtins).pop("_", None)

@@ -29,11 +29,17 @@ def draw_importances(path: Path, name: str, seeds: list[dict[str, Any]]) -> None
         len(sites), len(seeds), squeeze=False, figsize=size, layout="constrained"
     )
     image: Any = None
+    colours = plt.get_cmap("Blues", 16)  # few of them make a small file
     for line, site in zip(axes, sites, strict=True):
         for axis, alone, seed in zip(line, seeds, range(len(seeds)), strict=True):
             values = np.asarray(alone[site])
             image = axis.imshow(
-                sorted_columns(values), vmin=0, vmax=1, cmap="Blues", aspect="auto"
+                sorted_columns(values),
+                vmin=0,
+                vmax=1,
+                cmap=colours,
+                aspect="auto",
+                interpolation="nearest",
             )
             axis.set_xticks([])
             axis.set_yticks([])

@@ -33,7 +33,7 @@ from toyfeat.jobs.config import Collect, Evaluate, Job, Train
 from toyfeat.jobs.results import Rows
 from toyfeat.jobs.workspace import Workspace, open_job
 from toyfeat.lm.finetune import WindowTaps, finetune, window_batches
-from toyfeat.lm.split import HeldOut, SplitDecoder, split_at, tap_held_out
+from toyfeat.lm.split import SplitDecoder, split_at, tap_held_out
 from toyfeat.types import Params
 
 LENGTH = 64
@@ -315,12 +315,8 @@ def main(settings: Settings) -> None:
     for name, cpu in seconds.items():
         rows.add({"row": "tap cpu", "taps": name, "seed": -1}, {"cpu": float(cpu)})
 
-    @cache
-    def held() -> HeldOut:
-        return tap_held_out(
-            split, work.model.params, work.held_out, mean, batch=sizes.tap_batch
-        )
-
+    text = split, work.model.params, work.held_out, mean
+    held = cache(lambda: tap_held_out(*text, batch=sizes.tap_batch))
     tapped = cache(lambda n: tap_part(n, parts[1]))
     starts = cache(lambda seed: train_base(sizes, base, seed, folder))
     study = Study(

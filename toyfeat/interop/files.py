@@ -159,3 +159,30 @@ def check_tensors(dictionary: Dictionary, tensors: dict[str, Any], who: str) -> 
             f"{who}: {dictionary.architecture.name} wants tensors {wanted}, got "
             f"{shapes}"
         )
+
+
+def checked_tensors(
+    dictionary: Dictionary, params: Params, who: str
+) -> dict[str, np.ndarray]:
+    """Return parameters as float32, or refuse what SAELens could not read.
+
+    Args:
+      dictionary: what the parameters belong to.
+      params: its parameters.
+      who: name of the function, for errors.
+
+    Raises:
+      ValueError: for a linear path, other tensors than the dictionary's, or NaN.
+    """
+    tensors = {name: np.asarray(x, np.float32) for name, x in params.items()}
+    if "W_skip" in tensors:
+        raise ValueError(
+            f"{who}: wanted codes alone, got a linear path beside them (W_skip); "
+            "keep the published files, or write the tensors with toyfeat.save_tree"
+        )
+    check_tensors(dictionary, tensors, who)
+    if bad := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
+        raise ValueError(
+            f"{who}: {', '.join(bad)} must be finite; the training diverged"
+        )
+    return tensors

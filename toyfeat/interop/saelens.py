@@ -87,18 +87,7 @@ def save_saelens(
     save_file: Any = saver("save_saelens")
     architecture, config = dictionary.architecture, dictionary.config
     saved_as = _saved_as(architecture, config)
-    # Check the tensors.
-    tensors = {name: np.asarray(x, np.float32) for name, x in params.items()}
-    if "W_skip" in tensors:
-        raise ValueError(
-            "save_saelens: wanted codes alone, got a linear path beside them (W_skip); "
-            "keep the published files, or write the tensors with toyfeat.save_tree"
-        )
-    files.check_tensors(dictionary, tensors, "save_saelens")
-    if bad := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
-        raise ValueError(
-            f"save_saelens: {', '.join(bad)} must be finite; the training diverged"
-        )
+    tensors = files.checked_tensors(dictionary, params, "save_saelens")
     # Split off what SAELens does not know, fold what it has in another form.
     config, extra, about = extra_tensors.split_extra(
         architecture, saved_as, config, tensors

@@ -169,7 +169,7 @@ def _train(
 
 
 def _about(work: Workspace) -> dict[str, Any]:
-    """What a file says of the model of its lens."""
+    """Name the model of a lens and its weights, for the file."""
     return {"model": work.model.name, "revision": work.weights}
 
 

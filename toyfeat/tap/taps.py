@@ -203,18 +203,17 @@ def _tap_chunk(
         else:
             acts = run({})[1]
             grads = _path_gradients(run, zeros, cotangents, readout.scales)
-    split = partial(split_like, tree=inputs)
-    # Flatten inputs and positions to examples; the K readouts go before the width.
     return {
-        site: Taps(
-            acts=split(_flatten(acts[site])),
-            grads=split(_flatten(jnp.moveaxis(grads[site], 0, -2), 2))
-            if grads
-            else None,
-            weights=split(_example_weights(mask, zeros[site].shape)),
-        )
-        for site in sites
+        site: _as_examples(acts[site], grads.get(site), mask, inputs) for site in sites
     }
+
+
+def _as_examples(acts: Array, grads: Any, mask: Any, inputs: Inputs) -> Taps:
+    """Flatten inputs and positions; the K readouts go before the width."""
+    split = partial(split_like, tree=inputs)
+    if grads is not None:
+        grads = split(_flatten(jnp.moveaxis(grads, 0, -2), 2))
+    return Taps(split(_flatten(acts)), grads, split(_example_weights(mask, acts.shape)))
 
 
 def _flatten(x: Array, trailing: int = 1) -> Array:

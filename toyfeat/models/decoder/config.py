@@ -142,13 +142,7 @@ class DecoderConfig:
         check_factors({name: getattr(self, name) for name in _FACTORS})
         check_window(self.window, self.local_layers, self.layers)
         # Kinds and flags.
-        activations = get_args(Activation)
-        if self.activation not in activations:
-            raise ValueError(
-                f"decoder: activation must be one of {', '.join(activations)}, got "
-                f"{show_value(self.activation)}; give one of these"
-            )
-        for name, kinds in _KINDS.items():
+        for name, kinds in {"activation": get_args(Activation), **_KINDS}.items():
             if getattr(self, name) not in kinds:
                 raise ValueError(
                     f"decoder: {name} must be one of {', '.join(kinds)}, got "

@@ -3,6 +3,7 @@
     python benchmarks/small_decoder.py                       # once, for the first line
     python benchmarks/functional.py --model small
     python benchmarks/functional.py --model smollm2
+    python benchmarks/functional.py --model large    # SmolLM2, a million tokens
 
 TopK dictionaries are trained on the activations of a site, then each is fine-tuned on
 other tokens by its reconstruction error alone, with the second-order KL from gradients
@@ -23,7 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from functional_expansion import EXPANSIONS, Expansions, compare_errors
+from functional_genre import mail_windows
 from functional_shared import population_tuner
+from functional_sizes import LENGTH, START, STUDIES, Sizes
 from functional_taps import stored_taps
 from functional_tools import error_sizes, quadratic, scorer
 from harness import parse_command
@@ -36,34 +39,14 @@ from toyfeat.lm.finetune import WindowTaps, finetune, window_batches
 from toyfeat.lm.split import SplitDecoder, split_at, tap_held_out
 from toyfeat.types import Params
 
-LENGTH = 64
 NUM_MAIN = 6
-
-
-class Sizes(NamedTuple):
-    """Sizes of a study: numbers of windows, latents, steps."""
-
-    model: str
-    site: str
-    base: int
-    tune: int
-    held_out: int
-    latents: int
-    k: int
-    batch: int
-    base_batch: int
-    base_epochs: int
-    tap_batch: int
-    draws: int
-    seeds: tuple[int, ...]
-    rows: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is run."""
 
-    model: Literal["small", "smollm2"] = "small"
+    model: Literal["small", "smollm2", "large"] = "small"
     out: Path = Path("out/functional")
     seeds: tuple[int, ...] = ()
     """All of the study by default; others may run beside them."""
@@ -71,49 +54,6 @@ class Settings:
     """In this order; those of the study by default."""
     only_taps: bool = False
     """Stop when activations and gradients are on disk."""
-
-
-SMALL_ROWS = (
-    "mse, kl, labels 8, labels 1, true 1, labels 4, quadratic, signs 8, "
-    "labels 8 huber, window 8, labels 8 log, kl alone, kl clean prefix, expand 0, "
-    "expand 4, expand 4 x4, mixed 4, borrowed 4, mean 4, mean 1, path slope 8, "
-    "path value 8, expand 0 x4, shared 0, shared 1, shared 2"
-)
-SMOLLM2_ROWS = "mse, kl, shared 0, shared 1, shared 2, mean 2 w.03, mean 4 w.03, mean 4"
-STUDIES = {
-    "small": Sizes(
-        model="out/small_decoder",
-        site="blocks_1/resid_post",
-        base=4096,
-        tune=2048,
-        held_out=512,
-        latents=512,
-        k=8,
-        batch=8,
-        base_batch=512,
-        base_epochs=3,
-        tap_batch=32,
-        draws=8,
-        seeds=(0, 1, 2),
-        rows=tuple(SMALL_ROWS.split(", ")),
-    ),
-    "smollm2": Sizes(
-        model="smollm2",
-        site="blocks_15/resid_post",
-        base=2048,
-        tune=512,
-        held_out=96,
-        latents=1152,
-        k=16,
-        batch=2,
-        base_batch=256,
-        base_epochs=6,
-        tap_batch=8,
-        draws=4,
-        seeds=(0, 1),
-        rows=tuple(SMOLLM2_ROWS.split(", ")),
-    ),
-}
 
 
 def open_study(sizes: Sizes, out: Path) -> Workspace:
@@ -124,7 +64,7 @@ def open_study(sizes: Sizes, out: Path) -> Workspace:
         tokens=tokens,
         held_out=sizes.held_out * LENGTH,
         length=LENGTH,
-        start=0 if sizes.model != "smollm2" else 1,
+        start=START if sizes.model == "smollm2" else 0,
     )
     return open_job(
         Job(
@@ -209,7 +149,7 @@ class Study(NamedTuple):
     rows: Rows
     tapped: Callable[[str], dict[str, np.ndarray]]
     expansions: Expansions
-    score: Callable[[Any, Params], dict[str, float]]
+    scorers: dict[str, Callable[[Any, Params], dict[str, float]]]
     tune_member: Callable[..., Any]
 
 
@@ -217,7 +157,11 @@ def score(
     study: Study, name: str, seed: int, sae: Any, params: Any, **more: Any
 ) -> None:
     """Score a dictionary on held-out text, and write the row."""
-    scores = study.score(sae, params)
+    scores = {
+        f"{text} {figure}".strip(): value
+        for text, score_on in study.scorers.items()
+        for figure, value in score_on(sae, params).items()
+    }
     study.rows.add({"row": name, "seed": seed}, {**scores, **more})
     print(name, seed, scores, more, flush=True)
 
@@ -315,8 +259,13 @@ def main(settings: Settings) -> None:
     for name, cpu in seconds.items():
         rows.add({"row": "tap cpu", "taps": name, "seed": -1}, {"cpu": float(cpu)})
 
-    text = split, work.model.params, work.held_out, mean
-    held = cache(lambda: tap_held_out(*text, batch=sizes.tap_batch))
+    model, batch = work.model.params, sizes.tap_batch
+    held = cache(lambda: tap_held_out(split, model, work.held_out, mean, batch=batch))
+    scorers = {"": scorer(split, model, held, batch)}
+    if sizes.genre:
+        mail = mail_windows(work.model, sizes.genre, LENGTH)
+        of_mail = cache(lambda: tap_held_out(split, model, mail, mean, batch=batch))
+        scorers["mail"] = scorer(split, model, of_mail, batch)
     tapped = cache(lambda n: tap_part(n, parts[1]))
     starts = cache(lambda seed: train_base(sizes, base, seed, folder))
     study = Study(
@@ -326,9 +275,11 @@ def main(settings: Settings) -> None:
         folder,
         rows,
         tapped,
-        Expansions(split.run, work.model.params, tapped, sizes.draws, starts),
-        scorer(split, work.model.params, held, sizes.tap_batch),
-        population_tuner(split.run, work.model.params, tapped, starts, sizes.batch),
+        Expansions(split.run, model, tapped, sizes.draws, starts),
+        scorers,
+        population_tuner(
+            split.run, model, tapped, starts, sizes.batch, sizes.population
+        ),
     )
     # Rows of the main question at all seeds before those that isolate a fault.
     for names in (rows_of[:NUM_MAIN], rows_of[NUM_MAIN:]):
@@ -338,7 +289,7 @@ def main(settings: Settings) -> None:
     if 0 not in (settings.seeds or sizes.seeds):
         return
     sae, params = starts(0)
-    error_sizes(split, work.model.params, held(), sae, params, rows)
+    error_sizes(split, model, held(), sae, params, rows)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from functional_expansion import POPULATION
 
 import toyfeat as ft
 from toyfeat.lm.finetune import WindowTaps, finetune, window_batches
@@ -21,6 +20,7 @@ def population_tuner(
     tapped: Callable[[str], dict[str, np.ndarray]],
     starts: Callable[[int], tuple[Any, Params]],
     windows: int,
+    population: int,
 ) -> Callable[..., Member]:
     """Return a function that fine-tunes a population once, for all of its members.
 
@@ -30,6 +30,7 @@ def population_tuner(
       tapped: name of taps to taps of all windows.
       starts: seed to dictionary and parameters before fine-tuning.
       windows: of a step; every window is used once.
+      population: how many dictionaries are tuned together.
 
     Returns:
       ``(row, seed, rate, weight) -> (params, seconds)`` of a member, for rows named
@@ -50,7 +51,7 @@ def population_tuner(
         times = [time.process_time()]
         tuned = finetune(
             starts(0)[0],
-            [starts(seed)[1] for seed in range(POPULATION)],
+            [starts(seed)[1] for seed in range(population)],
             batches,
             ft.losses.shared_kl(run, draws=int(row.split(" ")[1])),
             steps=steps,
@@ -59,7 +60,7 @@ def population_tuner(
             on_chunk=lambda *_: times.append(time.process_time()),
         )
         chunks = np.diff(times[1:])  # the first compiles
-        return tuned, float(np.median(chunks)) * (len(times) - 1) / POPULATION
+        return tuned, float(np.median(chunks)) * (len(times) - 1) / population
 
     def tune_member(row: str, seed: int, rate: float, weight: float) -> Member:
         members, seconds = tune_all(row, rate, weight)

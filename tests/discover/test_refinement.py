@@ -2,13 +2,9 @@ import numpy as np
 import pytest
 from planted_atoms import planted, turned, unit
 
-from toyfeat.discover.refinement import (
-    _choose_table,
-    _most_supported,
-    refine_directions,
-)
+from toyfeat.discover.refinement import _most_supported, refine_directions
 from toyfeat.discover.sparse_coding import needed_atoms
-from toyfeat.discover.sparse_fit import fit_sparsely
+from toyfeat.discover.sparse_fit import fit_sparsely, fit_tables, order_fits
 
 
 def dense(atoms):
@@ -136,6 +132,52 @@ def test_the_first_table_counts_unless_directions_move_less_in_another():
         assert np.abs(np.sum(moved * bases[counts], axis=1)).min() > 0.9999
 
 
+def colours_and_shapes(colours=4, shapes=6, dim=16):
+    """Parts, their sums, and rows of sums alone and of parts by any two numbers."""
+    rng = np.random.default_rng(3)
+    parts = unit(rng.normal(size=(colours + shapes, dim)))
+    first, second = rng.integers(colours, size=2000), rng.integers(shapes, size=2000)
+    pairs = parts[first], parts[colours + second]
+    sums = unit((parts[:colours, None] + parts[None, colours:]).reshape(-1, dim))
+    codes = rng.normal(size=(2, 2000, 1))
+    return parts, sums, pairs[0] + pairs[1], codes[0] * pairs[0] + codes[1] * pairs[1]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(("shapes", "parts_there"), [(2, 2), (6, 2), (6, 6)])
+def test_parts_come_back_and_not_their_sums(place, shapes, parts_there):
+    """Sums explain one table with a code, their parts explain both with two.
+
+    On the table of sums they are left alone, or with the parts.
+    """
+    parts, sums, of_sums, of_parts = colours_and_shapes(shapes=shapes)
+    near = np.concatenate([turned(parts, 0.1), sums])
+    sizes = len(parts), len(sums)
+    tables, supports = [of_sums], [np.repeat([parts_there, 6], sizes)]
+    tables.insert(place, of_parts)
+    supports.insert(place, np.repeat([6, 2], sizes))
+    fits = fit_tables(near, tables)
+    assert order_fits(near, fits) == [1 - place, place]  # sums did not move
+    assert (fits[1 - place].k, fits[place].k) == (1, 2)
+    found = refine_directions(near, tables, cosine=0.9, supports=supports)
+    assert np.flatnonzero(found.kept).tolist() == list(range(len(parts)))
+    assert np.abs(np.sum(found.directions * parts, axis=1)).min() > 0.9999
+
+
+def test_few_directions_of_another_table_do_not_replace_what_they_do_not_explain():
+    _, sums, of_sums, _ = colours_and_shapes(10, 10, dim=20)
+    span = np.linalg.svd(sums, full_matrices=False)[2][:19]
+    others, _, of_others = planted(9, dim=19, num=20)
+    near = np.concatenate([turned(others, 0.1) @ span, sums])
+    tables = [of_sums, of_others @ span]
+    supports = [np.repeat(s, [20, 100]) for s in ([2, 6], [6, 2])]
+    fits = fit_tables(near, tables)
+    assert order_fits(near, fits) == [0, 1]
+    assert (fits[0].k, fits[1].k) == (1, 2)
+    found = refine_directions(near, tables, cosine=0.9, supports=supports)
+    assert np.flatnonzero(found.kept).tolist() == list(range(20, 120))
+
+
 @pytest.mark.parametrize(("num", "kept"), [(7, 8), (8, 8)])
 def test_nothing_is_left_out_with_fewer_than_four_dimensions_per_code(num, kept):
     """Rows are two of seven or eight; the sum of two is in the way."""
@@ -210,10 +252,11 @@ def test_a_table_at_the_limit_of_what_is_few_comes_last():
     largest_first = np.argsort(np.argsort(-np.abs(at_limit)))
     at_limit *= 0.78**largest_first  # every code takes two fifths of what is left
     for tables, place in (([at_limit, pairs], 1), ([pairs, at_limit], 0)):
-        chosen, fits = _choose_table(atoms, tables)
-        assert (chosen, fits[place].k) == (place, 2)
-    chosen, fits = _choose_table(atoms, [at_limit])
-    assert fits[chosen].k == fits[chosen].most == 8
+        fits = fit_tables(atoms, tables)
+        assert (order_fits(atoms, fits), fits[place].k) == ([place], 2)
+    fits = fit_tables(atoms, [at_limit])
+    assert order_fits(atoms, fits) == [0]
+    assert fits[0].k == fits[0].most == 8
     for rows, clear in ((at_limit, False), (pairs, True)):
         refined = refine_directions(atoms, [rows], cosine=0.9)
         assert (refined.explain, refined.clear) == (True, clear)

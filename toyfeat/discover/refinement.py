@@ -1,6 +1,7 @@
 """Make directions exact that are near the atoms of a table of sparse rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +21,11 @@ from toyfeat.discover.sparse_fit import (
     MAX_ERROR,
     SparseFit,
     abs_cosines,
-    fit_sparsely,
+    explains,
+    fit_tables,
+    is_clear,
     next_count,
+    order_fits,
     run_mod,
     spread_rows,
 )
@@ -55,13 +59,15 @@ _USED_SHARE = 1e-2
 # |cos| from which two directions of a plane are the same, where many are close.
 _PLANE_COSINE = 0.99
 
-# How many times as far as in another table the median direction may move in the first
-# one.  docs/research.md, section 11, "Which readout, again"; 3 was worse.
-_MOVE_RATIO = 1.5
-
 # Dimensions per code from which elimination is right: with fewer, wrong directions are
 # as sparse as true ones.  docs/research.md, section 11.
 _MIN_DIMS_PER_CODE = 4
+
+
+# Directions of another table, as a share of those of the best one, that are parts of
+# sums: n + m parts have n * m sums, which with their parts are twice as many or more.
+# docs/research.md, section 17.
+_PARTS_SHARE = 0.5
 
 
 class RefinedDirections(NamedTuple):
@@ -127,12 +133,38 @@ def refine_directions(
       ``docs/research.md``, section 10 for the fit, section 11 for the choice of the
       table and for what is left out, sections 14 and 15 for the supports.
     """
-    place, fits = _choose_table(directions, tables)
+    fits = fit_tables(directions, tables)
     if not fits:
         every = np.ones(len(directions), bool)
         return RefinedDirections(directions, every, explain=False, clear=False)
+    place, *others = order_fits(directions, fits)
+    refine = partial(
+        _refine_on, fits=fits, directions=directions, supports=supports, cosine=cosine
+    )
+    best = refine(place)
+    for other in others:
+        if fits[other].k <= fits[place].k:  # sums take fewer codes than their parts
+            continue
+        parts = refine(other)
+        if explains(fits[place], parts.directions) and (
+            not explains(fits[other], best.directions)
+            or len(parts.directions) <= _PARTS_SHARE * len(best.directions)
+        ):
+            best, place = parts, other
+    return best
+
+
+def _refine_on(
+    place: int,
+    *,
+    fits: Mapping[int, SparseFit],
+    directions: np.ndarray,
+    supports: Sequence[ArrayLike] | None,
+    cosine: float,
+) -> RefinedDirections:
+    """Refine directions on one of the tables that are sparse in them."""
     best = fits[place]
-    clear = _is_clear(best)
+    clear = is_clear(best)
 
     # The directions of largest support that explain it as well.
     chosen = np.ones(len(directions), bool)
@@ -141,7 +173,7 @@ def refine_directions(
     if supports is not None:
         others = [part for i, part in enumerate(supports) if i != place]
         if others:  # what they have as well is not what one table leaves
-            sparse = any(_is_clear(fit) for i, fit in fits.items() if i != place)
+            sparse = any(is_clear(fit) for i, fit in fits.items() if i != place)
             elsewhere = np.min(others, axis=0) >= _MIN_ELSEWHERE
             least_per_use[elsewhere] = 0 if sparse else _ABSENT_PER_USE
         support = np.asarray(supports[place])
@@ -188,44 +220,6 @@ def _find_needed(
         sure = None if certain is None else certain[needed]
         needed[needed] = needed_atoms(rows, directions[needed], fit.k, certain=sure)
     return needed
-
-
-def _choose_table(
-    directions: np.ndarray, tables: Sequence[ArrayLike]
-) -> tuple[int, dict[int, SparseFit]]:
-    """Choose the table that is sparse in directions.
-
-    Returns:
-      Its place, and the fits to all tables that are sparse in them, by their places.
-    """
-    found = [fit_sparsely(table, directions) for table in tables]
-    fits = {i: fit for i, fit in enumerate(found) if fit}
-    if not fits:
-        return 0, fits
-
-    # Those that are explained whole come before those that leave a remainder.
-    least = min(fit.limit for fit in fits.values())
-    best = {i: fit for i, fit in fits.items() if fit.limit in (least, MAX_ERROR)}
-    # Those that need all codes that count as few come last.
-    best = {i: fit for i, fit in best.items() if _is_clear(fit)} or best
-
-    # The table in which directions move least; the first one has an advantage.
-    first = min(best)
-    moves = {
-        i: (1 - np.median(abs_cosines(fit.atoms, directions)))
-        / (_MOVE_RATIO if i == first else 1)
-        for i, fit in best.items()
-    }
-    return min(moves, key=moves.__getitem__), fits
-
-
-def _is_clear(fit: SparseFit) -> bool:
-    """Tell whether fewer codes explain a table than still count as few.
-
-    With codes for half of its dimensions nearly any directions explain it; one code is
-    few in any number of them.
-    """
-    return fit.k < fit.most or fit.most == 1
 
 
 def _most_supported(

@@ -1,5 +1,6 @@
 """Fits of directions to rows that are sparse in them, with as few codes as will do."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +59,11 @@ _MIN_INSIDE = 0.999
 CHOICE_ROWS = 6000
 
 
+# How many times as far as in another table the median direction may move in the first
+# one.  docs/research.md, section 11, "Which readout, again"; 3 was worse.
+_MOVE_RATIO = 1.5
+
+
 class SparseFit(NamedTuple):
     """A table that few directions per row explain.
 
@@ -110,6 +116,47 @@ def fit_sparsely(table: ArrayLike, directions: np.ndarray) -> SparseFit | None:
         limit = _REMAINDER_RATIO * error
         return SparseFit(table, rows, dim, most, limit, counts[-1], atoms)
     return None
+
+
+def fit_tables(
+    directions: np.ndarray, tables: Sequence[ArrayLike]
+) -> dict[int, SparseFit]:
+    """Fit all tables that are sparse in directions, by their places."""
+    found = [fit_sparsely(table, directions) for table in tables]
+    return {i: fit for i, fit in enumerate(found) if fit}
+
+
+def order_fits(directions: np.ndarray, fits: Mapping[int, SparseFit]) -> list[int]:
+    """Return the places of the tables that may refine directions, the best first."""
+    # Those that are explained whole come before those that leave a remainder.
+    least = min(fit.limit for fit in fits.values())
+    best = {i: fit for i, fit in fits.items() if fit.limit in (least, MAX_ERROR)}
+    # Those that need all codes that count as few come last.
+    best = {i: fit for i, fit in best.items() if is_clear(fit)} or best
+
+    # The table in which directions move least; the first one has an advantage.
+    first = min(best)
+    moves = {
+        i: (1 - np.median(abs_cosines(fit.atoms, directions)))
+        / (_MOVE_RATIO if i == first else 1)
+        for i, fit in best.items()
+    }
+    return sorted(moves, key=moves.__getitem__)
+
+
+def is_clear(fit: SparseFit) -> bool:
+    """Tell whether fewer codes explain a table than still count as few.
+
+    With codes for half of its dimensions nearly any directions explain it; one code is
+    few in any number of them.
+    """
+    return fit.k < fit.most or fit.most == 1
+
+
+def explains(fit: SparseFit, directions: np.ndarray) -> bool:
+    """Tell whether few directions per row explain a table, where they stand."""
+    few = min(fit.most, len(directions))
+    return bool(few and pursuit_errors(fit.rows, directions, few)[-1] <= fit.limit)
 
 
 def _candidates(

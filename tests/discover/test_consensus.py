@@ -349,6 +349,17 @@ def first_level(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("draw", [2, 4])
+def test_parts_of_a_small_product_space_come_back_and_not_their_sums(draw):
+    """One code each of 24 sums explains the gradients of the norm as well."""
+    key, run = jax.random.key(100 + draw), jax.random.key(draw)
+    space = planted.product_space(key, dim=16, colours=4, shapes=6)
+    readers = ft.discover.consensus(run, planted.subject_of(space)).features.readers
+    assert len(readers) == 10
+    assert ft.metrics.match_features(readers, space.truth.readers).coverage > 0.999
+
+
+@pytest.mark.slow
 def test_tables_have_white_gradients_of_both_readouts():
     subject = planted.subject_of(task("product_space"))
     tables, _ = first_level("product_space")

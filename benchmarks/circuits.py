@@ -2,9 +2,11 @@
 
     python benchmarks/circuits.py --model small
     python benchmarks/circuits.py --model smollm2 --windows 256
+    python benchmarks/circuits.py --model large --dictionary "shared 0"
 
 A TopK dictionary is trained on the site of the study of ``functional.py`` with the text
-of ``--windows`` windows; a task's latents are ordered on half of its prompts, and the
+of ``--windows`` windows, or is one that ``functional.py`` has fine-tuned and kept in
+``--study``; a task's latents are ordered on half of its prompts, and the
 share that they keep is measured on the other half.  Rows go to
 ``out/circuits/<model>.jsonl``; a run that was cut off goes on.
 """
@@ -18,12 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from circuit_prompts import TASKS, read_task
-from functional import STUDIES, open_study, train_base
+from functional import open_study, train_base
+from functional_kept import kept_params
+from functional_sizes import STUDIES, Sizes
 from functional_taps import stored_taps
 from harness import bootstrap_interval, parse_command
 
+import toyfeat as ft
 from toyfeat.discover.circuits import find_circuit, keep_latents
 from toyfeat.jobs.results import Rows
+from toyfeat.jobs.workspace import Workspace
 from toyfeat.lm.circuits import (
     Prompts,
     encode_prompts,
@@ -32,6 +38,7 @@ from toyfeat.lm.circuits import (
     task_effect,
 )
 from toyfeat.lm.split import split_at
+from toyfeat.types import Array, Params
 
 SHARES = (0.9, 0.95)
 Method = Literal["attribution", "integrated", "mask"]
@@ -41,10 +48,14 @@ Method = Literal["attribution", "integrated", "mask"]
 class Settings:
     """What is run."""
 
-    model: Literal["small", "smollm2"] = "small"
+    model: Literal["small", "smollm2", "large"] = "small"
     out: Path = Path("out/circuits")
     windows: int = 0
     """Of the dictionary's text; as many as the study has by default."""
+    dictionary: str = ""
+    """Row of the study whose dictionary is taken, ``topk`` before fine-tuning."""
+    study: Path = Path("out/functional")
+    """Folder of ``functional.py`` with that dictionary."""
     methods: tuple[Method, ...] = ("attribution", "integrated", "mask")
     tasks: tuple[str, ...] = tuple(TASKS)
     seed: int = 0
@@ -113,18 +124,29 @@ def measure_method(
     return values
 
 
+def make_dictionary(
+    settings: Settings, sizes: Sizes
+) -> tuple[Workspace, Any, Params, Array]:
+    """Train a dictionary, or read one of the study; return the mean codes as well."""
+    row, kept = settings.dictionary, settings.study / settings.model
+    folder = kept if row else settings.out / settings.model
+    windows = settings.windows or (256 if row else sizes.base)
+    study = sizes._replace(base=windows)
+    work, part = open_study(study, folder), slice(0, windows)
+    taps = stored_taps(work, sizes.site, sizes.tap_batch, folder / "taps", "acts", part)
+    acts = jnp.asarray(taps["acts"][taps["weights"] > 0][:8192])
+    if row:
+        sae = ft.dictionaries.topk(acts.shape[1], sizes.latents, sizes.k)
+        tensors = kept_params(kept, row, settings.seed)
+    else:
+        sae, tensors = train_base(study, taps, settings.seed, folder)
+    return work, sae, tensors, jnp.mean(sae.encode(tensors, acts), axis=0)
+
+
 def main(settings: Settings) -> None:
     """Train a dictionary, and find the circuits of the tasks."""
-    sizes, folder = STUDIES[settings.model], settings.out / settings.model
-    windows = settings.windows or sizes.base
-    study = sizes._replace(base=windows)
-    work = open_study(study, folder)
-    taps = stored_taps(
-        work, sizes.site, sizes.tap_batch, folder / "taps", "acts", slice(0, windows)
-    )
-    sae, tensors = train_base(study, taps, settings.seed, folder)
-    acts = jnp.asarray(taps["acts"][taps["weights"] > 0][:8192])
-    baseline = jnp.mean(sae.encode(tensors, acts), axis=0)
+    sizes = STUDIES[settings.model]
+    work, sae, tensors, baseline = make_dictionary(settings, sizes)
     rows = Rows(settings.out / f"{settings.model}.jsonl")
     config, params = work.model.config, work.model.params
     split, latents = split_at(config, sizes.site), sae.config.d_sae
@@ -138,7 +160,10 @@ def main(settings: Settings) -> None:
         return Half(data, *(np.asarray(x, np.float64) for x in (own, empty)))
 
     for task in settings.tasks:
-        key = {"task": task, "seed": settings.seed, "error": int(settings.error)}
+        key: dict[str, Any] = {"task": task, "seed": settings.seed}
+        key["error"] = int(settings.error)
+        if settings.dictionary:
+            key["dictionary"] = settings.dictionary
         methods: list[Method] = [
             m for m in settings.methods if not rows.has({**key, "row": m})
         ]

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from functional_expansion import EXPANSIONS, Expansions, compare_errors
 from functional_genre import mail_windows
+from functional_kept import keep_params
 from functional_shared import population_tuner
 from functional_sizes import LENGTH, START, STUDIES, Sizes
 from functional_taps import stored_taps
@@ -176,12 +177,14 @@ def run_seed(
     """Fine-tune a dictionary by every row that is not done."""
     sae, params = start
     if not study.rows.has({"row": "topk", "seed": seed}):
+        keep_params(study.folder, "topk", seed, params)
         score(study, "topk", seed, sae, params)
     for name in names:
         own = name.startswith("borrowed") and seed == 0  # it would lend to itself
         if own or study.rows.has({"row": name, "seed": seed}):
             continue
         tuned, seconds = tune(study, name, seed, (sae, params), rate)
+        keep_params(study.folder, name, seed, tuned)
         score(study, name, seed, sae, tuned, **seconds)
 
 

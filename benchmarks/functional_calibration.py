@@ -1,12 +1,12 @@
-"""How sharp predictions are with the dictionaries of a study: cross-entropy by temperature.
+"""Cross-entropy by temperature with the dictionaries of a study: are they too sure?
 
     python benchmarks/functional_calibration.py --model large
 
-The KL from the model's predictions and the cross-entropy of the text part ways where the
-model is too sure of itself on that text: flatter predictions are then better ones.  For
-the model and for every dictionary that ``functional.py`` has kept in ``--study``: mean
-entropy, and cross-entropy with logits divided by each of some temperatures.  Rows go to
-``out/calibration/<model>.jsonl``.
+The KL from the model's predictions and the cross-entropy of the text part ways where
+the model is too sure of itself on that text: flatter predictions are then better ones.
+For the model and for every dictionary that ``functional.py`` has kept in ``--study``:
+mean entropy, and cross-entropy with logits divided by each of some temperatures.  Rows
+go to ``out/calibration/<model>.jsonl``.
 """
 
 from dataclasses import dataclass

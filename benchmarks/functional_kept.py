@@ -1,6 +1,7 @@
 """Dictionaries of a study in files, for what is measured of them afterwards."""
 
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,9 @@ def keep_params(folder: Path, row: str, seed: int, params: Params) -> None:
     """Keep the parameters of a fine-tuned dictionary, a dictionary of arrays."""
     path = _path(folder, row, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {name: np.asarray(x) for name, x in params.items()}
     with open_draft(path) as file:
-        np.savez(file, **{name: np.asarray(x) for name, x in params.items()})
+        np.savez(file, **arrays)
 
 
 def kept_params(folder: Path, row: str, seed: int) -> Params:

@@ -14,14 +14,16 @@ from toyfeat.report import plots
 
 RESULTS = Path(__file__).parent / "results"
 SHOWN = {
-    "jacobian": ("Jacobian lens", "-"),
-    "clustered": ("two clusters", "-."),
-    "least squares": ("least squares", "-"),
-    "second moment": ("second moment", "-."),
-    "logit": ("logit lens", "--"),
-    "jacobian, turned": ("Jacobian lens, turned at random", ":"),
+    "jacobian": ("Jacobian lens", plots.BLUE, "-"),
+    "frozen jacobian": ("frozen Jacobian", plots.GREEN, "--"),
+    "clustered": ("two clusters", plots.SKY, "-."),
+    "least squares": ("least squares", plots.ORANGE, "-"),
+    "tuned": ("tuned lens", plots.RED, "--"),
+    "second moment": ("second moment", plots.PINK, "-."),
+    "logit": ("logit lens", "black", ":"),
+    "jacobian, turned": ("turned at random", plots.GREY, ":"),
 }
-"""Lenses of the picture of recall, with their names and lines there."""
+"""Lenses of the picture of recall, with their names, colours and lines there."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,16 @@ def draw_error(rows: list[dict[str, Any]]) -> bytes:
     )
     figure = plots.figure(7.0, 2.8)
     left, right = figure.subplots(1, 2)
-    for num in (20, 100, 400):
-        left.plot(scatter[f"error_{num}"], label=f"{num} prompts")
-    left.set(xlabel="layer", ylabel="relative error", ylim=(0, None))
+    colours = (plots.RED, plots.BLUE, plots.GREEN)
+    for num, colour in zip((20, 100, 400), colours, strict=True):
+        errors = scatter[f"error_{num}"]
+        left.plot(errors, color=colour, label=f"{num} prompts")
+    left.set(xlabel="layer", ylabel="error, share of |J|", ylim=(0, None))
     left.legend(frameon=False)
     halves = scatter["size"]["sample"] // 2
     right.plot(scatter["cosine_of_halves"], color="black")
-    right.set(xlabel="layer", ylabel=f"cosine of two fits of {halves}", ylim=(None, 1))
+    right.set(xlabel="layer", ylabel=f"cosine of two fits of {halves} prompts")
+    right.set_ylim(None, 1)
     return plots.png(figure)
 
 
@@ -62,20 +67,21 @@ def draw_recall(rows: list[dict[str, Any]]) -> bytes:
     """Draw recall at 10 by layer, one panel per test set."""
     rows = [x for x in rows if x.get("k") == 10]
     kinds = list(dict.fromkeys(x["case"] for x in rows))
-    figure = plots.figure(9.0, 4.6)
+    figure = plots.figure(9.0, 5.4)
     for axes, kind in zip(figure.subplots(2, 3).flat, kinds, strict=True):
         methods = {line["method"]: line for line in rows if line["case"] == kind}
-        for method, (label, style) in SHOWN.items():
+        for method, (label, colour, style) in SHOWN.items():
             if line := methods.get(method):
                 layers = [line["size"]["every"] * i for i in range(len(line["layers"]))]
-                axes.plot(layers, line["layers"], style, label=label)
+                axes.plot(layers, line["layers"], style, color=colour, label=label)
         # One scale: panels in which nothing is found should look so.
         axes.set(title=kind.replace("_", " "), ylim=(-0.02, 1.02))
-    figure.axes[0].legend(frameon=False, fontsize=7)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
     for axes in figure.axes[3:]:
         axes.set_xlabel("layer")
     for axes in (figure.axes[0], figure.axes[3]):
-        axes.set_ylabel("recall at 10")
+        axes.set_ylabel("recall at 10, share")
     return plots.png(figure)
 
 

@@ -17,7 +17,7 @@ _POINTS = 1200  # inputs that are drawn: more hide each other
 
 
 def draw_case(case: Case, net: Measurements, params: Params) -> Any:
-    """Draw a network of a case, all panels in a row.
+    """Draw a network of a case, all panels in one picture.
 
     Args:
       case: for the kind of picture.
@@ -31,8 +31,11 @@ def draw_case(case: Case, net: Measurements, params: Params) -> Any:
       ImportError: without matplotlib, naming the extra.
     """
     draws = _panels(case, net, params)
-    picture = figure(14.5, 3.7)
-    for draw, axis in zip(draws, picture.subplots(1, len(draws)), strict=True):
+    # Two by two, so that labels are legible on a page; three stand in a row.
+    lines = 2 if len(draws) == 4 else 1
+    picture = figure(8.6, 6.8) if lines == 2 else figure(12.0, 3.7)
+    axes = picture.subplots(lines, len(draws) // lines).flat
+    for draw, axis in zip(draws, axes, strict=True):
         draw(axis)
     return picture
 
@@ -102,9 +105,9 @@ def _draw_plane(
     # Points: scores of the activations.
     scores = np.asarray(ft.encode(net.acts_pca, jnp.asarray(net.acts)))[:_POINTS, :2]
     x = net.inputs[:_POINTS, 0]
-    # The map without its yellow, which is pale on white.
-    look = {"cmap": "viridis", "vmin": x.min(), "vmax": x.max() + np.ptp(x) / 4}
-    axis.scatter(*scores.T, c=x, s=8, linewidths=0, zorder=3, **look)
+    look = {"cmap": _dark_viridis(), "s": 8, "linewidths": 0, "zorder": 3}
+    points = axis.scatter(*scores.T, c=x, **look)
+    axis.figure.colorbar(points, ax=axis, label="x", shrink=0.8)
     origin = -net.acts_pca.mean @ net.acts_pca.readers[:, :2]
     e = np.asarray(params["w_in"])
     e = (e if "embed" not in params else np.asarray(params["embed"]) @ e)[0]
@@ -130,6 +133,14 @@ def _draw_plane(
     axis.set(xlabel="PC1", ylabel="PC2", title="activations, coloured by x")
     axis.set_aspect("equal", adjustable="datalim")
     axis.legend(fontsize=8, loc="best", framealpha=0.85)
+
+
+def _dark_viridis() -> Any:
+    """Return viridis without its yellow, which is pale on white."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps["viridis"](np.linspace(0, 0.8, 256)))
 
 
 def _draw_kept(axis: Any, kept: Sequence[tuple[float, ...]]) -> None:

@@ -69,13 +69,6 @@ _STORY_CAPTION = (
 )
 
 _CAPTION = (
-    "Left, activations in the plane of their two leading components, yellow for "
-    "large x: they follow the rays, and the reader points elsewhere. Right, what is "
-    "left when the activations are projected on one direction. The seed of median "
-    "error."
-)
-
-_CAPTION = (
     "the seed of median error. Arrows are unit vectors, projected into the plane of "
     "the two leading components: a short one sticks out of it."
 )
@@ -111,6 +104,7 @@ SENTENCES = {
 """What each case shows, by its slug."""
 
 _READING = (
+    "U[a, b] and N(0, 1) are what inputs are drawn from: uniform and normal. "
     "A direction is a reader (a covector: the next layer takes the dot product with "
     "it) or a writer (a vector: what the previous layer adds). Cosines are with the "
     "reader unless they say otherwise. Figures are medians over seeds, with the least "

@@ -4,7 +4,9 @@ import base64
 import io
 from typing import Any
 
+# Okabe and Ito's colours, which people with any colour vision tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#777777"
+SKY, PINK = "#56b4e9", "#cc79a7"
 
 
 def figure(width: float, height: float) -> Any:

@@ -8,8 +8,9 @@ from processes import run_python
 from toyfeat.discover import ConsensusConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/concepts.md", "docs/extending.md", "docs/lens.md"]
-PAGES += ["docs/models.md", "docs/partition.md", "docs/scale.md", "docs/torch.md"]
+PAGES = ["README.md", "docs/bases.md", "docs/concepts.md", "docs/dictionaries.md"]
+PAGES += ["docs/extending.md", "docs/finding.md", "docs/lens.md", "docs/models.md"]
+PAGES += ["docs/partition.md", "docs/scale.md", "docs/torch.md"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Features of a model, from its activations and their gradients, in JAX.
 
-The public face has 48 names: ten contracts, 26 functions, 12 namespaces.  Everything
+The public face has 49 names: ten contracts, 27 functions, 12 namespaces.  Everything
 else is imported from its module (``toyfeat.decompose``, ``toyfeat.discover``,
 ``toyfeat.worlds``, ``toyfeat.lm``, ``toyfeat.jobs``, ``toyfeat.report``).
 

@@ -293,7 +293,7 @@ def unexplained(form: str = "positive") -> Term:
 
     def loss(inputs: Inputs) -> Array:
         effect = unexplained_effect(inputs)
-        # Errors of one sign cancel those of the other unless they are squared.
+        # Squares add up over readouts to an error in the metric of the gradients.
         size = jnp.abs(effect) if form == "signed" else effect**2
         return weighted_mean(inputs, jnp.mean(size, axis=1))
 

@@ -2,7 +2,7 @@
 
 References:
   Elhage et al. (2022), "Toy models of superposition".
-  Bushnaq et al. (2025), APD, arXiv 2501.14926, section 3, for the hidden identity.
+  Braun et al. (2025), APD, arXiv 2501.14926, section 3, for the hidden identity.
 """
 
 from collections.abc import Callable

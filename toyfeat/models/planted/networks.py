@@ -3,7 +3,7 @@
 References:
   Chughtai and Bushnaq (2025), "Activation space interpretability may be doomed",
   examples 4a and 4b, for squares and circuits in superposition.
-  Bushnaq et al. (2025), APD, arXiv 2501.14926, section 3, for cross-layer functions.
+  Braun et al. (2025), APD, arXiv 2501.14926, section 3, for cross-layer functions.
 """
 
 from collections.abc import Callable, Sequence

@@ -219,11 +219,11 @@ class Decomposition:
                     )
                 if isinstance(value, Tracer):
                     continue
-                values_ = np.asarray(value)
-                if not np.all((values_ >= 0) & (values_ <= 1)):
+                entries = np.asarray(value)
+                if not np.all((entries >= 0) & (entries <= 1)):
                     raise ValueError(
-                        f"masked: {what} must be in [0, 1], got {values_.min():.3g} to "
-                        f"{values_.max():.3g} at {name!r}; squash them first"
+                        f"masked: {what} must be in [0, 1], got {entries.min():.3g} to "
+                        f"{entries.max():.3g} at {name!r}; squash them first"
                     )
 
 

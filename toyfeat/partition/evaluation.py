@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from toyfeat.metrics.partition import ALIVE, adversarial_error
 from toyfeat.partition.decomposition import Decomposition
-from toyfeat.partition.importance import Importance, importances
+from toyfeat.partition.importance import Importance
 from toyfeat.partition.sources import (
     Distance,
-    LossInputs,
     draw_sources,
+    loss_inputs,
     mean_squared_error,
     reconstruction_error,
 )
@@ -51,9 +51,20 @@ def reconstructions(
       ``"adversarial"`` (sources shared by all examples).  Only ``"stochastic"`` and
       ``"adversarial"`` have remainders.
     """
-    family = decomposition, importance, target, params
     first, second = jax.random.split(key)
-    batch = _as_batch(family, inputs, weights, distance, first)
+    if weights is None:
+        weights = jnp.ones(len(jax.tree.leaves(inputs)[0]))
+    batch = loss_inputs(
+        decomposition,
+        importance,
+        target,
+        params,
+        inputs,
+        weights,
+        key=first,
+        progress=jnp.ones(()),
+        distance=distance,
+    )
     lower = batch.lower
 
     def masked(masks: dict[str, Array]) -> Array:
@@ -75,32 +86,3 @@ def reconstructions(
             step_size=step_size,
         ),
     }
-
-
-def _as_batch(
-    family: tuple[Decomposition, Importance, Params, Params],
-    inputs: Inputs,
-    weights: Array | None,
-    distance: Distance,
-    key: Array,
-) -> LossInputs:
-    """Compute what a loss sees of a batch at the end of the training."""
-    decomposition, _, target, params = family
-    outputs, lower, upper = importances(*family, inputs)
-    if weights is None:
-        weights = jnp.ones(len(jax.tree.leaves(inputs)[0]))
-    return LossInputs(
-        decomposition=decomposition,
-        params=target,
-        components=params["components"],
-        inputs=inputs,
-        weights=weights / jnp.sum(weights),
-        count=jnp.sum(weights),
-        outputs=outputs,
-        lower=lower,
-        upper=upper,
-        key=key,
-        progress=jnp.ones(()),
-        distance=distance,
-        sources={},
-    )

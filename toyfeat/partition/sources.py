@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from toyfeat.metrics.partition import ascend
 from toyfeat.partition.decomposition import Components, Decomposition
+from toyfeat.partition.importance import Importance, importances
 from toyfeat.types import Array, Inputs, Outputs, Params
 
 Distance = Callable[[Outputs, Outputs], Array]
@@ -19,6 +20,10 @@ Distance = Callable[[Outputs, Outputs], Array]
 
 Sources = dict[str, Array]
 """Site to ``[B or 1, ..., C + 1]``; the last entry is that of the remainder."""
+
+
+_LEAST = 1e-30
+"""Keeps a quotient finite where all weights of a batch are 0."""
 
 
 class LossInputs(NamedTuple):
@@ -53,6 +58,55 @@ class LossInputs(NamedTuple):
     progress: Array
     distance: Distance
     sources: dict[str, Sources]
+
+
+def loss_inputs(
+    decomposition: Decomposition,
+    importance: Importance,
+    target: Params,
+    params: Params,
+    inputs: Inputs,
+    weights: Array,
+    *,
+    key: Array,
+    progress: Array,
+    distance: Distance,
+) -> LossInputs:
+    """Run the target and the importance function on a batch.
+
+    Args:
+      decomposition: with the sites.
+      importance: the family of importance functions.
+      target: parameters of the model.
+      params: ``"components"`` and ``"importance"``.
+      inputs: of the model.
+      weights: ``[B]``, not normalized.
+      key: of what a loss draws.
+      progress: ``[]``, share of the training that is done.
+      distance: between outputs.
+
+    Returns:
+      :class:`LossInputs` without sources that were kept.
+    """
+    outputs, lower, upper = importances(
+        decomposition, importance, target, params, inputs
+    )
+    count = jnp.sum(weights)
+    return LossInputs(
+        decomposition=decomposition,
+        params=target,
+        components=params["components"],
+        inputs=inputs,
+        weights=weights / jnp.maximum(count, _LEAST),
+        count=count,
+        outputs=outputs,
+        lower=lower,
+        upper=upper,
+        key=key,
+        progress=progress,
+        distance=distance,
+        sources={},
+    )
 
 
 def mean_squared_error(masked: Outputs, target: Outputs) -> Array:

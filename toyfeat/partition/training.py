@@ -14,9 +14,14 @@ from toyfeat.dictionary.controllers import Controller
 from toyfeat.loops import train
 from toyfeat.metrics.partition import ALIVE
 from toyfeat.partition.decomposition import Components, Decomposition
-from toyfeat.partition.importance import Importance, importances
+from toyfeat.partition.importance import Importance
 from toyfeat.partition.losses import Term, weight_error
-from toyfeat.partition.sources import Distance, LossInputs, mean_squared_error
+from toyfeat.partition.sources import (
+    Distance,
+    LossInputs,
+    loss_inputs,
+    mean_squared_error,
+)
 from toyfeat.train import Trainer, TrainState
 from toyfeat.train.placement import run_update
 from toyfeat.types import Array, Params, Taps
@@ -25,7 +30,7 @@ _WARM_UP_RATE, _WARM_UP_DECAY = 0.01, 0.1
 """AdamW of the faithfulness warm-up, as published for the toys."""
 
 _LEAST = 1e-30
-"""Keeps a quotient finite where all weights of a batch are 0."""
+"""Keeps a quotient finite where the coefficient of a term is 0."""
 
 
 class PartitionRecipe(NamedTuple):
@@ -307,27 +312,17 @@ def _step(
 def _loss_inputs(
     recipe: PartitionRecipe, state: TrainState, taps: Taps, params: Params
 ) -> LossInputs:
-    """Run the target and the importance function on a batch."""
-    target, inputs = state.running["target"], recipe.inputs_from(taps.acts)
-    outputs, lower, upper = importances(
-        recipe.decomposition, recipe.importance, target, params, inputs
-    )
-    count = jnp.sum(taps.weights)
-    dtype = jnp.float32
-    return LossInputs(
-        decomposition=recipe.decomposition,
-        params=target,
-        components=params["components"],
-        inputs=inputs,
-        weights=taps.weights / jnp.maximum(count, _LEAST),
-        count=count,
-        outputs=outputs,
-        lower=lower,
-        upper=upper,
+    """Run the target and the importance function on a batch of a step."""
+    return loss_inputs(
+        recipe.decomposition,
+        recipe.importance,
+        state.running["target"],
+        params,
+        recipe.inputs_from(taps.acts),
+        taps.weights,
         key=jax.random.fold_in(state.running["key"], state.step),
-        progress=state.step.astype(dtype) / recipe.steps,
+        progress=state.step.astype(jnp.float32) / recipe.steps,
         distance=recipe.distance,
-        sources={},
     )
 
 

@@ -66,4 +66,4 @@ spectra = {
     "gradients": ft.gradient_pca(moments, 6).spectrum,
 }
 for name, values in spectra.items():
-    print(name, (values / values.sum()).round(3))
+    print(name, *(f"{share:.3f}" for share in values / values.sum()))

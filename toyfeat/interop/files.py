@@ -78,12 +78,12 @@ def _missing(who: str, folder: Path, name: str) -> str:
         )
     if (folder / f".{name}.old").exists():
         return f"{text}; a save was cut off here, save again"
-    there = sorted(path.name for path in folder.iterdir())
-    readers = [reader for file, reader in _READERS.items() if file in there]
+    names = sorted(path.name for path in folder.iterdir())
+    readers = [reader for file, reader in _READERS.items() if file in names]
     if name not in readers and readers and readers[0] != who:
         return f"{text}; this folder is one for {readers[0]}"
-    listed = ", ".join(there[:_MAX_LISTED]) or "nothing"
-    more = ", ..." if len(there) > _MAX_LISTED else ""
+    listed = ", ".join(names[:_MAX_LISTED]) or "nothing"
+    more = ", ..." if len(names) > _MAX_LISTED else ""
     return f"{text}, the folder has {listed}{more}; give the folder that has it"
 
 

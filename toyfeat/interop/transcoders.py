@@ -89,9 +89,9 @@ def make_cross_layer(
     later = (layers - 1) * width
     for name in ("b_dec", "W_skip"):
         if name in tensors and tensors[name].ndim:
-            own = tensors[name]
-            rest = np.zeros((*own.shape[:-1], later), own.dtype)
-            tensors[name] = np.concatenate([own, rest], axis=-1)
+            tensor = tensors[name]
+            zeros = np.zeros((*tensor.shape[:-1], later), tensor.dtype)
+            tensors[name] = np.concatenate([tensor, zeros], axis=-1)
     about["layers"] = list(range(layer, layer + layers))
     return make_loaded(source, tensors, about, transcodes=True)
 

@@ -264,8 +264,8 @@ def load(
 
 def _about(about: About, estimate: Estimate, estimator: str) -> dict[str, Any]:
     """Add to what is known of a lens the number of prompts and the estimator."""
-    found = {"estimator": estimator, "prompts": int(estimate.prompts)}
-    return {**found, **(about or {})}
+    facts = {"estimator": estimator, "prompts": int(estimate.prompts)}
+    return {**facts, **(about or {})}
 
 
 def _expert_maps(

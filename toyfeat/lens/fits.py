@@ -190,13 +190,13 @@ def merge_states(left: JacobianState, right: JacobianState) -> JacobianState:
 
 def finish_state(state: JacobianState, *, squeeze: bool) -> Estimate:
     """Turn a state into an estimate, without the axis of clusters if there is one."""
-    found = {
+    finished = {
         site: finish_means(means, state.basis) for site, means in state.means.items()
     }
     if squeeze:
-        found = jax.tree.map(lambda x: x[0], found)
+        finished = jax.tree.map(lambda x: x[0], finished)
     matrices, errors, cosines = (
-        {site: parts[i] for site, parts in found.items()} for i in range(3)
+        {site: parts[i] for site, parts in finished.items()} for i in range(3)
     )
     norms = {s: jnp.sqrt(jnp.sum(m**2, axis=(-2, -1))) for s, m in matrices.items()}
     return Estimate(

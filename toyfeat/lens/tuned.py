@@ -189,7 +189,7 @@ def _total_divergence(
     # One lens for all of them, as it is read later.
     lens = make_lens(model, params, "tuned", maps)
     for site in maps:
-        said = jax.nn.log_softmax(lens.read(site, acts[site]))
-        divergence = jnp.sum(jnp.exp(final) * (final - said), axis=-1)
+        predicted = jax.nn.log_softmax(lens.read(site, acts[site]))
+        divergence = jnp.sum(jnp.exp(final) * (final - predicted), axis=-1)
         losses[site] = jnp.sum(weights * divergence)
     return sum(losses.values(), jnp.zeros(())), losses

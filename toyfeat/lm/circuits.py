@@ -170,8 +170,8 @@ def task_differences(
         value = data.acts
         if mask is not None:
             value = replace(data, mask)
-            kept = (jnp.arange(value.shape[1]) == 0)[None, :, None]
-            value = jnp.where(kept, data.acts, value)
+            is_first = (jnp.arange(value.shape[1]) == 0)[None, :, None]
+            value = jnp.where(is_first, data.acts, value)
         if site != top:
             value = split.run_acts(data.model, data.entry, value)[top]
         # The logits of one position of each prompt: most of a vocabulary is not needed.
@@ -185,8 +185,8 @@ def task_differences(
         codes = mask[None, :] * flat + ((1 - mask) * data.baseline)[None, :]
         value = dictionary.decode(data.tensors, codes)
         if error:
-            whole = dictionary.decode(data.tensors, flat)
-            value = value + data.acts.reshape(whole.shape) - whole
+            unmasked = dictionary.decode(data.tensors, flat)
+            value = value + data.acts.reshape(unmasked.shape) - unmasked
         return value.reshape(data.acts.shape)
 
     return differences

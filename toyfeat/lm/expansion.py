@@ -145,11 +145,11 @@ def reconstruct(
     """
     check_int("reconstruct", "batch", batch)
     rows = np.asarray(acts)
-    found = [
+    parts = [
         np.asarray(_decode(dictionary, params, rows[i : i + batch]))
         for i in range(0, len(rows), batch)
     ]
-    return np.concatenate(found) if found else np.zeros(rows.shape, np.float32)
+    return np.concatenate(parts) if parts else np.zeros(rows.shape, np.float32)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -179,14 +179,14 @@ def _by_batch(
         )
     entry = taps.acts if taps.entry is None else taps.entry
     arrays = [np.asarray(x) for x in (entry, taps.acts, taps.weights, point)]
-    found = []
+    results = []
     for start in range(0, len(arrays[0]), batch):
         part = [jnp.asarray(x[start : start + batch], jnp.float32) for x in arrays]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.key(seed), start + jnp.arange(len(part[0]))
         )
-        found.append(jax.device_get(pull(params, keys, _Windows(*part))))
-    return jax.tree.map(lambda *x: np.concatenate(x), *found)
+        results.append(jax.device_get(pull(params, keys, _Windows(*part))))
+    return jax.tree.map(lambda *x: np.concatenate(x), *results)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -227,5 +227,5 @@ def _blocks(
 
 
 def _mean(values: np.ndarray) -> float:
-    """Return the mean, 0 of nothing."""
+    """Return the mean; 0 where there are no values."""
     return float(np.mean(values)) if len(values) else 0.0

@@ -247,8 +247,8 @@ def normalized(dictionary: Dictionary, params: Params, state: TrainState) -> Par
     for name in ("acts_scale", "target_scale"):
         running[name] = 1 / running[name]
     inverse = state._replace(params=params, running=running)
-    found = denormalized(dictionary, inverse)
-    return {name: found[name] for name in state.params}
+    moved = denormalized(dictionary, inverse)
+    return {name: moved[name] for name in state.params}
 
 
 def warm_start(

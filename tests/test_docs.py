@@ -31,6 +31,16 @@ def test_the_python_blocks_of_a_page_run_in_order(page, capsys, tmp_path, monkey
         assert names["scores"].readers >= 0.99
 
 
+def test_every_page_with_python_blocks_is_executed():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    with_blocks = {
+        page.relative_to(ROOT).as_posix()
+        for page in pages
+        if "```python" in page.read_text(encoding="utf-8")
+    }
+    assert with_blocks == set(PAGES)
+
+
 def test_links_between_pages_lead_somewhere():
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     for page in pages:

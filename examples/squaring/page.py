@@ -61,11 +61,10 @@ _GRADIENTS = (
 )
 
 _STORY_CAPTION = (
-    "First, activations in the plane of their two leading components, from violet for "
-    "the smallest x to green for the largest, in the seed of median error: they "
-    "follow the rays, and the reader points elsewhere. Then, what is left when "
-    "activations are projected on the leading direction of each method, medians over "
-    "seeds."
+    "First, activations in the plane of their two leading components, in the seed of "
+    "median error: they follow the rays, and the reader points elsewhere. Then, what "
+    "is left when activations are projected on the leading direction of each method, "
+    "medians over seeds."
 )
 
 _CAPTION = (

@@ -5,7 +5,7 @@
 An MLP learns (a . x)^2 behind a layer of 24 dimensions, which carries all 12 inputs at
 different loudness.  One direction of that layer matters.  PCA of activations finds loud
 directions, PCA of gradients the one that is read; a probe then keeps one of either and
-asks what is left of the output.
+asks what is left of the output.  A share below 0 says that a constant would be nearer.
 """
 
 # %% A model of your own, trained as you train it

@@ -41,7 +41,7 @@ def calls(folder):
     return path.read_text().splitlines() if path.exists() else []
 
 
-@pytest.mark.parametrize("name", ["collect", "train"])
+@pytest.mark.parametrize("name", ["collect", "train", "lens"])
 def test_the_batch_script_runs_a_step_on_every_node(name, cluster):
     folder, env = cluster
     assert subprocess.run(["bash", "-n", SCRIPT], timeout=10).returncode == 0

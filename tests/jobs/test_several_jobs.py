@@ -1,76 +1,13 @@
 """Jobs in two real processes; the oracle is the same job in one."""
 
 import json
-import os
-import runpy
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
-from processes import ROOT, run_python
+from several_jobs import BOUND, STORE, content, run, run_and_kill, write_job
 
 from toyfeat.data import open_store, verify_store
 from toyfeat.interop import load_saelens
-
-LAUNCH = ROOT / "scripts" / "launch_local.py"
-SITE = "blocks_1/resid_post"
-STORE = "stores/blocks_1-resid_post"
-
-
-def write_job(folder, out, **changes):
-    """Write a job file; returns it."""
-    collect = {"sites": [SITE], "readout": "sampled", "draws": 2, "tokens": 512}
-    collect |= {"held_out": 64, "length": 16, "batch": 4, "rows_per_shard": 100}
-    collect |= {"every": 3}
-    train = {"kinds": ["acts", "gradients"], "ks": [2], "latents": 24, "steps": 6}
-    train |= {"batch": 64, "seeds": [0, 1]}
-    lines = [f"model = {json.dumps(str(folder))}"]
-    lines += [f"text = {json.dumps(str(folder / 'texts'))}"]
-    lines += [f"out = {json.dumps(str(out))}"]
-    if "source" in changes:
-        lines += [f"source = {json.dumps(changes['source'])}"]
-    for name, table in (("collect", collect), ("train", train)):
-        lines += [f"[{name}]"]
-        table = table | changes.get(name, {})
-        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
-    path = out.with_suffix(changes.get("suffix", ".toml"))
-    path.write_text("\n".join(lines))
-    return path
-
-
-def environment(folder):
-    """Variables of every child; programs are compiled once for all of them."""
-    return {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
-def run(num, folder, command, *jobs, timeout=240, grace=40):
-    """Run a command in ``num`` processes, each with its job if there are several."""
-    if len(jobs) == 1:
-        rest = ["-m", "toyfeat.cli.main", command, str(jobs[0])]
-    else:
-        code = (
-            "import os, sys; from toyfeat.cli.main import main; "
-            "main([sys.argv[1], sys.argv[2 + int(os.environ['JAX_PROCESS_ID'])]])"
-        )
-        rest = ["-c", code, command, *map(str, jobs)]
-    if num > 1:
-        rest = [LAUNCH, "--grace", grace, "-n", num, sys.executable, *rest]
-    return run_python(*rest, env=environment(folder), timeout=timeout)
-
-
-def content(folder):
-    """Record and shards of a store, bit by bit."""
-    names = sorted(path.name for path in folder.iterdir())
-    return {name: (folder / name).read_bytes() for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -157,35 +94,12 @@ def test_a_killed_process_ends_the_other_and_nothing_is_lost(
 ):
     """Without the launcher: the other notices by itself."""
     job = write_job(folder, tmp_path / "job")
-    port = free_port()
-    children, logs = [], [tmp_path / "log0", tmp_path / "log1"]
-    for index in range(2):
-        own = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
-        own |= {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
-        with logs[index].open("w") as log:
-            children.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "toyfeat.cli.main", "collect", str(job)],
-                    env=os.environ | environment(folder) | own,
-                    cwd=ROOT,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    try:
-        # As soon as it writes: rows of its first shard are in memory.
-        record = tmp_path / "job" / STORE / f"share-{victim}-of-2.json"
-        end = time.monotonic() + 120
-        while not record.exists():
-            assert time.monotonic() < end, logs[victim].read_text()
-            assert children[victim].poll() is None
-            time.sleep(0.01)
-        children[victim].send_signal(signal.SIGKILL)
-        assert children[1 - victim].wait(timeout=90) != 0
-    finally:
-        for child in children:
-            child.kill()
-            child.wait(timeout=10)
+    logs = [tmp_path / "log0", tmp_path / "log1"]
+    # As soon as it writes: rows of its first shard are in memory.
+    record = tmp_path / "job" / STORE / f"share-{victim}-of-2.json"
+    status, seconds = run_and_kill(victim, folder, "collect", job, record.exists, logs)
+    assert status != 0
+    assert seconds < BOUND
     said = logs[1 - victim].read_text(errors="replace")
     assert "another process has ended" in said or "another task died" in said
     assert not (tmp_path / "job" / STORE / "store.json").exists()
@@ -198,10 +112,6 @@ def test_a_killed_process_ends_the_other_and_nothing_is_lost(
     assert content(tmp_path / "job" / STORE) == content(alone / STORE)
     verify_store(tmp_path / "job" / STORE)
     assert open_store(tmp_path / "job" / STORE).rows == 512
-
-
-def free_port():
-    return runpy.run_path(str(LAUNCH), run_name="not_main")["free_port"]()
 
 
 @pytest.mark.slow

@@ -15,12 +15,19 @@ from toyfeat.jobs.latents import inspect_latents
 from toyfeat.jobs.lens import run_lens
 from toyfeat.jobs.memory import keep_memory
 from toyfeat.jobs.results import Rows, require_store
-from toyfeat.jobs.several import check_same_job
+from toyfeat.jobs.several import check_same_job, lens_mesh, open_job_together
 from toyfeat.jobs.taps import count_massive
 from toyfeat.jobs.train import load_curves
 from toyfeat.lens import FitProgress
-from toyfeat.processes import NUM, join_processes, num_processes, process_index
+from toyfeat.processes import (
+    NUM,
+    call_in_first,
+    join_processes,
+    num_processes,
+    process_index,
+)
 from toyfeat.report.language import write_language
+from toyfeat.report.lens import PAGE as LENS_PAGE
 from toyfeat.report.lens import write_lens
 from toyfeat.report.records import write_records
 
@@ -44,7 +51,7 @@ def collect(job: Job) -> None:
     say = _begin("collect", job)
     keep_memory()
     require_store(job)
-    work = open_job(job)
+    work = open_job_together(job)
     minutes = steps.measure_seconds_per_token(work) * work.tokens.size / 60
     minutes /= num_processes()
     say(f"{steps.describe_size(work)}, about {minutes:.0f} minutes")
@@ -151,10 +158,12 @@ def finetune(job: Job) -> None:
 
 def lens(job: Job) -> None:
     """Open the job, fit its lens and write the page."""
-    _begin("lens", job, several=False)
+    say = _begin("lens", job)
+    lens_mesh(job)  # raises before the model is read
 
     def show(progress: FitProgress) -> None:
-        print(f"batch {progress.step} of {progress.steps}: {progress.prompts} prompts")
+        say(f"batch {progress.step} of {progress.steps}: {progress.prompts} prompts")
 
-    run = run_lens(open_job(job), show)
-    print(f"the page is {write_lens(Path(job.out), run)}")
+    run = run_lens(open_job_together(job), show)
+    call_in_first("lens", write_lens, Path(job.out), run)
+    say(f"the page is {Path(job.out) / LENS_PAGE}")

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from toyfeat.jobs.config import Job
-from toyfeat.jobs.results import claim_folder
+from toyfeat.jobs.several import (
+    Spread,
+    claim_together,
+    lens_mesh,
+    spread_prompts,
+    to_local,
+)
 from toyfeat.jobs.windows import full_batches
 from toyfeat.jobs.workspace import Workspace
 from toyfeat.lens import (
@@ -27,6 +33,8 @@ from toyfeat.lens import (
     second_moment_lens,
     tuned_lens,
 )
+from toyfeat.lens.reading import make_lens
+from toyfeat.processes import process_index, together
 from toyfeat.types import Accumulator
 
 FILE = "lens.safetensors"
@@ -76,6 +84,8 @@ def run_lens(
     """Fit the lens of a job, save it, and read the job's text.
 
     A fit goes on where it was stopped; the training of a tuned lens starts anew.
+    Several processes, each of which calls this, split the windows of every batch over
+    their devices; the first writes, and all return the same.
 
     Args:
       work: from :func:`toyfeat.jobs.open_job`.
@@ -86,8 +96,9 @@ def run_lens(
 
     Raises:
       ValueError: for a job with fewer windows than prompts, windows that are not
-        longer than what is skipped, a tuned lens without held-out windows, or a folder
-        with a lens of other settings.
+        longer than what is skipped, a tuned lens without held-out windows, a folder
+        with a lens of other settings, or devices of several processes that do not
+        divide the windows of a batch.
     """
     settings, params = work.job.lens, work.model.params
     # Check the texts before the work.
@@ -97,17 +108,23 @@ def run_lens(
     model = from_decoder(work.model.config, dtype=dtype, frozen=settings.frozen)
     fitted = model.sites[:-1][:: settings.layer_step]
     model = model._replace(sites=(*fitted, model.sites[-1]))
-    folder = claim_folder(work.job, "collect", "lens")
+    mesh = lens_mesh(work.job)
+    folder = claim_together(work.job, "collect", "lens")
+    spread = spread_prompts(work, settings.batch, mesh)
     plain = logit_lens(model, params)
+    divergences = None
     if settings.kind == "tuned":
-        lens, estimate = _train(work, model, tokens, report), None
+        lens, estimate = _train(work, model, tokens, spread, report), None
+        batches = spread.lay_out(held_out)
         divergences = {
-            x.kind: output_divergence(model, params, x, held_out) for x in (lens, plain)
+            x.kind: output_divergence(model, spread.params, x, batches)
+            for x in (lens, plain)
         }
     else:
-        lens, estimate = _fit(work, model, tokens, folder / "lens", report)
-        divergences = None
-    lens.save(folder / FILE)
+        lens, estimate = _fit(work, model, tokens, spread, folder / "lens", report)
+    with together("lens"):
+        if process_index() == 0:
+            lens.save(folder / FILE)
     return LensRun(
         lens=lens,
         estimate=estimate,
@@ -121,33 +138,37 @@ def _fit(
     work: Workspace,
     model: LensModel,
     tokens: np.ndarray,
+    spread: Spread,
     folder: Path,
     report: Callable[[FitProgress], Any],
 ) -> tuple[Lens, Estimate]:
     """Fit a lens by derivatives, with checkpoints."""
-    settings, params = work.job.lens, work.model.params
+    settings = work.job.lens
     acc = _accumulator(work.job, model, work.model.config.dim)
-    batches = _batches(tokens, settings.batch)
+    batches = spread.lay_out(_batches(tokens, settings.batch))
     saved = {"folder": folder, "every": settings.every}
-    state = fit(model, acc, params, batches, report=report, **saved)
-    estimate = acc.finish(state)
+    state = fit(model, acc, spread.params, batches, report=report, **saved)
+    estimate = acc.finish(to_local(state))
     about = _about(work) | {
         "frozen": settings.frozen,
         "cotangents": settings.cotangents,
     }
-    make_lens = jacobian_lens if settings.kind == "jacobian" else second_moment_lens
-    return make_lens(model, params, estimate, about=about), estimate
+    finish = jacobian_lens if settings.kind == "jacobian" else second_moment_lens
+    return finish(model, work.model.params, estimate, about=about), estimate
 
 
 def _train(
     work: Workspace,
     model: LensModel,
     tokens: np.ndarray,
+    spread: Spread,
     report: Callable[[FitProgress], Any],
 ) -> Lens:
     """Train a tuned lens on the tokens that no fit skips."""
     settings, num = work.job.lens, len(tokens)
-    batches = _batches(tokens, settings.batch, settings.skip_first, settings.skip_last)
+    batches = spread.lay_out(
+        _batches(tokens, settings.batch, settings.skip_first, settings.skip_last)
+    )
 
     def show(step: int, losses: Any) -> None:
         if step % settings.every == 0 or step == settings.steps:
@@ -157,15 +178,18 @@ def _train(
             report(FitProgress(step, settings.steps, prompts))
 
     seen = min(num, settings.steps * settings.batch)
-    return tuned_lens(
+    lens = tuned_lens(
         model,
-        work.model.params,
+        spread.params,
         batches,
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         about=_about(work) | {"prompts": seen},
         report=show,
     )
+    # Of this process alone, as the text is read.
+    maps = to_local(lens.maps)
+    return make_lens(model, work.model.params, lens.kind, maps, lens.about)
 
 
 def _about(work: Workspace) -> dict[str, Any]:

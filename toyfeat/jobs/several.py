@@ -1,25 +1,32 @@
 """Jobs in several processes: the same job in each, files of one, a mesh of all."""
 
+import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from toyfeat.data.parts import batch_part
 from toyfeat.jobs.config import Job
 from toyfeat.jobs.results import claim_folder
 from toyfeat.jobs.taps import TapSource, from_store, open_collected
+from toyfeat.jobs.workspace import Workspace, open_job
+from toyfeat.meshes import copy_everywhere
 from toyfeat.processes import (
     call_in_first,
     check_same,
     is_global,
     num_processes,
     to_host,
+    together,
     versions,
 )
+from toyfeat.types import Params
 
 _ADVICE = "give all of them the same job file and the same versions"
 
@@ -53,10 +60,90 @@ def training_mesh(job: Job) -> Mesh | None:
             f"job: source is {job.source!r}, which one process trains on, got "
             f'{num_processes()} processes; collect, and set source = "store"'
         )
+    return _data_mesh("job", job.train.batch)
+
+
+def _data_mesh(who: str, batch: int) -> Mesh:
+    """Make a mesh of all devices over which a batch is split, or raise."""
     shape = (jax.device_count(),)
     mesh = jax.make_mesh(shape, ("data",), axis_types=(AxisType.Auto,))
-    batch_part("job", job.train.batch, mesh, "data")  # raises before any work
+    batch_part(who, batch, mesh, "data")  # raises before any work
     return mesh
+
+
+class Spread(NamedTuple):
+    """Parameters and batches of prompts, on the devices of all processes.
+
+    Attributes:
+      params: of the model, on every device.
+      lay_out: puts batches ``(tokens, mask)`` of the host on the devices, their first
+        axis split; each process gives all of it.
+    """
+
+    params: Params
+    lay_out: Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], list[Any]]
+
+
+def lens_mesh(job: Job) -> Mesh | None:
+    """Make a mesh of the devices of all processes, ``None`` for one process.
+
+    Raises:
+      ValueError: if it does not divide the windows of a batch.
+    """
+    if num_processes() == 1:
+        return None
+    return _data_mesh("lens.batch", job.lens.batch)
+
+
+def spread_prompts(work: Workspace, batch: int, mesh: Mesh | None) -> Spread:
+    """Spread the model of a job and batches of its windows over a mesh.
+
+    Without a mesh all stays as it is.
+
+    Args:
+      work: the same in every process.
+      batch: windows of all processes in a batch.
+      mesh: of all devices, or ``None``.
+
+    Returns:
+      :class:`Spread`.
+    """
+    if mesh is None:
+        return Spread(work.model.params, list)
+    part = batch_part("job", batch, mesh, "data")
+
+    def lay_out(batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Any]:
+        own: Any = [tuple(x[part.rows] for x in pair) for pair in batches]
+        return [part.assemble(pair) for pair in own]
+
+    return Spread(copy_everywhere(work.model.params, mesh), lay_out)
+
+
+def open_job_together(job: Job) -> Workspace:
+    """Open a job in every process, as :func:`open_job` does in one.
+
+    Raises:
+      ValueError: if the weights or the windows of text are not the same in all.
+      ProcessError: if another process could not open it.
+    """
+    with together("job"):
+        work = open_job(job)
+    if num_processes() > 1:
+        read = {"weights of the model": work.weights}
+        read |= {"windows of text": _digest(work.tokens, work.held_out)}
+        advice = f"give all of them the same {job.model} and {job.text}"
+        check_same("job", read, advice)
+    return work
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    """SHA-256 of arrays of tokens and their shapes."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        tokens = np.ascontiguousarray(array, np.int32)
+        digest.update(f"{tokens.shape}".encode())
+        digest.update(tokens.data)
+    return digest.hexdigest()
 
 
 def open_together(job: Job) -> TapSource:

@@ -12,6 +12,9 @@ from toyfeat.jobs.lens import LensReading, LensRun
 from toyfeat.lens import Estimate
 from toyfeat.report import page
 
+PAGE = "lens.html"
+"""Name of the page in the folder of a job."""
+
 _STYLE = """<style>
 body { max-width: 90rem; }
 table.lens { width: auto; border-collapse: separate; border-spacing: 1px; }
@@ -40,7 +43,7 @@ def write_lens(folder: Path, run: LensRun) -> Path:
     Returns:
       The path, ``lens.html``.
     """
-    path = folder / "lens.html"
+    path = folder / PAGE
     sections = [_STYLE, page.paragraph(_ABOUT)]
     for reading in run.readings:
         heat = page.table(heat_map(run.tokens, reading))

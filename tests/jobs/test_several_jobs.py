@@ -1,6 +1,7 @@
 """Jobs in two real processes; the oracle is the same job in one."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -67,11 +68,12 @@ def assert_same_dictionaries(out, alone):
 
 @pytest.mark.slow
 def test_a_population_of_two_processes_is_that_of_one(folder, alone, tmp_path):
+    """Its latents over devices or not."""
     train = {"population": True, "kinds": ["acts"], "ks": [2, 4]}
     found = []
-    for num in (1, 2):
-        out = tmp_path / f"{num}"
-        job = write_job(folder, out, train=train)
+    for num, parts in ((1, 1), (2, 1), (2, 2)):
+        out = tmp_path / f"{num}-{parts}"
+        job = write_job(folder, out, train=train | {"latent_devices": parts})
         for command in ("collect", "train"):
             done = run(num, folder, command, job)
             assert done.returncode == 0, done.stdout + done.stderr
@@ -81,10 +83,37 @@ def test_a_population_of_two_processes_is_that_of_one(folder, alone, tmp_path):
                 for path in sorted((out / "train").glob("acts-*"))
             ]
         )
-    assert len(found[0]) == len(found[1]) == 4
-    for one, two in zip(*found, strict=True):
+    assert [len(x) for x in found] == [4] * 3
+    for one, *others in zip(*found, strict=True):
         for key, value in one.items():
-            np.testing.assert_allclose(two[key], value, rtol=1e-5, atol=1e-5)
+            for other in others:
+                np.testing.assert_allclose(other[key], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num", "devices"), [(2, 1), (2, 2), (1, 2)])
+def test_latents_over_devices_give_the_dictionaries_of_one(
+    num, devices, folder, alone, tmp_path
+):
+    """On meshes of 1 x 2 and 2 x 2 devices of two processes, 1 x 2 of one."""
+    out, train = tmp_path / "job", {"latent_devices": 2}
+    job = write_job(folder, out, train=train)
+    done = run(1, folder, "collect", job)
+    assert done.returncode == 0, done.stderr
+    done = run(num, folder, "train", job, devices=devices)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_dictionaries(out, alone)
+    # A folder of orbax in several processes, a file in one.
+    one = out / "train" / "acts-k2-s0"
+    saved = [*(one / "checkpoint").iterdir()]
+    assert [x.stem for x in saved] == ["step_00000006"]
+    assert saved[0].is_dir() == (num > 1)
+    # Elsewhere, whole, the run goes on from that checkpoint.
+    shutil.rmtree(one / "features")
+    whole = write_job(folder, out, suffix=".2.toml")
+    done = run(1, folder, "train", whole)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_dictionaries(out, alone)
 
 
 @pytest.mark.slow
@@ -163,6 +192,14 @@ def test_processes_with_other_work_are_named_before_any(folder, tmp_path):
     done = run(2, folder, "train", model)
     assert done.returncode == 1
     assert "source is 'model', which one process trains on" in done.stdout
+    for train, message in (
+        ({"latents": 25, "latent_devices": 2}, "must divide train.latents, got 25"),
+        ({"latent_devices": 3}, "must divide the 2 devices of all processes, got 3"),
+    ):
+        split = write_job(folder, out, suffix=".5.toml", train=train)
+        done = run(2, folder, "train", split)
+        assert done.returncode == 1
+        assert message in done.stdout
     done = run(2, folder, "evaluate", first)
     assert done.returncode == 1
     assert "evaluate runs in one process, got 2" in done.stdout

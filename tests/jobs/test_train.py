@@ -4,6 +4,7 @@ import inspect
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from tiny_collection import SITES, collected
 
 import toyfeat as ft
@@ -49,6 +50,14 @@ def test_a_population_that_was_cut_off_goes_on_with_its_members(
     more = Run("acts", 5, 0)
     train_together([more], train, source, tmp_path / "cut")
     assert is_finished(tmp_path / "cut", more)
+
+
+@pytest.mark.parametrize(("parts", "axis"), [(1, None), (2, "latents")])
+def test_dictionaries_are_split_over_the_mesh_of_their_source(store, parts, axis):
+    mesh = AbstractMesh((2, parts), ("data", "latents"))
+    source = from_store(store, 20)._replace(mesh=mesh)
+    run_trainer = training._make_trainer(Run("acts", 2, 0), Train(latents=8), source, 2)
+    assert run_trainer.recipe.dictionary.split == (mesh, "data", axis)
 
 
 def test_members_that_diverge_do_not_take_the_others_along(

@@ -135,6 +135,9 @@ class Train:
       learning_rate: of Adam.
       population: train every ``k`` and seed of a kind side by side in one program; they
         see the same batches then.
+      latent_devices: over so many devices, of all processes, the latents of each
+        dictionary are split, with their moments of Adam; tokens over the rest of them.
+        Numbers do not depend on it.
       attribution: the attribution losses.
     """
 
@@ -147,6 +150,7 @@ class Train:
     batch: Count = 1024
     learning_rate: Positive = 1e-3
     population: bool = False
+    latent_devices: Count = 1
     attribution: tuple[Attribution, ...] = (Attribution(),)
 
 

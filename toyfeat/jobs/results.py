@@ -15,9 +15,10 @@ from toyfeat.jobs.config import BASES, Attribution, Job, Train
 from toyfeat.jobs.kinds import KINDS
 from toyfeat.lm.windows import site_folder
 
-# Entries that may be extended in a folder that has results already.
-_EXTENDABLE = {
-    "train": ("kinds", "ks", "seeds"),
+# Entries that may be other in a folder that has results already: what extends them, and
+# where they are computed.
+_FREE = {
+    "train": ("kinds", "ks", "seeds", "latent_devices"),
     "decompose": ("bases", "ranks"),
 }
 
@@ -212,7 +213,7 @@ def claim_folder(job: Job, *parts: str) -> Path:
 def _flat_settings(job: Job, parts: Iterable[str]) -> dict[str, Any]:
     """Flatten the settings that results depend on, ``"part.entry"`` to value."""
     settings = asdict(job)
-    for part, names in _EXTENDABLE.items():
+    for part, names in _FREE.items():
         settings[part] = {n: x for n, x in settings[part].items() if n not in names}
     settings["train"]["site"] = job.site
     settings["train"]["source"] = job.source

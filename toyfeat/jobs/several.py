@@ -48,25 +48,42 @@ def claim_together(job: Job, *parts: str) -> Path:
 
 
 def training_mesh(job: Job) -> Mesh | None:
-    """Make a mesh of the devices of all processes, ``None`` for one process.
+    """Make the mesh that dictionaries of a job are trained on, or ``None`` for none.
+
+    It has all devices of all processes; one process alone has none, unless latents are
+    to be split.
 
     Raises:
-      ValueError: for a job without a store, or a batch that does not divide.
+      ValueError: for a job without a store, or a batch or latents that do not divide.
     """
-    if num_processes() == 1:
+    num, parts = num_processes(), job.train.latent_devices
+    if num == parts == 1:
         return None
     if job.source != "store":
+        got = f"{num} processes" if num > 1 else f"train.latent_devices = {parts}"
         raise ValueError(
-            f"job: source is {job.source!r}, which one process trains on, got "
-            f'{num_processes()} processes; collect, and set source = "store"'
+            f"job: source is {job.source!r}, which one process trains on one device, "
+            f'got {got}; collect, and set source = "store"'
         )
-    return _data_mesh("job", job.train.batch)
+    if job.train.latents % parts:
+        raise ValueError(
+            f"job: the {parts} devices of train.latent_devices must divide "
+            f"train.latents, got {job.train.latents}; make it "
+            f"{-(-job.train.latents // parts) * parts}"
+        )
+    return _make_mesh("job", job.train.batch, parts)
 
 
-def _data_mesh(who: str, batch: int) -> Mesh:
-    """Make a mesh of all devices over which a batch is split, or raise."""
-    shape = (jax.device_count(),)
-    mesh = jax.make_mesh(shape, ("data",), axis_types=(AxisType.Auto,))
+def _make_mesh(who: str, batch: int, parts: int = 1) -> Mesh:
+    """Make a mesh of all devices, ``parts`` of them for latents, or raise."""
+    devices = jax.device_count()
+    if devices % parts:
+        raise ValueError(
+            f"job: train.latent_devices must divide the {devices} devices of all "
+            f"processes, got {parts}; lower it, or start on more devices"
+        )
+    shape, auto = (devices // parts, parts), (AxisType.Auto,) * 2
+    mesh = jax.make_mesh(shape, ("data", "latents"), axis_types=auto)
     batch_part(who, batch, mesh, "data")  # raises before any work
     return mesh
 
@@ -92,7 +109,7 @@ def lens_mesh(job: Job) -> Mesh | None:
     """
     if num_processes() == 1:
         return None
-    return _data_mesh("lens.batch", job.lens.batch)
+    return _make_mesh("lens.batch", job.lens.batch)
 
 
 def spread_prompts(work: Workspace, batch: int, mesh: Mesh | None) -> Spread:

@@ -44,7 +44,8 @@ class TapSource(NamedTuple):
       batches: ``(seed, of_gradients) -> Batches`` for :func:`toyfeat.fit`, in random
         order; with ``of_gradients`` the gradients take the place of the activations.
       chunks: iterate over all taps in the order of the text, ``[rows, ...]`` at a time.
-      mesh: that batches are split over, of all processes, or ``None``.
+      mesh: that batches and latents are split over, with axes ``data`` and
+        ``latents``, of all processes, or ``None``.
     """
 
     dim: int
@@ -70,7 +71,7 @@ def from_store(store: Store, batch: int, mesh: Mesh | None = None) -> TapSource:
     Args:
       store: of a site.
       batch: tokens per training step.
-      mesh: with an axis ``data``, of the devices of all processes.
+      mesh: with axes ``data`` and ``latents``, of the devices of all processes.
 
     Returns:
       :class:`TapSource`.

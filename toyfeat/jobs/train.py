@@ -231,7 +231,8 @@ def _make_trainer(run: Run, train: Train, source: TapSource, k: int) -> Trainer:
     kind = KINDS[run.kind]
     sae, objective = design(run.kind, source.dim, train.latents, k, run.loss)
     if source.mesh is not None:
-        sae = shard(sae, source.mesh, latents=None)
+        is_split = source.mesh.shape["latents"] > 1
+        sae = shard(sae, source.mesh, latents="latents" if is_split else None)
     # Shares of the training: a tenth warms up, a latent that was active nowhere in a
     # tenth counts as dead.  The lower bounds are for trainings of a few steps.
     return trainer(
@@ -248,7 +249,7 @@ def _make_trainer(run: Run, train: Train, source: TapSource, k: int) -> Trainer:
 def _start(
     run_trainer: Trainer, source: TapSource, keys: Any, **hyper: Any
 ) -> TrainState:
-    """Start a state, on the devices of all processes if there are several."""
+    """Start a state, on the devices of the mesh if there is one."""
     if source.mesh is None:
         return run_trainer.init(keys, **hyper)
     return jax.jit(partial(_init, run_trainer))(keys, hyper)

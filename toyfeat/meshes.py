@@ -33,14 +33,157 @@ def run_automatic(fn: Callable[..., Any], shardings: Shardings, *args: Any) -> A
 
     Returns:
       Results of ``fn``.
+
+    Raises:
+      ValueError: if the arguments lie on different devices, or on explicit axes of a
+        mesh that is not the one of the context.
     """
+    check_devices("toyfeat", args)
     mesh = explicit_mesh(args)
     if mesh is None:
         return fn(*args)
+    _check_context(mesh, args)
     automatic = jax.sharding.auto_axes(
         fn, axes=mesh.axis_names, out_sharding=shardings(mesh)
     )
     return automatic(*args)
+
+
+def _check_context(mesh: AbstractMesh, args: Any) -> None:
+    """Raise where arrays with explicit axes are used without their mesh."""
+    is_trace = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
+    if not is_trace and jax.sharding.get_abstract_mesh().empty:
+        raise ValueError(
+            f"toyfeat: arrays on explicit axes {mesh.axis_names} of a mesh must be "
+            "used in its context, got none; put `with jax.set_mesh(mesh):` around all "
+            "of it, or make the mesh with AxisType.Auto"
+        )
+
+
+def check_devices(who: str, tree: Any) -> None:
+    """Raise unless all arrays of a tree can be used in one program.
+
+    Those that lie on no device in particular, as most that are made do, can.
+
+    Args:
+      who: the function, for messages.
+      tree: of arrays, traced ones or others.
+
+    Raises:
+      ValueError: if two of them were put on different devices.
+    """
+    first: Any = None
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
+            continue
+        if not leaf.committed:
+            continue
+        first = leaf if first is None else first
+        if leaf.sharding.device_set != first.sharding.device_set:
+            raise ValueError(
+                f"{who}: all arrays must lie on the same devices, got "
+                f"{_describe(first)} and {_describe(leaf)}; put all of them on one "
+                "mesh, parameters on every device of it "
+                "(toyfeat.meshes.place(params, mesh, PartitionSpec()))"
+            )
+
+
+def _describe(leaf: Array) -> str:
+    """Say where an array lies."""
+    ids = sorted(device.id for device in leaf.sharding.device_set)
+    where = f"device {ids[0]}" if len(ids) == 1 else f"{len(ids)} devices, {ids!s:.40}"
+    return f"{leaf.dtype}{list(leaf.shape)} on {where}"
+
+
+def place(tree: Any, mesh: Mesh | AbstractMesh, specs: Any) -> Any:
+    """Put arrays on the devices of a mesh; all layouts are checked before any moves.
+
+    Args:
+      tree: arrays; in several processes the same whole values in each.
+      mesh: of devices, of all processes if there are several.
+      specs: which axes of the mesh split which axes of an array: a
+        :class:`jax.sharding.PartitionSpec` for all of them, or a tree of these whose
+        structure is a prefix of the arrays'.
+
+    Returns:
+      The tree.
+
+    Raises:
+      TypeError: if the mesh or a layout is none.
+      ValueError: if the structures do not fit, a layout names an axis that the mesh
+        does not have, or too many of them, or devices do not divide an axis; names
+        the array.
+
+    Example:
+      >>> import numpy as np
+      >>> from jax.sharding import AbstractMesh, PartitionSpec
+      >>> place({"w": np.ones((15, 4))}, AbstractMesh((8,), ("data",)),
+      ...       PartitionSpec("data"))
+      Traceback (most recent call last):
+      ValueError: place: the 8 devices of the axis 'data' must divide axis 0 of ['w'], \
+got 15; make it 16, or split another axis
+    """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(
+            f"place: mesh must be a jax.sharding.Mesh, got {mesh!r:.80}; jax.make_mesh "
+            "makes one"
+        )
+    try:
+        every = jax.tree.broadcast(specs, tree, is_leaf=_is_spec)
+    except ValueError:
+        raise ValueError(
+            "place: specs must be one PartitionSpec, or a tree of them as that of the "
+            f"arrays, got {specs!s:.200}; name every entry"
+        ) from None
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    layouts = jax.tree.leaves(every, is_leaf=_is_spec)
+    for (path, leaf), spec in zip(leaves, layouts, strict=True):
+        _check_layout(jax.tree_util.keystr(path) or "the array", leaf, mesh, spec)
+    if isinstance(mesh, AbstractMesh):
+        raise TypeError(
+            "place: mesh must have devices to put arrays on, got an AbstractMesh; "
+            "jax.make_mesh makes one"
+        )
+    placed = [
+        _copy(leaf, NamedSharding(mesh, spec))
+        for (_, leaf), spec in zip(leaves, layouts, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), placed)
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)
+
+
+def _check_layout(name: str, leaf: Any, mesh: Any, spec: Any) -> None:
+    """Raise unless an array can be laid out on a mesh like that."""
+    if not _is_spec(spec):
+        raise TypeError(
+            f"place: the layout of {name} must be a PartitionSpec, got {spec!r:.80}; "
+            "PartitionSpec() puts it on every device"
+        )
+    shape = np.shape(leaf)
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"place: the layout of {name} must have at most its {len(shape)} axes, got "
+            f"{spec}; leave out the last ones"
+        )
+    for axis, (size, entry) in enumerate(zip(shape, spec, strict=False)):
+        names = entry if isinstance(entry, tuple) else (entry,)
+        names = tuple(x for x in names if isinstance(x, str))
+        if unknown := [x for x in names if x not in mesh.axis_names]:
+            raise ValueError(
+                f"place: {name} must be split over axes of the mesh, "
+                f"{mesh.axis_names}, got {unknown[0]!r}; name one of these"
+            )
+        parts = int(np.prod([mesh.shape[x] for x in names]))
+        if size % parts:
+            which = f"axis {names[0]!r}" if len(names) == 1 else f"axes {names}"
+            raise ValueError(
+                f"place: the {parts} devices of the {which} must divide axis {axis} of "
+                f"{name}, got {size}; make it {-(-size // parts) * parts}, or split "
+                "another axis"
+            )
 
 
 def explicit_mesh(tree: Any) -> AbstractMesh | None:
@@ -175,9 +318,11 @@ def copy_everywhere(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 def _copy(leaf: Any, where: NamedSharding) -> Any:
     """Copy an array of this process to devices that other processes may have."""
-    if not leaf.is_fully_addressable:
+    if not getattr(leaf, "is_fully_addressable", True):
         return leaf
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+        leaf.dtype, jax.dtypes.prng_key
+    ):
         data = _copy(jax.random.key_data(leaf), where)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     value = np.asarray(leaf)

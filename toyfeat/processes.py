@@ -5,6 +5,7 @@ process nothing here waits or communicates.
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -30,6 +31,10 @@ _HEARTBEAT = 30
 are ended by JAX.  Its default of 100 is for congested networks of thousands."""
 _JOIN = 300
 """Seconds that a process waits for the others to start: JAX's default."""
+
+
+_PATIENCE = 24 * 3600 * 1000
+"""Milliseconds that a process waits for a word of another that lives."""
 
 
 class ProcessError(RuntimeError):
@@ -150,6 +155,20 @@ def process_index() -> int:
     return state.process_id if jax.distributed.is_initialized() else 0
 
 
+def describe_devices() -> str:
+    """Count the devices of this process, ``"8 x gpu"``, or raise a ProcessError."""
+    try:
+        devices = jax.local_devices()
+    except (RuntimeError, AssertionError) as error:
+        wanted = os.environ.get("JAX_PLATFORMS") or "any kind"
+        raise ProcessError(
+            f"processes: wanted a device of JAX_PLATFORMS, {wanted}, got none "
+            f"({error!r}); install the jax of these devices, such as "
+            '"toyfeat[cuda]", or set JAX_PLATFORMS=cpu'
+        ) from error
+    return f"{len(devices)} x {devices[0].platform}"
+
+
 def versions() -> dict[str, str]:
     """Versions that processes have to share."""
     names = "toyfeat", "jax", "jaxlib", "numpy"
@@ -171,9 +190,13 @@ def gather(value: Any) -> list[Any]:
 
     Returns:
       The values of all processes, in their order.
+
+    Raises:
+      ProcessError: if their devices are not equal; JAX exchanges nothing then.
     """
     if num_processes() == 1:
         return [value]
+    _check_devices()
     from jax.experimental.multihost_utils import process_allgather
 
     # Texts of different lengths travel in the room of the longest.
@@ -187,6 +210,22 @@ def gather(value: Any) -> list[Any]:
     texts = np.asarray(process_allgather(filled)).reshape(len(sizes), room)
     pairs = zip(texts, sizes, strict=True)
     return [json.loads(bytes(row[:size])) for row, size in pairs]
+
+
+@functools.cache
+def _check_devices() -> None:
+    """Raise in every process, once, if they do not have equal devices."""
+    client = importlib.import_module("jax._src.distributed").global_state.client
+    names = [f"toyfeat/devices/{i}" for i in range(num_processes())]
+    client.key_value_set(names[process_index()], describe_devices())
+    every = [client.blocking_key_value_get(name, _PATIENCE) for name in names]
+    for index, other in enumerate(every):
+        if other != every[0]:
+            raise ProcessError(
+                f"processes: all must have equal devices, got {every[0]} in process 0 "
+                f"and {other} in process {index}; see with toyfeat doctor which lacks "
+                "one, or start processes of as many each"
+            )
 
 
 def check_same(who: str, values: Mapping[str, Any], advice: str) -> None:

@@ -16,12 +16,14 @@ STORE = "stores/blocks_1-resid_post"
 BOUND = 60
 """Seconds in which a process ends when another has died: two heartbeats of JAX."""
 
-# Job and folder to run it in, of each process, in its turn.
+# Job and folder to run it in, of each process, in its turn; the second has a prelude.
 _EACH_ITS_OWN = """
 import os, sys
-from toyfeat.cli.main import main
 index = int(os.environ.get("JAX_PROCESS_ID", 0))
-command, *places = sys.argv[1:]
+prelude, command, *places = sys.argv[1:]
+if index == 1:
+    exec(prelude)
+from toyfeat.cli.main import main
 job, folder = places[2 * index : 2 * index + 2]
 os.chdir(folder)
 main([command, job])
@@ -63,18 +65,28 @@ def environment(folder, devices=1):
     }
 
 
-def run(num, folder, command, *jobs, timeout=240, grace=40, devices=1, places=None):
+def run(
+    num,
+    folder,
+    command,
+    *jobs,
+    timeout=240,
+    grace=40,
+    devices=1,
+    places=None,
+    prelude="",
+):
     """Run a command in ``num`` processes, each with its job if there are several.
 
-    ``places`` are the folders that they run in.
+    ``places`` are the folders that they run in, ``prelude`` what the second runs first.
     """
-    if len(jobs) == 1 and places is None:
+    if len(jobs) == 1 and places is None and not prelude:
         rest = ["-m", "toyfeat.cli.main", command, str(jobs[0])]
     else:
         jobs = jobs if len(jobs) == num else num * jobs
         places = num * [ROOT] if places is None else places
         pairs = [str(x) for pair in zip(jobs, places, strict=True) for x in pair]
-        rest = ["-c", _EACH_ITS_OWN, command, *pairs]
+        rest = ["-c", _EACH_ITS_OWN, prelude, command, *pairs]
     if num > 1:
         rest = [LAUNCH, "--grace", grace, "-n", num, sys.executable, *rest]
     return run_python(*rest, env=environment(folder, devices), timeout=timeout)

@@ -178,6 +178,17 @@ def test_processes_with_other_work_are_named_before_any(folder, tmp_path):
     done = run(2, folder, "collect", first, second)
     assert done.returncode == 1
     assert "job: all processes must have the same train" in done.stdout
+    # Another version, and a device more, in the second.
+    version = "from importlib import metadata; metadata.version = lambda name: '9.9'"
+    done = run(2, folder, "collect", first, prelude=version)
+    assert done.returncode == 1
+    assert "job: all processes must have the same versions" in done.stdout
+    flag = "--xla_force_host_platform_device_count=2"
+    device = f"os.environ['XLA_FLAGS'] = '{flag}'"
+    done = run(2, folder, "train", first, prelude=device)
+    assert done.returncode == 1
+    wanted = "equal devices, got 1 x cpu in process 0 and 2 x cpu in process 1; see"
+    assert wanted in done.stdout
     missing = tmp_path / "none.toml"
     done = run(2, folder, "train", first, missing)
     assert done.returncode == 1

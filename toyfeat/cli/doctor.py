@@ -44,8 +44,10 @@ def _devices() -> Iterator[str]:
     jax = importlib.import_module("jax")
     try:
         devices = jax.devices()
-    except RuntimeError as error:  # a broken driver must not hide the other lines
-        yield f"devices: none, {str(error).splitlines()[0]}"
+    except (RuntimeError, AssertionError) as error:
+        # A broken driver must not hide the other lines.
+        why = str(error) or "JAX has none of JAX_PLATFORMS"
+        yield f"devices: none, {why.splitlines()[0]}"
         return
     for device in devices:
         stats = device.memory_stats() or {}

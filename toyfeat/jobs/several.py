@@ -20,6 +20,7 @@ from toyfeat.meshes import copy_everywhere
 from toyfeat.processes import (
     call_in_first,
     check_same,
+    describe_devices,
     is_global,
     num_processes,
     to_host,
@@ -36,7 +37,9 @@ def check_same_job(job: Job) -> None:
 
     Raises:
       ValueError: with the entry that differs.
+      ProcessError: if a process has no device, or others than the rest.
     """
+    describe_devices()  # raises if there is none
     settings = json.loads(json.dumps(asdict(job)))
     check_same("job", {"versions": versions(), **settings}, _ADVICE)
 

@@ -11,7 +11,7 @@ from toyfeat.checkpoint import newest_checkpoint, save_checkpoint
 from toyfeat.checks import check_function, check_int, check_type
 from toyfeat.lens.fits import JacobianState
 from toyfeat.lens.model import LensModel, check_model
-from toyfeat.meshes import copy_everywhere, device_mesh, everywhere
+from toyfeat.meshes import check_devices, copy_everywhere, device_mesh, everywhere
 from toyfeat.processes import to_host
 from toyfeat.types import Accumulator, Inputs, Params
 
@@ -67,7 +67,8 @@ def fit(
 
     Raises:
       ValueError: if there are no batches, the model cannot have a lens, a prompt is
-        not longer than what is skipped, or the folder has another fit.
+        not longer than what is skipped, parameters and prompts lie on different
+        devices, or the folder has another fit.
       TypeError: if an argument has the wrong type.
 
     Example:
@@ -91,6 +92,7 @@ def fit(
         raise ValueError(
             f"{who}: batches must be one (inputs, mask) or more, got none; give prompts"
         )
+    check_devices(who, (params, batches))
     check_model(model, params, batches[0][0])
     # On a mesh the state is on every device.
     mesh = device_mesh((params, batches[0]))

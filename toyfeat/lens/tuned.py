@@ -17,7 +17,7 @@ from toyfeat.lens.model import (
     residual_shape,
 )
 from toyfeat.lens.reading import Lens, make_lens
-from toyfeat.meshes import everywhere, run_automatic
+from toyfeat.meshes import check_devices, everywhere, run_automatic
 from toyfeat.types import Array, Inputs, Params
 
 
@@ -66,6 +66,7 @@ def tuned_lens(
     check_number(who, "learning_rate", learning_rate, above=0)
     check_function(who, "report", report, "of a step and losses")
     _check_batches(who, batches)
+    check_devices(who, (params, batches))
     check_model(model, params, batches[0][0])
     dim = residual_shape(model, params, batches[0][0], who)[-1]
     maps: Any = _first_maps(who, model, dim, start)

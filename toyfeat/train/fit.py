@@ -12,6 +12,7 @@ import numpy as np
 
 from toyfeat.checks import check_int
 from toyfeat.data.batches import Batches
+from toyfeat.meshes import check_devices
 from toyfeat.processes import is_global, to_host
 from toyfeat.train.chunks import check_batch, describe_batch, make_feed, run_chunk
 from toyfeat.train.health import (
@@ -228,6 +229,7 @@ def _train(
     began = time.perf_counter()
     # The first batches, which a resumed run must share with the one it goes on from.
     next_batches = run.feed.fetch(step, _chunk_end(run, step) - step)
+    check_devices("fit", (state, next_batches.source))
     check_same_batch(run, next_batches.source, step)
     _check_resumed_batch(run, next_batches.source, step)
     check_first_batch(run, next_batches.source, step)

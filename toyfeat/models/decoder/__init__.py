@@ -3,6 +3,7 @@
 from toyfeat.models.decoder.config import DecoderConfig
 from toyfeat.models.decoder.generation import Generated, generate
 from toyfeat.models.decoder.huggingface import parse_config
+from toyfeat.models.decoder.layout import decoder_specs
 from toyfeat.models.decoder.module import HEAD_SITES, SITES, Decoder
 from toyfeat.models.decoder.pretrained import Pretrained, load_decoder
 from toyfeat.models.decoder.shapes import gpt2, llama, neox
@@ -16,6 +17,7 @@ __all__ = [
     "DecoderConfig",
     "Generated",
     "Pretrained",
+    "decoder_specs",
     "generate",
     "gpt2",
     "llama",

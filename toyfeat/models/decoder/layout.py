@@ -1,4 +1,4 @@
-"""How the parameters of a decoder are split over the devices of a mesh."""
+"""Split the parameters of a decoder over the devices of a mesh."""
 
 from typing import Any
 

@@ -23,22 +23,31 @@ def show(value: float | None, ends: list[float] | None = None) -> str:
     return text if ends is None else f"{text} ({ends[0]:.2f} to {ends[1]:.2f})"
 
 
+def model_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Name what the model does on, and with which dictionary."""
+    dictionary = row.get("dictionary", "")
+    return row["task"], dictionary, row["seed"], row["error"]
+
+
 def main(file: Path, /) -> None:
     """Print a line for every task and method."""
     rows: list[dict[str, Any]] = [
         json.loads(line) for line in file.read_text().splitlines()
     ]
+    of_study = any("dictionary" in row for row in rows)
     names = COLUMNS.split(", ")
+    names[1:1] = ["dictionary", "seed"] if of_study else []
     print("| " + " | ".join(names) + " |")
     print("|---" * len(names) + "|")
-    models = {(r["task"], r["error"]): r for r in rows if r["row"] == "model"}
-    for row in sorted(rows, key=lambda row: row["error"]):
+    models = {model_key(row): row for row in rows if row["row"] == "model"}
+    for row in sorted(rows, key=model_key if of_study else lambda row: row["error"]):
         if row["row"] == "model":
             continue
-        model = models[row["task"], row["error"]]
+        model = models[model_key(row)]
         sizes = [row["size_90"] or "unmet", row["size_95"] or "unmet"]
         cells = [
             row["task"].replace("_", " "),
+            *([row["dictionary"], str(row["seed"])] if of_study else []),
             row["row"],
             "yes" if row["error"] else "no",
             show(model["difference"], model["interval"]),

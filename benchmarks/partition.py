@@ -46,8 +46,6 @@ MAP_RATES = (3e-4, 1e-3, 3e-3)
 DATA_SEED = 7
 PICTURED = 3
 """Seeds in a picture."""
-TARGET_L0 = 0.5
-"""Components per example that a controller aims at: .25 inputs at each of two sites."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,9 @@ class PartitionConfig(BenchmarkConfig):
     """Folder of checkpoints and rows."""
     map: bool = False
     """Map coefficients and learning rates, published settings against a controller."""
+    target_l0: float = 0.5
+    """Components per example that the controller of the map aims at: .25 inputs at each
+    of two sites."""
     speed: bool = False
     """Time populations of 1 and 16 seeds."""
 
@@ -194,7 +195,7 @@ def measure_map(config: PartitionConfig) -> list[dict[str, Any]]:
     cells = list(product(MAP_COEFFICIENTS, MAP_RATES, seeds))
     coefficients, rates, members = zip(*cells, strict=True)
     rows = []
-    control = ft.controllers.target_l0(TARGET_L0, term="importance")
+    control = ft.controllers.target_l0(config.target_l0, term="importance")
     for method, controller in (("published", None), ("controller", control)):
         trainer = toy.preset.trainer(
             split, targets.params, networks=True, steps=steps, controller=controller
@@ -214,6 +215,8 @@ def measure_map(config: PartitionConfig) -> list[dict[str, Any]]:
             figures = score("5-2", judge, state, member)
             size = {"steps": steps, "batch": config.batch or 256, "seed": seed}
             settings = {"coefficient": coefficient, "learning_rate": rate}
+            if controller is not None:
+                settings["target_l0"] = config.target_l0
             figures |= {"correct": correct("5-2", figures), "seconds_of_all": seconds}
             rows.append(row("5-2 map", size, method, **settings, **figures))
     return rows

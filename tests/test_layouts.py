@@ -13,7 +13,7 @@ from toyfeat.meshes import check_devices, place
 MESH = AbstractMesh((4, 2), ("data", "latents"))
 P = PartitionSpec
 
-CHILD = ROOT / "tests" / "layouts_child.py"
+CHILD = ROOT / "tests" / "lens" / "layouts_child.py"
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ def decoder_specs(
       >>> params = Decoder(config).init(jax.random.key(0), jnp.zeros((1, 3), int))
       >>> mesh = jax.sharding.AbstractMesh((2,), ("model",))
       >>> specs = decoder_specs(config, params, mesh)["params"]["blocks_0"]
-      >>> specs["up"]["kernel"], specs["down"]["kernel"]
-      (PartitionSpec(None, 'model'), PartitionSpec('model', None))
+      >>> tuple(specs["up"]["kernel"]), tuple(specs["down"]["kernel"])
+      ((None, 'model'), ('model', None))
 
     References:
       Shoeybi et al. (2019), "Megatron-LM", section 3.

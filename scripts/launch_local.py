@@ -53,7 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         time.sleep(0.05)
         ends = [child.poll() for child in children]
         if not status and any(ends):
-            index = next(i for i, end in enumerate(ends) if end)
+            # One that was killed is the cause, though others may end a moment later.
+            ended = [i for i, end in enumerate(ends) if end]
+            index = min(ended, key=lambda i: (ends[i] != -signal.SIGKILL, i))
             status = ends[index] or 1
             end = f"status {status}" if status > 0 else signal.Signals(-status).name
             said = f"launch_local: process {index} of {args.n} ended with {end}"

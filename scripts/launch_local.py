@@ -52,10 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     while any(child.poll() is None for child in children):
         time.sleep(0.05)
         ends = [child.poll() for child in children]
-        if not status and any(ends):
-            # One that was killed is the cause, though others may end a moment later.
-            ended = [i for i, end in enumerate(ends) if end]
-            index = min(ended, key=lambda i: (ends[i] != -signal.SIGKILL, i))
+        if not status and any(ends):  # others end because of one that was killed
+            index = max(range(args.n), key=lambda i: (ends[i] == -9, bool(ends[i])))
             status = ends[index] or 1
             end = f"status {status}" if status > 0 else signal.Signals(-status).name
             said = f"launch_local: process {index} of {args.n} ended with {end}"

@@ -262,13 +262,13 @@ def main(settings: Settings) -> None:
     for name, cpu in seconds.items():
         rows.add({"row": "tap cpu", "taps": name, "seed": -1}, {"cpu": float(cpu)})
 
-    model, batch = work.model.params, sizes.tap_batch
-    held = cache(lambda: tap_held_out(split, model, work.held_out, mean, batch=batch))
-    scorers = {"": scorer(split, model, held, batch)}
+    model, texts = work.model.params, {"": work.held_out}
     if sizes.genre:
-        mail = mail_windows(work.model, sizes.genre, LENGTH)
-        of_mail = cache(lambda: tap_held_out(split, model, mail, mean, batch=batch))
-        scorers["mail"] = scorer(split, model, of_mail, batch)
+        texts["mail"] = mail_windows(work.model, sizes.genre, LENGTH)
+    held = {
+        name: cache(partial(tap_held_out, split, model, x, mean, batch=sizes.tap_batch))
+        for name, x in texts.items()
+    }
     tapped = cache(lambda n: tap_part(n, parts[1]))
     starts = cache(lambda seed: train_base(sizes, base, seed, folder))
     study = Study(
@@ -279,7 +279,7 @@ def main(settings: Settings) -> None:
         rows,
         tapped,
         Expansions(split.run, model, tapped, sizes.draws, starts),
-        scorers,
+        {n: scorer(split, model, x, sizes.tap_batch) for n, x in held.items()},
         population_tuner(
             split.run, model, tapped, starts, sizes.batch, sizes.population
         ),
@@ -292,7 +292,7 @@ def main(settings: Settings) -> None:
     if 0 not in (settings.seeds or sizes.seeds):
         return
     sae, params = starts(0)
-    error_sizes(split, model, held(), sae, params, rows)
+    error_sizes(split, model, held[""](), sae, params, rows)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,6 @@ _PLANE_COSINE = 0.99
 # as sparse as true ones.  docs/research.md, section 11.
 _MIN_DIMS_PER_CODE = 4
 
-
 # Directions of another table, as a share of those of the best one, that are parts of
 # sums: n + m parts have n * m sums, which with their parts are twice as many or more.
 # docs/research.md, section 17.

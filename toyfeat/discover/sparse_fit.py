@@ -58,7 +58,6 @@ _MIN_INSIDE = 0.999
 # 10).
 CHOICE_ROWS = 6000
 
-
 # How many times as far as in another table the median direction may move in the first
 # one.  docs/research.md, section 11, "Which readout, again"; 3 was worse.
 _MOVE_RATIO = 1.5

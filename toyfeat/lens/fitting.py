@@ -94,16 +94,8 @@ def fit(
         )
     check_devices(who, (params, batches))
     check_model(model, params, batches[0][0])
-    # On a mesh the state is on every device.
     mesh = device_mesh((params, batches[0]))
-    state, done = accumulator.init(), 0
-    if mesh is not None:
-        state = copy_everywhere(state, mesh)
-    # Go on from the newest checkpoint.
-    if folder is not None:
-        restored = newest_checkpoint(Path(folder), state)
-        if restored is not None:
-            state, done = restored.state, restored.step
+    state, done = _start_or_go_on(accumulator, mesh, folder)
     where = None if mesh is None else everywhere(mesh)
     update = jax.jit(accumulator.update, out_shardings=where)
     expected = int(state.prompts)
@@ -119,6 +111,20 @@ def fit(
                 save_checkpoint(Path(folder), step + 1, state, about, keep=_KEEP)()
             report(FitProgress(step + 1, steps, int(state.prompts), state))
     return state
+
+
+def _start_or_go_on(
+    accumulator: Accumulator, mesh: Any, folder: str | Path | None
+) -> tuple[JacobianState, int]:
+    """Make a state, or read the newest checkpoint; on a mesh it is on every device."""
+    state = accumulator.init()
+    if mesh is not None:
+        state = copy_everywhere(state, mesh)
+    if folder is not None:
+        restored = newest_checkpoint(Path(folder), state)
+        if restored is not None:
+            return restored.state, restored.step
+    return state, 0
 
 
 def _count_prompts(inputs: Inputs, mask: Any) -> int:

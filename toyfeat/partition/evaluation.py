@@ -52,8 +52,6 @@ def reconstructions(
       ``"adversarial"`` have remainders.
     """
     first, second = jax.random.split(key)
-    if weights is None:
-        weights = jnp.ones(len(jax.tree.leaves(inputs)[0]))
     batch = loss_inputs(
         decomposition,
         importance,

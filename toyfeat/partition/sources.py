@@ -66,7 +66,7 @@ def loss_inputs(
     target: Params,
     params: Params,
     inputs: Inputs,
-    weights: Array,
+    weights: Array | None,
     *,
     key: Array,
     progress: Array,
@@ -80,7 +80,7 @@ def loss_inputs(
       target: parameters of the model.
       params: ``"components"`` and ``"importance"``.
       inputs: of the model.
-      weights: ``[B]``, not normalized.
+      weights: ``[B]``, not normalized; ``None`` for ones.
       key: of what a loss draws.
       progress: ``[]``, share of the training that is done.
       distance: between outputs.
@@ -91,6 +91,8 @@ def loss_inputs(
     outputs, lower, upper = importances(
         decomposition, importance, target, params, inputs
     )
+    if weights is None:
+        weights = jnp.ones(len(jax.tree.leaves(inputs)[0]))
     count = jnp.sum(weights)
     return LossInputs(
         decomposition=decomposition,

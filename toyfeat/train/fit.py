@@ -227,11 +227,8 @@ def _train(
     finish_save = nothing_to_finish
     means: dict[str, np.ndarray] = {}
     began = time.perf_counter()
-    # The first batches, which a resumed run must share with the one it goes on from.
     next_batches = run.feed.fetch(step, _chunk_end(run, step) - step)
-    check_devices("fit", (state, next_batches.source))
-    check_same_batch(run, next_batches.source, step)
-    _check_resumed_batch(run, next_batches.source, step)
+    _check_batches(run, state, next_batches.source, step)
     check_first_batch(run, next_batches.source, step)
     while step < steps:
         # Start the chunk.
@@ -265,6 +262,13 @@ def _train(
             return state
     warn_of_saturation(means)
     return state
+
+
+def _check_batches(run: Run, state: TrainState, source: Any, step: int) -> None:
+    """Raise for first batches that a state, processes or a resumed run do not share."""
+    check_devices("fit", (state, source))
+    check_same_batch(run, source, step)
+    _check_resumed_batch(run, source, step)
 
 
 def _start_chunk(

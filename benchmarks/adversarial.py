@@ -17,11 +17,10 @@ from typing import Literal
 
 from functional import open_study
 from functional_kept import kept_params
-from functional_sizes import STUDIES
+from functional_sizes import STUDIES, make_sae, taps_folder
 from functional_taps import stored_taps
 from harness import parse_command
 
-import toyfeat as ft
 from toyfeat.jobs.results import Rows
 from toyfeat.lm.adversarial import adversarial_ablation
 from toyfeat.lm.replacements import from_dictionary
@@ -51,15 +50,14 @@ def main(settings: Settings) -> None:
     work = open_study(sizes, folder)
     model, split = work.model.params, split_at(work.model.config, sizes.site)
     first = slice(0, 4 * sizes.tap_batch)
-    taps = stored_taps(
-        work, sizes.site, sizes.tap_batch, folder / "taps", "acts", first
-    )
+    place = taps_folder(settings.study, settings.model)
+    taps = stored_taps(work, sizes.site, sizes.tap_batch, place, "acts", first)
     mean = taps["acts"][taps["weights"] > 0].mean(0)
     batch = min(settings.windows, sizes.tap_batch)
     windows = work.held_out[: settings.windows]
     held = tap_held_out(split, model, windows, mean, batch=batch)
     rows = Rows(settings.out / f"{settings.model}.jsonl")
-    sae = ft.dictionaries.topk(len(mean), sizes.latents, sizes.k)
+    sae = make_sae(sizes, len(mean))
     for seed in settings.seeds:
         for name in settings.rows:
             size = {"windows": settings.windows, "steps": settings.steps}

@@ -22,11 +22,10 @@ import numpy as np
 from circuit_prompts import TASKS, read_task
 from functional import open_study, train_base
 from functional_kept import kept_params
-from functional_sizes import STUDIES, Sizes
+from functional_sizes import STUDIES, Sizes, make_sae, taps_folder
 from functional_taps import stored_taps
 from harness import bootstrap_interval, parse_command
 
-import toyfeat as ft
 from toyfeat.discover.circuits import find_circuit, keep_latents
 from toyfeat.jobs.results import Rows
 from toyfeat.jobs.workspace import Workspace
@@ -133,10 +132,11 @@ def make_dictionary(
     windows = settings.windows or (256 if row else sizes.base)
     study = sizes._replace(base=windows)
     work, part = open_study(study, folder), slice(0, windows)
-    taps = stored_taps(work, sizes.site, sizes.tap_batch, folder / "taps", "acts", part)
+    place = taps_folder(settings.study if row else settings.out, settings.model)
+    taps = stored_taps(work, sizes.site, sizes.tap_batch, place, "acts", part)
     acts = jnp.asarray(taps["acts"][taps["weights"] > 0][:8192])
     if row:
-        sae = ft.dictionaries.topk(acts.shape[1], sizes.latents, sizes.k)
+        sae = make_sae(sizes, acts.shape[1])
         tensors = kept_params(kept, row, settings.seed)
     else:
         sae, tensors = train_base(study, taps, settings.seed, folder)

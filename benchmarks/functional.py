@@ -4,6 +4,7 @@
     python benchmarks/functional.py --model small
     python benchmarks/functional.py --model smollm2
     python benchmarks/functional.py --model large    # SmolLM2, a million tokens
+    python benchmarks/functional.py --model large_k8 # or _k32, _batch, _16k: one change
 
 TopK dictionaries are trained on the activations of a site, then each is fine-tuned on
 other tokens by its reconstruction error alone, with the second-order KL from gradients
@@ -27,7 +28,14 @@ from functional_expansion import EXPANSIONS, Expansions, compare_errors
 from functional_genre import mail_windows
 from functional_kept import keep_params
 from functional_shared import population_tuner
-from functional_sizes import LENGTH, START, STUDIES, Sizes
+from functional_sizes import (
+    LENGTH,
+    START,
+    STUDIES,
+    Sizes,
+    make_sae,
+    taps_folder,
+)
 from functional_taps import stored_taps
 from functional_tools import error_sizes, quadratic, scorer
 from harness import parse_command
@@ -47,7 +55,15 @@ NUM_MAIN = 6
 class Settings:
     """What is run."""
 
-    model: Literal["small", "smollm2", "large"] = "small"
+    model: Literal[
+        "small",
+        "smollm2",
+        "large",
+        "large_k8",
+        "large_k32",
+        "large_batch",
+        "large_16k",
+    ] = "small"
     out: Path = Path("out/functional")
     seeds: tuple[int, ...] = ()
     """All of the study by default; others may run beside them."""
@@ -84,7 +100,7 @@ def train_base(
     """Train a TopK dictionary on the first part of the text."""
     rows = acts["weights"].reshape(-1) > 0
     values = acts["acts"].reshape(len(rows), -1)[rows]
-    sae = ft.dictionaries.topk(values.shape[1], sizes.latents, sizes.k)
+    sae = make_sae(sizes, values.shape[1])
     steps = sizes.base_epochs * len(values) // sizes.base_batch
     run = ft.trainer(
         sae,
@@ -116,9 +132,9 @@ def make_term(row: str, split: SplitDecoder) -> Any:
         return ft.losses.spliced_kl(split.run, run_spliced=alone)
     if kind == "quadratic":
         return quadratic(split.run)
-    words = form.split(" ")
+    words = [word for word in form.split(" ")[1:] if not word.startswith("w.")]
     length = LENGTH if kind == "window" else 0
-    return ft.losses.fisher(words[1] if len(words) > 1 else "square", length=length)
+    return ft.losses.fisher(words[0] if words else "square", length=length)
 
 
 def tune_taps(
@@ -249,7 +265,8 @@ def main(settings: Settings) -> None:
     folder = settings.out / settings.model
     work = open_study(sizes, folder)
     parts = slice(0, sizes.base), slice(sizes.base, sizes.base + sizes.tune)
-    tap_part = partial(stored_taps, work, sizes.site, sizes.tap_batch, folder / "taps")
+    place = taps_folder(settings.out, settings.model)
+    tap_part = partial(stored_taps, work, sizes.site, sizes.tap_batch, place)
     base = tap_part("acts", parts[0])
     rows_of = settings.rows or sizes.rows
     needed = needed_taps(rows_of, sizes.draws)

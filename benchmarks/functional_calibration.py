@@ -19,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from functional import open_study
 from functional_kept import kept_params
-from functional_sizes import STUDIES
+from functional_sizes import STUDIES, make_sae, taps_folder
 from functional_taps import stored_taps
 from harness import parse_command
 
-import toyfeat as ft
 from toyfeat.jobs.results import Rows
 from toyfeat.lm.split import split_at, tap_held_out
 from toyfeat.types import Array
@@ -65,12 +64,13 @@ def main(settings: Settings) -> None:
     work, batch = open_study(sizes, folder), sizes.tap_batch
     model, split = work.model.params, split_at(work.model.config, sizes.site)
     first = slice(0, 4 * batch)
-    taps = stored_taps(work, sizes.site, batch, folder / "taps", "acts", first)
+    place = taps_folder(settings.study, settings.model)
+    taps = stored_taps(work, sizes.site, batch, place, "acts", first)
     mean = taps["acts"][taps["weights"] > 0].mean(0)
     held = tap_held_out(
         split, model, work.held_out[: settings.windows], mean, batch=batch
     )
-    sae = ft.dictionaries.topk(len(mean), sizes.latents, sizes.k)
+    sae = make_sae(sizes, len(mean))
     sums = jax.jit(partial(sums_of, split.run))
     reconstruct = jax.jit(lambda p, acts: sae.decode(p, sae.encode(p, acts)))
     rows = Rows(settings.out / f"{settings.model}.jsonl")

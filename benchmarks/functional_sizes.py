@@ -1,8 +1,12 @@
 """Sizes of the studies of ``functional.py``."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from functional_expansion import POPULATION
+
+import toyfeat as ft
+from toyfeat.dictionary.types import Dictionary
 
 LENGTH = 64
 START = 1  # the token that SmolLM2's texts begin with
@@ -28,6 +32,20 @@ class Sizes(NamedTuple):
     population: int = POPULATION
     genre: int = 0
     """Windows of mail that are scored as well."""
+    kind: str = "topk"
+    """Of the dictionaries: a function of ``toyfeat.dictionaries``."""
+    text: str = ""
+    """Study whose taps are used; its own by default."""
+
+
+def make_sae(sizes: Sizes, dim: int) -> Dictionary:
+    """Make a dictionary of a study for activations of so many dimensions."""
+    return getattr(ft.dictionaries, sizes.kind)(dim, sizes.latents, sizes.k)
+
+
+def taps_folder(out: Path, model: str) -> Path:
+    """Return the folder of the taps of a study; studies of one text share it."""
+    return out / (STUDIES[model].text or model) / "taps"
 
 
 SMALL_ROWS = (
@@ -37,6 +55,10 @@ SMALL_ROWS = (
     "path value 8, expand 0 x4, shared 0, shared 1, shared 2"
 )
 SMOLLM2_ROWS = "mse, kl, shared 0, shared 1, shared 2, mean 2 w.03, mean 4 w.03, mean 4"
+LARGE_ROWS = (
+    "mse, shared 0, kl, shared 2, labels 8 w.03, labels 8, labels 8 w.3, labels 4, "
+    "labels 1, true 1"
+)
 STUDIES = {
     "small": Sizes(
         model="out/small_decoder",
@@ -70,22 +92,31 @@ STUDIES = {
         seeds=(0, 1),
         rows=tuple(SMOLLM2_ROWS.split(", ")),
     ),
-    "large": Sizes(
-        model="smollm2",
-        site="blocks_15/resid_post",
-        base=16384,
-        tune=1024,
-        held_out=832,
-        latents=4608,
-        k=16,
-        batch=4,
-        base_batch=512,
-        base_epochs=1,
-        tap_batch=8,
-        draws=2,
-        seeds=(0, 1, 2),
-        rows=("mse", "shared 0", "kl", "shared 2"),
-        population=3,
-        genre=256,
-    ),
+}
+LARGE = Sizes(
+    model="smollm2",
+    site="blocks_15/resid_post",
+    base=16384,
+    tune=1024,
+    held_out=832,
+    latents=4608,
+    k=16,
+    batch=4,
+    base_batch=512,
+    base_epochs=1,
+    tap_batch=8,
+    draws=8,
+    seeds=(0, 1, 2),
+    rows=tuple(LARGE_ROWS.split(", ")),
+    population=3,
+    genre=256,
+)
+# Rows of the main study at other settings: one change each.
+OTHER = LARGE._replace(rows=("mse", "kl"), seeds=(0,), text="large")
+STUDIES |= {
+    "large": LARGE,
+    "large_k8": OTHER._replace(k=8),
+    "large_k32": OTHER._replace(k=32),
+    "large_batch": OTHER._replace(kind="batch_topk"),
+    "large_16k": OTHER._replace(latents=16384),
 }

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import jax.numpy as jnp
 from functional import open_study
 from functional_kept import kept_params
 from functional_sizes import STUDIES, make_sae, taps_folder
@@ -52,7 +53,7 @@ def main(settings: Settings) -> None:
     first = slice(0, 4 * sizes.tap_batch)
     place = taps_folder(settings.study, settings.model)
     taps = stored_taps(work, sizes.site, sizes.tap_batch, place, "acts", first)
-    mean = taps["acts"][taps["weights"] > 0].mean(0)
+    mean = jnp.asarray(taps["acts"][taps["weights"] > 0].mean(0))
     batch = min(settings.windows, sizes.tap_batch)
     windows = work.held_out[: settings.windows]
     held = tap_held_out(split, model, windows, mean, batch=batch)

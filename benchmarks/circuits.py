@@ -104,7 +104,7 @@ def measure_method(
     """Find circuits on the first half of the prompts, and test them on the second."""
     first, other = halves
     began = time.process_time()
-    whole = first.own.mean()
+    whole = float(first.own.mean())
     options: dict[str, Any] = {"method": method, "steps": steps, "precision": 0.05}
     circuit = find_circuit(
         effect, first.data, latents, whole=whole, shares=SHARES, **options

@@ -274,7 +274,7 @@ def main(settings: Settings) -> None:
     if settings.only_taps:
         return
     split = split_at(work.model.config, sizes.site)
-    mean = base["acts"][base["weights"] > 0].mean(0)
+    mean = jnp.asarray(base["acts"][base["weights"] > 0].mean(0))
     rows = Rows(settings.out / f"{settings.model}.jsonl")
     for name, cpu in seconds.items():
         rows.add({"row": "tap cpu", "taps": name, "seed": -1}, {"cpu": float(cpu)})

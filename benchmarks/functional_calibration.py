@@ -66,7 +66,7 @@ def main(settings: Settings) -> None:
     first = slice(0, 4 * batch)
     place = taps_folder(settings.study, settings.model)
     taps = stored_taps(work, sizes.site, batch, place, "acts", first)
-    mean = taps["acts"][taps["weights"] > 0].mean(0)
+    mean = jnp.asarray(taps["acts"][taps["weights"] > 0].mean(0))
     held = tap_held_out(
         split, model, work.held_out[: settings.windows], mean, batch=batch
     )

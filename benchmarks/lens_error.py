@@ -144,9 +144,8 @@ def stratified(sample: Sample, chosen: np.ndarray) -> np.ndarray:
 
 def halves(sample: Sample, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means of two halves of the prompts, less the identity."""
-    return tuple(
-        sample.rows[chosen[i::2]].mean(axis=0) - sample.directions for i in (0, 1)
-    )
+    one, other = (sample.rows[chosen[i::2]].mean(axis=0) for i in (0, 1))
+    return one - sample.directions, other - sample.directions
 
 
 def scaled(sample: Sample, chosen: np.ndarray) -> np.ndarray:

@@ -209,9 +209,9 @@ def case_lens_goes_on(layout):
             accumulator,
             params,
             batches[:num],
-            folder=folder,
-            every=2,
-            report=lambda progress: reports.append(progress.prompts),
+            directory=folder,
+            chunk=2,
+            on_chunk=lambda progress: reports.append(progress.prompts),
         )
     assert reports == [16, 32]
     return accumulator.finish(state)

@@ -109,7 +109,7 @@ def test_a_lens_is_traced_once(tmp_path):
 
     def fit(num):
         fitted = ft.lenses.fit(
-            model, accumulator, BLOCKS, batches[:num], folder=tmp_path, every=2
+            model, accumulator, BLOCKS, batches[:num], directory=tmp_path, chunk=2
         )
         return accumulator.finish(fitted)
 

@@ -37,7 +37,7 @@ class Stopped(Exception):
 
 def test_a_fit_that_was_stopped_goes_on_and_ends_alike(tmp_path):
     seen = []
-    whole = lenses.fit(MODEL, ACC, PARAMS, BATCHES, every=2, report=seen.append)
+    whole = lenses.fit(MODEL, ACC, PARAMS, BATCHES, chunk=2, on_chunk=seen.append)
     assert [(x.step, x.steps, x.prompts) for x in seen] == [
         (2, 5, 4),
         (4, 5, 8),
@@ -49,19 +49,21 @@ def test_a_fit_that_was_stopped_goes_on_and_ends_alike(tmp_path):
             raise Stopped
 
     with pytest.raises(Stopped):
-        lenses.fit(MODEL, ACC, PARAMS, BATCHES, every=2, report=stop, folder=tmp_path)
+        lenses.fit(
+            MODEL, ACC, PARAMS, BATCHES, chunk=2, on_chunk=stop, directory=tmp_path
+        )
     rest = []
     state = lenses.fit(
-        MODEL, ACC, PARAMS, BATCHES, every=2, report=rest.append, folder=tmp_path
+        MODEL, ACC, PARAMS, BATCHES, chunk=2, on_chunk=rest.append, directory=tmp_path
     )
     assert [x.step for x in rest] == [5]
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), state, whole))
     # Nothing is left to do: the state is that of the checkpoint.
-    again = lenses.fit(MODEL, ACC, PARAMS, BATCHES, folder=tmp_path)
+    again = lenses.fit(MODEL, ACC, PARAMS, BATCHES, directory=tmp_path)
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), again, whole))
     wider = lenses.mean_jacobian(MODEL, DIM + 1, **SKIP)
     with pytest.raises(ValueError, match="choose another directory, or the same"):
-        lenses.fit(MODEL, wider, PARAMS, BATCHES, folder=tmp_path)
+        lenses.fit(MODEL, wider, PARAMS, BATCHES, directory=tmp_path)
 
 
 def test_prompts_that_are_too_short_are_refused():

@@ -101,7 +101,7 @@ def test_the_tuned_lens_learns_what_the_model_will_say():
         [(tokens, None)],
         steps=60,
         learning_rate=0.02,
-        report=lambda step, found: losses.append(found),
+        on_step=lambda step, found: losses.append(found),
     )
     (site,) = tuned.maps
     history = [float(x[site]) for x in losses]
@@ -136,7 +136,7 @@ def test_the_tuned_lens_learns_what_the_model_will_say():
         [(tokens, None)],
         steps=1,
         start=tuned,
-        report=lambda step, found: again.append(float(found[site])),
+        on_step=lambda step, found: again.append(float(found[site])),
     )
     found = lenses.output_divergence(model(), params, tuned, [(tokens, None)])
     np.testing.assert_allclose(again[0], found[site], rtol=1e-4)
@@ -178,6 +178,6 @@ def test_masks_of_a_divergence_are_of_every_token_and_may_be_empty():
         params,
         [(tokens, none)],
         steps=1,
-        report=lambda step, losses: seen.append(float(losses[site])),
+        on_step=lambda step, losses: seen.append(float(losses[site])),
     )
     assert seen == [0]

@@ -57,7 +57,7 @@ def find_circuit(
     data: Any,
     latents: int,
     *,
-    whole: ArrayLike | None = None,
+    whole: ArrayLike | float | None = None,
     shares: tuple[float, ...] = (0.9, 0.95),
     method: Literal["attribution", "integrated", "mask"] = "attribution",
     steps: int = 10,
@@ -170,7 +170,7 @@ def _check_effect(effect: Effect, data: Any, latents: int) -> None:
 
 
 def _effect_ends(
-    measure: Callable[[Array], Array], latents: int, whole: ArrayLike | None
+    measure: Callable[[Array], Array], latents: int, whole: ArrayLike | float | None
 ) -> tuple[float, float]:
     """Measure the effect of no latent and the whole one, which must differ."""
     empty = float(measure(jnp.zeros(latents)))

@@ -146,8 +146,15 @@ def _fit(
     settings = work.job.lens
     acc = _accumulator(work.job, model, work.model.config.dim)
     batches = spread.lay_out(_batches(tokens, settings.batch))
-    saved = {"folder": folder, "every": settings.every}
-    state = fit(model, acc, spread.params, batches, report=report, **saved)
+    state = fit(
+        model,
+        acc,
+        spread.params,
+        batches,
+        directory=folder,
+        chunk=settings.every,
+        on_chunk=report,
+    )
     estimate = acc.finish(to_local(state))
     about = _about(work) | {
         "frozen": settings.frozen,
@@ -185,7 +192,7 @@ def _train(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         about=_about(work) | {"prompts": seen},
-        report=show,
+        on_step=show,
     )
     # Of this process alone, as the text is read.
     maps = to_local(lens.maps)

@@ -41,9 +41,9 @@ def fit(
     params: Params,
     batches: Sequence[tuple[Inputs, Any]],
     *,
-    folder: str | Path | None = None,
-    every: int = 10,
-    report: Callable[[FitProgress], Any] = lambda progress: None,
+    directory: str | Path | None = None,
+    chunk: int = 10,
+    on_chunk: Callable[[FitProgress], Any] = lambda progress: None,
 ) -> JacobianState:
     """Accumulate batches of prompts; the same call goes on where it was stopped.
 
@@ -55,11 +55,11 @@ def fit(
       batches: ``(inputs, mask)`` by index, ``mask [B, T]`` or ``None``; batches of one
         shape share one compiled program.  Prompts may be split over a mesh of devices,
         also of several processes, all of which then call this.
-      folder: for checkpoints, or ``None``.  A fit of another model or of other batches
-        needs another folder.
-      every: batches between checkpoints and reports.
-      report: called with :class:`FitProgress` after every ``every`` batches, and at
-        the end.
+      directory: for checkpoints, or ``None``.  A fit of another model or of other
+        batches needs another directory.
+      chunk: batches between checkpoints.
+      on_chunk: called with :class:`FitProgress` after a chunk and its checkpoint, the
+        last one too.
 
     Returns:
       The state; ``accumulator.finish`` makes the estimate of it, ``accumulator.merge``
@@ -68,7 +68,7 @@ def fit(
     Raises:
       ValueError: if there are no batches, the model cannot have a lens, a prompt is
         not longer than what is skipped, parameters and prompts lie on different
-        devices, or the folder has another fit.
+        devices, or the directory has another fit.
       TypeError: if an argument has the wrong type.
 
     Example:
@@ -85,8 +85,8 @@ def fit(
     """
     who = "lenses.fit"
     check_type(who, "accumulator", accumulator, Accumulator, hint="of mean_jacobian")
-    check_function(who, "report", report, "of FitProgress")
-    every = check_int(who, "every", every)
+    check_function(who, "on_chunk", on_chunk, "of FitProgress")
+    chunk = check_int(who, "chunk", chunk)
     steps = len(batches)
     if not steps:
         raise ValueError(
@@ -95,7 +95,7 @@ def fit(
     check_devices(who, (params, batches))
     check_model(model, params, batches[0][0])
     mesh = device_mesh((params, batches[0]))
-    state, done = _start_or_go_on(accumulator, mesh, folder)
+    state, done = _start_or_go_on(accumulator, mesh, directory)
     where = None if mesh is None else everywhere(mesh)
     update = jax.jit(accumulator.update, out_shardings=where)
     expected = int(state.prompts)
@@ -103,25 +103,25 @@ def fit(
         inputs, mask = batches[step]
         state = update(state, params, inputs, mask)
         expected += _count_prompts(inputs, mask)
-        # Wait for the device only where a checkpoint or a report wants the numbers.
-        if (step + 1) % every == 0 or step + 1 == steps:
+        # Wait for the device only where a chunk ends.
+        if (step + 1) % chunk == 0 or step + 1 == steps:
             _check_counted(who, int(state.prompts), expected)
-            if folder is not None:
+            if directory is not None:
                 about = {"start": "lens"}
-                save_checkpoint(Path(folder), step + 1, state, about, keep=_KEEP)()
-            report(FitProgress(step + 1, steps, int(state.prompts), state))
+                save_checkpoint(Path(directory), step + 1, state, about, keep=_KEEP)()
+            on_chunk(FitProgress(step + 1, steps, int(state.prompts), state))
     return state
 
 
 def _start_or_go_on(
-    accumulator: Accumulator, mesh: Any, folder: str | Path | None
+    accumulator: Accumulator, mesh: Any, directory: str | Path | None
 ) -> tuple[JacobianState, int]:
     """Make a state, or read the newest checkpoint; on a mesh it is on every device."""
     state = accumulator.init()
     if mesh is not None:
         state = copy_everywhere(state, mesh)
-    if folder is not None:
-        restored = newest_checkpoint(Path(folder), state)
+    if directory is not None:
+        restored = newest_checkpoint(Path(directory), state)
         if restored is not None:
             return restored.state, restored.step
     return state, 0

@@ -30,7 +30,7 @@ def tuned_lens(
     learning_rate: float = 1e-3,
     start: Lens | None = None,
     about: Mapping[str, Any] | None = None,
-    report: Callable[[int, dict[str, Array]], Any] = lambda step, losses: None,
+    on_step: Callable[[int, dict[str, Array]], Any] = lambda step, losses: None,
 ) -> Lens:
     r"""Train an affine map per site by the divergence from the model's own output.
 
@@ -46,7 +46,7 @@ def tuned_lens(
       learning_rate: of Adam.
       start: lens of the same sites, one map each, from which the training goes on.
       about: JSON values for the file.
-      report: called with the step and the losses by site, arrays of the device.
+      on_step: called with the step and the losses by site, arrays of the device.
 
     Returns:
       :class:`Lens` of the kind ``"tuned"``.
@@ -64,7 +64,7 @@ def tuned_lens(
     who = "tuned_lens"
     steps = check_int(who, "steps", steps)
     check_number(who, "learning_rate", learning_rate, above=0)
-    check_function(who, "report", report, "of a step and losses")
+    check_function(who, "on_step", on_step, "of a step and losses")
     _check_batches(who, batches)
     check_devices(who, (params, batches))
     check_model(model, params, batches[0][0])
@@ -85,7 +85,7 @@ def tuned_lens(
     for number in range(steps):
         inputs, mask = batches[number % len(batches)]
         maps, state, losses = step(maps, state, params, inputs, mask)
-        report(number + 1, losses)
+        on_step(number + 1, losses)
     known = {"estimator": f"KL, {steps} steps", **(about or {})}
     return make_lens(model, params, "tuned", maps, known)
 

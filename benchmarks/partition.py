@@ -75,6 +75,8 @@ class PartitionConfig(BenchmarkConfig):
     target_l0: float = 0.5
     """Components per example that the controller of the map aims at: .25 inputs at each
     of two sites."""
+    target_error: float = 0.0
+    """Stochastic error that it aims at instead, if it is not 0."""
     speed: bool = False
     """Time populations of 1 and 16 seeds."""
 
@@ -195,7 +197,14 @@ def measure_map(config: PartitionConfig) -> list[dict[str, Any]]:
     cells = list(product(MAP_COEFFICIENTS, MAP_RATES, seeds))
     coefficients, rates, members = zip(*cells, strict=True)
     rows = []
-    control = ft.controllers.target_l0(config.target_l0, term="importance")
+    if config.target_error:
+        aim = {"target_error": config.target_error}
+        control = ft.controllers.target_error(
+            config.target_error, measures="stochastic", term="importance"
+        )
+    else:
+        aim = {"target_l0": config.target_l0}
+        control = ft.controllers.target_l0(config.target_l0, term="importance")
     for method, controller in (("published", None), ("controller", control)):
         trainer = toy.preset.trainer(
             split, targets.params, networks=True, steps=steps, controller=controller
@@ -216,7 +225,7 @@ def measure_map(config: PartitionConfig) -> list[dict[str, Any]]:
             size = {"steps": steps, "batch": config.batch or 256, "seed": seed}
             settings = {"coefficient": coefficient, "learning_rate": rate}
             if controller is not None:
-                settings["target_l0"] = config.target_l0
+                settings |= aim
             figures |= {"correct": correct("5-2", figures), "seconds_of_all": seconds}
             rows.append(row("5-2 map", size, method, **settings, **figures))
     return rows

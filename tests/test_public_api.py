@@ -30,7 +30,7 @@ NAMESPACES = {
     "losses": "reconstruction sparsity quadratic_l0 gate dead_latents "
     "attribution_sparsity unexplained gradient_reconstruction default attribution "
     "Term Inputs",
-    "controllers": "target_l0 target_attribution_l0 target_fvu Controller",
+    "controllers": "target_l0 target_attribution_l0 target_fvu target_error Controller",
     "metrics": "match_features random_coverage feature_uniqueness "
     "latent_classification principal_angles r_squared variance_explained "
     "output_preserved ablation_curve edge_ablation edges_needed splice ce_recovered "

@@ -46,6 +46,17 @@ def test_a_budget_is_used_up():
     assert not np.any(saturated)
 
 
+def test_an_error_of_any_name_is_used_up():
+    """The penalty falls while the error is over its target, and rises after."""
+    control = controllers.target_error(1e-3, measures="mse", term="penalty", **FAST)
+    plant = lambda c: 5e-3 * c**0.8  # noqa: E731
+    errors, factor, saturated = steer(control, plant, single(1e-3), start=-1.0)
+    np.testing.assert_allclose(errors[-100:], 1e-3, rtol=0.02)
+    np.testing.assert_allclose(factor[-1], 0.2 ** (1 / 0.8), rtol=0.1)
+    assert not np.any(saturated)
+    assert (control.term, control.measures) == ("penalty", "mse")
+
+
 @pytest.mark.parametrize("floor", [20.0, 1e-9])
 def test_a_target_that_is_out_of_reach_is_told(floor):
     """The count is never below, or always 0."""

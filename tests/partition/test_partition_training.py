@@ -77,6 +77,18 @@ def test_a_controller_steers_the_importance_to_an_l0():
     assert float(state.running["factor"]) == float(first["factor"]) > 1
 
 
+@pytest.mark.parametrize(("target", "rises"), [(1e-9, False), (1e3, True)])
+def test_a_controller_spends_an_error_on_the_importance(target, rises):
+    """Over its target the error lowers the penalty, under it it raises it."""
+    control = ft.controllers.target_error(
+        target, measures="stochastic", term="importance", integral=0.1
+    )
+    trainer = make(controller=control)
+    state = trainer.init(jax.random.key(0))
+    _, first = jax.jit(trainer.update)(state, BATCHES(0))
+    assert (float(first["factor"]) > 1) is rises
+
+
 def test_persistent_sources_rise_against_fixed_parameters():
     rows = len(BATCHES(0).acts)
     term = P.persistent_pgd(batch=rows, ramp=0.0)
@@ -180,6 +192,11 @@ def test_presets_are_as_published_and_cited():
 BAD = [
     (lambda: make((*OBJECTIVE, losses.stochastic())), ValueError, "different names"),
     (lambda: make(controller=ft.controllers.target_l0(1.0)), ValueError, "steers"),
+    (
+        lambda: make(controller=ft.controllers.target_fvu(1.0, term="importance")),
+        ValueError,
+        "reads 'fvu', the objective has .*stochastic.*l0",
+    ),
     (lambda: make().init(jax.random.key(0), k=2), ValueError, "unknown.*importance"),
     (lambda: make().init(jax.random.key(0), importance=-1), ValueError, "importance"),
     (

@@ -36,7 +36,8 @@ class Controller(NamedTuple):
 
     Attributes:
       term: whose coefficient it multiplies.
-      measures: the metric that it reads: ``"l0"``, ``"attribution_l0"`` or ``"fvu"``.
+      measures: the metric that it reads: ``"l0"``, ``"attribution_l0"``, ``"fvu"``, or
+        the name of a term.
       target: the default of ``hyper["target"]``.
       init: ``() -> state``.
       update: ``(state, measured, target) -> (state, factor, saturated)``; the
@@ -133,6 +134,45 @@ def target_fvu(target: float, *, term: str = "sparsity", **gains: float) -> Cont
       Rezende and Viola (2018), "Taming VAEs" (GECO), dual ascent.
     """
     return _controller(term, "fvu", target, -1.0, gains)
+
+
+def target_error(
+    target: float, *, measures: str, term: str, **gains: float
+) -> Controller:
+    """Control an error of any name: as much of a penalty as it allows.
+
+    While the error is over the target the penalty falls, so that a model is first
+    fitted and then made sparse, whatever coefficient it started from.
+
+    Args:
+      target: the error, in its own units; a default that ``init(key, target=)``
+        overrides.
+      measures: metric of the trainer that is the error, such as the name of a term:
+        ``"stochastic"`` of a partition.
+      term: whose coefficient is controlled, ``"importance"`` of a partition.
+      gains: as in :func:`target_l0`.
+
+    Returns:
+      :class:`Controller`.
+
+    Raises:
+      ValueError: if the target is not positive.
+      TypeError: if a name is no string.
+
+    Example:
+      >>> control = target_error(2e-4, measures="stochastic", term="importance")
+      >>> control.measures, control.target
+      ('stochastic', 0.0002)
+
+    References:
+      Rezende and Viola (2018), "Taming VAEs" (GECO).
+    """
+    if not isinstance(measures, str):
+        raise TypeError(
+            f"controller: measures must be the name of a metric, got {measures!r}; "
+            "such as 'stochastic'"
+        )
+    return _controller(term, measures, target, -1.0, gains)
 
 
 def _controller(

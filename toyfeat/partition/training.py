@@ -26,11 +26,9 @@ from toyfeat.train import Trainer, TrainState
 from toyfeat.train.placement import run_update
 from toyfeat.types import Array, Params, Taps
 
-_WARM_UP_RATE, _WARM_UP_DECAY = 0.01, 0.1
-"""AdamW of the faithfulness warm-up, as published for the toys."""
-
-_LEAST = 1e-30
-"""Keeps a quotient finite where the coefficient of a term is 0."""
+_WARM_UP_RATE, _WARM_UP_DECAY = 0.01, 0.1  # AdamW, as published for the toys
+_MEASURED: tuple[str, ...] = ("l0", "alive", "remainder")  # metrics beside the terms
+_LEAST = 1e-30  # keeps a quotient finite where the coefficient of a term is 0
 
 
 class PartitionRecipe(NamedTuple):
@@ -84,7 +82,9 @@ def trainer(
       learning_rate: of all parameters, a hyper-parameter.
       schedule: step to a factor of the learning rate.
       optimizer: optax, without a learning rate; ``None`` for Adam.
-      controller: of the coefficient of a term, by the metric ``"l0"``.
+      controller: of the coefficient of a term, by the metric ``"l0"``
+        (:func:`toyfeat.controllers.target_l0`) or by the value of another term
+        (:func:`toyfeat.controllers.target_error`).
       distance: between outputs of the masked model and of the target, ``[B]``.
       warm_up: steps at the start on the error of the weights alone.
       warm_up_decay: decay of weights in them.
@@ -101,7 +101,8 @@ def trainer(
 
     Raises:
       TypeError: for an argument of another type.
-      ValueError: for terms of one name, and a controller of a term that is not there.
+      ValueError: for terms of one name, and a controller of a term or by a metric
+        that is not there.
     """
     hint = "make one by ft.partition.decompose_weights"
     check_type("trainer", "decomposition", decomposition, Decomposition, hint=hint)
@@ -143,11 +144,16 @@ def _check_terms(objective: tuple[Term, ...], controller: Controller | None) -> 
             f"trainer: terms must be one or more of different names, got {names}; "
             "rename one by _replace(name=...)"
         )
-    if controller is not None and controller.term not in names:
-        raise ValueError(
-            f"trainer: the controller steers {controller.term!r}, the objective has "
-            f"{names}; make it with term= one of them"
-        )
+    if controller is None:
+        return
+    known = [*names, *_MEASURED]
+    wanted = ("steers", controller.term, names), ("reads", controller.measures, known)
+    for verb, name, there in wanted:
+        if name not in there:
+            raise ValueError(
+                f"trainer: the controller {verb} {name!r}, the objective has {there}; "
+                "make it with one of them"
+            )
 
 
 def cosine(steps: int, end: float = 0.0) -> Callable[[Array], Array]:
@@ -341,5 +347,5 @@ def _measure(inputs: LossInputs) -> dict[str, Array]:
     remainder = weight_error(
         inputs.decomposition, inputs.params, inputs.components, relative=True
     )
-    measured = {"l0": l0, "alive": alive, "remainder": remainder}
+    measured = dict(zip(_MEASURED, (l0, alive, remainder), strict=True))
     return jax.lax.stop_gradient(measured)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ ReadoutOf = Callable[[Array, Array], Readout] | HeadReadout | None
 activations alone."""
 
 
+@cache
 def make_readout(
     kind: str, *, draws: int = 1, seed: int = 0, temperature: float = 1.0
 ) -> ReadoutOf:
@@ -44,7 +45,8 @@ def make_readout(
       temperature: of ``"labels"`` and ``"signs"``.
 
     Returns:
-      :data:`ReadoutOf`; what is drawn for a window depends on its index and not on the
+      :data:`ReadoutOf`, the same object for the same arguments, so that programs of it
+      are compiled once; what is drawn for a window depends on its index and not on the
       batch it is in.
 
     Raises:

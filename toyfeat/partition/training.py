@@ -82,9 +82,8 @@ def trainer(
       learning_rate: of all parameters, a hyper-parameter.
       schedule: step to a factor of the learning rate.
       optimizer: optax, without a learning rate; ``None`` for Adam.
-      controller: of the coefficient of a term, by the metric ``"l0"``
-        (:func:`toyfeat.controllers.target_l0`) or by the value of another term
-        (:func:`toyfeat.controllers.target_error`).
+      controller: of the coefficient of a term, by ``"l0"`` or the value of another
+        term (:func:`toyfeat.controllers.target_l0` or ``target_error``).
       distance: between outputs of the masked model and of the target, ``[B]``.
       warm_up: steps at the start on the error of the weights alone.
       warm_up_decay: decay of weights in them.

@@ -21,7 +21,7 @@ _DRAWS = ('readout = "sampled"', 'readout = "sampled"\ndraws = 200')
 _LENS = """[lens]
 prompts = 1800
 batch = 2
-every = 20
+checkpoint_every = 20
 skip_first = 2
 """
 

@@ -210,8 +210,8 @@ def case_lens_goes_on(layout):
             params,
             batches[:num],
             directory=folder,
-            chunk=2,
-            on_chunk=lambda progress: reports.append(progress.prompts),
+            checkpoint_every=2,
+            on_progress=lambda progress: reports.append(progress.prompts),
         )
     assert reports == [16, 32]
     return accumulator.finish(state)

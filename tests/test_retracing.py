@@ -109,7 +109,12 @@ def test_a_lens_is_traced_once(tmp_path):
 
     def fit(num):
         fitted = ft.lenses.fit(
-            model, accumulator, BLOCKS, batches[:num], directory=tmp_path, chunk=2
+            model,
+            accumulator,
+            BLOCKS,
+            batches[:num],
+            directory=tmp_path,
+            checkpoint_every=2,
         )
         return accumulator.finish(fitted)
 

@@ -37,7 +37,9 @@ class Stopped(Exception):
 
 def test_a_fit_that_was_stopped_goes_on_and_ends_alike(tmp_path):
     seen = []
-    whole = lenses.fit(MODEL, ACC, PARAMS, BATCHES, chunk=2, on_chunk=seen.append)
+    whole = lenses.fit(
+        MODEL, ACC, PARAMS, BATCHES, checkpoint_every=2, on_progress=seen.append
+    )
     assert [(x.step, x.steps, x.prompts) for x in seen] == [
         (2, 5, 4),
         (4, 5, 8),
@@ -50,11 +52,23 @@ def test_a_fit_that_was_stopped_goes_on_and_ends_alike(tmp_path):
 
     with pytest.raises(Stopped):
         lenses.fit(
-            MODEL, ACC, PARAMS, BATCHES, chunk=2, on_chunk=stop, directory=tmp_path
+            MODEL,
+            ACC,
+            PARAMS,
+            BATCHES,
+            checkpoint_every=2,
+            on_progress=stop,
+            directory=tmp_path,
         )
     rest = []
     state = lenses.fit(
-        MODEL, ACC, PARAMS, BATCHES, chunk=2, on_chunk=rest.append, directory=tmp_path
+        MODEL,
+        ACC,
+        PARAMS,
+        BATCHES,
+        checkpoint_every=2,
+        on_progress=rest.append,
+        directory=tmp_path,
     )
     assert [x.step for x in rest] == [5]
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), state, whole))

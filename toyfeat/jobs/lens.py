@@ -152,8 +152,8 @@ def _fit(
         spread.params,
         batches,
         directory=folder,
-        chunk=settings.every,
-        on_chunk=report,
+        checkpoint_every=settings.checkpoint_every,
+        on_progress=report,
     )
     estimate = acc.finish(to_local(state))
     about = _about(work) | {
@@ -178,7 +178,7 @@ def _train(
     )
 
     def show(step: int, losses: Any) -> None:
-        if step % settings.every == 0 or step == settings.steps:
+        if step % settings.checkpoint_every == 0 or step == settings.steps:
             jax.block_until_ready(losses)  # so that the progress is what is done
             rounds, rest = divmod(step, len(batches))
             prompts = rounds * num + rest * settings.batch

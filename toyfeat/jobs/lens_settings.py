@@ -15,7 +15,7 @@ class FitLens:
         it takes no ``cotangents``, ``chunk``, ``chain``, ``frozen`` or ``seed``.
       prompts: windows of the training text.
       batch: windows at a time.
-      every: batches between checkpoints, and between lines of progress.
+      checkpoint_every: batches between checkpoints, and between lines of progress.
       skip_first: tokens left out at the start of a window.
       skip_last: tokens left out at its end.
       cotangents: directions per window, or 0 for all of them.
@@ -31,7 +31,7 @@ class FitLens:
     kind: Literal["jacobian", "second moment", "tuned"] = "jacobian"
     prompts: Count = 100
     batch: Count = 1
-    every: Count = 1
+    checkpoint_every: Count = 1
     skip_first: CountOrZero = 16
     skip_last: CountOrZero = 1
     cotangents: CountOrZero = 0

@@ -42,8 +42,8 @@ def fit(
     batches: Sequence[tuple[Inputs, Any]],
     *,
     directory: str | Path | None = None,
-    chunk: int = 10,
-    on_chunk: Callable[[FitProgress], Any] = lambda progress: None,
+    checkpoint_every: int = 10,
+    on_progress: Callable[[FitProgress], Any] = lambda progress: None,
 ) -> JacobianState:
     """Accumulate batches of prompts; the same call goes on where it was stopped.
 
@@ -57,9 +57,9 @@ def fit(
         also of several processes, all of which then call this.
       directory: for checkpoints, or ``None``.  A fit of another model or of other
         batches needs another directory.
-      chunk: batches between checkpoints.
-      on_chunk: called with :class:`FitProgress` after a chunk and its checkpoint, the
-        last one too.
+      checkpoint_every: batches between checkpoints; the last batch is saved too.
+      on_progress: called with :class:`FitProgress` after so many batches and their
+        checkpoint.
 
     Returns:
       The state; ``accumulator.finish`` makes the estimate of it, ``accumulator.merge``
@@ -85,8 +85,8 @@ def fit(
     """
     who = "lenses.fit"
     check_type(who, "accumulator", accumulator, Accumulator, hint="of mean_jacobian")
-    check_function(who, "on_chunk", on_chunk, "of FitProgress")
-    chunk = check_int(who, "chunk", chunk)
+    check_function(who, "on_progress", on_progress, "of FitProgress")
+    checkpoint_every = check_int(who, "checkpoint_every", checkpoint_every)
     steps = len(batches)
     if not steps:
         raise ValueError(
@@ -103,13 +103,13 @@ def fit(
         inputs, mask = batches[step]
         state = update(state, params, inputs, mask)
         expected += _count_prompts(inputs, mask)
-        # Wait for the device only where a chunk ends.
-        if (step + 1) % chunk == 0 or step + 1 == steps:
+        # Wait for the device only where it tells or saves.
+        if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             _check_counted(who, int(state.prompts), expected)
             if directory is not None:
                 about = {"start": "lens"}
                 save_checkpoint(Path(directory), step + 1, state, about, keep=_KEEP)()
-            on_chunk(FitProgress(step + 1, steps, int(state.prompts), state))
+            on_progress(FitProgress(step + 1, steps, int(state.prompts), state))
     return state
 
 

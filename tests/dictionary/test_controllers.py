@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import toyfeat as ft
 from toyfeat import controllers
 
 FAST = {"integral": 0.05, "memory": 5.0}
@@ -51,6 +52,7 @@ def test_an_error_of_any_name_is_used_up():
     control = controllers.target_error(1e-3, measures="mse", term="penalty", **FAST)
     plant = lambda c: 5e-3 * c**0.8  # noqa: E731
     errors, factor, saturated = steer(control, plant, single(1e-3), start=-1.0)
+    assert factor[0] < control.start == 0.01  # the error is over its target
     np.testing.assert_allclose(errors[-100:], 1e-3, rtol=0.02)
     np.testing.assert_allclose(factor[-1], 0.2 ** (1 / 0.8), rtol=0.1)
     assert not np.any(saturated)
@@ -131,7 +133,23 @@ def test_many_at_once_are_each_of_them():
         jax.tree.map(same, together, alone)
 
 
+@pytest.mark.parametrize("start", [0.05, 1.0, 20.0])
+def test_the_first_factor_is_the_start(start):
+    control = controllers.target_l0(8.0, start=start)
+    same = control.update(control.init(), single(8.0), single(8.0))[1]
+    np.testing.assert_allclose([same, control.start], start, rtol=1e-6)
+
+
+def test_a_trainer_begins_with_the_start():
+    sae = ft.dictionaries.standard(4, 8)
+    control = controllers.target_l0(2.0, start=0.25)
+    run = ft.trainer(sae, ft.losses.default(sae), controller=control)
+    assert float(run.init(jax.random.key(0)).running["factor"]) == 0.25
+
+
 def test_errors():
+    with pytest.raises(ValueError, match=r"start must be within the limit, 0\.1 to 10"):
+        controllers.target_l0(8.0, start=0.01, limit=10.0)
     with pytest.raises(
         ValueError, match="target must be a finite number above 0, got -1"
     ):

@@ -85,8 +85,9 @@ def test_a_controller_spends_an_error_on_the_importance(target, rises):
     )
     trainer = make(controller=control)
     state = trainer.init(jax.random.key(0))
+    assert float(state.running["factor"]) == pytest.approx(0.01)
     _, first = jax.jit(trainer.update)(state, BATCHES(0))
-    assert (float(first["factor"]) > 1) is rises
+    assert (float(first["factor"]) > 0.01) is rises
 
 
 def test_persistent_sources_rise_against_fixed_parameters():

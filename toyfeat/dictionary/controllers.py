@@ -13,6 +13,7 @@ thresholds.  The default gains are for thousands of steps; ``integral=0.015`` su
 they were chosen.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,11 +22,25 @@ import jax.numpy as jnp
 from toyfeat.checks import check_number
 from toyfeat.types import Array
 
-GAINS = {"integral": 0.005, "proportional": 3.0, "memory": 20.0, "limit": 1e4}
+GAINS = {
+    "integral": 0.005,
+    "proportional": 3.0,
+    "memory": 20.0,
+    "limit": 1e4,
+    "start": 1.0,
+}
 """Defaults of the gains; docs/decisions/dictionary.md, "Controllers are PI, in velocity
 form"."""
 
-_LEAST_GAINS = {"integral": 0.0, "proportional": 0.0, "memory": 1.0, "limit": 1.0}
+_LEAST_GAINS = {
+    "integral": 0.0,
+    "proportional": 0.0,
+    "memory": 1.0,
+    "limit": 1.0,
+    "start": 0.0,
+}
+
+_ERROR_GAINS = {"proportional": 0.0, "start": 0.01}  # of target_error
 
 _LEAST_MEASURED = 1e-3
 """Share of the target that a metric counts as at least, so that its log is finite."""
@@ -43,6 +58,7 @@ class Controller(NamedTuple):
       update: ``(state, measured, target) -> (state, factor, saturated)``; the
         coefficient is its default times ``factor``, and ``saturated`` is true where
         the factor is at a limit.
+      start: factor of the first step.
     """
 
     term: str
@@ -50,6 +66,7 @@ class Controller(NamedTuple):
     target: float
     init: Callable[[], Any]
     update: Callable[[Any, Array, Array], tuple[Any, Array, Array]]
+    start: float = 1.0
 
 
 class ControllerState(NamedTuple):
@@ -75,7 +92,8 @@ def target_l0(target: float, *, term: str = "sparsity", **gains: float) -> Contr
       term: whose coefficient is controlled.
       gains: ``integral`` (change of the log factor per step and unit of log
         error), ``proportional`` (per unit of change of the log error), ``memory``
-        (of the average, in steps) and ``limit`` (of the factor, either way).
+        (of the average, in steps), ``limit`` (of the factor, either way) and
+        ``start`` (the factor of the first step).
 
     Returns:
       :class:`Controller`.
@@ -142,7 +160,7 @@ def target_error(
     """Control an error of any name: as much of a penalty as it allows.
 
     While the error is over the target the penalty falls, so that a model is first
-    fitted and then made sparse, whatever coefficient it started from.
+    fitted and then made sparse, whatever its coefficient.
 
     Args:
       target: the error, in its own units; a default that ``init(key, target=)``
@@ -150,7 +168,8 @@ def target_error(
       measures: metric of the trainer that is the error, such as the name of a term:
         ``"stochastic"`` of a partition.
       term: whose coefficient is controlled, ``"importance"`` of a partition.
-      gains: as in :func:`target_l0`.
+      gains: as in :func:`target_l0`; by default ``proportional=0``, since an error
+        falls anyway while a model is fitted, and ``start=0.01``.
 
     Returns:
       :class:`Controller`.
@@ -172,7 +191,7 @@ def target_error(
             f"controller: measures must be the name of a metric, got {measures!r}; "
             "such as 'stochastic'"
         )
-    return _controller(term, measures, target, -1.0, gains)
+    return _controller(term, measures, target, -1.0, _ERROR_GAINS | gains)
 
 
 def _controller(
@@ -192,10 +211,16 @@ def _controller(
     gains = GAINS | gains
     for name, least in _LEAST_GAINS.items():
         check_number("controller", name, gains[name], least=least)
-    decay, limit = 1 - 1 / gains["memory"], jnp.log(gains["limit"])
+    decay, limit = 1 - 1 / gains["memory"], math.log(gains["limit"])
+    if not 1 / gains["limit"] <= gains["start"] <= gains["limit"]:
+        raise ValueError(
+            f"controller: start must be within the limit, {1 / gains['limit']:g} to "
+            f"{gains['limit']:g}, got {gains['start']:g}; raise the limit"
+        )
+    start = math.log(gains["start"])
 
     def init() -> ControllerState:
-        return ControllerState(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
+        return ControllerState(jnp.full((), start), jnp.zeros(()), jnp.zeros(()))
 
     def update(
         state: ControllerState, measured: Array, target: Array
@@ -219,4 +244,4 @@ def _controller(
         state = ControllerState(factor, smooth, weight)
         return state, jnp.exp(factor), jnp.abs(factor) >= limit
 
-    return Controller(term, measures, target, init, update)
+    return Controller(term, measures, target, init, update, gains["start"])

@@ -198,7 +198,7 @@ def _init(
             term_key = jax.random.fold_in(sources_key, number)
             running[term.name] = term.persistent.init(term_key, recipe.decomposition)
     if recipe.controller is not None:
-        running["factor"] = jnp.ones(())
+        running["factor"] = jnp.full((), recipe.controller.start)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -230,7 +230,7 @@ def _init(
 
 def _initial_running(recipe: Recipe, dtype: Any) -> dict[str, Array]:
     """Make the running averages and counts of a trainer that has seen no batch."""
-    unit = np.ones((), dtype)  # of NumPy, which compiles nothing
+    unit, control = np.ones((), dtype), recipe.controller  # NumPy compiles nothing
     values = {
         # Units of activations and targets, and whether a batch has set them.
         "acts_scale": unit,
@@ -242,7 +242,7 @@ def _initial_running(recipe: Recipe, dtype: Any) -> dict[str, Array]:
         "attribution_square": np.zeros((), dtype),
         # Steps since each latent fired, and what the controller multiplies by.
         "silent": np.zeros(recipe.dictionary.config.d_sae, np.int32),
-        "factor": unit,
+        "factor": unit * (1 if control is None else control.start),
     }
     return {name: jnp.asarray(value) for name, value in values.items()}
 

@@ -76,7 +76,10 @@ class PartitionConfig(BenchmarkConfig):
     """Components per example that the controller of the map aims at: .25 inputs at each
     of two sites."""
     target_error: float = 0.0
-    """Stochastic error that it aims at instead, if it is not 0."""
+    """Stochastic error that it aims at instead, if it is not 0; of toys too, which
+    have no controller otherwise."""
+    learning_rate: float = 0.0
+    """Of toys; 0 for that of the preset."""
     speed: bool = False
     """Time populations of 1 and 16 seeds."""
 
@@ -90,13 +93,15 @@ def measure_toy(name: str, config: PartitionConfig) -> list[dict[str, Any]]:
     judge = make_judge(name, split)
     steps = config.steps or toy.preset.steps
     batch = config.batch or toy.preset.batch
-    trainer = ft.population(
-        toy.preset.trainer(split, targets.params, networks=True, steps=steps),
-        group=config.group or None,
+    control, aim = _controller(config) if config.target_error else (None, {})
+    trainer = toy.preset.trainer(
+        split, targets.params, networks=True, steps=steps, controller=control
     )
+    trainer = ft.population(trainer, group=config.group or None)
+    rate = {"learning_rate": config.learning_rate} if config.learning_rate else {}
     batches = batches_of(name, jax.random.key(DATA_SEED), batch)
     done = config.stop or steps
-    state, seconds = _train(trainer, targets, seeds, batches, done, folder)
+    state, seconds = _train(trainer, targets, seeds, batches, done, folder, **rate)
     size = {"steps": steps, "done": done, "batch": batch}
     if config.target_batch:
         size["target_batch"] = config.target_batch
@@ -104,8 +109,10 @@ def measure_toy(name: str, config: PartitionConfig) -> list[dict[str, Any]]:
         row(
             name,
             size | {"seed": seed},
-            "spd_2025",
+            "spd_2025" if control is None else "controller",
             **score(name, judge, state, seed),
+            **aim,
+            **rate,
             target_correct=bool(targets.correct[seed]),
             target_fit=float(targets.fits[seed]),
             seconds_of_all=seconds,
@@ -197,14 +204,7 @@ def measure_map(config: PartitionConfig) -> list[dict[str, Any]]:
     cells = list(product(MAP_COEFFICIENTS, MAP_RATES, seeds))
     coefficients, rates, members = zip(*cells, strict=True)
     rows = []
-    if config.target_error:
-        aim = {"target_error": config.target_error}
-        control = ft.controllers.target_error(
-            config.target_error, measures="stochastic", term="importance"
-        )
-    else:
-        aim = {"target_l0": config.target_l0}
-        control = ft.controllers.target_l0(config.target_l0, term="importance")
+    control, aim = _controller(config)
     for method, controller in (("published", None), ("controller", control)):
         trainer = toy.preset.trainer(
             split, targets.params, networks=True, steps=steps, controller=controller
@@ -229,6 +229,19 @@ def measure_map(config: PartitionConfig) -> list[dict[str, Any]]:
             figures |= {"correct": correct("5-2", figures), "seconds_of_all": seconds}
             rows.append(row("5-2 map", size, method, **settings, **figures))
     return rows
+
+
+def _controller(
+    config: PartitionConfig,
+) -> tuple[ft.controllers.Controller, dict[str, float]]:
+    """Make the controller of the importances, and name what it aims at."""
+    if not config.target_error:
+        control = ft.controllers.target_l0(config.target_l0, term="importance")
+        return control, {"target_l0": config.target_l0}
+    control = ft.controllers.target_error(
+        config.target_error, measures="stochastic", term="importance"
+    )
+    return control, {"target_error": config.target_error}
 
 
 def measure_speed(config: PartitionConfig) -> list[dict[str, Any]]:

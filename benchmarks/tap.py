@@ -10,7 +10,7 @@ one jit the compiler finds what its backward passes share, so it does no more
 work than a tap: it is the least that these gradients cost.
 
 Then the decoder (``tap_decoder.py``): all sites <= 2.2 x its forward in time, and
-faster than torch with hooks, where the peers' environment is there.
+faster than torch with hooks and than nnsight, where the peers' environment is there.
 """
 
 from typing import Any
@@ -107,6 +107,7 @@ def measure(name: str, size: dict[str, int], peak: float) -> tuple[list[dict], l
             name,
             size,
             method,
+            peer="split",
             ours_s=seconds[method],
             peer_s=seconds["split"],
             ratio=seconds["split"] / seconds[method],
@@ -153,7 +154,7 @@ def main() -> None:
     rows = [line for lines, _ in results for line in lines]
     for line in rows:
         ratio = line["ratio"]
-        speed = "" if ratio is None else f"  {ratio:5.2f} x the speed of the peer"
+        speed = "" if ratio is None else f"  {ratio:5.2f} x the speed of {line['peer']}"
         print(
             f"{line['case']:>7} {line['method']:<14} {1e3 * line['ours_s']:8.2f} ms"
             f"  {line['times_forward']:5.2f} x forward"

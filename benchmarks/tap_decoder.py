@@ -1,9 +1,11 @@
-"""Compare taps of the decoder with its forward pass, and with torch and hooks.
+"""Compare taps of the decoder with its forward pass, with torch's hooks and nnsight.
 
 Part of ``benchmarks/tap.py``.  The same random weights, read by ``load_decoder`` from
 the files that transformers wrote; gradients are compared before times are.  All sites
-are five a block.  "gradient alone" is ``jax.grad`` of the same loss by the embedded
-tokens, with no site returned: what this model's backward pass costs here.
+are five a block.  nnsight traces the same model in a process of its own, as it patches
+torch; without it there is no row for it.  "gradient alone" is ``jax.grad`` of the same
+loss by the embedded tokens, with no site returned: what this model's backward pass
+costs here.
 """
 
 import tempfile
@@ -31,7 +33,8 @@ SIZE = {
 TINY = {**SIZE, "layers": 2, "dim": 36, "hidden": 64, "vocab": 512}
 ROUNDS = 5
 BAR = 2.2
-ALONE = "gradient alone"
+ALONE, ALL = "gradient alone", "tap all sites"
+HOOKS = "torch with hooks"
 
 
 def measure(*, tiny: bool = False) -> tuple[list[dict], list[str]]:
@@ -41,50 +44,72 @@ def measure(*, tiny: bool = False) -> tuple[list[dict], list[str]]:
         return [], []
     size = TINY if tiny else SIZE
     batch, length = (2, 16) if tiny else (8, 128)
-    worker = Worker(PEERS, HERE / "peers" / "decoder.py", None)
+    workers = {HOOKS: Worker(PEERS, HERE / "peers" / "decoder.py", None)}
     try:
+        if name := _nnsight(workers[HOOKS]):
+            workers[name] = Worker(PEERS, HERE / "peers" / "decoder.py", None)
         with tempfile.TemporaryDirectory() as folder:
             tokens = np.random.default_rng(0).integers(
                 0, size["vocab"], (batch, length)
             )
             np.save(Path(folder) / "tokens.npy", tokens)
             where = {"folder": folder, "tokens": f"{folder}/tokens.npy"}
-            worker.ask(what="make", **where, **size)
+            for worker in workers.values():
+                worker.ask(what="make", **where, **size)  # the same seed
             tokens = jnp.asarray(tokens, jnp.int32)
-            rows, missed = _measure(worker, Path(folder), tokens, size)
+            rows, missed = _measure(workers, Path(folder), tokens, size)
             return rows, [] if tiny and rows else missed  # times of tiny sizes: noise
     finally:
-        worker.end()
+        for worker in workers.values():
+            worker.end()
+
+
+def _nnsight(worker: Worker) -> str | None:
+    """Name of nnsight with its version, or ``None`` with a message."""
+    version = worker.ask(what="version")["version"]
+    if version is None:
+        print("decoder: nnsight is not installed (bash benchmarks/peers/setup.sh)")
+        return None
+    return f"nnsight {version}"
 
 
 def _measure(
-    worker: Worker, folder: Path, tokens: jax.Array, size: dict[str, int]
+    workers: dict[str, Worker], folder: Path, tokens: jax.Array, size: dict[str, int]
 ) -> tuple[list[dict], list[str]]:
     """Check the gradients, and only then time all programs; rows and missed bars."""
     names = [f"{i}/{name}" for i in range(size["layers"]) for name in SITES]
     programs = _programs(folder, tokens, names, size["layers"] // 2)
-    error, own = _errors(worker, folder, programs, names)
-    if not (error < 1e-3 and own < 1e-4):
-        return [], [
-            f"decoder: gradients are {error:.1e} off torch's and {own:.1e} off "
-            "jax.grad's, no time"
-        ]
+    taps = programs[ALL].run()
+    own = np.asarray(programs[ALONE].run())
+    errors = {ALONE: _distance(taps["blocks_0/resid_pre"].grads, own)}
+    for peer, worker in workers.items():
+        errors[peer] = _error(worker, _method(peer), folder, taps, names)
+    if not (max(errors.values()) < 1e-3 and errors[ALONE] < 1e-4):
+        texts = ", ".join(f"{error:.1e} off {name}" for name, error in errors.items())
+        return [], [f"decoder: gradients are {texts}, no time"]
     runs = {name: compiled.run for name, compiled in programs.items()}
-    for name in ("forward", "hooked"):
-        runs[f"torch {name}"] = partial(worker.ask, what="run", method=name)
+    for peer, worker in workers.items():
+        runs[peer] = partial(worker.ask, what="run", method=_method(peer))
+    runs["torch forward"] = partial(workers[HOOKS].ask, what="run", method="forward")
     seconds = medians(runs, rounds=ROUNDS)
     shape = {**size, "batch": len(tokens), "length": tokens.shape[1]}
-    errors = {name: own if name == ALONE else error for name in programs}
     rows = _rows(programs, seconds, errors, shape)
-    # The bars: of the time over the forward pass alone, and beside torch's hooks.
-    line = next(line for line in rows if line["method"] == "tap all sites")
-    share, speed = line["times_forward"], line["ratio"]
+    # The bars: of the time over the forward pass alone, and beside each peer.
     missed = []
+    share = seconds[ALL] / seconds["forward"]
     if share > BAR:
         missed.append(f"decoder: all sites take {share:.2f} x the forward, bar {BAR}")
-    if speed < 1:
-        missed.append(f"decoder: all sites at {speed:.2f} x the speed of torch, bar 1")
+    for peer in workers:
+        speed = seconds[peer] / seconds[ALL]
+        if speed < 1:
+            text = f"decoder: all sites at {speed:.2f} x the speed of {peer}, bar 1"
+            missed.append(text)
     return rows, missed
+
+
+def _method(peer: str) -> str:
+    """What the worker calls a peer."""
+    return "hooked" if peer == HOOKS else "nnsight"
 
 
 def _rows(
@@ -93,22 +118,25 @@ def _rows(
     errors: dict[str, float],
     shape: dict[str, int],
 ) -> list[dict]:
-    """Make a row for every program, beside torch's program for the same task."""
-    forward, peers = programs["forward"], {"forward": "torch forward"}
+    """Make a row for every program beside torch's, and one for each further peer."""
+    pairs = [(n, "torch forward" if n == "forward" else HOOKS) for n in programs]
+    pairs += [(ALL, peer) for peer in errors if peer not in (HOOKS, ALONE)]
     rows = []
-    for name, compiled in programs.items():
-        peer = seconds[peers.get(name, "torch hooked")]
+    for name, peer in pairs:
+        compiled = programs[name]
+        error = errors[ALONE] if name == ALONE else errors.get(peer, errors[HOOKS])
         rows.append(
             row(
                 "decoder",
                 shape,
                 name,
+                peer=peer,
                 ours_s=seconds[name],
-                peer_s=peer,
-                ratio=None if name == ALONE else peer / seconds[name],
+                peer_s=seconds[peer],
+                ratio=None if name == ALONE else seconds[peer] / seconds[name],
                 times_forward=seconds[name] / seconds["forward"],
-                flops_times_forward=compiled.flops / forward.flops,
-                error=errors[name],
+                flops_times_forward=compiled.flops / programs["forward"].flops,
+                error=error,
                 peer_error=None,
                 flops=compiled.flops,
                 compile_s=compiled.compile_s,
@@ -143,26 +171,23 @@ def _programs(
     functions = {
         "forward": lambda p, x: probed(p, x, {})[0],
         ALONE: alone,
-        "tap all sites": tapped([f"blocks_{name}" for name in names]),
+        ALL: tapped([f"blocks_{name}" for name in names]),
         "tap one site": tapped([f"blocks_{middle}/resid_post"]),
     }
     return {name: program(f, model.params, tokens) for name, f in functions.items()}
 
 
-def _errors(
-    worker: Worker, folder: Path, programs: dict[str, Any], names: list[str]
-) -> tuple[float, float]:
-    """Errors of all gradients against torch's, of the first against ``jax.grad``'s."""
-    taps = programs["tap all sites"].run()
-    worker.ask(what="run", method="hooked")
+def _error(
+    worker: Worker, method: str, folder: Path, taps: Any, names: list[str]
+) -> float:
+    """Largest distance of a site's gradients from those of a peer."""
+    worker.ask(what="run", method=method)
     worker.ask(what="save", sites=names, path=str(folder / "grads.npz"))
-    theirs = np.load(folder / "grads.npz")
-    error = max(
-        _distance(taps[f"blocks_{name}"].grads, theirs[name.replace("/", ".")])
-        for name in names
-    )
-    own = np.asarray(programs[ALONE].run())
-    return error, _distance(taps["blocks_0/resid_pre"].grads, own)
+    with np.load(folder / "grads.npz") as theirs:
+        return max(
+            _distance(taps[f"blocks_{name}"].grads, theirs[name.replace("/", ".")])
+            for name in names
+        )
 
 
 def _distance(ours: Any, theirs: np.ndarray) -> float:
@@ -173,5 +198,6 @@ def _distance(ours: Any, theirs: np.ndarray) -> float:
 if __name__ == "__main__":
     lines, misses = measure(tiny=parse_command(BenchmarkConfig, __doc__).tiny)
     for line in lines:
-        print({k: line[k] for k in ("method", "ours_s", "ratio", "times_forward")})
+        names = ("method", "peer", "ours_s", "ratio", "times_forward", "error")
+        print({name: line[name] for name in names})
     print(misses)

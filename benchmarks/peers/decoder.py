@@ -1,9 +1,12 @@
-"""A Llama of transformers with hooks: forward, and forward + backward to all sites.
+"""A Llama of transformers: forward, and forward + backward to all sites.
 
-Answers one JSON line per order: ``make`` random weights of a size in a folder, ``run``
-a method (seconds), ``save`` what the hooks saw.
+The sites are read by torch's hooks, or in a trace of nnsight (a process of its own:
+it patches ``torch.Tensor`` when it is imported).  Answers one JSON line per order:
+``make`` random weights of a size in a folder, ``version`` of nnsight or null, ``run``
+a method (seconds), ``save`` the gradients that it returned.
 """
 
+import importlib.metadata
 import json
 import runpy
 import sys
@@ -15,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 STATE = {}
+NNSIGHT = Path(sys.prefix) / "nnsight"  # from setup.sh; dictionary_learning has another
 
 # As in the process that this is compared with; its package is not installed here.
 MEMORY = Path(__file__).parents[2] / "toyfeat" / "jobs" / "memory.py"
@@ -89,8 +93,55 @@ def hooked():
     loss.backward()
     for hook in hooks:
         hook.remove()
-    STATE["seen"] = seen
+    STATE["grads"] = {name: value.grad for name, value in seen.items()}
     return seen
+
+
+def traced():
+    """The same activations and gradients, in a trace of nnsight.
+
+    What a layer returns is what the next one is given, and nnsight gives the gradient
+    of a tensor once: each is read as ``resid_pre``, and the last as ``resid_post``.
+    """
+    if str(NNSIGHT) not in sys.path:
+        sys.path.insert(0, str(NNSIGHT))
+    import nnsight
+
+    if "envoy" not in STATE:
+        STATE["envoy"] = nnsight.NNsight(STATE["model"])
+    model, tokens = STATE["envoy"], STATE["tokens"]
+    with model.trace(input_ids=tokens, use_cache=False):
+        seen, grads = nnsight.save({}), nnsight.save({})
+        model.model.embed_tokens.output.requires_grad_(True)
+        for i, layer in enumerate(model.model.layers):
+            seen[f"{i}/resid_pre"] = layer.input
+            seen[f"{i}/attn_out"] = layer.self_attn.output[0]
+            seen[f"{i}/mlp_hidden"] = layer.mlp.down_proj.input
+            seen[f"{i}/mlp_out"] = layer.mlp.output
+        seen[f"{i}/resid_post"] = layer.output
+        logits = model.output.logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            tokens[:, 1:].reshape(-1),
+            reduction="sum",
+        )
+        with loss.backward():
+            for name in reversed(seen):
+                grads[name] = seen[name].grad
+    for i in range(len(model.model.layers) - 1):
+        seen[f"{i}/resid_post"] = seen[f"{i + 1}/resid_pre"]
+        grads[f"{i}/resid_post"] = grads[f"{i + 1}/resid_pre"]
+    STATE["grads"] = grads
+    return seen
+
+
+METHODS = {"forward": forward, "hooked": hooked, "nnsight": traced}
+
+
+def version():
+    """Version of the nnsight that is traced with, or None."""
+    found = importlib.metadata.distributions(name="nnsight", path=[str(NNSIGHT)])
+    return next((package.version for package in found), None)
 
 
 def main():
@@ -102,14 +153,16 @@ def main():
         if what == "make":
             make(**order)
         elif what == "run":
-            method = {"forward": forward, "hooked": hooked}[order["method"]]
+            method = METHODS[order["method"]]
             start = time.perf_counter()
             method()
             answer["seconds"] = time.perf_counter() - start
+        elif what == "version":
+            answer["version"] = version()
         elif what == "save":
             names = order["sites"]
-            seen = STATE["seen"]
-            arrays = {name.replace("/", "."): seen[name].grad.numpy() for name in names}
+            grads = STATE["grads"]
+            arrays = {name.replace("/", "."): grads[name].numpy() for name in names}
             np.savez(order["path"], **arrays)
         print(json.dumps(answer), flush=True)
 

@@ -10,6 +10,9 @@ pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" -r "$here/requirements.txt"
 # Their own requirements would replace torch, so they come without them.
 "${pip[@]}" --no-deps -r "$here/requirements-nodeps.txt"
+# The nnsight that benchmarks trace with: dictionary_learning wants one below 0.4.
+"${pip[@]}" --no-deps --upgrade --target "$venv/nnsight" \
+    -r "$here/requirements-nnsight.txt"
 "$venv/bin/python" - <<'CHECK'
 import importlib.metadata as metadata
 

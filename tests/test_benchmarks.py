@@ -588,6 +588,26 @@ def test_matrices_have_the_spectrum_that_is_asked_for(rows, dim, bench):
     np.testing.assert_allclose(values, spectrum, rtol=1e-5)
 
 
+def test_bases_that_differ_in_signs_alone_are_the_same(bench):
+    module, rng = bench("interaction_basis"), np.random.default_rng(0)
+    readers = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    basis = {"values": 0.5 ** np.arange(8), "readers": readers, "writers": readers.T}
+    signs = rng.choice([-1, 1], 8)
+    flipped = {"readers": readers * signs, "writers": signs[:, None] * readers.T}
+    same = module.distances({"a": basis | flipped}, {"a": basis})
+    assert max(same.values()) < 1e-14
+    # A span that is turned by a known angle, and a value that is off by a tenth.
+    angle, turned = 0.01, readers.copy()
+    turned[:, 1] = np.cos(angle) * readers[:, 1] + np.sin(angle) * readers[:, 2]
+    values = basis["values"] * np.array([1.1, *[1] * 7])
+    found = {"values": values, "readers": turned, "writers": turned.T[:7]}
+    off = module.distances({"a": found, "b": basis}, {"a": basis, "b": basis})
+    assert off["error"] == pytest.approx(0.1)
+    assert off["readers span"] == pytest.approx(np.sin(angle))
+    assert off["writers span"] == pytest.approx(np.sin(angle))
+    assert off["readers"] > 1e-3
+
+
 def end_this_process(path):
     path.touch()
     os._exit(9)

@@ -40,11 +40,18 @@ class Settings:
     study: Path = Path("out/functional")
     """Folder of ``functional.py``."""
     out: Path = Path("out/draws")
-    rows: tuple[str, ...] = ("mse", "labels 8", "labels 8 w.03", "kl")
+    rows: tuple[str, ...] = (
+        "mse",
+        "labels 8",
+        "labels 8 w.03",
+        "labels 8 log w.1",
+        "quadratic",
+        "kl",
+    )
     """Of the study."""
     seeds: tuple[int, ...] = (0,)
-    windows: int = 64
-    """Of either text, the first ones; a multiple of 32."""
+    windows: int = 32
+    """Of either text, the first ones; a multiple of the 32 in a stored file."""
 
 
 class Text(NamedTuple):

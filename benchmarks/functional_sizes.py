@@ -56,8 +56,9 @@ SMALL_ROWS = (
 )
 SMOLLM2_ROWS = "mse, kl, shared 0, shared 1, shared 2, mean 2 w.03, mean 4 w.03, mean 4"
 LARGE_ROWS = (
-    "mse, shared 0, kl, shared 2, labels 8 w.03, labels 8, labels 8 w.3, labels 4, "
-    "labels 1, true 1"
+    "mse, shared 0, kl, shared 2, labels 8 w.03, labels 8 log w.1, labels 8, "
+    "labels 8 w.3, labels 8 log, labels 8 huber w.1, labels 4, labels 1, true 1, "
+    "quadratic"
 )
 STUDIES = {
     "small": Sizes(

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from toyfeat.jobs.workspace import Workspace, probed_from
-from toyfeat.lm.collect import make_readout, tap_windows
+from toyfeat.jobs.workspace import Workspace, cached_readout, probed_from
+from toyfeat.lm.collect import tap_windows
 from toyfeat.types import Array
 
 MASSIVE = 10.0  # as of jobs
@@ -50,7 +50,7 @@ def tap_part(
     probed, params = probed_from(work), work.model.params
     kind, _, draws = name.partition(" ")
     kind = "none" if kind == "acts" else kind
-    readout = make_readout(kind, draws=int(draws or 1), seed=seed)
+    readout = cached_readout(kind, draws=int(draws or 1), seed=seed)
     taps = tap_windows(probed, (site,), readout, MASSIVE, params, windows, index)[site]
     rows = {"weights": taps.weights, "acts": taps.acts}
     if taps.grads is not None:

@@ -241,7 +241,8 @@ def _controller(
     control = ft.controllers.target_error(
         config.target_error, measures="stochastic", term="importance"
     )
-    return control, {"target_error": config.target_error}
+    # The map of an earlier controller has the same keys, and other gains.
+    return control, {"target_error": config.target_error, "start": control.start}
 
 
 def measure_speed(config: PartitionConfig) -> list[dict[str, Any]]:

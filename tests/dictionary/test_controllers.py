@@ -150,6 +150,13 @@ def test_a_trainer_begins_with_the_start():
 def test_errors():
     with pytest.raises(ValueError, match=r"start must be within the limit, 0\.1 to 10"):
         controllers.target_l0(8.0, start=0.01, limit=10.0)
+    with pytest.raises(ValueError, match="start must be within the limit"):
+        controllers.target_l0(8.0, start=0.0)
+    with pytest.raises(TypeError, match="measures must be the name of a metric"):
+        controllers.target_error(1.0, measures=3, term="penalty")
+    for name in ("l0", "attribution_l0", "penalty"):
+        with pytest.raises(ValueError, match="must be an error, which a penalty raise"):
+            controllers.target_error(1.0, measures=name, term="penalty")
     with pytest.raises(
         ValueError, match="target must be a finite number above 0, got -1"
     ):

@@ -300,12 +300,6 @@ def test_sampled_gradients_are_residuals_of_tokens_that_are_drawn_anew():
     assert np.abs(of(0, make=other)[1] - grads).max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["loss", "sampled", "labels", "none"])
-def test_a_readout_of_a_name_is_made_once(kind):
-    """Another object would compile the program of ``tap_windows`` again."""
-    assert make_readout(kind) is make_readout(kind)
-
-
 def test_an_unknown_readout_is_refused():
     with pytest.raises(
         ValueError, match="must be 'loss', 'sampled', 'labels', 'signs' or 'none', got"

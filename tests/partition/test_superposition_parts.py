@@ -58,7 +58,7 @@ def test_parts_of_a_toy_of_superposition_are_its_inputs(monkeypatch):
 
 @pytest.mark.slow
 def test_an_error_makes_ten_times_the_coefficient_right(monkeypatch):
-    """With the coefficient itself not even half of the parts are left."""
+    """With the coefficient itself fewer than five parts are left."""
     control = ft.controllers.target_error(
         2e-4, measures="stochastic", term="importance"
     )

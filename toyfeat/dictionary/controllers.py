@@ -157,7 +157,7 @@ def target_fvu(target: float, *, term: str = "sparsity", **gains: float) -> Cont
 def target_error(
     target: float, *, measures: str, term: str, **gains: float
 ) -> Controller:
-    """Control an error of any name: as much of a penalty as it allows.
+    """Control an error, by its name: as much of a penalty as it allows.
 
     While the error is over the target the penalty falls, so that a model is first
     fitted and then made sparse, whatever its coefficient.
@@ -165,8 +165,8 @@ def target_error(
     Args:
       target: the error, in its own units; a default that ``init(key, target=)``
         overrides.
-      measures: metric of the trainer that is the error, such as the name of a term:
-        ``"stochastic"`` of a partition.
+      measures: metric of the trainer that a larger penalty raises, such as the value
+        of a term: ``"stochastic"`` of a partition.
       term: whose coefficient is controlled, ``"importance"`` of a partition.
       gains: as in :func:`target_l0`; by default ``proportional=0``, since an error
         falls anyway while a model is fitted, and ``start=0.01``.
@@ -175,7 +175,8 @@ def target_error(
       :class:`Controller`.
 
     Raises:
-      ValueError: if the target is not positive.
+      ValueError: if the target is not positive, or the metric is the penalty itself
+        or a number of codes, which a penalty lowers.
       TypeError: if a name is no string.
 
     Example:
@@ -190,6 +191,11 @@ def target_error(
         raise TypeError(
             f"controller: measures must be the name of a metric, got {measures!r}; "
             "such as 'stochastic'"
+        )
+    if measures in (term, "l0", "attribution_l0"):
+        raise ValueError(
+            f"controller: measures must be an error, which a penalty raises, got "
+            f"{measures!r}, which it lowers; use target_l0 for a number of codes"
         )
     return _controller(term, measures, target, -1.0, _ERROR_GAINS | gains)
 
@@ -215,7 +221,7 @@ def _controller(
     if not 1 / gains["limit"] <= gains["start"] <= gains["limit"]:
         raise ValueError(
             f"controller: start must be within the limit, {1 / gains['limit']:g} to "
-            f"{gains['limit']:g}, got {gains['start']:g}; raise the limit"
+            f"{gains['limit']:g}, got {gains['start']:g}; give another start or limit"
         )
     start = math.log(gains["start"])
 

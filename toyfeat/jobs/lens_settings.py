@@ -15,7 +15,8 @@ class FitLens:
         it takes no ``cotangents``, ``chunk``, ``chain``, ``frozen`` or ``seed``.
       prompts: windows of the training text.
       batch: windows at a time.
-      checkpoint_every: batches between checkpoints, and between lines of progress.
+      checkpoint_every: batches between checkpoints, and between lines of progress,
+        which are all that a tuned lens has.
       skip_first: tokens left out at the start of a window.
       skip_last: tokens left out at its end.
       cotangents: directions per window, or 0 for all of them.

@@ -58,8 +58,8 @@ def fit(
       directory: for checkpoints, or ``None``.  A fit of another model or of other
         batches needs another directory.
       checkpoint_every: batches between checkpoints; the last batch is saved too.
-      on_progress: called with :class:`FitProgress` after so many batches and their
-        checkpoint.
+      on_progress: called with :class:`FitProgress` as often and after the last batch,
+        also without a directory.
 
     Returns:
       The state; ``accumulator.finish`` makes the estimate of it, ``accumulator.merge``

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ ReadoutOf = Callable[[Array, Array], Readout] | HeadReadout | None
 activations alone."""
 
 
-@cache
 def make_readout(
     kind: str, *, draws: int = 1, seed: int = 0, temperature: float = 1.0
 ) -> ReadoutOf:
@@ -45,9 +44,8 @@ def make_readout(
       temperature: of ``"labels"`` and ``"signs"``.
 
     Returns:
-      :data:`ReadoutOf`, the same object for the same arguments, so that programs of it
-      are compiled once; what is drawn for a window depends on its index and not on the
-      batch it is in.
+      :data:`ReadoutOf`; what is drawn for a window depends on its index and not on the
+      batch it is in.  Programs are compiled for the object: make it once.
 
     Raises:
       ValueError: for another kind.

@@ -78,6 +78,9 @@ class PartitionConfig(BenchmarkConfig):
     target_error: float = 0.0
     """Stochastic error that it aims at instead, if it is not 0; of toys too, which
     have no controller otherwise."""
+    low_start: bool = False
+    """Give a controller of parts the gains of one of an error: no proportional part, and
+    a hundredth of the coefficient to start from."""
     learning_rate: float = 0.0
     """Of toys; 0 for that of the preset."""
     speed: bool = False
@@ -236,8 +239,10 @@ def _controller(
 ) -> tuple[ft.controllers.Controller, dict[str, float]]:
     """Make the controller of the importances, and name what it aims at."""
     if not config.target_error:
-        control = ft.controllers.target_l0(config.target_l0, term="importance")
-        return control, {"target_l0": config.target_l0}
+        gains = {"proportional": 0.0, "start": 0.01} if config.low_start else {}
+        target = config.target_l0
+        control = ft.controllers.target_l0(target, term="importance", **gains)
+        return control, {"target_l0": target, **gains}
     control = ft.controllers.target_error(
         config.target_error, measures="stochastic", term="importance"
     )

@@ -90,6 +90,22 @@ def test_a_controller_spends_an_error_on_the_importance(target, rises):
     assert (float(first["factor"]) > 0.01) is rises
 
 
+def test_a_run_goes_on_with_the_settings_that_it_had(tmp_path):
+    def run(**options):
+        trainer = make(controller=ft.controllers.target_l0(0.1, **options))
+        state = trainer.init(jax.random.key(0))
+        return ft.fit(trainer, state, BATCHES, steps=2, chunk=1, directory=tmp_path)
+
+    importance = {"term": "importance"}
+    run(**importance)
+    assert int(run(**importance).step) == 2
+    for other in ({"start": 0.5}, {"integral": 0.5}, {"proportional": 0.0}):
+        with pytest.raises(ValueError, match="values of the controller"):
+            run(**importance, **other)
+    with pytest.raises(ValueError, match=r"controller was .*importance"):
+        run(term="stochastic")
+
+
 def test_persistent_sources_rise_against_fixed_parameters():
     rows = len(BATCHES(0).acts)
     term = P.persistent_pgd(batch=rows, ramp=0.0)

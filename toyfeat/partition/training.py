@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from toyfeat.metrics.partition import ALIVE
 from toyfeat.partition.decomposition import Components, Decomposition
 from toyfeat.partition.importance import Importance
 from toyfeat.partition.losses import Term, weight_error
+from toyfeat.partition.recipe import PartitionRecipe, describe_recipe
 from toyfeat.partition.sources import (
     Distance,
     LossInputs,
@@ -29,24 +30,6 @@ from toyfeat.types import Array, Params, Taps
 _WARM_UP_RATE, _WARM_UP_DECAY = 0.01, 0.1  # AdamW, as published for the toys
 _MEASURED: tuple[str, ...] = ("l0", "alive", "remainder")  # metrics beside the terms
 _LEAST = 1e-30  # keeps a quotient finite where the coefficient of a term is 0
-
-
-class PartitionRecipe(NamedTuple):
-    """Arguments of :func:`trainer`, by the same names."""
-
-    decomposition: Decomposition
-    params: Params
-    objective: tuple[Term, ...]
-    importance: Importance
-    steps: int
-    schedule: Callable[[Array], Array] | None
-    optimizer: optax.GradientTransformation
-    controller: Controller | None
-    distance: Distance
-    warm_up: int
-    warm_up_decay: float
-    networks: bool
-    inputs_from: Callable[[Array], Any]
 
 
 def trainer(
@@ -124,7 +107,11 @@ def trainer(
         inputs_from=inputs_from,
     )
     hyper = _default_hyper(recipe, learning_rate)
-    return Trainer(partial(_init, recipe, hyper), partial(_update, recipe))
+    return Trainer(
+        partial(_init, recipe, hyper),
+        partial(_update, recipe),
+        settings=partial(describe_recipe, recipe),
+    )
 
 
 def _default_hyper(recipe: PartitionRecipe, learning_rate: float) -> dict[str, float]:

@@ -75,7 +75,7 @@ def population(trainer: Trainer, *, group: int | None = None) -> Trainer:
     knows_mesh = trainer.recipe is not None and trainer.recipe.dictionary.split
     if not knows_mesh:
         update = partial(run_update, update)
-    return Trainer(init, update, trainer.recipe)
+    return Trainer(init, update, trainer.recipe, trainer.settings)
 
 
 def _as_numbers(name: str, value: Any) -> Array:

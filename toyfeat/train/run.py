@@ -22,7 +22,7 @@ from toyfeat.processes import is_global, to_host
 from toyfeat.train.chunks import ChunkBatches, Feed, describe_batch
 from toyfeat.train.step import split_learned
 from toyfeat.train.types import Recipe, Trainer, TrainState
-from toyfeat.types import Array
+from toyfeat.types import Array, Params
 
 PLAIN = (
     "readouts",
@@ -243,12 +243,12 @@ def describe_trainer(trainer: Trainer) -> dict[str, Any]:
     """Describe a trainer's settings by JSON values.
 
     Functions are described by what they return: a schedule at steps, a controller and
-    an optimizer for two updates.  A trainer that is not of :func:`toyfeat.trainer` has
-    no settings that are known.
+    an optimizer for two updates.  A trainer of your own has those of its ``settings``.
     """
     recipe = trainer.recipe
     if recipe is None:
-        return {}
+        own = {} if trainer.settings is None else trainer.settings()
+        return json.loads(json.dumps(own))
     settings = {name: getattr(recipe, name) for name in PLAIN}
     settings |= recipe.dictionary.config._asdict()
     # Functions have no values to compare but those that they return.
@@ -256,50 +256,61 @@ def describe_trainer(trainer: Trainer) -> dict[str, Any]:
     controller = recipe.controller
     if controller is not None:
         settings["controller"] = [controller.term, controller.measures]
-    for name, probe in _probes(recipe).items():
+    return json.loads(json.dumps(settings | describe_functions(_probes(recipe))))
+
+
+def describe_functions(probes: dict[str, Callable[[], Array]]) -> dict[str, Any]:
+    """Describe functions by values that they return, ``None`` where they fail."""
+    values: dict[str, Any] = {}
+    for name, probe in probes.items():
         # What cannot be called like that is not compared.
-        settings[f"values of the {name}"] = None
+        values[f"values of the {name}"] = None
         with contextlib.suppress(Exception):
-            settings[f"values of the {name}"] = np.asarray(jax.jit(probe)()).tolist()
-    return json.loads(json.dumps(settings))
+            values[f"values of the {name}"] = np.asarray(jax.jit(probe)()).tolist()
+    return values
 
 
 def _probes(recipe: Recipe) -> dict[str, Callable[[], Array]]:
     """Functions that compute what describes the functions of a trainer."""
     probes: dict[str, Callable[[], Array]] = {
-        "optimizer": partial(_probe_optimizer, recipe)
+        "optimizer": partial(_probe_dictionary, recipe)
     }
     if recipe.schedule is not None:
-        probes["schedule"] = partial(_probe_schedule, recipe.schedule)
+        probes["schedule"] = partial(probe_schedule, recipe.schedule)
     if recipe.controller is not None:
-        probes["controller"] = partial(_probe_controller, recipe.controller)
+        probes["controller"] = partial(probe_controller, recipe.controller)
     return probes
 
 
-def _probe_schedule(schedule: Callable[[Array], Array]) -> Array:
+def probe_schedule(schedule: Callable[[Array], Array]) -> Array:
     """Values of a schedule, ``[S]``."""
     steps = jnp.asarray(_PROBED_STEPS, jnp.int32)
     return jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(steps)
 
 
-def _probe_controller(controller: Any) -> Array:
+def probe_controller(controller: Any) -> Array:
     """Factors after a metric of twice and then half the target, ``[2]``."""
     target = jnp.float32(controller.target)
     state, first, _ = controller.update(controller.init(), 2 * target, target)
     return jnp.stack([first, controller.update(state, target / 2, target)[1]])
 
 
-def _probe_optimizer(recipe: Recipe) -> Array:
-    """Sums of two updates of small parameters of the dictionary's names, ``[2]``."""
+def _probe_dictionary(recipe: Recipe) -> Array:
+    """Probe the optimizer on small parameters of the dictionary's names."""
     shapes = jax.eval_shape(recipe.dictionary.init, jax.random.key(0))
     params = {name: jnp.ones((2,) * len(x.shape)) for name, x in shapes.items()}
     params, _ = split_learned(recipe.dictionary.architecture, params)
-    state, sums = recipe.optimizer.init(params), []
+    return probe_optimizer(recipe.optimizer, params)
+
+
+def probe_optimizer(optimizer: Any, params: Params) -> Array:
+    """Sums of two updates of small parameters, ``[2]``."""
+    state, sums = optimizer.init(params), []
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
         # Two updates of another size and sign tell momentum and scaling apart.
         for size in (0.5, -0.25):
             grads = jax.tree.map(partial(jnp.full_like, fill_value=size), params)
-            changes, state = recipe.optimizer.update(grads, state, params)
+            changes, state = optimizer.update(grads, state, params)
             sums.append(sum(jnp.sum(x) for x in jax.tree.leaves(changes)))
     return jnp.stack(sums)
 

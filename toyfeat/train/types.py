@@ -57,10 +57,12 @@ class Trainer(NamedTuple):
       init: ``(key, **hyper) -> TrainState``; ``hyper`` overrides defaults.
       update: ``(state, taps) -> (state, metrics)``, ``metrics`` a dict of ``[]``
         arrays with at least ``"loss"``.
-      recipe: what :func:`toyfeat.trainer` made it of, or ``None`` for a trainer of
-        your own.
+      recipe: what :func:`toyfeat.trainer` made it of, or ``None`` for another.
+      settings: function without arguments that returns, as JSON values, what a run
+        must keep when it goes on; of trainers without a recipe, ``None`` for nothing.
     """
 
     init: Callable[..., TrainState]
     update: Callable[[TrainState, Taps], tuple[TrainState, dict[str, Array]]]
     recipe: Recipe | None = None
+    settings: Callable[[], dict[str, Any]] | None = None

@@ -79,8 +79,8 @@ class PartitionConfig(BenchmarkConfig):
     """Stochastic error that it aims at instead, if it is not 0; of toys too, which
     have no controller otherwise."""
     low_start: bool = False
-    """Give a controller of parts the gains of one of an error: no proportional part, and
-    a hundredth of the coefficient to start from."""
+    """Give a controller of parts the gains of one of an error: no proportional part,
+    and a hundredth of the coefficient to start from."""
     learning_rate: float = 0.0
     """Of toys; 0 for that of the preset."""
     speed: bool = False

@@ -45,7 +45,7 @@ from toyfeat.jobs.config import Collect, Evaluate, Job, Train
 from toyfeat.jobs.results import Rows
 from toyfeat.jobs.workspace import Workspace, open_job
 from toyfeat.lm.finetune import WindowTaps, finetune, window_batches
-from toyfeat.lm.split import SplitDecoder, split_at, tap_held_out
+from toyfeat.lm.split import HeldOut, SplitDecoder, split_at, tap_held_out
 from toyfeat.types import Params
 
 NUM_MAIN = 6
@@ -259,6 +259,17 @@ def needed_taps(rows: tuple[str, ...], draws: int) -> set[str]:
     return needed
 
 
+def held_texts(
+    sizes: Sizes, work: Workspace, split: SplitDecoder, mean: Any
+) -> dict[str, Callable[[], HeldOut]]:
+    """Name the held-out texts, each tapped when it is first asked for."""
+    texts = {"": work.held_out}
+    if sizes.genre:
+        texts["mail"] = mail_windows(work.model, sizes.genre, LENGTH)
+    tap = partial(tap_held_out, split, work.model.params, batch=sizes.tap_batch)
+    return {name: cache(partial(tap, x, mean)) for name, x in texts.items()}
+
+
 def main(settings: Settings) -> None:
     """Tap, train, fine-tune and score."""
     sizes = STUDIES[settings.model]
@@ -279,13 +290,7 @@ def main(settings: Settings) -> None:
     for name, cpu in seconds.items():
         rows.add({"row": "tap cpu", "taps": name, "seed": -1}, {"cpu": float(cpu)})
 
-    model, texts = work.model.params, {"": work.held_out}
-    if sizes.genre:
-        texts["mail"] = mail_windows(work.model, sizes.genre, LENGTH)
-    held = {
-        name: cache(partial(tap_held_out, split, model, x, mean, batch=sizes.tap_batch))
-        for name, x in texts.items()
-    }
+    model, held = work.model.params, held_texts(sizes, work, split, mean)
     tapped = cache(lambda n: tap_part(n, parts[1]))
     starts = cache(lambda seed: train_base(sizes, base, seed, folder))
     study = Study(

@@ -62,12 +62,13 @@ class Text(NamedTuple):
     grads: np.ndarray
 
 
-def mean_over(text: Text, sums: Any, batch: int) -> float:
-    """Mean over the tokens that count of what ``sums`` adds up."""
-    total = 0.0
-    for i in range(0, len(text.acts), batch):
-        total += float(sums(*(x[i : i + batch] for x in text)))
-    return total / float(text.weights.sum(dtype=np.float64))
+def mean_over(text: Text, sums: Any, batch: int) -> np.ndarray:
+    """Means over the tokens that count of what ``sums`` adds up."""
+    parts = [
+        np.asarray(sums(*(x[i : i + batch] for x in text)), np.float64)
+        for i in range(0, len(text.acts), batch)
+    ]
+    return np.sum(parts, axis=0) / text.weights.sum(dtype=np.float64)
 
 
 def quadratic_alone(error: Any, acts: Array, weights: Array, grads: Array) -> Array:
@@ -76,7 +77,7 @@ def quadratic_alone(error: Any, acts: Array, weights: Array, grads: Array) -> Ar
     return jnp.sum(weights * jnp.sum(effects**2, axis=2)) / 2
 
 
-def exact(run: Any, model: Any, error: Any, *part: Array) -> tuple[Array, Array]:
+def exact(run: Any, model: Any, error: Any, *part: Array) -> Array:
     """Sum the exact quadratic of whole windows, and the KL."""
     acts, weights, _ = part
     change = jnp.where(weights[:, :, None] > 0, error(acts), 0)
@@ -84,7 +85,7 @@ def exact(run: Any, model: Any, error: Any, *part: Array) -> tuple[Array, Array]
     spliced = jax.nn.log_softmax(run(model, acts + change, acts + change))
     kl = jnp.sum(jnp.exp(clean) * (clean - spliced), axis=2)
     joint = second_order_kl(run, model, acts, change)
-    return jnp.sum(weights * joint), jnp.sum(weights * kl)
+    return jnp.stack([jnp.sum(weights * joint), jnp.sum(weights * kl)])
 
 
 def tapped_texts(work: Any, sizes: Any, settings: Settings) -> dict[str, Text]:
@@ -132,14 +133,13 @@ def main(settings: Settings) -> None:
             if rows.has(key):
                 continue
             params = kept_params(settings.study / settings.model, name, seed)
-            of_row = partial(alone, params)
+            batch, of_row = sizes.tap_batch, partial(alone, params)
             values = {
-                n: mean_over(x, of_row, sizes.tap_batch) for n, x in texts.items()
+                name: float(mean_over(text, of_row, batch))
+                for name, text in texts.items()
             }
-            held, batch = texts["held out"], sizes.tap_batch
-            for index, figure in enumerate(("joint", "kl")):
-                sums = lambda *p, i=index, q=params: whole(model, q, *p)[i]  # noqa: E731
-                values[figure] = mean_over(held, sums, batch)
+            both = mean_over(texts["held out"], partial(whole, model, params), batch)
+            values |= dict(zip(("joint", "kl"), both.tolist(), strict=True))
             rows.add(key, values)
             print(key, values, flush=True)
 

@@ -108,7 +108,7 @@ def _measure(
 
 
 def _method(peer: str) -> str:
-    """What the worker calls a peer."""
+    """Name of the worker's method for a peer."""
     return "hooked" if peer == HOOKS else "nnsight"
 
 

@@ -15,8 +15,7 @@ TRACED = []
 # Traces for shapes alone, and two steps of the optimizer on 2 x 2 matrices, by which a
 # call of fit tells other settings.
 SHAPES = {"<lambda>", "_call_batches", "init_params"}
-PROBES = {"_probe_dictionary", "probe_optimizer"}
-SHAPES |= PROBES | {f"jit({name})" for name in PROBES}
+SHAPES |= {"_probe_optimizer", "jit(_probe_optimizer)"}
 COUNTED = (
     "/jax/core/compile/jaxpr_trace_duration",
     "/jax/core/compile/backend_compile_duration",

@@ -204,25 +204,8 @@ def _controller(
     term: str, measures: str, target: float, sign: float, gains: dict[str, float]
 ) -> Controller:
     """Make a controller; ``sign`` is -1 where a larger factor raises the metric."""
-    if unknown := set(gains) - set(GAINS):
-        raise ValueError(
-            f"controller: unknown gains {sorted(unknown)}; known are {sorted(GAINS)}"
-        )
-    if not isinstance(term, str):
-        raise TypeError(
-            f"controller: term must be the name of a term, got {term!r}; such as "
-            "'sparsity'"
-        )
-    check_number("controller", "target", target, above=0)
-    gains = GAINS | gains
-    for name, least in _LEAST_GAINS.items():
-        check_number("controller", name, gains[name], least=least)
+    gains = _check_settings(term, target, gains)
     decay, limit = 1 - 1 / gains["memory"], math.log(gains["limit"])
-    if not 1 / gains["limit"] <= gains["start"] <= gains["limit"]:
-        raise ValueError(
-            f"controller: start must be within the limit, {1 / gains['limit']:g} to "
-            f"{gains['limit']:g}, got {gains['start']:g}; give another start or limit"
-        )
     start = math.log(gains["start"])
 
     def init() -> ControllerState:
@@ -251,3 +234,28 @@ def _controller(
         return state, jnp.exp(factor), jnp.abs(factor) >= limit
 
     return Controller(term, measures, target, init, update, gains["start"])
+
+
+def _check_settings(
+    term: str, target: float, gains: dict[str, float]
+) -> dict[str, float]:
+    """Check what a controller is made of; return all gains."""
+    if unknown := set(gains) - set(GAINS):
+        raise ValueError(
+            f"controller: unknown gains {sorted(unknown)}; known are {sorted(GAINS)}"
+        )
+    if not isinstance(term, str):
+        raise TypeError(
+            f"controller: term must be the name of a term, got {term!r}; such as "
+            "'sparsity'"
+        )
+    check_number("controller", "target", target, above=0)
+    gains = GAINS | gains
+    for name, least in _LEAST_GAINS.items():
+        check_number("controller", name, gains[name], least=least)
+    if not 1 / gains["limit"] <= gains["start"] <= gains["limit"]:
+        raise ValueError(
+            f"controller: start must be within the limit, {1 / gains['limit']:g} to "
+            f"{gains['limit']:g}, got {gains['start']:g}; give another start or limit"
+        )
+    return gains

@@ -1,5 +1,6 @@
 """Judge a decomposition: errors of the masked model, by kind of mask."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -69,9 +70,7 @@ def reconstructions(
         own: Any = decomposition.masked(target, params["components"], inputs, masks)
         return batch.weights @ distance(own, batch.outputs)
 
-    def error(sources: dict[str, Array]) -> Array:
-        return reconstruction_error(batch, sources)
-
+    error = partial(reconstruction_error, batch)
     return {
         "unmasked": masked({n: jnp.ones_like(g) for n, g in lower.items()}),
         "stochastic": error(draw_sources(first, lower)),

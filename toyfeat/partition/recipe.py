@@ -1,7 +1,6 @@
 """Settings of a trainer of decompositions, and their description as JSON values."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,12 +11,7 @@ from toyfeat.partition.decomposition import Decomposition
 from toyfeat.partition.importance import Importance
 from toyfeat.partition.losses import Term
 from toyfeat.partition.sources import Distance
-from toyfeat.train.run import (
-    describe_functions,
-    probe_controller,
-    probe_optimizer,
-    probe_schedule,
-)
+from toyfeat.train.run import describe_functions
 from toyfeat.types import Array, Params
 
 
@@ -52,12 +46,4 @@ def describe_recipe(recipe: PartitionRecipe) -> dict[str, Any]:
     settings = {name: getattr(recipe, name) for name in names}
     settings["terms"] = [term.name for term in recipe.objective]
     settings["sites"] = [site.name for site in recipe.decomposition.sites]
-    small = {"V": jnp.ones((2, 2)), "U": jnp.ones((2, 2))}
-    probes = {"optimizer": partial(probe_optimizer, recipe.optimizer, small)}
-    if recipe.schedule is not None:
-        probes["schedule"] = partial(probe_schedule, recipe.schedule)
-    if recipe.controller is not None:
-        control = recipe.controller
-        settings["controller"] = [control.term, control.measures]
-        probes["controller"] = partial(probe_controller, control)
-    return settings | describe_functions(probes)
+    return settings | describe_functions(recipe, lambda: {"V": jnp.ones((2, 2))})

@@ -251,17 +251,30 @@ def describe_trainer(trainer: Trainer) -> dict[str, Any]:
         return json.loads(json.dumps(own))
     settings = {name: getattr(recipe, name) for name in PLAIN}
     settings |= recipe.dictionary.config._asdict()
-    # Functions have no values to compare but those that they return.
     settings["terms"] = [term.name for term in recipe.objective]
-    controller = recipe.controller
-    if controller is not None:
-        settings["controller"] = [controller.term, controller.measures]
-    return json.loads(json.dumps(settings | describe_functions(_probes(recipe))))
+    settings |= describe_functions(recipe, partial(_small_params, recipe))
+    return json.loads(json.dumps(settings))
 
 
-def describe_functions(probes: dict[str, Callable[[], Array]]) -> dict[str, Any]:
-    """Describe functions by values that they return, ``None`` where they fail."""
+def describe_functions(
+    recipe: Any, make_params: Callable[[], Params]
+) -> dict[str, Any]:
+    """Describe the optimizer, schedule and controller of a recipe by what they return.
+
+    Args:
+      recipe: with these as attributes, the last two of which may be ``None``.
+      make_params: returns small parameters for two updates of the optimizer.
+
+    Returns:
+      JSON values, ``None`` of what fails.
+    """
+    probes = {"optimizer": partial(_probe_optimizer, recipe.optimizer, make_params)}
     values: dict[str, Any] = {}
+    if recipe.schedule is not None:
+        probes["schedule"] = partial(_probe_schedule, recipe.schedule)
+    if recipe.controller is not None:
+        values["controller"] = [recipe.controller.term, recipe.controller.measures]
+        probes["controller"] = partial(_probe_controller, recipe.controller)
     for name, probe in probes.items():
         # What cannot be called like that is not compared.
         values[f"values of the {name}"] = None
@@ -270,41 +283,29 @@ def describe_functions(probes: dict[str, Callable[[], Array]]) -> dict[str, Any]
     return values
 
 
-def _probes(recipe: Recipe) -> dict[str, Callable[[], Array]]:
-    """Functions that compute what describes the functions of a trainer."""
-    probes: dict[str, Callable[[], Array]] = {
-        "optimizer": partial(_probe_dictionary, recipe)
-    }
-    if recipe.schedule is not None:
-        probes["schedule"] = partial(probe_schedule, recipe.schedule)
-    if recipe.controller is not None:
-        probes["controller"] = partial(probe_controller, recipe.controller)
-    return probes
+def _small_params(recipe: Recipe) -> Params:
+    """Make small parameters of the dictionary's names."""
+    shapes = jax.eval_shape(recipe.dictionary.init, jax.random.key(0))
+    params = {name: jnp.ones((2,) * len(x.shape)) for name, x in shapes.items()}
+    return split_learned(recipe.dictionary.architecture, params)[0]
 
 
-def probe_schedule(schedule: Callable[[Array], Array]) -> Array:
+def _probe_schedule(schedule: Callable[[Array], Array]) -> Array:
     """Values of a schedule, ``[S]``."""
     steps = jnp.asarray(_PROBED_STEPS, jnp.int32)
     return jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(steps)
 
 
-def probe_controller(controller: Any) -> Array:
+def _probe_controller(controller: Any) -> Array:
     """Factors after a metric of twice and then half the target, ``[2]``."""
     target = jnp.float32(controller.target)
     state, first, _ = controller.update(controller.init(), 2 * target, target)
     return jnp.stack([first, controller.update(state, target / 2, target)[1]])
 
 
-def _probe_dictionary(recipe: Recipe) -> Array:
-    """Probe the optimizer on small parameters of the dictionary's names."""
-    shapes = jax.eval_shape(recipe.dictionary.init, jax.random.key(0))
-    params = {name: jnp.ones((2,) * len(x.shape)) for name, x in shapes.items()}
-    params, _ = split_learned(recipe.dictionary.architecture, params)
-    return probe_optimizer(recipe.optimizer, params)
-
-
-def probe_optimizer(optimizer: Any, params: Params) -> Array:
+def _probe_optimizer(optimizer: Any, make_params: Callable[[], Params]) -> Array:
     """Sums of two updates of small parameters, ``[2]``."""
+    params = make_params()
     state, sums = optimizer.init(params), []
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
         # Two updates of another size and sign tell momentum and scaling apart.
